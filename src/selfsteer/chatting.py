@@ -1,0 +1,54 @@
+"""`selfsteer chat`: the run's models answer one question in all three contexts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from selfsteer.config import resolve_path
+from selfsteer.contexts import CONTEXTS, context_messages
+from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.models.loading import load_model
+from selfsteer.principles import writer
+from selfsteer.records import Message
+from selfsteer.terminal import out
+
+
+class Chat:
+    """Base, generator and policy of a run, loaded once.
+
+    Args:
+        found: the run as `selfsteer.report.summary.load` gives it.
+        features: what the picked principles name.
+        seed: of the sampling; counts up by question.
+    """
+
+    def __init__(self, found: dict[str, Any], features: tuple[str, ...], seed: int) -> None:
+        self.principles = writer.picked(features)
+        self.seed = seed
+        recipe = found["recipe"]
+        settings: Any = SimpleNamespace(**recipe["policy"])
+        sampling = recipe["sampling"]
+        self.params = SamplingParams(
+            sampling["temperature"], sampling["top_p"], sampling["max_new_tokens"]
+        )
+        self.engines = {
+            name: TransformersEngine(load_model(resolve_path(source), settings))
+            for name, source in found["models"].items()
+        }
+
+    def ask(self, question: str) -> None:
+        """Prints one table: a row per model, a column per context."""
+        messages = (Message("user", question),)
+        prompts = [context_messages(messages, self.principles, c) for c in CONTEXTS]
+        table = Table(show_lines=True)
+        table.add_column("")
+        for context in CONTEXTS:
+            table.add_column(context, ratio=1)
+        for name, engine in self.engines.items():
+            answers = engine.generate(prompts, self.params, self.seed)
+            table.add_row(name, *(escape(a.text) for a in answers))
+        self.seed += 1
+        out.print(table)

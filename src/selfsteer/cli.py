@@ -1,0 +1,274 @@
+"""``selfsteer <verb>``: thin; torch is not loaded before a stage starts."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Align a language model with nothing but prompts: Self-Steering Optimization.\n\n"
+    "Start with [bold]selfsteer run demo[/bold], then [bold]selfsteer init mine.yaml[/bold].",
+)
+testbed_app = typer.Typer(no_args_is_help=True, help="The tiny world that the demo runs on.")
+app.add_typer(testbed_app, name="testbed")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="settings as KEY=VALUE, for example seed=1 training.beta=0.2"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="a shipped recipe's name, a YAML file, or a run folder")
+    ],
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    dry_run: Annotated[bool, typer.Option(help="list the stages, do nothing")] = False,
+    redo: Annotated[
+        bool, typer.Option(help="replace work of other settings; it moves to superseded/")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe, or go on with it: queries to an aligned model.
+
+    The run folder is the whole state. The same command continues after any interruption; when
+    everything is done it says so.
+
+    Shipped recipes: demo, smoke, sso, sso-online, pbaa.
+    """
+    from selfsteer import pipeline
+    from selfsteer.report import summary
+    from selfsteer.runs import RunFolder
+    from selfsteer.terminal import out, say
+
+    checked, given = _load(recipe, overrides or [])
+    if dry_run:
+        folder = RunFolder(checked.folder)
+        stages = pipeline.select(pipeline.plan(checked, folder), until)
+        states = {s.name: _state(folder, s) for s in stages}
+        if as_json:
+            out.print_json(json.dumps(states))
+        else:
+            for name, state in states.items():
+                out.print(f"{state:<10} {name}")
+        return
+    ran = pipeline.execute(checked, given, until=until, redo=redo)
+    if ran == 0:
+        say(f"nothing to do: {checked.folder} is finished" + (f" up to {until}" if until else ""))
+    found = summary.load(checked.folder)
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    summary.print_result(found, out)
+    if until is None:
+        folder = checked.folder
+        say(f"next: selfsteer chat {folder} · selfsteer show {folder} · selfsteer export {folder} "
+            "--format trl --to DIR")  # fmt: skip
+
+
+def _state(folder: Any, stage: Any) -> str:
+    if folder.is_done(stage):
+        return "done"
+    return "conflict" if folder.conflict(stage) else "to do"
+
+
+def _load(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    import yaml
+
+    from selfsteer.config import Recipe, load_values, merge, validate
+
+    if (Path(recipe) / "recipe.yaml").is_file():
+        recipe = str(Path(recipe) / "recipe.yaml")
+    values = merge(load_values(recipe), overrides)
+    return validate(Recipe, values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="the model to train: folder, hub id or package:")],
+    triples: Annotated[Path, typer.Argument(help="our triples or preferences, or authors' JSON")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE: objective, base, learning_rate, batch_size, output …"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one objective on stored triples, offline (`torchrun -m selfsteer.cli` for ranks).
+
+    Example: selfsteer train MODEL triples.jsonl objective=sso-online base=ipo beta=0.2
+    learning_rate=5e-7 batch_size=1 accumulate=16 output=DIR
+    """
+    from selfsteer.config import TrainConfig, merge, validate
+    from selfsteer.terminal import out
+
+    config = validate(TrainConfig, merge({}, settings or []), "settings of train")
+    from selfsteer.stages.offline import train_offline
+
+    manifest = train_offline(model, triples, config)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if as_json:
+        out.print_json(json.dumps(manifest))
+    else:
+        shown = {k: v for k, v in manifest["last"].items() if k == "loss" or "margins" in k}
+        figures = ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        out.print(
+            f"{config.output}: trained on {manifest['n_out']:,} triples; last step: {figures}"
+        )
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")],
+    recipe: Annotated[str, typer.Option(help="the shipped recipe to start from")] = "sso",
+) -> None:
+    """Write a commented recipe to start from."""
+    from selfsteer.config import commented_yaml, descriptions, recipe_text
+    from selfsteer.errors import ConfigError
+    from selfsteer.runs import write_atomic
+    from selfsteer.terminal import out
+
+    if path.exists():
+        raise ConfigError(f"{path} is there already; choose another name or move it away.")
+    write_atomic(path, commented_yaml(recipe_text(recipe), descriptions()))
+    out.print(f"{path}: set policy.model and queries.path, then: selfsteer run {path}")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: stages, counts, drops by reason, data quality, where the models are."""
+    from selfsteer.report import summary
+    from selfsteer.terminal import out
+
+    found = summary.load(run)
+    if as_json:
+        out.print_json(json.dumps(found))
+    else:
+        summary.print_show(found, out)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    question: Annotated[str | None, typer.Option(help="ask once, then leave")] = None,
+    features: Annotated[
+        str, typer.Option(help="features that the good and bad principle name, comma-separated")
+    ] = "Helpfulness,Accuracy",
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Ask base, generator and policy the same thing; plain, good and bad side by side."""
+    from selfsteer.report import summary
+    from selfsteer.terminal import err
+
+    found = summary.load(run)
+    from selfsteer.chatting import Chat
+
+    talk = Chat(found, tuple(f.strip() for f in features.split(",") if f.strip()), seed)
+    if question is not None:
+        talk.ask(question)
+        return
+    err.print("ask anything; an empty line or Ctrl-D leaves", style="dim")
+    while True:
+        if sys.stdin.isatty():
+            err.print("> ", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        talk.ask(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    to: Annotated[Path, typer.Option(help="folder to write into")],
+    fmt: Annotated[str, typer.Option("--format", help="trl, llama-factory or authors")] = "trl",
+    iteration: Annotated[int | None, typer.Option(help="default: the last one")] = None,
+    baseline: Annotated[bool, typer.Option(help="the baseline's data instead")] = False,
+) -> None:
+    """Write a run's preferences for other trainers."""
+    from selfsteer.report import summary
+    from selfsteer.stages.export import export_run
+    from selfsteer.terminal import out, warn
+
+    recipe = summary.load(run)["recipe"]
+    k = recipe["iterations"] if iteration is None else iteration
+    exported = export_run(run, k, fmt, to, baseline=baseline, name=recipe["name"])
+    for reason in exported.left_out:
+        warn(reason)
+    out.print(f"{exported.count:,} records: {', '.join(map(str, exported.paths))}")
+
+
+@testbed_app.command("build")
+def build_testbed(
+    output: Annotated[Path, typer.Argument(help="folder for the checkpoint")],
+    seed: Annotated[int, typer.Option(help="of data and weights")] = 0,
+    examples: Annotated[int, typer.Option(help="training examples")] = 64_000,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    """Train the tiny model again, from scratch (minutes on one core)."""
+    from selfsteer.terminal import out
+    from selfsteer.testbed.model import build
+
+    figures = build(output, examples=examples, seed=seed, threads=threads)
+    out.print_json(json.dumps(figures))
+
+
+def version(value: bool) -> None:
+    """Prints the version and leaves."""
+    if value:
+        from selfsteer import __version__
+
+        typer.echo(f"selfsteer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point; every expected failure is one paragraph and an exit code.
+
+    0 done or nothing to do; 2 usage, config, data; 3 artifact, engine, numerics, disk, lock;
+    130 interrupted.
+    """
+    from selfsteer.errors import SelfsteerError
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SelfsteerError as e:
+        _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; everything finished is kept, the same command goes on from there", 130)
+    except OSError as e:
+        _fail(f"{e.strerror or e}: {e.filename}. Run the same command again when it is fixed.", 3)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"selfsteer: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""The recipe: one pydantic model per stage, checked before anything loads.
+
+A field is documented once, in its description, with the source of its default. Unknown keys are
+refused with the nearest known name; settings that the chosen method has no use for are refused
+too, so that nothing is accepted and then ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from selfsteer.errors import ConfigError
+
+ObjectiveName = Literal[
+    "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
+]
+GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
+BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+BASES: tuple[str, ...] = get_args(BaseName)
+
+
+_CONSTANTS = frozenset(
+    "beta gamma alpha steer use_weight use_steer detach_weight label_smoothing simpo_margin".split()  # noqa: SIM905
+)
+
+
+def unused_arguments(
+    objective: str, base: str, given: Iterable[str], *, use_weight: bool, use_steer: bool
+) -> list[str]:
+    """The constants among ``given`` that this objective and base would ignore."""
+    used = {"beta"}
+    if base == "sigmoid":
+        used.add("label_smoothing")
+    if base == "simpo":
+        used.add("simpo_margin")
+    if objective in get_args(GeneratorObjective):
+        used.add("gamma")
+    if objective == "sso-online":
+        used |= {"use_weight", "use_steer"}
+        used |= {"alpha", "detach_weight"} if use_weight else set()
+        used |= {"steer"} if use_steer else set()
+    return [name for name in given if name in _CONSTANTS - used]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: strict keys, frozen values."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, validate_default=True
+    )
+
+
+def _f(default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, **bounds)
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full training (arXiv 2106.09685)."""
+
+    rank: int = _f(16, "rank of the adapters", gt=0)
+    alpha: int = _f(32, "scale of the adapters", gt=0)
+    targets: str | list[str] = _f("all-linear", "module names, or all-linear")
+
+
+class Policy(Section):
+    """The model to align."""
+
+    model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
+    dtype: Literal["float32", "bfloat16", "auto"] = _f(
+        "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
+    )
+    device: str = _f("auto", "auto, cpu, cuda, cuda:1 …")
+    layout: Literal["auto", "padded"] = _f("auto", "how sequences are laid out for scoring")
+    lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged")
+    trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
+    allow_pickle: bool = _f(False, "load weights that are not safetensors")
+    threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0)
+
+
+class Queries(Section):
+    """Where the prompts come from."""
+
+    path: str = _f(..., "JSONL, JSON or Parquet file, a datasets name, or package:MODULE/PATH")
+    split: str = _f("train", "which split, where the path is a datasets name")
+    limit: int | None = _f(None, "use only the first so many", gt=0)
+    per_iteration: int | None = _f(
+        None, "online way: new queries per iteration; null: an equal share", gt=0
+    )
+
+
+class PrinciplesConfig(Section):
+    """How principles are made."""
+
+    mode: Literal["picked", "generated"] = _f(
+        "generated", "picked: built-in text; generated: written by a model for each query"
+    )
+    features: Literal["model", "random"] = _f(
+        "model", "who chooses a query's features; missing ones are always filled at random"
+    )
+    features_per_query: int = _f(2, "SSO v2, §4", ge=1, le=7)
+    concision: float = _f(0.2, "probability that Concision is appended (SSO v2)", ge=0, le=1)
+    writer: str | None = _f(None, "model that writes principles; null: the policy")
+    max_new_tokens: int = _f(256, "budget of a written answer", gt=0)
+    temperature: float = _f(0.7, "of the writer", ge=0)
+    top_p: float = _f(0.8, "of the writer", gt=0, le=1)
+
+
+class Sampling(Section):
+    """How responses are sampled (SSO v2, §4: temperature 0.7, top-p 0.8, 2048 new tokens)."""
+
+    engine: Literal["transformers"] = _f("transformers", "who answers")
+    temperature: float = _f(0.7, "0 means greedy", ge=0)
+    top_p: float = _f(0.8, "nucleus mass", gt=0, le=1)
+    max_new_tokens: int = _f(2048, "response budget, tokens", gt=0)
+    batch_size: int = _f(32, "conversations decoded together", gt=0)
+    shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
+    keep_unfinished: bool = _f(False, "keep responses cut off by the budget")
+
+
+class Hygiene(Section):
+    """Pairs that teach nothing are dropped and counted."""
+
+    min_chars: int = _f(1, "shortest response kept; 20 in the authors' release", ge=0)
+    strip_lead_ins: bool = _f(True, "cut 'Helpful response:' and the like off the front")
+
+
+class Optimisation(Section):
+    """What training the generator and training the policy have in common."""
+
+    base: BaseName = _f("sigmoid", "pairwise base loss")
+    beta: float = _f(0.1, "β of the base loss; 0.1 (v2), 0.2 with IPO (v1)", gt=0)
+    label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
+    simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
+    learning_rate: float = _f(5e-7, "peak; SSO v2, §4", gt=0)
+    batch_size: int = _f(..., "queries per optimiser step, over all ranks", gt=0)
+    micro_batch_size: int | None = _f(None, "queries per forward and rank; null: up to 8", gt=0)
+    epochs: float = _f(1, "passes over the data", gt=0)
+    warmup: float = _f(0.1, "share of the steps, then cosine (SSO v2)", ge=0, lt=1)
+    weight_decay: float = _f(0.1, "AdamW (SSO v2)", ge=0)
+    adam_beta2: float = _f(0.95, "AdamW (SSO v2)", gt=0, lt=1)
+    max_grad_norm: float = _f(1.0, "gradient clipping", gt=0)
+    max_length: int = _f(2048, "longest prompt + response, tokens (SSO v2)", gt=0)
+    gradient_checkpointing: bool = _f(False, "recompute activations to save memory")
+    save_every_steps: int = _f(100, "steps between resumable checkpoints", gt=0)
+    reference: Literal["iteration", "first"] = _f(
+        "iteration", "frozen reference: this iteration's start, or the very first policy"
+    )
+
+
+class Generator(Optimisation):
+    """The data generator: a copy of the policy trained with L_SSO (SSO v2, eq. 1-4)."""
+
+    queries: int = _f(8000, "queries whose triples train it; 8k of 60k (SSO v2, §4)", gt=0)
+    objective: GeneratorObjective = _f("sso", "sso, or an ablation of it")
+    gamma: float = _f(0.1, "γ, weight of the NLL", ge=0)
+    batch_size: int = _f(32, "triples per optimiser step (SSO v2)", gt=0)
+    per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
+
+
+class Training(Optimisation):
+    """The policy stage; with method sso-online also v1's loss."""
+
+    batch_size: int = _f(256, "queries per optimiser step (SSO v2)", gt=0)
+    alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
+    steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
+    use_weight: bool = _f(True, "v1's W; false: W = 1")
+    use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
+    detach_weight: bool = _f(False, "stop the gradient through W")
+
+
+class Evaluation(Section):
+    """Base, baseline and aligned policy answer held-out queries; the judge compares."""
+
+    queries: Queries = _f(..., "held-out prompts, never used above")
+    temperature: float | None = _f(None, "null: as in sampling", ge=0)
+    bootstrap: int = _f(2000, "resamples for the 95 % intervals", ge=100)
+
+
+class Keep(Section):
+    """What stays on disk."""
+
+    generator: bool = _f(True, "keep the generator's weights after the run")
+    checkpoints: int = _f(1, "resumable checkpoints kept while training", ge=1)
+
+
+class Recipe(Section):
+    """Everything a run needs to know."""
+
+    name: str = _f(..., "runs_dir/name is the run folder")
+    runs_dir: str = _f("runs", "where run folders live")
+    seed: int = _f(0, "of everything", ge=0, lt=2**31)
+    method: Literal["sso", "sso-online", "pbaa"] = _f("sso", "the way to run it")
+    baseline: Literal["pbaa"] | None = _f(None, "also run PBAA: same queries and principles")
+    iterations: int = _f(1, "rounds, each from the last policy; v1 runs 3", ge=1)
+    policy: Policy
+    queries: Queries
+    principles: PrinciplesConfig = PrinciplesConfig()
+    sampling: Sampling = Sampling()
+    hygiene: Hygiene = Hygiene()
+    filter: bool | None = _f(
+        None, "v1's log-prob filter on triples; null: on for sso-online, else off"
+    )
+    generator: Generator = Generator()
+    training: Training = Training()
+    judge: Literal["oracle"] | None = _f(None, "who compares responses; null: nobody")
+    evaluation: Evaluation | None = _f(None, "null: no evaluation")
+    keep: Keep = Keep()
+
+    @property
+    def filtered(self) -> bool:
+        """Whether triples pass v1's filter."""
+        return self.method == "sso-online" if self.filter is None else self.filter
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name must be a plain folder name, found {self.name!r}")
+        if self.method == "pbaa" and self.baseline:
+            raise ValueError("baseline: pbaa beside method: pbaa would run the same thing twice")
+        set_here = {n for n in self.model_fields_set if n in type(self).model_fields}
+        if self.method != "sso" and "generator" in set_here:
+            raise ValueError(f"method {self.method} trains no generator; remove 'generator'")
+        if self.method == "pbaa" and self.filter:
+            raise ValueError("filter needs plain responses, which method pbaa does not sample")
+        if self.method != "sso-online" and self.queries.per_iteration is not None:
+            raise ValueError("queries.per_iteration is only for method sso-online")
+        if self.generator.per_half and self.generator.objective != "sso":
+            raise ValueError("generator.per_half splits objective sso; leave objective unset")
+        stage = "sso-online" if self.method == "sso-online" else "pbaa"
+        for label, section, objective in (
+            ("training", self.training, stage),
+            ("generator", self.generator, self.generator.objective),
+        ):
+            unused = unused_arguments(
+                objective,
+                section.base,
+                sorted(section.model_fields_set),
+                use_weight=getattr(section, "use_weight", True),
+                use_steer=getattr(section, "use_steer", True),
+            )
+            if unused:
+                raise ValueError(
+                    f"{label}.{unused[0]} has no effect with objective {objective} and base "
+                    f"{section.base}; remove it"
+                )
+            if section.micro_batch_size and section.batch_size % section.micro_batch_size:
+                raise ValueError(
+                    f"{label}.batch_size {section.batch_size} is not a multiple of "
+                    f"micro_batch_size {section.micro_batch_size}"
+                )
+        budget = self.sampling.max_new_tokens
+        shortest = min(self.training.max_length, self.generator.max_length)
+        if budget > shortest:
+            raise ValueError(
+                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
+                "sampled responses could not be trained on"
+            )
+        return self
+
+
+class TrainConfig(Optimisation):
+    """`selfsteer train`: one objective on stored triples, offline."""
+
+    objective: ObjectiveName = _f("sso", "any named objective")
+    batch_size: int = _f(8, "queries per forward", gt=0)
+    accumulate: int = _f(1, "forwards per optimiser step", gt=0)
+    gamma: float = _f(0.1, "γ, weight of the NLL in the sso objectives", ge=0)
+    alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
+    steer: float = _f(0.1, "v1's β_G", ge=0)
+    use_weight: bool = _f(True, "v1's W")
+    use_steer: bool = _f(True, "v1's steering terms")
+    detach_weight: bool = _f(False, "stop the gradient through W")
+    seed: int = _f(0, "order of the data", ge=0)
+    dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
+    device: str = _f("auto", "as policy.device")
+    lora: Lora | None = _f(None, "as policy.lora")
+    trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
+    allow_pickle: bool = _f(False, "as policy.allow_pickle")
+    threads: int | None = _f(None, "as policy.threads", gt=0)
+    output: str = _f(..., "folder for the trained model")
+    reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        unused = unused_arguments(
+            self.objective,
+            self.base,
+            sorted(self.model_fields_set),
+            use_weight=self.use_weight,
+            use_steer=self.use_steer,
+        )
+        if unused:
+            raise ValueError(
+                f"{unused[0]} has no effect with objective {self.objective} and base {self.base}; "
+                "remove it"
+            )
+        if "micro_batch_size" in self.model_fields_set or self.reference == "first":
+            raise ValueError("train takes batch_size and accumulate, and the model as reference")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    folder = files("selfsteer") / "recipes"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name)
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The YAML of a shipped recipe or of a file.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    if name_or_path in recipe_names():
+        return (files("selfsteer") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    path = Path(name_or_path)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"There is no recipe {name_or_path!r}: it is not a shipped one "
+            f"({', '.join(recipe_names())}) and as a file: {reason}.{hint}"
+        ) from None
+
+
+def load_values(name_or_path: str) -> dict[str, Any]:
+    """The settings of a shipped recipe or of a file, as written.
+
+    Raises:
+        ConfigError: it does not exist or is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(recipe_text(name_or_path))
+    except yaml.YAMLError as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"The recipe {name_or_path} is not YAML: {reason}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The recipe {name_or_path} must be a mapping of settings, found {values!r}."
+        )
+    return values
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe; ``overrides`` are ``a.b=value`` with YAML values.
+
+    Raises:
+        ConfigError: anything the recipe says that cannot be honoured.
+    """
+    return validate(Recipe, merge(load_values(name_or_path), overrides), f"recipe {name_or_path}")
+
+
+def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies ``a.b=c`` overrides to nested mappings.
+
+    Raises:
+        ConfigError: an override is not of that form, or descends into a plain value.
+    """
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"An override must look like key=value, found {override!r}.")
+        *parents, last = key.split(".")
+        node: Any = out
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{override!r}: {parent} is a plain value, not a section.")
+            node[parent] = node = dict(child)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            node[last] = text
+    return out
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validate(model: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Checks ``values`` against a section; every fault becomes one ConfigError paragraph."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        faults = [_fault(model, fault) for fault in e.errors()]
+        raise ConfigError(f"The {where} cannot be used: {'; '.join(faults)}.") from None
+
+
+def _fault(model: type[Section], fault: Any) -> str:
+    path = ".".join(str(p) for p in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = _nearest(model, fault["loc"])
+        return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
+    if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):
+        return f"{path} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r}"
+
+
+def known_keys(model: type[Section], prefix: str = "") -> list[str]:
+    """All keys of a section and its subsections, dotted."""
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        for sub in subsections(info.annotation):
+            keys += known_keys(sub, f"{prefix}{name}.")
+    return keys
+
+
+def subsections(annotation: Any) -> list[type[Section]]:
+    """The section types in an annotation, also inside Optional."""
+    found = [annotation, *get_args(annotation)]
+    return [a for a in found if isinstance(a, type) and issubclass(a, Section)]
+
+
+def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
+    wanted = ".".join(map(str, loc))
+    keys = known_keys(model)
+    siblings = [k for k in keys if k.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
+    if near:
+        return near[0]
+    by_leaf = {k.rpartition(".")[2]: k for k in keys}
+    near = difflib.get_close_matches(str(loc[-1]), list(by_leaf), n=1, cutoff=0.7)
+    return by_leaf[near[0]] if near else None
+
+
+def resolve_path(value: str) -> str:
+    """``package:MODULE/PATH`` becomes a path inside the installed package; others stay.
+
+    Raises:
+        ConfigError: the module or file does not exist.
+    """
+    if not value.startswith("package:"):
+        return value
+    module, _, inside = value.removeprefix("package:").partition("/")
+    try:
+        path = Path(str(files(module) / inside))
+    except ModuleNotFoundError:
+        path = Path(value)
+    if not path.exists():
+        raise ConfigError(f"{value!r} names nothing in the installed package.")
+    return str(path)
+
+
+def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
+    """A recipe text with each known key's description behind it."""
+    lines: list[str] = []
+    parents: list[str] = []
+    for line in recipe_yaml.splitlines():
+        match = re.match(r"( *)([a-z_0-9]+):(.*)$", line)
+        if not match:
+            lines.append(line)
+            continue
+        depth = len(match[1]) // 2
+        parents[depth:] = [match[2]]
+        text = descriptions.get(".".join(parents))
+        lines.append(f"{line}  # {text}" if text and "#" not in line else line)
+    return "\n".join(lines) + "\n"
+
+
+def descriptions(model: type[Section] = Recipe, prefix: str = "") -> dict[str, str]:
+    """Each dotted key's description, sections included."""
+    out = {}
+    for name, info in model.model_fields.items():
+        subs = subsections(info.annotation)
+        doc = (subs[0].__doc__ or "").split("\n")[0] if subs else ""
+        out[prefix + name] = (info.description or doc).rstrip(".")
+        for sub in subs:
+            out |= descriptions(sub, f"{prefix}{name}.")
+    return out

@@ -1,0 +1,1 @@
+"""Who answers: every engine has the same generate()."""

@@ -1,0 +1,47 @@
+"""The one interface through which anything is asked of a model that answers in text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from selfsteer.records import Message
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample; SSO v2, §4 uses temperature 0.7, top-p 0.8, 2048 new tokens."""
+
+    temperature: float = 0.7
+    top_p: float = 0.8
+    max_new_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: its text, ``stop`` or ``length``, and what it cost in tokens."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine(Protocol):
+    """Answers conversations."""
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: SamplingParams,
+        seed: int,
+        advance: Callable[[int, int], None] = lambda items, tokens: None,
+    ) -> list[Completion]:
+        """One completion per conversation, in their order.
+
+        Args:
+            conversations: each ends in a user turn.
+            sampling: temperature 0 is greedy.
+            seed: equal arguments and seed give equal texts.
+            advance: told (conversations, new tokens) as they finish.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Judges, data quality, win rates and their intervals."""

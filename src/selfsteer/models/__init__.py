@@ -1,0 +1,1 @@
+"""Loading models, turning messages into ids, response log-probs."""

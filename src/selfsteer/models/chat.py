@@ -1,0 +1,142 @@
+"""Messages to ids; the only caller of ``apply_chat_template``.
+
+A sequence is: chat template of the context's messages with generation prompt, then the response,
+then the end-of-turn token, nothing after it. A response that was cut off gets no end-of-turn
+token: training on one would teach stopping in mid-sentence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from selfsteer.contexts import context_messages
+from selfsteer.errors import ArtifactError, DataError
+from selfsteer.records import Message, Triple
+
+_PROBE = "Probe of the system role"
+
+
+@dataclass(frozen=True)
+class EncodedSequence:
+    """Token ids of one context and one response, end-of-turn token included where it ended."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class ChatFormat:
+    """A tokenizer and its chat template.
+
+    Raises:
+        ArtifactError: the tokenizer has no chat template, or no token that ends a turn.
+    """
+
+    def __init__(self, tokenizer: Any, source: str = "the model") -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ArtifactError(
+                f"{source} has no chat template, so a conversation cannot be turned into tokens. "
+                "Use a chat or instruction-tuned checkpoint, or put a chat_template.jinja into "
+                "its folder."
+            )
+        self.tokenizer = tokenizer
+        self.source = source
+        self._cache: dict[tuple[Message, ...], tuple[int, ...]] = {}
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether the template shows a system message; Gemma's refuses one."""
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
+        try:
+            return _PROBE in self._render(messages, add_generation_prompt=True)
+        except Exception as e:
+            # templates refuse through jinja2's raise_exception; anything else would fail again
+            # below, in the plain rendering, with its own message
+            if type(e).__name__ == "TemplateError":
+                return False
+            raise
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends an assistant turn: what the template puts after the answer."""
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+        tail = self._render(turns).rpartition(_PROBE)[2]
+        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        # a fine-tune's end-of-turn token is often special without having a role of its own
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {*self.tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)}
+        found = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
+        if found is None:
+            raise ArtifactError(
+                f"{self.source}: neither the chat template nor the tokenizer (eos_token) says "
+                "which token ends a turn. Set eos_token in tokenizer_config.json."
+            )
+        return int(found)
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The rendered prompt with generation prompt; system text folded in where it must be."""
+        folded = self._folded(messages)
+        try:
+            return self._render([m.to_dict() for m in folded], add_generation_prompt=True)
+        except Exception as e:
+            if type(e).__name__ not in ("TemplateError", "UndefinedError", "TypeError"):
+                raise
+            raise DataError(
+                f"The chat template of {self.source} refuses a conversation with the roles "
+                f"{', '.join(m.role for m in folded)}: {e}"
+            ) from e
+
+    def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if messages[0].role != "system" or self.has_system_role:
+            return messages
+        system, first, *rest = messages
+        return [Message(first.role, f"{system.content}\n\n{first.content}"), *rest]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of the prompt with generation prompt."""
+        key = tuple(messages)
+        if key not in self._cache:
+            if len(self._cache) >= 4096:
+                self._cache.clear()
+            # the template writes its own begin-of-text token
+            ids = self.tokenizer(self.prompt_text(messages), add_special_tokens=False)["input_ids"]
+            self._cache[key] = tuple(ids)
+        return self._cache[key]
+
+    def response_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
+        """Ids of a response, with the end-of-turn token if it ended by itself."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self.end_of_turn) if finished else tuple(ids)
+
+    def sequence(self, triple: Triple, name: str, max_length: int | None = None) -> EncodedSequence:
+        """The sequence ``context/response`` of a triple.
+
+        Args:
+            triple: must have the response, and principles unless the context is plain.
+            name: for example ``bad/plain``.
+            max_length: tokens kept of prompt + response; the response's end is cut.
+
+        Raises:
+            DataError: the response is absent or has no tokens within ``max_length``.
+        """
+        context, _, response = name.partition("/")
+        if response not in triple.responses:
+            raise DataError(f"triple {triple.id} has no {response} response, needed for {name}")
+        if context != "plain" and triple.principles is None:
+            raise DataError(f"triple {triple.id} has no principles, needed for {name}")
+        prompt = self.prompt_ids(context_messages(triple.messages, triple.principles, context))
+        answer = self.response_ids(triple.responses[response], finished=triple.finished(response))
+        if max_length is not None:
+            answer = answer[: max(max_length - len(prompt), 0)]
+        if not answer:
+            raise DataError(
+                f"triple {triple.id}: {name} has no response token"
+                + (f" within {max_length} tokens" if max_length is not None else "")
+            )
+        return EncodedSequence(prompt, answer)

@@ -1,0 +1,203 @@
+"""Tokenizer, policy and LoRA; from a local folder or a hub id, safetensors only unless allowed."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from selfsteer.config import Lora
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.chat import ChatFormat
+from selfsteer.runs import digest, model_digest
+
+
+class ModelSettings(Protocol):
+    """The part of a recipe that says how a model is loaded."""
+
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def trust_remote_code(self) -> bool: ...  # noqa: D102
+    @property
+    def allow_pickle(self) -> bool: ...  # noqa: D102
+    @property
+    def threads(self) -> int | None: ...  # noqa: D102
+
+
+@dataclass
+class LoadedModel:
+    """A model with its tokenizer, where it runs and in which precision it computes.
+
+    Weights are float32 and bfloat16 is autocast around the forward, for training and scoring
+    alike: updates at a learning rate of 5e-7 vanish in bfloat16 weights.
+    """
+
+    model: Any
+    chat: ChatFormat
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+    digest: str
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """The autocast that every forward of this model runs under."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            yield
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence that the model was made for, tokens; None if it does not say."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU of this rank if there is one, else the CPU.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(
+            f"device {name!r} is not available here ({str(e).splitlines()[0]}); use auto or cpu"
+        ) from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU (the paper's) and float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def check_source(source: str) -> None:
+    """Refuses early what cannot be a model.
+
+    Raises:
+        ArtifactError: no folder, no config in it, and not shaped like a hub id either.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ArtifactError(
+                f"{source} is a folder but not a model: it has no config.json. Give the folder "
+                "that save_pretrained wrote."
+            )
+    elif path.is_file():
+        raise ArtifactError(f"{source} is a file; give the folder of a Hugging Face checkpoint.")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        raise ArtifactError(f"There is no model folder {source!r}, and it is not a hub id.")
+
+
+def load_chat(source: str, settings: ModelSettings) -> ChatFormat:
+    """The tokenizer of a checkpoint with its chat template.
+
+    Raises:
+        ArtifactError: it cannot be read, or has no chat template.
+    """
+    check_source(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=settings.trust_remote_code
+        )
+    except Exception as e:
+        raise _unreadable("tokenizer", source, e) from e
+    return ChatFormat(tokenizer, source)
+
+
+def load_model(source: str, settings: ModelSettings) -> LoadedModel:
+    """A causal language model with float32 weights, in eval mode.
+
+    Raises:
+        ArtifactError: it cannot be read, or its tokenizer does not fit it.
+    """
+    chat = load_chat(source, settings)
+    device = resolve_device(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=None if settings.allow_pickle else True,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except Exception as e:
+        raise _unreadable("model", source, e) from e
+    rows = model.get_input_embeddings().num_embeddings
+    if len(chat.tokenizer) > rows:
+        raise ArtifactError(
+            f"{source}: the tokenizer has {len(chat.tokenizer)} tokens, the model embeds only "
+            f"{rows}. They do not belong together."
+        )
+    model.to(device).eval()
+    dtype = resolve_dtype(settings.dtype, device)
+    identity = digest([model_digest(source), str(dtype), device.type])
+    return LoadedModel(model, chat, device, dtype, source, identity)
+
+
+def _unreadable(what: str, source: str, error: Exception) -> ArtifactError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = ""
+    if "trust_remote_code" in str(error):
+        hint = " If you trust its author, set trust_remote_code: true."
+    elif "safetensors" in str(error):
+        hint = " If you trust its author, set allow_pickle: true."
+    return ArtifactError(f"The {what} {source} cannot be loaded: {first}{hint}")
+
+
+def add_lora(model: Any, lora: Lora) -> Any:
+    """Wraps a model in trainable low-rank adapters that start at zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a checkpoint that ``from_pretrained`` and servers load; adapters are merged.
+
+    Weights are stored in the precision they were trained to compute in. generation_config says
+    ``do_sample``: servers answer greedily without it, whatever the temperature.
+    """
+    plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if plain.generation_config is not None:
+        plain.generation_config.do_sample = True
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in plain.state_dict().items()}
+    plain.config.dtype = dtype
+    plain.save_pretrained(folder, state_dict=state)
+    chat.tokenizer.save_pretrained(folder)
+
+
+def load_context_length(source: str, settings: ModelSettings) -> int | None:
+    """The longest sequence a checkpoint was made for, from its config alone.
+
+    Raises:
+        ArtifactError: the config cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except Exception as e:
+        raise _unreadable("config", source, e) from e
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

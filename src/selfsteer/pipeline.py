@@ -1,0 +1,186 @@
+"""The stages and the iteration loop: read this file first.
+
+    queries ─► principles ─► triples ─► generator ─► preferences ─► policy ─► evaluation
+      x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judged)
+
+Generator way (SSO v2): the policy's triples train a generator, the generator writes preferences,
+the original policy is trained on them. Online way (v1): the policy trains on its own triples,
+iteration after iteration. PBAA: the policy itself writes the preferences.
+
+`plan` only lists stages; nothing heavy is imported before one of them works.
+"""
+
+import shutil
+from typing import Any
+
+import yaml
+
+from selfsteer.config import Recipe, resolve_path
+from selfsteer.contexts import RESPONSES
+from selfsteer.errors import ConfigError
+from selfsteer.runs import RunFolder, Stage, StageResult, digest, refuse, write_atomic
+from selfsteer.stages.plan import Made, Plan
+from selfsteer.terminal import say
+
+
+def plan(recipe: Recipe, run: RunFolder) -> list[Stage]:
+    """All stages of a recipe, in the order they run."""
+    p = Plan(recipe, run)
+    policies: dict[str, list[Made]] = {recipe.method: []}
+    principles: list[Made] = []
+    generator: Made | None = None
+    policy = p.base
+    for k in range(1, recipe.iterations + 1):
+        where = f"iteration-{k}"
+        principles.append(p.principles(where, k, policy))
+        if recipe.method == "pbaa":
+            trained = pbaa(p, where, principles[-1], policy)
+        else:
+            limit = recipe.generator.queries if recipe.method == "sso" else None
+            writers = dict.fromkeys(RESPONSES, policy)
+            triples = p.sample(where, "triples", principles[-1], writers, limit)
+            kept = p.filter(where, triples, policy)
+            if recipe.method == "sso":
+                if recipe.generator.per_half:
+                    good = p.generator(where, kept, policy, "plus")
+                    bad = p.generator(where, kept, policy, "minus")
+                else:
+                    good = bad = p.generator(where, kept, policy)
+                generator = None if recipe.generator.per_half else good
+                samples = p.sample(where, "samples", principles[-1], {"good": good, "bad": bad})
+                preferences = p.preferences(where, samples)
+                p.quality(where, preferences, principles[-1], policy, kept)
+                trained = p.policy(where, "pbaa", preferences, policy)
+            else:
+                preferences = p.preferences(where, kept, cleaned=True)
+                p.quality(where, preferences, principles[-1], policy, kept)
+                trained = p.policy(where, "sso-online", kept, policy)
+        policies[recipe.method].append(trained)
+        policy = trained
+    if recipe.baseline == "pbaa":
+        policies["pbaa"] = []
+        policy = p.base
+        for k, same_principles in enumerate(principles, 1):
+            policy = pbaa(p, f"baseline/iteration-{k}", same_principles, policy)
+            policies["pbaa"].append(policy)
+    p.evaluation(policies, generator)
+    return p.stages
+
+
+def pbaa(p: Plan, where: str, principles: Made, policy: Made) -> Made:
+    """Principle-based automated alignment: pairs from the policy itself, one plain term."""
+    samples = p.sample(where, "samples", principles, {"good": policy, "bad": policy})
+    preferences = p.preferences(where, samples)
+    p.quality(where, preferences, principles, policy, None)
+    return p.policy(where, "pbaa", preferences, policy)
+
+
+def select(stages: list[Stage], until: str | None) -> list[Stage]:
+    """The stages up to and with the first one called ``until``.
+
+    Raises:
+        ConfigError: no stage is called that.
+    """
+    if until is None:
+        return stages
+    for i, stage in enumerate(stages):
+        if until in (stage.name, stage.name.partition("/")[2], stage.name.rpartition("/")[2]):
+            return stages[: i + 1]
+    names = list(dict.fromkeys(s.name.partition("/")[2] or s.name for s in stages))
+    raise ConfigError(f"There is no stage {until!r}; stages are {', '.join(names)}.")
+
+
+def execute(
+    recipe: Recipe,
+    given: dict[str, Any],
+    *,
+    until: str | None = None,
+    redo: bool = False,
+) -> int:
+    """Runs what of a recipe is not done yet; returns how many stages it ran.
+
+    Args:
+        recipe: checked and complete.
+        given: the recipe as the user gave it, overrides merged; kept as ``recipe.yaml``.
+        until: stop after this stage.
+        redo: replace work that was made with other settings (it moves to ``superseded/``).
+
+    Raises:
+        SelfsteerError: see the errors' own texts; finished stages and shards stay.
+    """
+    run = RunFolder(recipe.folder)
+    stages = select(plan(recipe, run), until)
+    with run.locked():
+        conflicts = [s for s in stages if run.conflict(s)]
+        if conflicts and not redo:
+            refuse(run, conflicts)
+        todo = [s for s in stages if not run.is_done(s)]
+        if todo:
+            check_models(recipe)
+        if conflicts:
+            run.supersede(conflicts)
+        _write_recipe(run, recipe, given)
+        for i, stage in enumerate(todo, 1):
+            say(f"[{i}/{len(todo)}] {stage.name}", "bold")
+            result = run.execute(stage)
+            say(f"  {summary_line(result)}")
+        if until is None and not recipe.keep.generator:
+            drop_generators(run)
+    return len(todo)
+
+
+def summary_line(result: StageResult) -> str:
+    """``1,400 in, 1,391 out, dropped 9 (5 unfinished, 4 equals_plain)``."""
+    drops = ", ".join(f"{n:,} {reason}" for reason, n in result.dropped.most_common())
+    lost = sum(result.dropped.values())
+    tail = f", dropped {lost:,} ({drops})" if lost else ""
+    return f"{result.n_in:,} in, {result.n_out:,} out{tail}"
+
+
+def check_models(recipe: Recipe) -> None:
+    """Fails now, not after a night of sampling, if a model cannot be loaded.
+
+    Raises:
+        ArtifactError: no such model, or a chat template is missing.
+        ConfigError: the response budget exceeds the model's context.
+    """
+    from selfsteer.models.loading import load_chat, load_context_length, resolve_device
+
+    resolve_device(recipe.policy.device)
+    sources = [recipe.policy.model]
+    if recipe.principles.mode == "generated" and recipe.principles.writer:
+        sources.append(recipe.principles.writer)
+    for source in map(resolve_path, sources):
+        chat = load_chat(source, recipe.policy)
+        if not chat.has_system_role:
+            say(f"{source} has no system role: principles go in front of the first user turn")
+        limit = load_context_length(source, recipe.policy)
+        if limit is not None and recipe.sampling.max_new_tokens >= limit:
+            raise ConfigError(
+                f"sampling.max_new_tokens {recipe.sampling.max_new_tokens} leaves no room for a "
+                f"prompt: {source} has a context of {limit} tokens. Lower it."
+            )
+
+
+def drop_generators(run: RunFolder) -> None:
+    """Deletes the generators' weights, as the recipe wishes; the folders stay as a record."""
+    for weights in run.path.glob("iteration-*/generator/**/*.safetensors"):
+        weights.unlink()
+        write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
+
+
+def _write_recipe(run: RunFolder, recipe: Recipe, given: dict[str, Any]) -> None:
+    resolved = recipe.model_dump_json(indent=1) + "\n"
+    path = run / "resolved.json"
+    if path.exists():
+        old = path.read_text("utf-8")
+        if old == resolved:
+            return
+        stamp = digest(old)
+        for name in ("resolved.json", "recipe.yaml"):
+            target = run / "superseded" / f"recipe-{stamp}" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (run / name).exists() and not target.exists():
+                shutil.copy2(run / name, target)
+    write_atomic(run / "recipe.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+    write_atomic(path, resolved)

@@ -1,0 +1,1 @@
+"""Queries and the principles written for them."""

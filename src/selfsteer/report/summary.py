@@ -1,0 +1,275 @@
+"""A run folder in the terminal: result table, stages, drops, where the models are.
+
+Reads JSON only, so that showing a run takes no time.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from selfsteer.errors import ArtifactError
+
+
+def load(run: Path) -> dict[str, Any]:
+    """What the folder says of itself.
+
+    Raises:
+        ArtifactError: it is not a run folder.
+    """
+    if not (run / "resolved.json").exists():
+        raise ArtifactError(
+            f"{run} is not a run folder: it has no resolved.json. Give the folder that "
+            "'selfsteer run' wrote, for example runs/demo."
+        )
+    recipe = json.loads((run / "resolved.json").read_text("utf-8"))
+    stages: dict[str, dict[str, Any]] = {}
+    ledger = run / "ledger.jsonl"
+    for line in ledger.read_text("utf-8").splitlines() if ledger.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["event"] == "superseded":
+            stages.pop(entry["stage"], None)
+        else:
+            stages[entry["stage"]] = entry
+    folders = {recipe["method"]: run}
+    if recipe.get("baseline"):
+        folders[recipe["baseline"]] = run / "baseline"
+    quality = {
+        method: [
+            json.loads((folder / f"iteration-{k}" / "quality.json").read_text("utf-8"))
+            for k in range(1, recipe["iterations"] + 1)
+            if (folder / f"iteration-{k}" / "quality.json").exists()
+        ]
+        for method, folder in folders.items()
+    }
+    return {
+        "run": str(run),
+        "recipe": recipe,
+        "stages": stages,
+        "quality": quality,
+        "evaluation": _json(run / "evaluation.json"),
+        "exhibit": _json(run / "evaluation" / "exhibit.json"),
+        "models": {m: str(p) for m, p in _models(run, recipe).items()},
+    }
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def _models(run: Path, recipe: dict[str, Any]) -> dict[str, Path]:
+    found: dict[str, Path] = {"base": Path(recipe["policy"]["model"])}
+    for k in range(1, recipe["iterations"] + 1):
+        for label, path in (
+            ("generator", run / f"iteration-{k}" / "generator"),
+            ("generator/plus", run / f"iteration-{k}" / "generator" / "plus"),
+            ("generator/minus", run / f"iteration-{k}" / "generator" / "minus"),
+            ("policy", run / f"iteration-{k}" / "policy"),
+            ("baseline", run / "baseline" / f"iteration-{k}" / "policy"),
+        ):
+            if (path / "config.json").exists():
+                found[label] = path
+    return found
+
+
+def seconds_of(found: dict[str, Any], method: str) -> float | None:
+    """Wall time of a method's stages; principles count for both methods, as both need them."""
+    entries = found["stages"]
+    total = 0.0
+    for name, entry in entries.items():
+        if entry["event"] != "finish":
+            return None
+        mine = name.startswith("baseline/") == (method != found["recipe"]["method"])
+        shared = name.endswith("/principles") or name == "queries"
+        if (mine or shared) and name != "evaluation":
+            total += entry["seconds"]
+    return total
+
+
+def result_table(found: dict[str, Any]) -> Table | None:
+    """Base, baseline and method, one row each, with 95 % intervals; None before evaluation."""
+    evaluation = found["evaluation"]
+    if evaluation is None:
+        return None
+    table = Table(title=f"{evaluation['queries']:,} held-out queries", title_justify="left")
+    for column in ("model", "score", "win rate vs base", "data accuracy"):
+        table.add_column(column)
+    table.add_column("on-policy\nchosen")
+    table.add_column("on-policy\nrejected")
+    for column in ("tokens", "seconds"):
+        table.add_column(column, justify="right")
+    finals = evaluation["finals"]
+    rows = [("base", "base", None)]
+    rows += [(m, label, m) for m, label in reversed(list(finals.items()))]
+    for name, label, method in rows:
+        figures = evaluation["models"][label]
+        quality = found["quality"].get(method) if method else None
+        last = quality[-1]["preferences"] if quality else None
+        policyness: dict[str, float] = last["on_policyness"] if last else {}
+        seconds = seconds_of(found, method) if method else None
+        table.add_row(
+            name,
+            _interval(figures.get("score")),
+            _interval(figures.get("win_rate")),
+            _number(last["accuracy"] if last else None),
+            _number(policyness.get("chosen")),
+            _number(policyness.get("rejected")),
+            f"{figures['tokens']:.1f}",
+            f"{seconds:.0f}" if seconds is not None else "",
+        )
+    return table
+
+
+def _interval(value: Any) -> str:
+    if not value:
+        return ""
+    mean, low, high = value
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def iteration_table(found: dict[str, Any]) -> Table | None:
+    """Score, data accuracy and lengths per iteration; None for runs of a single one."""
+    recipe, evaluation = found["recipe"], found["evaluation"]
+    if recipe["iterations"] == 1 or evaluation is None:
+        return None
+    table = Table(title="by iteration", title_justify="left")
+    for column in ("model", "score", "tokens", "data accuracy", "chosen tokens", "rejected tokens"):
+        table.add_column(column)
+    for label, figures in evaluation["models"].items():
+        method, _, k = label.partition("/iteration-")
+        quality = found["quality"].get(method, []) if k else []
+        last = quality[int(k) - 1]["preferences"] if k and len(quality) >= int(k) else None
+        table.add_row(
+            label,
+            _interval(figures.get("score")),
+            f"{figures['tokens']:.1f}",
+            _number(last["accuracy"]) if last else "",
+            f"{last['tokens']['chosen']:.1f}" if last else "",
+            f"{last['tokens']['rejected']:.1f}" if last else "",
+        )
+    return table
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """The result in one sentence, with its interval; says so when it cannot be told apart."""
+    evaluation = found["evaluation"]
+    difference = evaluation.get("difference") if evaluation else None
+    if not difference:
+        return ""
+    mean, low, high = difference["score"]
+    mine, _, theirs = difference["of"].partition(" - ")
+    verdict = f"{mine} is better" if low > 0 else f"{theirs} is better" if high < 0 else "undecided"
+    return (
+        f"{mine} - {theirs}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] in score, paired by query: "
+        f"{verdict} on this seed. The interval is over queries; training seeds vary more."
+    )
+
+
+def print_result(found: dict[str, Any], console: Console) -> None:
+    """The closing summary of a run."""
+    table = result_table(found)
+    if table is not None:
+        console.print(table)
+        by_iteration = iteration_table(found)
+        if by_iteration is not None:
+            console.print(by_iteration)
+        text = sentence(found)
+        if text:
+            console.print(escape(text))
+        console.print(
+            "score: judge, 0 to 1. on-policy: mean probability per token of the training pairs "
+            "under the policy before training. [ ]: 95 % bootstrap.",
+            style="dim",
+        )
+    _print_exhibit(found, console)
+
+
+def _print_exhibit(found: dict[str, Any], console: Console) -> None:
+    if not found["exhibit"]:
+        return
+    shown = found["exhibit"][0]
+    principles = shown["principles"]
+    table = Table(title=f"\nWhat steering looks like: {escape(shown['query'])}", show_lines=True)
+    table.title_justify = "left"
+    table.add_column("context")
+    for name in shown["responses"]:
+        table.add_column(name, ratio=1)
+    for context in ("plain", "good", "bad"):
+        table.add_row(context, *(escape(r[context]) for r in shown["responses"].values()))
+    console.print(table)
+    console.print(f"good principle: {escape(principles['good'])}", style="dim")
+    console.print(f"bad principle:  {escape(principles['bad'])}", style="dim")
+
+
+def print_show(found: dict[str, Any], console: Console) -> None:
+    """Stages, counts, drops by reason, quality, models."""
+    recipe = found["recipe"]
+    console.print(
+        f"[bold]{escape(found['run'])}[/bold]  method {recipe['method']}"
+        + (f", baseline {recipe['baseline']}" if recipe.get("baseline") else "")
+        + f", {recipe['iterations']} iteration(s), seed {recipe['seed']}"
+    )
+    table = Table()
+    for column, justify in (
+        ("stage", "left"),
+        ("state", "left"),
+        ("in", "right"),
+        ("out", "right"),
+        ("dropped", "left"),
+        ("seconds", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, entry in found["stages"].items():
+        if entry["event"] == "finish":
+            drops = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
+            table.add_row(
+                name,
+                "done",
+                f"{entry['n_in']:,}",
+                f"{entry['n_out']:,}",
+                drops,
+                f"{entry['seconds']:.1f}",
+            )
+        else:
+            table.add_row(name, "[yellow]unfinished[/yellow]", "", "", "", "")
+    console.print(table)
+    quality = Table(title="data quality (under the policy before the iteration)")
+    quality.title_justify = "left"
+    columns = ("set", "pairs", "accuracy", "on-policy chosen", "rejected", "both")
+    for column in (*columns, "gap good", "gap bad", "tokens chosen", "rejected"):
+        quality.add_column(column, justify="left" if column == "set" else "right")
+    for method, iterations in found["quality"].items():
+        for k, figures in enumerate(iterations, 1):
+            for kind in ("triples", "preferences"):
+                if kind in figures:
+                    quality.add_row(f"{method} {k} {kind}", *_quality_cells(figures[kind]))
+    if quality.row_count:
+        console.print(quality)
+    for label, path in found["models"].items():
+        console.print(f"{label:>16}  {escape(path)}")
+    print_result(found, console)
+
+
+def _quality_cells(figures: dict[str, Any]) -> list[str]:
+    policyness, gap, tokens = figures["on_policyness"], figures["steering_gap"], figures["tokens"]
+    return [
+        f"{figures['pairs']:,}",
+        _number(figures["accuracy"]) or "no judge",
+        _number(policyness["chosen"]),
+        _number(policyness["rejected"]),
+        _number(policyness["both"]),
+        f"{gap['good']:+.3f}" if gap else "",
+        f"{gap['bad']:+.3f}" if gap else "",
+        f"{tokens['chosen']:.1f}",
+        f"{tokens['rejected']:.1f}",
+    ]

@@ -1,0 +1,383 @@
+"""The run folder is the whole state: ledger, atomic writes, shards, fingerprints, seeds, lock.
+
+A stage whose fingerprint is in the ledger as finished is skipped. Work that another recipe began
+is never mixed with this one's: it is refused, or moved to ``superseded/`` under ``--redo``.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.records import SCHEMA_VERSION, Record, dump_lines, read_jsonl
+
+
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Writes to a temporary name in the same folder, syncs, renames.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written; the old file stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into one paragraph."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"The disk is full: {path} could not be written. Everything finished before is "
+                "kept; free some room and run the same command again."
+            ) from e
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(
+                f"{path} cannot be written ({e.strerror}). Choose another runs_dir or fix the "
+                "folder's permissions."
+            ) from e
+        raise
+
+
+def digest(value: Any) -> str:
+    """16 hex digits over any JSON value; equal values give equal digests."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+_EDGE_BYTES = 1 << 20
+
+
+def digest_path(path: Path) -> str:
+    """16 hex digits over a file's or a folder's content.
+
+    Files above 16 MiB count by size and their first and last MiB, so that the weights of a large
+    model are not read whole at every start.
+    """
+    total = hashlib.sha256()
+    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for p in paths:
+        if path.is_dir():
+            total.update(str(p.relative_to(path)).encode())
+        size = p.stat().st_size
+        with open(p, "rb") as file:
+            if size <= 16 * _EDGE_BYTES:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                total.update(str(size).encode() + file.read(_EDGE_BYTES))
+                file.seek(-_EDGE_BYTES, os.SEEK_END)
+                total.update(file.read())
+    return total.hexdigest()[:16]
+
+
+def model_digest(source: str) -> str:
+    """Identifies a model: the content of a folder, or the hub id."""
+    path = Path(source)
+    return digest_path(path) if path.is_dir() else digest(source)
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed from the run's seed, stage, iteration, shard …: equal parts, equal seed."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("selfsteer", "torch", "transformers", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass
+class StageResult:
+    """What a stage reports: records in, records out, drops by reason, anything worth keeping.
+
+    ``one_to_one`` stages satisfy n_in == n_out + sum(dropped.values()); the ledger checks it.
+    """
+
+    n_in: int
+    n_out: int
+    dropped: Counter[str] = field(default_factory=Counter)
+    one_to_one: bool = True
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of the data flow.
+
+    ``name`` is its path in the run folder (``iteration-1/triples``), ``outputs`` the files and
+    folders it makes, ``inputs`` whatever its result depends on (settings, digests, the
+    fingerprints of stages before it), ``scratch`` what it resumes from until it is finished.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    inputs: Mapping[str, Any]
+    work: Callable[[], StageResult]
+    scratch: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when, and only when, the stage would have to be done again."""
+        return digest([self.name, SCHEMA_VERSION, self.inputs])
+
+
+class RunFolder:
+    """One run's folder; made on first use, locked while a process works in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_file: Any = None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process.
+
+        Raises:
+            ArtifactError: another process works in it; says which.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise ArtifactError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}. Wait "
+                    "for it, stop it, or choose another name."
+                ) from None
+            file.truncate(0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.flush()
+            self._lock_file = file
+            yield
+        finally:
+            self._lock_file = None
+            file.close()
+
+    # -- ledger ---------------------------------------------------------------------------------
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """All entries; a line that a kill cut short is left out."""
+        path = self / "ledger.jsonl"
+        if not path.exists():
+            return []
+        entries = []
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return entries
+
+    def append(self, file_name: str, entry: Mapping[str, Any]) -> None:
+        """Adds one line to a log of the run folder, on disk before it returns."""
+        path = self / file_name
+        with disk_errors(path):
+            torn = path.exists() and path.stat().st_size > 0
+            if torn:
+                with open(path, "rb") as file:
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read() != b"\n"
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def last(self, stage: str) -> dict[str, Any] | None:
+        """The newest entry of a stage."""
+        entries = [e for e in self.ledger() if e.get("stage") == stage]
+        return entries[-1] if entries else None
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the ledger says so and what it made is still there."""
+        last = self.last(stage.name)
+        return (
+            last is not None
+            and last["event"] == "finish"
+            and last["fingerprint"] == stage.fingerprint
+            and all((self / o).exists() for o in stage.outputs)
+        )
+
+    def conflict(self, stage: Stage) -> bool:
+        """Whether there is work of this stage that another recipe or input made."""
+        last = self.last(stage.name)
+        return (
+            last is not None
+            and last["fingerprint"] != stage.fingerprint
+            and last["event"] in ("begin", "finish")
+        )
+
+    def execute(self, stage: Stage) -> StageResult:
+        """Runs a stage, with its entries in the ledger.
+
+        Raises:
+            ArtifactError: nothing is left after it, or its counts do not add up.
+        """
+        begin = {
+            "event": "begin",
+            "stage": stage.name,
+            "fingerprint": stage.fingerprint,
+            "time": time.time(),
+            "versions": versions(),
+        }
+        self.append("ledger.jsonl", begin)
+        start = time.monotonic()
+        result = stage.work()
+        lost = sum(result.dropped.values())
+        if result.one_to_one and result.n_in != result.n_out + lost:
+            raise ArtifactError(
+                f"Stage {stage.name} lost count: {result.n_in} in, {result.n_out} out, {lost} "
+                "dropped. This is a bug; please report it with the run's ledger."
+            )
+        if result.n_out == 0:
+            drops = ", ".join(f"{n} {reason}" for reason, n in result.dropped.most_common())
+            raise ArtifactError(
+                f"Stage {stage.name} has nothing left: of {result.n_in} records all were dropped "
+                f"({drops or 'there were none'}). Loosen what dropped them, or give it more."
+            )
+        self.append(
+            "ledger.jsonl",
+            {
+                "event": "finish",
+                "stage": stage.name,
+                "fingerprint": stage.fingerprint,
+                "time": time.time(),
+                "seconds": round(time.monotonic() - start, 3),
+                "n_in": result.n_in,
+                "n_out": result.n_out,
+                "dropped": dict(sorted(result.dropped.items())),
+                "notes": result.notes,
+                "outputs": list(stage.outputs),
+            },
+        )
+        return result
+
+    def supersede(self, stages: Iterable[Stage]) -> None:
+        """Moves what these stages made to ``superseded/``; nothing is deleted."""
+        for stage in stages:
+            present = [o for o in (*stage.outputs, *stage.scratch) if (self / o).exists()]
+            if present:
+                stamp = time.strftime("%Y%m%d-%H%M%S")
+                for output in present:
+                    target = self / "superseded" / stamp / output
+                    n = 1
+                    while target.exists():
+                        n += 1
+                        target = self / "superseded" / f"{stamp}-{n}" / output
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.move(self / output, target)
+            if self.last(stage.name):
+                self.append(
+                    "ledger.jsonl",
+                    {
+                        "event": "superseded",
+                        "stage": stage.name,
+                        "fingerprint": (self.last(stage.name) or {})["fingerprint"],
+                        "time": time.time(),
+                    },
+                )
+
+
+def refuse(run: RunFolder, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError because these stages' work was made by another recipe or input."""
+    names = ", ".join(s.name for s in stages[:3]) + (" …" if len(stages) > 3 else "")
+    raise ConfigError(
+        f"{run.path} holds work of {names} that was made with other settings or inputs; this "
+        "recipe would change it. Choose another name, or add --redo to do it again (what it "
+        "replaces moves to superseded/)."
+    )
+
+
+# -- shards --------------------------------------------------------------------------------------
+
+
+def run_shards(
+    folder: Path,
+    items: Sequence[Any],
+    shard_size: int,
+    work: Callable[[int, Sequence[Any]], tuple[Sequence[Record], Counter[str]]],
+    skipped: Callable[[int], None] = lambda n: None,
+) -> StageResult:
+    """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
+
+    Args:
+        folder: gets ``shard-00000.jsonl`` … and beside each a mark with its counts and digest.
+        items: what goes in, in a fixed order.
+        shard_size: items per shard.
+        work: (shard number, items) → (records, drops by reason); deterministic in its arguments.
+        skipped: told the number of items of each shard that was already there.
+    """
+    result = StageResult(len(items), 0)
+    for number, start in enumerate(range(0, len(items), shard_size)):
+        part = items[start : start + shard_size]
+        shard = folder / f"shard-{number:05d}.jsonl"
+        mark = folder / f"shard-{number:05d}.done.json"
+        counts = _finished_shard(shard, mark, len(part))
+        if counts is None:
+            records, dropped = work(number, part)
+            text = dump_lines(records).encode()
+            write_atomic(shard, text)
+            counts = {
+                "n_in": len(part),
+                "n_out": len(records),
+                "dropped": dict(sorted(dropped.items())),
+                "sha256": hashlib.sha256(text).hexdigest(),
+            }
+            write_atomic(mark, json.dumps(counts) + "\n")
+        else:
+            skipped(len(part))
+        result.n_out += counts["n_out"]
+        result.dropped.update(counts["dropped"])
+    return result
+
+
+def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:
+    try:
+        counts = json.loads(mark.read_bytes())
+        text = shard.read_bytes()
+    except (OSError, ValueError):
+        return None
+    ok = counts["n_in"] == n_in and counts["sha256"] == hashlib.sha256(text).hexdigest()
+    return counts if ok else None
+
+
+def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
+    """All records of a folder of shards, in order."""
+    for shard in sorted(folder.glob("shard-*.jsonl")):
+        for _, value in read_jsonl(shard):
+            yield value

@@ -1,0 +1,214 @@
+"""Quality of each preference set, and what the models answer to held-out queries."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsteer.config import Evaluation, Recipe
+from selfsteer.contexts import CONTEXTS, context_messages
+from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.evaluation.judges import Judge, ScoringJudge, accuracy, load_judge, verdict_counts
+from selfsteer.evaluation.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
+from selfsteer.evaluation.stats import mean_interval
+from selfsteer.models.loading import load_model
+from selfsteer.models.scores import ScoreStore
+from selfsteer.principles import writer
+from selfsteer.records import Preference, Query, Triple, Verdict, dump_lines
+from selfsteer.runs import StageResult, derive_seed, write_atomic
+from selfsteer.terminal import progress_bar
+
+#: Pairs measured; a seeded subset of larger sets, whose figures it gives to about one percent.
+QUALITY_PAIRS = 4000
+
+
+def measure_quality(
+    preferences: Sequence[Preference],
+    principled: Sequence[Triple],
+    recipe: Recipe,
+    policy: str,
+    output: Path,
+    scores: Path,
+    stage: str,
+    triples: Sequence[Triple] = (),
+) -> StageResult:
+    """Writes ``quality.json``: figures of the preferences and, where given, of the triples.
+
+    Args:
+        preferences: the set that the policy is trained on.
+        principled: records of the same ids with principles, for the steering gap.
+        recipe: names the judge.
+        policy: the policy at the start of the iteration; scores everything.
+        output: the JSON file.
+        scores: folder of the shared log-probs.
+        stage: the stage's name, part of the seed.
+        triples: the policy's own triples, measured beside, plain responses included.
+    """
+    principles = {t.id: t.principles for t in principled}
+    pairs = []
+    for p in preferences:
+        t = p.to_triple()
+        pairs.append(Triple(t.id, t.messages, principles[p.id], t.responses, t.finish_reasons))
+    rng = np.random.default_rng(derive_seed(recipe.seed, stage))
+    loaded = load_model(policy, recipe.policy)
+    judge = load_judge(recipe.judge)
+    store = ScoreStore(scores, loaded.digest)
+    report: dict[str, Any] = {"scored_under": "policy at the start of the iteration"}
+    for name, records, sequences in (
+        ("preferences", pairs, (*PLAIN_SEQUENCES, *GAP_SEQUENCES)),
+        ("triples", list(triples), (*PLAIN_SEQUENCES, "plain/plain", *GAP_SEQUENCES)),
+    ):
+        if not records:
+            continue
+        chosen = _subset(records, QUALITY_PAIRS, rng)
+        flat = [loaded.chat.sequence(t, s) for s in sequences for t in chosen]
+        values = store.score(loaded, flat, label=f"quality: scoring {name}")
+        grid = np.array([float(v.double().sum()) for v in values]).reshape(len(sequences), -1)
+        tokens = np.array([len(v) for v in values]).reshape(len(sequences), -1)
+        report[name] = {
+            "of": len(records),
+            **quality(
+                chosen,
+                dict(zip(sequences, grid, strict=True)),
+                dict(zip(sequences, tokens, strict=True)),
+                judge,
+            ),
+        }
+    write_atomic(output, json.dumps(report, indent=1) + "\n")
+    return StageResult(len(pairs), len(pairs))
+
+
+def _subset(records: list[Triple], size: int, rng: np.random.Generator) -> list[Triple]:
+    if len(records) <= size:
+        return records
+    return [records[i] for i in sorted(rng.choice(len(records), size, replace=False))]
+
+
+def evaluate(
+    queries: Sequence[Query],
+    models: dict[str, str],
+    finals: dict[str, str],
+    generator: str | None,
+    recipe: Recipe,
+    run: Path,
+) -> StageResult:
+    """Writes ``evaluation.json`` and each model's answers under ``evaluation/``.
+
+    Args:
+        queries: held out from everything above.
+        models: label → model folder; ``base`` first, then ``METHOD/iteration-K``.
+        finals: method → the label of its last policy.
+        generator: the last generator, shown beside the policy in ``exhibit.json``; or None.
+        recipe: judge, sampling, intervals.
+        run: the run folder.
+    """
+    settings = recipe.evaluation
+    assert settings is not None
+    judge = load_judge(recipe.judge)
+    params = SamplingParams(
+        recipe.sampling.temperature if settings.temperature is None else settings.temperature,
+        recipe.sampling.top_p,
+        recipe.sampling.max_new_tokens,
+    )
+    answers: dict[str, list[Completion]] = {}
+    prompts = [q.messages for q in queries]
+    # the same seed for every model: what differs is the model
+    seed = derive_seed(recipe.seed, "evaluation")
+    with progress_bar("evaluation", len(models) * len(queries)) as bar:
+        for label, source in models.items():
+            engine = TransformersEngine(
+                load_model(source, recipe.policy), recipe.sampling.batch_size
+            )
+            answers[label] = engine.generate(prompts, params, seed, bar.advance)
+            lines = [
+                {**q.to_dict(), "response": c.text, "finish_reason": c.finish_reason}
+                for q, c in zip(queries, answers[label], strict=True)
+            ]
+            name = label.replace("/", "-")
+            write_atomic(run / "evaluation" / f"answers-{name}.jsonl", dump_lines(lines))
+    report: dict[str, Any] = {"queries": len(queries), "judge": recipe.judge, "finals": finals}
+    report["models"] = {
+        label: _figures(queries, found, answers["base"], judge, settings, recipe.seed)
+        for label, found in answers.items()
+    }
+    if isinstance(judge, ScoringJudge) and len(finals) == 2:
+        report["difference"] = _difference(queries, answers, finals, judge, settings, recipe.seed)
+    write_atomic(run / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    if generator is not None:
+        shown = _exhibit(queries[:2], {"policy": models["base"], "generator": generator}, recipe)
+        text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(run / "evaluation" / "exhibit.json", text)
+    return StageResult(len(queries), len(queries))
+
+
+def _figures(
+    queries: Sequence[Query],
+    found: Sequence[Completion],
+    base: Sequence[Completion],
+    judge: Judge | None,
+    settings: Evaluation,
+    seed: int,
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    out: dict[str, Any] = {
+        "tokens": float(np.mean([c.completion_tokens for c in found])),
+        "characters": float(np.mean([len(c.text) for c in found])),
+        "unfinished": sum(c.finish_reason == "length" for c in found),
+    }
+    if isinstance(judge, ScoringJudge):
+        scores = [judge.score(q, c.text) for q, c in zip(queries, found, strict=True)]
+        out["score"] = mean_interval(scores, rng, settings.bootstrap)
+    if judge is not None and found is not base:
+        verdicts = [
+            judge.compare(q, mine.text, theirs.text)
+            for q, mine, theirs in zip(queries, found, base, strict=True)
+        ]
+        out["verdicts"] = verdict_counts(verdicts)
+        judged = [v for v in verdicts if v is not Verdict.UNPARSEABLE]
+        if judged:
+            wins = [accuracy([v]) or 0.0 for v in judged]
+            out["win_rate"] = mean_interval(wins, rng, settings.bootstrap)
+    return out
+
+
+def _difference(
+    queries: Sequence[Query],
+    answers: dict[str, list[Completion]],
+    finals: dict[str, str],
+    judge: ScoringJudge,
+    settings: Evaluation,
+    seed: int,
+) -> dict[str, Any]:
+    """Score of the first method minus the second, paired by query."""
+    (mine, mine_label), (theirs, their_label) = finals.items()
+    gaps = [
+        judge.score(q, a.text) - judge.score(q, b.text)
+        for q, a, b in zip(queries, answers[mine_label], answers[their_label], strict=True)
+    ]
+    interval = mean_interval(gaps, np.random.default_rng(seed), settings.bootstrap)
+    return {"of": f"{mine} - {theirs}", "score": interval}
+
+
+def _exhibit(
+    queries: Sequence[Query], models: dict[str, str], recipe: Recipe
+) -> list[dict[str, Any]]:
+    """One query, three contexts, policy and generator: what steering looks like."""
+    s = recipe.sampling
+    params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
+    seed = derive_seed(recipe.seed, "exhibit")
+    shown = []
+    for query in queries:
+        principles = writer.picked(("Helpfulness", "Accuracy"))
+        prompts = [context_messages(query.messages, principles, c) for c in CONTEXTS]
+        responses = {}
+        for name, source in models.items():
+            engine = TransformersEngine(load_model(source, recipe.policy), s.batch_size)
+            found = engine.generate(prompts, params, seed)
+            responses[name] = dict(zip(CONTEXTS, [c.text for c in found], strict=True))
+        shown.append(
+            {"query": query.text, "principles": principles.to_dict(), "responses": responses}
+        )
+    return shown

@@ -1,0 +1,132 @@
+"""`selfsteer train`: one objective on stored triples, under torchrun if there are ranks."""
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from selfsteer.config import TrainConfig, resolve_path
+from selfsteer.errors import ConfigError, DataError
+from selfsteer.formats import read_triples
+from selfsteer.models.loading import load_model
+from selfsteer.objectives import Objective
+from selfsteer.records import dump_lines
+from selfsteer.runs import digest, model_digest, write_atomic
+from selfsteer.stages.training import check_length, encode, with_reference
+from selfsteer.terminal import is_main_process, say
+from selfsteer.training.trainer import train
+
+MANIFEST = "selfsteer.json"
+
+
+def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[str, Any]:
+    """Trains ``model`` and writes it to ``config.output``; the same command resumes.
+
+    Args:
+        model: folder, hub id or package: path.
+        triples_path: our triples, the authors' JSON, or preferences (see docs/formats.md).
+        config: objective and optimisation.
+
+    Returns:
+        The manifest that is also written into the output folder.
+
+    Raises:
+        ConfigError: the output holds something made with other settings.
+        DataError: the triples lack a response that the objective needs, or cannot be read.
+    """
+    output = Path(config.output)
+    model = resolve_path(model)
+    triples = read_triples(triples_path)
+    settings = config.model_dump(exclude={"output", "save_every_steps"})
+    fingerprint = digest([settings, model_digest(model), dump_lines(triples)])
+    if output.exists():
+        return _finished(output, fingerprint)
+    work = output.with_name(f"{output.name}.partial")
+    _claim(work, fingerprint)
+
+    objective = Objective.named(
+        config.objective,
+        base=config.base,
+        beta=config.beta,
+        gamma=config.gamma,
+        alpha=config.alpha,
+        steer=config.steer,
+        use_weight=config.use_weight,
+        use_steer=config.use_steer,
+        detach_weight=config.detach_weight,
+        label_smoothing=config.label_smoothing,
+        simpo_margin=config.simpo_margin,
+    )
+    loaded = load_model(model, config)
+    encoded, kept, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
+    if not kept:
+        raise DataError(f"Nothing to train on: of {len(triples)} triples {dict(dropped)} dropped.")
+    check_length(loaded, encoded)
+    say(
+        f"{objective.name} ({config.base}): {len(kept):,} of {len(triples):,} triples, "
+        f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"
+    )
+    first: Any = nullcontext()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        # one rank scores the reference and writes it down, the others read it
+        first = PartialState(cpu=loaded.device.type == "cpu").main_process_first()
+    with first:
+        examples = with_reference(
+            kept, encoded, objective, lambda: loaded, work / "scores", "reference: scoring"
+        )
+    history: list[dict[str, float]] = []
+    last = train(
+        loaded,
+        objective,
+        examples,
+        config,
+        output=output,
+        label="train",
+        seed=config.seed,
+        lora=config.lora,
+        on_log=history.append,
+        per_step=(config.batch_size, config.accumulate),
+    )
+    manifest = {
+        "fingerprint": fingerprint,
+        "model": model,
+        "triples": str(triples_path),
+        "config": config.model_dump(),
+        "n_in": len(triples),
+        "n_out": len(kept),
+        "dropped": dict(dropped),
+        "responses_truncated": truncated,
+        "last": last,
+    }
+    if is_main_process():
+        write_atomic(output / "metrics.jsonl", dump_lines(history))
+        write_atomic(output / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _finished(output: Path, fingerprint: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads((output / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        manifest = {}
+    if manifest.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"The output {output} is there already and was not made by this command with these "
+            "settings and data. Choose another output, or move it away."
+        )
+    say(f"nothing to do: {output} is finished")
+    return dict(manifest)
+
+
+def _claim(work: Path, fingerprint: str) -> None:
+    mark = work / "fingerprint"
+    if mark.exists() and mark.read_text("utf-8") != fingerprint:
+        raise ConfigError(
+            f"{work} holds a training that was begun with other settings or data. Finish it with "
+            "those, choose another output, or remove that folder."
+        )
+    if is_main_process():
+        write_atomic(mark, fingerprint)

@@ -1,0 +1,339 @@
+"""Each arrow of the data flow as a fingerprinted stage; `selfsteer.pipeline` puts them in order.
+
+Nothing heavy is imported before a stage works.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfsteer.config import Recipe, resolve_path
+from selfsteer.principles.queries import load_queries, queries_digest
+from selfsteer.records import Preference, Query, Triple, dump_lines, read_jsonl
+from selfsteer.runs import (
+    RunFolder,
+    Stage,
+    StageResult,
+    derive_seed,
+    model_digest,
+    read_shards,
+    write_atomic,
+)
+from selfsteer.terminal import warn
+
+
+@dataclass(frozen=True)
+class Made:
+    """Something a stage made: where it is, and the fingerprint of its maker."""
+
+    path: Path
+    fingerprint: str
+
+
+class Plan:
+    """Lists the stages of a recipe, each fingerprinted with all that its result depends on."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self.recipe, self.run = recipe, run
+        self.stages: list[Stage] = []
+        self.base = Made(
+            Path(resolve_path(recipe.policy.model)),
+            model_digest(resolve_path(recipe.policy.model)),
+        )
+        self.queries = self._queries()
+
+    def add(
+        self,
+        name: str,
+        outputs: Sequence[str],
+        inputs: dict[str, Any],
+        work: Callable[[], StageResult],
+        scratch: tuple[str, ...] = (),
+    ) -> str:
+        """Appends a stage and returns its fingerprint."""
+        shared = {"seed": self.recipe.seed, "policy": self._model_settings()}
+        stage = Stage(name, tuple(outputs), {**shared, **inputs}, work, scratch)
+        self.stages.append(stage)
+        return stage.fingerprint
+
+    def _model_settings(self) -> dict[str, Any]:
+        return self.recipe.policy.model_dump(exclude={"model", "threads"})
+
+    # -- the stages -----------------------------------------------------------------------------
+
+    def _queries(self) -> Made:
+        settings, path = self.recipe.queries, self.run / "queries.jsonl"
+
+        def work() -> StageResult:
+            queries, dropped = load_queries(settings)
+            write_atomic(path, dump_lines(queries))
+            n_in = len(queries) + sum(dropped.values())
+            return StageResult(n_in, len(queries), dropped)
+
+        inputs = {"queries": queries_digest(settings), "limit": settings.limit}
+        return Made(path, self.add("queries", ["queries.jsonl"], inputs, work))
+
+    def principles(self, where: str, iteration: int, policy: Made) -> Made:
+        """Features and p+, p- for the queries of this iteration."""
+        recipe, folder = self.recipe, self.run / where
+        stage = f"{where}/principles"
+
+        def work() -> StageResult:
+            from selfsteer.stages.write_principles import write_principles
+
+            queries = self._iteration_queries(iteration)
+            return write_principles(queries, recipe, str(policy.path), folder, stage)
+
+        inputs = {
+            "queries": self.queries.fingerprint,
+            "share": [recipe.queries.per_iteration, recipe.method, recipe.iterations, iteration],
+            "principles": recipe.principles.model_dump(),
+            "batch": [recipe.sampling.batch_size, recipe.sampling.shard_size],
+            "policy_model": policy.fingerprint,
+        }
+        outputs, scratch = [f"{where}/principles.jsonl"], (f"{where}/principles",)
+        return Made(folder / "principles.jsonl", self.add(stage, outputs, inputs, work, scratch))
+
+    def sample(
+        self,
+        where: str,
+        name: str,
+        principles: Made,
+        models: dict[str, Made],
+        limit: int | None = None,
+    ) -> Made:
+        """Responses to every query, or to a seeded subset, each by its own model."""
+        recipe, folder, stage = self.recipe, self.run / where / name, f"{where}/{name}"
+
+        def work() -> StageResult:
+            from selfsteer.stages.sample import sample
+
+            triples = subset(read_triples(principles.path), limit, recipe.seed)
+            sources = {response: str(m.path) for response, m in models.items()}
+            return sample(triples, recipe, sources, folder, stage)
+
+        inputs = {
+            "principles": principles.fingerprint,
+            "models": {response: m.fingerprint for response, m in models.items()},
+            "sampling": recipe.sampling.model_dump(),
+            "limit": limit,
+        }
+        return Made(folder, self.add(stage, [stage], inputs, work))
+
+    def filter(self, where: str, triples: Made, policy: Made) -> Made:
+        """Hygiene, and v1's filter where the recipe asks for it."""
+        recipe, folder = self.recipe, self.run / where
+
+        def work() -> StageResult:
+            from selfsteer.stages.filter import filter_triples
+
+            found = read_triples(triples.path)
+            return filter_triples(found, recipe, str(policy.path), folder, self.run / "scores")
+
+        inputs = {
+            "triples": triples.fingerprint,
+            "hygiene": recipe.hygiene.model_dump(),
+            "filter": recipe.filtered,
+            "policy_model": policy.fingerprint,
+        }
+        stage = f"{where}/filter"
+        return Made(
+            folder / "filtered.jsonl", self.add(stage, [f"{where}/filtered.jsonl"], inputs, work)
+        )
+
+    def generator(self, where: str, triples: Made, policy: Made, half: str | None = None) -> Made:
+        """The data generator, or one half of it, trained from the policy."""
+        recipe = self.recipe
+        stage = f"{where}/generator/{half}" if half else f"{where}/generator"
+
+        def work() -> StageResult:
+            from selfsteer.stages.training import generator_objective, train_on
+
+            return train_on(
+                read_triples(triples.path),
+                generator_objective(recipe.generator, half),
+                recipe.generator,
+                recipe,
+                start=str(policy.path),
+                reference=str(self._reference(recipe.generator.reference, policy).path),
+                output=self.run / stage,
+                scores=self.run / "scores",
+                stage=stage,
+                on_log=self._logger(stage),
+            )
+
+        inputs = {
+            "triples": triples.fingerprint,
+            "generator": recipe.generator.model_dump(exclude={"queries", "save_every_steps"}),
+            "start": policy.fingerprint,
+            "reference": self._reference(recipe.generator.reference, policy).fingerprint,
+        }
+        return Made(self.run / stage, self.add(stage, [stage], inputs, work, (f"{stage}.partial",)))
+
+    def preferences(self, where: str, samples: Made, *, cleaned: bool = False) -> Made:
+        """The plain pairs (x; y+ ≻ y-)."""
+        recipe, stage = self.recipe, f"{where}/preferences"
+
+        def work() -> StageResult:
+            from selfsteer.stages.filter import to_preferences
+
+            found = read_triples(samples.path)
+            return to_preferences(found, recipe, self.run / stage, cleaned=cleaned)
+
+        inputs = {
+            "samples": samples.fingerprint,
+            "hygiene": recipe.hygiene.model_dump(),
+            "shard_size": recipe.sampling.shard_size,
+        }
+        return Made(self.run / stage, self.add(stage, [stage], inputs, work, (f"{stage}.partial",)))
+
+    def quality(
+        self, where: str, preferences: Made, principles: Made, policy: Made, triples: Made | None
+    ) -> None:
+        """Accuracy, on-policyness, steering gap and lengths of what the policy will see."""
+        recipe, stage = self.recipe, f"{where}/quality"
+        output = self.run / where / "quality.json"
+
+        def work() -> StageResult:
+            from selfsteer.stages.measure import measure_quality
+
+            return measure_quality(
+                read_preferences(preferences.path),
+                read_triples(principles.path),
+                recipe,
+                str(policy.path),
+                output,
+                self.run / "scores",
+                stage,
+                read_triples(triples.path) if triples else (),
+            )
+
+        inputs = {
+            "preferences": preferences.fingerprint,
+            "triples": triples.fingerprint if triples else None,
+            "judge": recipe.judge,
+            "policy_model": policy.fingerprint,
+        }
+        self.add(stage, [f"{where}/quality.json"], inputs, work)
+
+    def policy(self, where: str, method: str, data: Made, policy: Made) -> Made:
+        """The policy of the next iteration."""
+        recipe, stage = self.recipe, f"{where}/policy"
+
+        def work() -> StageResult:
+            from selfsteer.stages.training import policy_objective, train_on
+
+            triples = (
+                read_triples(data.path)
+                if method == "sso-online"
+                else [p.to_triple() for p in read_preferences(data.path)]
+            )
+            return train_on(
+                triples,
+                policy_objective(recipe.training, method),
+                recipe.training,
+                recipe,
+                start=str(policy.path),
+                reference=str(self._reference(recipe.training.reference, policy).path),
+                output=self.run / stage,
+                scores=self.run / "scores",
+                stage=stage,
+                on_log=self._logger(stage),
+            )
+
+        inputs = {
+            "data": data.fingerprint,
+            "method": method,
+            "training": recipe.training.model_dump(exclude={"save_every_steps"}),
+            "start": policy.fingerprint,
+            "reference": self._reference(recipe.training.reference, policy).fingerprint,
+        }
+        return Made(self.run / stage, self.add(stage, [stage], inputs, work, (f"{stage}.partial",)))
+
+    def evaluation(self, policies: dict[str, list[Made]], generator: Made | None) -> None:
+        """Base, baseline and policy on held-out queries."""
+        recipe = self.recipe
+        if recipe.evaluation is None:
+            return
+        settings = recipe.evaluation
+        models = {"base": self.base}
+        finals = {}
+        for method, made in policies.items():
+            for k, policy in enumerate(made, 1):
+                finals[method] = f"{method}/iteration-{k}"
+                models[finals[method]] = policy
+
+        def work() -> StageResult:
+            from selfsteer.stages.measure import evaluate
+
+            queries, _ = load_queries(settings.queries)
+            self._check_held_out(queries)
+            return evaluate(
+                queries,
+                {label: str(m.path) for label, m in models.items()},
+                finals,
+                str(generator.path) if generator else None,
+                recipe,
+                self.run.path,
+            )
+
+        inputs = {
+            "queries": queries_digest(settings.queries),
+            "evaluation": settings.model_dump(),
+            "sampling": recipe.sampling.model_dump(),
+            "judge": recipe.judge,
+            "models": {label: m.fingerprint for label, m in models.items()},
+        }
+        self.add("evaluation", ["evaluation.json", "evaluation"], inputs, work)
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _reference(self, which: str, policy: Made) -> Made:
+        return self.base if which == "first" else policy
+
+    def _logger(self, stage: str) -> Callable[[dict[str, float]], None]:
+        return lambda logs: self.run.append("metrics.jsonl", {"stage": stage, **logs})
+
+    def _iteration_queries(self, iteration: int) -> list[Query]:
+        queries = [Query.from_dict(v) for _, v in read_jsonl(self.queries.path)]
+        if self.recipe.method != "sso-online":
+            return queries
+        size = self.recipe.queries.per_iteration or max(len(queries) // self.recipe.iterations, 1)
+        start = (iteration - 1) * size
+        if start + size > len(queries):
+            warn(
+                f"iteration {iteration} needs queries {start + 1:,} to {start + size:,} of "
+                f"{len(queries):,}; earlier ones are used again"
+            )
+        picked = [queries[(start + i) % len(queries)] for i in range(min(size, len(queries)))]
+        return sorted(picked, key=lambda q: q.id)
+
+    def _check_held_out(self, queries: Sequence[Query]) -> None:
+        seen = {Query.from_dict(v).messages for _, v in read_jsonl(self.queries.path)}
+        shared = sum(q.messages in seen for q in queries)
+        if shared:
+            warn(
+                f"{shared} of {len(queries)} evaluation queries are also alignment queries: the "
+                "evaluation is not held out"
+            )
+
+
+def subset(triples: list[Triple], limit: int | None, seed: int) -> list[Triple]:
+    """A seeded subset that does not depend on the order of the rest, in the given order."""
+    if limit is None or len(triples) <= limit:
+        return triples
+    chosen = sorted(triples, key=lambda t: derive_seed(seed, "subset", t.id))[:limit]
+    ids = {t.id for t in chosen}
+    return [t for t in triples if t.id in ids]
+
+
+def read_triples(path: Path) -> list[Triple]:
+    """Triples of a JSONL file or of a folder of shards."""
+    rows = read_shards(path) if path.is_dir() else (v for _, v in read_jsonl(path))
+    return [Triple.from_dict(v) for v in rows]
+
+
+def read_preferences(folder: Path) -> list[Preference]:
+    """Preferences of a folder of shards."""
+    return [Preference.from_dict(v) for v in read_shards(folder)]

@@ -1,0 +1,93 @@
+"""Principles to triples: an engine answers each query in the contexts that are asked for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from selfsteer.config import Recipe
+from selfsteer.contexts import context_messages
+from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.models.loading import load_model
+from selfsteer.records import Triple
+from selfsteer.runs import StageResult, derive_seed, run_shards
+from selfsteer.terminal import progress_bar
+
+
+def sample(
+    triples: Sequence[Triple],
+    recipe: Recipe,
+    models: dict[str, str],
+    folder: Path,
+    stage: str,
+) -> StageResult:
+    """Writes shards of triples whose responses are those asked for.
+
+    Args:
+        triples: queries with principles, in a fixed order.
+        recipe: sampling settings and seed.
+        models: response name → model that writes it, in its own context: ``{"good": A, "bad": A,
+            "plain": A}``; two generators give two different models.
+        folder: where the shards go.
+        stage: the stage's name, part of every seed.
+
+    Returns:
+        Counts; a triple with a response cut off by the budget is dropped as ``unfinished`` unless
+        the recipe keeps it.
+    """
+    settings = recipe.sampling
+    params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
+    engines: dict[str, TransformersEngine] = {}
+
+    def engine(source: str) -> TransformersEngine:
+        if source not in engines:
+            loaded = load_model(source, recipe.policy)
+            engines[source] = TransformersEngine(loaded, settings.batch_size)
+        return engines[source]
+
+    with progress_bar(stage.rpartition("/")[2], len(triples) * len(models)) as bar:
+
+        def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], Counter[str]]:
+            found: dict[tuple[str, str], Completion] = {}
+            for source in dict.fromkeys(models.values()):
+                names = [n for n, m in models.items() if m == source]
+                keys = [(t.id, n) for n in names for t in part]
+                prompts = [
+                    context_messages(t.messages, t.principles, n) for n in names for t in part
+                ]
+                seed = derive_seed(recipe.seed, stage, shard, *names)
+                answers = engine(source).generate(prompts, params, seed, bar.advance)
+                found.update(zip(keys, answers, strict=True))
+            return _collect(part, tuple(models), found, keep_unfinished=settings.keep_unfinished)
+
+        return run_shards(
+            folder,
+            triples,
+            settings.shard_size,
+            work,
+            lambda n: bar.advance(n * len(models)),
+        )
+
+
+def _collect(
+    part: Sequence[Triple],
+    names: tuple[str, ...],
+    found: dict[tuple[str, str], Completion],
+    *,
+    keep_unfinished: bool,
+) -> tuple[list[Triple], Counter[str]]:
+    kept, dropped = [], Counter[str]()
+    for triple in part:
+        answers = {n: found[triple.id, n] for n in names}
+        if not keep_unfinished and any(c.finish_reason == "length" for c in answers.values()):
+            dropped["unfinished"] += 1
+            continue
+        kept.append(
+            replace(
+                triple,
+                responses={n: c.text for n, c in answers.items()},
+                finish_reasons={n: c.finish_reason for n, c in answers.items()},
+            )
+        )
+    return kept, dropped

@@ -1,0 +1,162 @@
+"""Triples to a generator, triples or preferences to a policy: the two training stages."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from selfsteer.config import Generator, Optimisation, Recipe, Training
+from selfsteer.errors import DataError
+from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.models.loading import LoadedModel, load_model
+from selfsteer.models.scores import ScoreStore
+from selfsteer.objectives import Objective
+from selfsteer.records import Triple
+from selfsteer.runs import StageResult, derive_seed
+from selfsteer.training.trainer import Example, train
+
+
+def generator_objective(settings: Generator, half: str | None = None) -> Objective:
+    """The loss of the data generator, or of one half of it (``plus`` or ``minus``)."""
+    return Objective.named(
+        f"sso-{half}-only" if half else settings.objective,
+        base=settings.base,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        label_smoothing=settings.label_smoothing,
+        simpo_margin=settings.simpo_margin,
+    )
+
+
+def policy_objective(settings: Training, method: str) -> Objective:
+    """The loss of the policy: v1's for the online way, else PBAA on plain preferences."""
+    return Objective.named(
+        "sso-online" if method == "sso-online" else "pbaa",
+        base=settings.base,
+        beta=settings.beta,
+        alpha=settings.alpha,
+        steer=settings.steer,
+        use_weight=settings.use_weight,
+        use_steer=settings.use_steer,
+        detach_weight=settings.detach_weight,
+        label_smoothing=settings.label_smoothing,
+        simpo_margin=settings.simpo_margin,
+    )
+
+
+def encode(
+    chat: ChatFormat, triples: Sequence[Triple], objective: Objective, max_length: int
+) -> tuple[list[dict[str, EncodedSequence]], list[Triple], Counter[str], int]:
+    """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
+
+    Returns:
+        Sequences, the triples they belong to, drops by reason, responses that were cut.
+    """
+    encoded, kept, dropped, truncated = [], [], Counter[str](), 0
+    for triple in triples:
+        whole = {name: chat.sequence(triple, name) for name in objective.sequences}
+        if any(len(s.prompt_ids) >= max_length for s in whole.values()):
+            dropped["prompt_too_long"] += 1
+            continue
+        cut = {
+            n: EncodedSequence(s.prompt_ids, s.response_ids[: max_length - len(s.prompt_ids)])
+            for n, s in whole.items()
+        }
+        truncated += sum(len(cut[n]) < len(whole[n]) for n in whole)
+        encoded.append(cut)
+        kept.append(triple)
+    return encoded, kept, dropped, truncated
+
+
+def train_on(
+    triples: Sequence[Triple],
+    objective: Objective,
+    settings: Optimisation,
+    recipe: Recipe,
+    *,
+    start: str,
+    reference: str,
+    output: Path,
+    scores: Path,
+    stage: str,
+    on_log: Callable[[dict[str, float]], None],
+) -> StageResult:
+    """Trains ``start`` on an objective and writes it to ``output``.
+
+    Args:
+        triples: with the responses and principles that the objective needs.
+        objective: what to minimise.
+        settings: the optimisation part of the recipe.
+        recipe: for the model's settings and the seed.
+        start: the model to train.
+        reference: the frozen model whose log-probs the base loss compares with.
+        output: folder for the trained model.
+        scores: folder of the shared log-probs.
+        stage: the stage's name, part of the seed.
+        on_log: gets every log line.
+    """
+    loaded = load_model(start, recipe.policy)
+    encoded, kept, dropped, truncated = encode(loaded.chat, triples, objective, settings.max_length)
+    result = StageResult(len(triples), len(kept), dropped)
+    if not kept:
+        return result
+    check_length(loaded, encoded)
+    judge = loaded if reference == start else None
+    examples = with_reference(
+        kept,
+        encoded,
+        objective,
+        lambda: judge or load_model(reference, recipe.policy),
+        scores,
+        "reference: scoring",
+    )
+    logs = train(
+        loaded,
+        objective,
+        examples,
+        settings,
+        output=output,
+        label=stage.rpartition("/")[2],
+        seed=derive_seed(recipe.seed, stage) % 2**31,
+        lora=recipe.policy.lora,
+        keep_checkpoints=recipe.keep.checkpoints,
+        on_log=on_log,
+    )
+    result.notes = {"responses_truncated": truncated, "last": logs}
+    return result
+
+
+def with_reference(
+    triples: Sequence[Triple],
+    encoded: Sequence[dict[str, EncodedSequence]],
+    objective: Objective,
+    reference: Callable[[], LoadedModel],
+    scores: Path,
+    label: str,
+) -> list[Example]:
+    """Joins each triple's sequences with the reference's log-probs, scored once and kept."""
+    if not objective.base.needs_reference:
+        return [Example(t.id, e, None) for t, e in zip(triples, encoded, strict=True)]
+    names = objective.sequences
+    flat = [e[name] for e in encoded for name in names]
+    model = reference()
+    values = ScoreStore(scores, model.digest).score(model, flat, label=label)
+    size = len(names)
+    return [
+        Example(t.id, e, dict(zip(names, values[i * size : (i + 1) * size], strict=True)))
+        for i, (t, e) in enumerate(zip(triples, encoded, strict=True))
+    ]
+
+
+def check_length(loaded: LoadedModel, encoded: Sequence[dict[str, EncodedSequence]]) -> None:
+    """Refuses sequences beyond the model's own context.
+
+    Raises:
+        DataError: one is longer; says how long.
+    """
+    longest = max(len(s) for e in encoded for s in e.values())
+    limit = loaded.context_length
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"The longest sequence has {longest} tokens, {loaded.source} was made for {limit}. "
+            "Lower max_length."
+        )

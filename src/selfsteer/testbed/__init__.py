@@ -1,0 +1,1 @@
+"""A tiny world with an exact oracle: small, honest, measurable."""

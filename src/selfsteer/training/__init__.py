@@ -1,0 +1,1 @@
+"""The trainer that knows terms, not methods."""
