@@ -366,7 +366,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Applies ``a.b=c`` overrides to nested mappings.
+    """Applies ``a.b=c`` overrides to nested mappings; ``a.b=null`` goes back to the default.
 
     Raises:
         ConfigError: an override is not of that form, or descends into a plain value.
@@ -386,9 +386,13 @@ def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
                 raise ConfigError(f"{override!r}: {parent} is a plain value, not a section.")
             node[parent] = node = dict(child)
         try:
-            node[last] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
-            node[last] = text
+            value = text
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
     return out
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from selfsteer.records import Message, Principles
 
 CONTEXTS = ("plain", "good", "bad")
-RESPONSES = ("plain", "good", "bad")
 
 
 def context_messages(

@@ -14,7 +14,7 @@ No format but our own says that a response was cut off; what an export leaves ou
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ def _from_release(record: Mapping[str, Any]) -> Triple:
     turns: list[Message] = []
     if system := _text_or_empty(rest.pop("system", None), "system"):
         turns.append(Message("system", system))
-    for pair in rest.pop("history", None) or []:
+    history = rest.pop("history", None) or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or [type(t) for t in pair] != [str, str]:
-            raise DataError(f"history must be a list of [user, assistant] pairs, found {pair!r}")
+            raise DataError(
+                f"history must be a list of [user, assistant] pairs, found {_short(pair)}"
+            )
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     turns.append(Message("user", "\n".join(filter(None, asked))))
     identity = rest.pop("id", None)
@@ -103,8 +106,9 @@ def _from_release(record: Mapping[str, Any]) -> Triple:
         "good": _response(rest.pop("chosen"), "chosen"),
         "bad": _response(rest.pop("rejected"), "rejected"),
     }
-    if raw := _response(rest.pop("raw", None) or "", "raw"):
-        responses = {"plain": raw, **responses}
+    raw = rest.pop("raw", None)
+    if raw is not None and (plain := _response(raw, "raw")):
+        responses = {"plain": plain, **responses}
     principles = _principles(rest, system)
     extra = {k: v for k, v in rest.items() if k not in ("messages", "finish_reasons")}
     return Triple(query.id, query.messages, principles, responses, extra=extra)
@@ -113,7 +117,8 @@ def _from_release(record: Mapping[str, Any]) -> Triple:
 def _principles(rest: dict[str, Any], system: str) -> Principles | None:
     """Takes the guidelines out of a record of the release."""
     found = rest.pop("principles", None)
-    names = [f.get("feature") for f in found or () if isinstance(f, Mapping)]
+    entries = found if isinstance(found, list) else []
+    names = [entry.get("feature") for entry in entries if isinstance(entry, Mapping)]
     features = tuple(name for name in names if isinstance(name, str))
     texts = {}
     for key in ("p_system", "n_system"):
@@ -137,7 +142,7 @@ def _from_preference(record: Mapping[str, Any]) -> Triple:
     texts = {name: _response(record[name], name) for name in ("chosen", "rejected")}
     reasons = record.get("finish_reasons") or {}
     if not isinstance(reasons, Mapping) or not reasons.keys() <= texts.keys():
-        raise DataError(f"finish_reasons are of chosen and rejected, found {reasons!r}")
+        raise DataError(f"finish_reasons are of chosen and rejected, found {_short(reasons)}")
     return Preference.from_dict({**record, **texts, "finish_reasons": reasons}).to_triple()
 
 
@@ -145,8 +150,13 @@ def _text_or_empty(value: Any, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{name} must be a text, found {value!r}")
+        raise DataError(f"{name} must be a text, found {_short(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _response(value: Any, name: str) -> str:
@@ -155,9 +165,7 @@ def _response(value: Any, name: str) -> str:
     if isinstance(found, Mapping) and found.get("role") == "assistant":
         found = found.get("content")
     if not isinstance(found, str):
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "…"
-        raise DataError(f"{name} must be one text or one assistant turn, found {shown}")
+        raise DataError(f"{name} must be one text or one assistant turn, found {_short(value)}")
     return found
 
 
@@ -209,7 +217,6 @@ def _with_distinct_ids(triples: Sequence[Triple]) -> list[Triple]:
         if seen[triple.id] > 1:
             while (identity := f"{triple.id}-{seen[triple.id]}") in taken:
                 seen[triple.id] += 1
-            taken.add(identity)
         distinct.append(triple if identity == triple.id else replace(triple, id=identity))
     return distinct
 
@@ -260,10 +267,9 @@ def _is_jsonl(path: Path) -> bool:
         raise DataError(
             f"{path} is a Git LFS pointer, not the data. Fetch the data with `git lfs pull`."
         )
-    if first.startswith("["):
+    if first.startswith("[") or first == "{":
         return False
-    # A first line that only opens an object: the rest of it follows on the next lines.
-    return not first or not (first == "{" or (path.suffix == ".json" and not _parses(first)))
+    return path.suffix != ".json" or not first or _parses(first)
 
 
 def _parses(line: str) -> bool:
@@ -328,24 +334,20 @@ def export_triples(triples: Sequence[Triple], folder: Path) -> Exported:
             f"None of the {len(triples):,} triples has a good and a bad response, so there is "
             "nothing to export."
         )
-    left_out = []
-    for count, what in (
-        (len(triples) - len(whole), "without a good and a bad response: left out"),
-        (sum("plain" not in t.responses for t in whole), "without a plain response: raw is empty"),
-        (
-            sum(t.principles is None for t in whole),
-            "without principles: p_system and n_system are empty",
+    bare = [t for t in whole if t.principles is None]
+    named = [t for t in whole if t.principles is not None and t.principles.features]
+    left_out = [
+        *_said(len(triples) - len(whole), triples, "without a good and a bad response, left out"),
+        *_said(
+            sum("plain" not in t.responses for t in whole), whole, "no plain response, raw is empty"
         ),
-        (
-            sum(t.principles is not None and bool(t.principles.features) for t in whole),
-            "with features: only the guidelines are written",
-        ),
-    ):
-        if count:
-            left_out.append(f"{count:,} of {len(triples):,} records {what}.")
+        *_said(len(bare), whole, "no principles, p_system and n_system are empty"),
+        *_said(len(named), whole, "the features' names are left out"),
+        *_left_out(whole),
+    ]
     path = folder / "triples.json"
     write_atomic(path, _json_text([_release_record(t) for t in whole]))
-    return Exported([path], len(whole), left_out + _left_out(whole))
+    return Exported([path], len(whole), left_out)
 
 
 def _release_record(triple: Triple) -> dict[str, Any]:
@@ -369,7 +371,7 @@ def _release_record(triple: Triple) -> dict[str, Any]:
 def _alpaca(messages: Sequence[Message]) -> dict[str, Any]:
     """A conversation as Alpaca has it: last user turn, pairs before it, system message."""
     has_system = messages[0].role == "system"
-    said = [m.content for m in messages[has_system:]]
+    said = [m.content for m in messages if m.role != "system"]
     return {
         "instruction": said[-1],
         "history": [list(pair) for pair in zip(said[:-1:2], said[1:-1:2], strict=True)],
@@ -427,18 +429,21 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
 
 
-def _left_out(records: Iterable[Preference | Triple]) -> list[str]:
+def _left_out(records: Sequence[Preference] | Sequence[Triple]) -> list[str]:
     """What none of the other formats has a place for."""
-    records = list(records)
-    sentences = []
-    if cut := sum("length" in r.finish_reasons.values() for r in records):
-        sentences.append(
-            f"{cut:,} of {len(records):,} records with a response that was cut off: the format "
-            "does not say so, and an end of turn will be trained on after it."
-        )
+    cut = sum("length" in r.finish_reasons.values() for r in records)
+    what = (
+        "a response was cut off; the format cannot say so, and it will train as if it ended there"
+    )
     keys = Counter(key for r in records for key in r.extra)
-    sentences += [f"{n:,} of {len(records):,} records with the key {k}." for k, n in keys.items()]
-    return sentences
+    return [
+        *_said(cut, records, what),
+        *(s for key, n in keys.items() for s in _said(n, records, f"the key {key!r} is left out")),
+    ]
+
+
+def _said(count: int, records: Sequence[Any], what: str) -> list[str]:
+    return [f"{count:,} of {len(records):,} records: {what}."] if count else []
 
 
 _WRITERS: dict[str, Callable[[Sequence[Preference], Path, str], list[Path]]] = {

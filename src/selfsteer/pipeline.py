@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from selfsteer.config import Recipe, resolve_path
-from selfsteer.contexts import RESPONSES
 from selfsteer.errors import ConfigError
+from selfsteer.records import RESPONSES
 from selfsteer.runs import RunFolder, Stage, StageResult, digest, refuse, write_atomic
 from selfsteer.stages.plan import Made, Plan
 from selfsteer.terminal import say

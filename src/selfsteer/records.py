@@ -23,6 +23,7 @@ from selfsteer.errors import DataError
 #: Raised when the shape of a line changes; part of every stage's fingerprint.
 SCHEMA_VERSION = 1
 
+RESPONSES = ("plain", "good", "bad")
 ROLES = ("system", "user", "assistant")
 
 
@@ -86,6 +87,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def _with_extra(out: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance behind the record's own keys; it never overwrites one of them."""
+    return {**out, **{k: v for k, v in extra.items() if k not in out}}
+
+
+def _check_reasons(reasons: Any, names: tuple[str, ...]) -> dict[str, str]:
+    if reasons is None:
+        return {}
+    if not isinstance(reasons, Mapping):
+        raise DataError(f"finish_reasons must be an object, found {_short(reasons)}")
+    for name, reason in reasons.items():
+        if name not in names or reason not in ("stop", "length"):
+            raise DataError(
+                f"finish_reasons give 'stop' or 'length' to {', '.join(names)}, found "
+                f"{_short(name)}: {_short(reason)}"
+            )
+    return dict(reasons)
+
+
 def content_id(messages: Sequence[Message]) -> str:
     """A query's id where none is given: 16 hex digits of the SHA-256 of its messages."""
     text = json.dumps([list(m) for m in messages], ensure_ascii=False)
@@ -118,7 +138,8 @@ class Query:
             DataError: neither or both are present, or the conversation is malformed.
         """
         rest = dict(value)
-        given = {k: rest.pop(k) for k in ("prompt", "messages") if rest.get(k) is not None}
+        both = {k: rest.pop(k, None) for k in ("prompt", "messages")}
+        given = {k: v for k, v in both.items() if v is not None}
         if len(given) != 1:
             raise DataError(
                 f"a query needs exactly one of 'prompt' and 'messages', found the keys "
@@ -140,7 +161,8 @@ class Query:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
-        return {"id": self.id, "messages": [m.to_dict() for m in self.messages], **self.extra}
+        out = {"id": self.id, "messages": [m.to_dict() for m in self.messages]}
+        return _with_extra(out, self.extra)
 
 
 @dataclass(frozen=True)
@@ -149,13 +171,15 @@ class Principles:
 
     good: str
     bad: str
-    features: tuple[str, ...] = ()
+    features: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("good", "bad"):
             text = getattr(self, name)
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"the {name} principle must be a non-empty text")
+            if not isinstance(text, str) or not text.strip() or not _encodable(text):
+                raise DataError(f"the {name} principle must be a non-empty UTF-8 text")
+        if isinstance(self.features, str) or not isinstance(self.features, Sequence):
+            raise DataError(f"features must be a list of names, found {_short(self.features)}")
         object.__setattr__(self, "features", tuple(self.features))
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,12 +204,12 @@ class Triple:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", parse_messages(self.messages))
-        for kind, allowed in (("responses", str), ("finish_reasons", str)):
-            for name, text in getattr(self, kind).items():
-                if name not in ("plain", "good", "bad"):
-                    raise DataError(f"{kind} are named plain, good and bad, found {_short(name)}")
-                if not isinstance(text, allowed):
-                    raise DataError(f"{kind}/{name} must be a text, found {_short(text)}")
+        for name, text in self.responses.items():
+            if name not in RESPONSES:
+                raise DataError(f"responses are named {', '.join(RESPONSES)}, found {_short(name)}")
+            if not isinstance(text, str) or not _encodable(text):
+                raise DataError(f"responses/{name} must be a UTF-8 text, found {_short(text)}")
+        _check_reasons(self.finish_reasons, RESPONSES)
 
     def finished(self, response: str) -> bool:
         """Whether the response ended by itself, so that it is followed by an end-of-turn token."""
@@ -203,14 +227,14 @@ class Triple:
             if not isinstance(principles, Mapping) or not {"good", "bad"} <= set(principles):
                 raise DataError(f"principles need 'good' and 'bad', found {_short(principles)}")
             principles = Principles(
-                principles["good"], principles["bad"], tuple(principles.get("features") or ())
+                principles["good"], principles["bad"], principles.get("features") or ()
             )
-        responses, reasons = rest.pop("responses", {}), rest.pop("finish_reasons", {})
-        for name, found in (("responses", responses), ("finish_reasons", reasons)):
-            if not isinstance(found, Mapping):
-                raise DataError(f"{name} must be an object, found {_short(found)}")
+        responses = rest.pop("responses", None) or {}
+        reasons = _check_reasons(rest.pop("finish_reasons", None), RESPONSES)
+        if not isinstance(responses, Mapping):
+            raise DataError(f"responses must be an object, found {_short(responses)}")
         responses = {k: v for k, v in responses.items() if v is not None}
-        return cls(query.id, query.messages, principles, responses, dict(reasons), rest)
+        return cls(query.id, query.messages, principles, responses, reasons, rest)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
@@ -221,7 +245,7 @@ class Triple:
             out["responses"] = dict(self.responses)
         if self.finish_reasons:
             out["finish_reasons"] = dict(self.finish_reasons)
-        return {**out, **self.extra}
+        return _with_extra(out, self.extra)
 
 
 @dataclass(frozen=True)
@@ -263,9 +287,11 @@ class Preference:
             last = turns[-1] if isinstance(turns, Sequence) and turns else None
             if not isinstance(last, Mapping) or last.get("role") != "assistant" or len(turns) != 1:
                 raise DataError(f"{name} must be one assistant turn, found {_short(turns)}")
-            texts.append(str(last.get("content")))
-        reasons = rest.pop("finish_reasons", {})
-        return cls(query.id, query.messages, texts[0], texts[1], dict(reasons), rest)
+            if not isinstance(last.get("content"), str):
+                raise DataError(f"{name} must have a text content, found {_short(last)}")
+            texts.append(last["content"])
+        reasons = _check_reasons(rest.pop("finish_reasons", None), ("chosen", "rejected"))
+        return cls(query.id, query.messages, texts[0], texts[1], reasons, rest)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
@@ -277,7 +303,7 @@ class Preference:
         }
         if self.finish_reasons:
             out["finish_reasons"] = dict(self.finish_reasons)
-        return {**out, **self.extra}
+        return _with_extra(out, self.extra)
 
 
 class Verdict(StrEnum):

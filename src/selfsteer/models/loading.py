@@ -9,11 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from selfsteer.config import Lora
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.runs import digest, model_digest
+
+# a bar per checkpoint shard says nothing beside the stage's own
+disable_progress_bar()
 
 
 class ModelSettings(Protocol):
@@ -185,8 +189,9 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     if plain.generation_config is not None:
         plain.generation_config.do_sample = True
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in plain.state_dict().items()}
-    plain.config.dtype = dtype
     plain.save_pretrained(folder, state_dict=state)
+    plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
+    plain.config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
 
 

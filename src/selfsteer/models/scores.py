@@ -41,7 +41,7 @@ class ScoreStore:
         for path in sorted(self.folder.glob("scores-*.npz")):
             self._files = int(path.stem.split("-")[1]) + 1
             try:
-                with np.load(path) as data:
+                with np.load(BytesIO(path.read_bytes())) as data:
                     keys, lengths, values = data["keys"], data["lengths"], data["values"]
                     if lengths.sum() != len(values) or len(keys) != len(lengths):
                         continue

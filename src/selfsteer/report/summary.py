@@ -243,16 +243,19 @@ def print_show(found: dict[str, Any], console: Console) -> None:
         else:
             table.add_row(name, "[yellow]unfinished[/yellow]", "", "", "", "")
     console.print(table)
-    quality = Table(title="data quality (under the policy before the iteration)")
+    quality = Table(
+        title="data quality, under the policy before the iteration", box=None, padding=(0, 1)
+    )
     quality.title_justify = "left"
-    columns = ("set", "pairs", "accuracy", "on-policy chosen", "rejected", "both")
-    for column in (*columns, "gap good", "gap bad", "tokens chosen", "rejected"):
-        quality.add_column(column, justify="left" if column == "set" else "right")
+    for column in ("set", "pairs", "accuracy", "on-policy", "steering gap", "tokens"):
+        quality.add_column(column, justify="left" if column == "set" else "right", no_wrap=True)
+    quality.add_row("", "", "", "chosen rejected", "good   bad", "chosen rejected", style="dim")
     for method, iterations in found["quality"].items():
         for k, figures in enumerate(iterations, 1):
             for kind in ("triples", "preferences"):
                 if kind in figures:
-                    quality.add_row(f"{method} {k} {kind}", *_quality_cells(figures[kind]))
+                    label = "triples" if kind == "triples" else "pairs"
+                    quality.add_row(f"{method} {k} {label}", *_quality_cells(figures[kind]))
     if quality.row_count:
         console.print(quality)
     for label, path in found["models"].items():
@@ -264,12 +267,8 @@ def _quality_cells(figures: dict[str, Any]) -> list[str]:
     policyness, gap, tokens = figures["on_policyness"], figures["steering_gap"], figures["tokens"]
     return [
         f"{figures['pairs']:,}",
-        _number(figures["accuracy"]) or "no judge",
-        _number(policyness["chosen"]),
-        _number(policyness["rejected"]),
-        _number(policyness["both"]),
-        f"{gap['good']:+.3f}" if gap else "",
-        f"{gap['bad']:+.3f}" if gap else "",
-        f"{tokens['chosen']:.1f}",
-        f"{tokens['rejected']:.1f}",
+        _number(figures["accuracy"]) or "-",
+        f"{policyness['chosen']:.3f}    {policyness['rejected']:.3f}",
+        f"{gap['good']:+.2f} {gap['bad']:+.2f}" if gap else "",
+        f"{tokens['chosen']:.1f}     {tokens['rejected']:.1f}",
     ]

@@ -126,6 +126,6 @@ def _write(
                 principles, source = writer.written(features, good, bad), "generated"
             else:
                 source = f"fallback:{outcome.value}"
-        extra: dict[str, Any] = {**query.extra, "source": source, "features_by_model": named}
+        extra: dict[str, Any] = {"source": source, "features_by_model": named}
         triples.append(Triple(query.id, query.messages, principles, extra=extra))
     return triples

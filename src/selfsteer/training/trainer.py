@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from selfsteer.config import Lora, Optimisation
 from selfsteer.errors import ConfigError, NumericsError
@@ -67,7 +67,7 @@ class Collator:
         """Ids, and what is known of each (sequence, query): reference sums and lengths."""
         flat = [e.sequences[name] for name in self.names for e in examples]
         batch: dict[str, Any] = {
-            "batch": pad(flat, self.pad_id),
+            **pad(flat, self.pad_id)._asdict(),
             "lengths": torch.tensor([len(s.response_ids) for s in flat]),
             "ids": [e.id for e in examples],
         }
@@ -125,7 +125,7 @@ class SteeringTrainer(Trainer):
         Raises:
             NumericsError: the loss is not finite; names the triples.
         """
-        batch = PaddedBatch(*inputs["batch"])
+        batch = PaddedBatch(*(inputs[field] for field in PaddedBatch._fields))
         names, size = self.objective.sequences, len(inputs["ids"])
         with self.precision():
             logps = response_logps(model, batch)
@@ -146,7 +146,7 @@ class SteeringTrainer(Trainer):
                 if not math.isfinite(v)
             ]  # fmt: skip
             raise NumericsError(
-                f"The loss became {float(out.loss)} at step {self.state.global_step + 1} on the "
+                f"The loss became {out.loss.item()} at step {self.state.global_step + 1} on the "
                 f"triples {', '.join(broken[:8])}. The last checkpoint before it is kept. Lower "
                 "the learning rate, or remove these triples."
             )
@@ -279,6 +279,7 @@ def train(
         on_log(line)
 
     trainer = SteeringTrainer(loaded, model, objective, examples, args, log, keep_checkpoints)
+    trainer.remove_callback(PrinterCallback)  # the bar and metrics.jsonl say it better
     checkpoints = complete_checkpoints(work)
     done = 0
     if checkpoints:
@@ -316,7 +317,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         use_cpu=loaded.device.type == "cpu",
         save_strategy="steps",
         save_steps=settings.save_every_steps,

@@ -1,0 +1,120 @@
+"""Runs the real command line, in a process of its own or in this one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from selfsteer import cli
+
+TESTBED = "package:selfsteer.testbed/checkpoint"
+
+#: The smoke recipe, smaller still: two shards of eight queries.
+TINY = (
+    "queries.limit=16",
+    "sampling.shard_size=8",
+    "evaluation.queries.limit=8",
+    "generator.batch_size=4",
+    "training.batch_size=4",
+    "generator.save_every_steps=2",
+    "training.save_every_steps=2",
+    "policy.threads=1",
+)
+
+
+def command(*args: Any) -> list[str]:
+    return [sys.executable, "-m", "selfsteer.cli", *map(str, args)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", **more}
+
+
+def spawn(*args: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*args), cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+class Here:
+    """The command line in this process: the same main(), without a new interpreter."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *args: Any) -> Ended:
+        code = 0
+        with mock.patch.object(sys, "argv", ["selfsteer", *map(str, args)]):
+            try:
+                cli.main()
+            except SystemExit as e:
+                code = int(e.code or 0)
+        captured = self.capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+
+def fails(ended: Ended, code: int, *said: str) -> None:
+    """One paragraph on stderr, this exit code, and these words in it."""
+    assert ended.code == code, ended
+    last = ended.err.strip().splitlines()[-1]
+    assert last.startswith("selfsteer: "), ended.err
+    assert "Traceback" not in ended.err
+    for words in said:
+        assert words in last, last
+
+
+def artefacts(run: Path) -> dict[str, bytes]:
+    """The text that a run made: what must not depend on interruptions."""
+    found = {}
+    for pattern in (
+        "queries.jsonl",
+        "**/principles.jsonl",
+        "**/filtered.jsonl",
+        "**/shard-*.jsonl",
+    ):
+        for path in run.glob(pattern):
+            if "superseded" not in path.parts:
+                found[str(path.relative_to(run))] = path.read_bytes()
+    found["evaluation.json"] = (run / "evaluation.json").read_bytes()
+    return found
+
+
+def ledger(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+
+
+def finished(run: Path) -> dict[str, dict[str, Any]]:
+    return {e["stage"]: e for e in ledger(run) if e["event"] == "finish"}
+
+
+@contextmanager
+def process(*args: Any, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A running command that is killed at the end of the block, whatever happens."""
+    running = subprocess.Popen(
+        command(*args),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()

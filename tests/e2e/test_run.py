@@ -1,0 +1,276 @@
+"""`selfsteer run`: the whole method, again, interrupted, contradicted."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.support import (
+    TINY,
+    Here,
+    artefacts,
+    environment,
+    fails,
+    finished,
+    ledger,
+    process,
+    spawn,
+)
+
+
+def test_a_smoke_run_leaves_everything_design_promises(smoke: Path) -> None:
+    for name in (
+        "recipe.yaml",
+        "resolved.json",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "evaluation.json",
+        "iteration-1/principles.jsonl",
+        "iteration-1/triples/shard-00000.jsonl",
+        "iteration-1/triples/shard-00001.jsonl",
+        "iteration-1/generator/model.safetensors",
+        "iteration-1/samples/shard-00000.jsonl",
+        "iteration-1/preferences/shard-00000.jsonl",
+        "iteration-1/quality.json",
+        "iteration-1/policy/model.safetensors",
+        "baseline/iteration-1/preferences/shard-00000.jsonl",
+        "baseline/iteration-1/policy/model.safetensors",
+    ):
+        assert (smoke / name).is_file(), name
+    assert not list(smoke.rglob("*.partial"))
+
+
+def test_every_stage_accounts_for_each_record(smoke: Path) -> None:
+    entries = finished(smoke)
+    assert list(entries)[:3] == ["queries", "iteration-1/principles", "iteration-1/triples"]
+    for entry in entries.values():
+        assert entry["n_in"] == entry["n_out"] + sum(entry["dropped"].values()), entry
+    lines = (smoke / "iteration-1/preferences/shard-00000.jsonl").read_text().splitlines()
+    assert len(lines) <= entries["iteration-1/preferences"]["n_out"]
+    record = json.loads(lines[0])
+    assert [t["role"] for t in record["prompt"]] == ["user"]
+    assert record["chosen"][0]["role"] == "assistant"
+    assert "principles" not in record
+
+
+def test_the_ledger_counts_what_became_of_each_principle(smoke: Path) -> None:
+    entry = finished(smoke)["iteration-1/principles"]
+    assert sum(entry["notes"]["sources"].values()) == entry["n_out"] == 16
+
+
+def test_quality_reports_every_figure(smoke: Path) -> None:
+    report = json.loads((smoke / "iteration-1" / "quality.json").read_text())
+    for kind in ("preferences", "triples"):
+        figures = report[kind]
+        assert 0 <= figures["accuracy"] <= 1
+        assert sum(figures["verdicts"].values()) == figures["pairs"]
+        assert 0 < figures["on_policyness"]["rejected"] < 1
+        assert set(figures["steering_gap"]) == {"good", "bad"}
+    assert "plain" in report["triples"]["on_policyness"]
+
+
+def test_the_same_command_again_has_nothing_to_do(smoke: Path, here: Here) -> None:
+    before = artefacts(smoke)
+    ended = here("run", "smoke", f"runs_dir={smoke.parent}", "name=done", "seed=7", *TINY)
+    assert ended.code == 0
+    assert "nothing to do" in ended.err
+    assert artefacts(smoke) == before
+
+
+def test_a_run_folder_can_be_given_instead_of_its_recipe(smoke: Path, here: Here) -> None:
+    ended = here("run", smoke, "--dry-run", "--json")
+    assert ended.code == 0
+    assert set(json.loads(ended.out).values()) == {"done"}
+
+
+def test_a_recipe_that_would_change_finished_work_is_refused(smoke: Path, here: Here) -> None:
+    before = artefacts(smoke)
+    ended = here("run", smoke, "sampling.temperature=0.5")
+    fails(ended, 2, "iteration-1/triples", "--redo")
+    assert artefacts(smoke) == before
+
+
+def test_redo_moves_the_old_work_aside_and_does_it_again(tmp_path: Path, here: Here) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=r", "--until", "triples", *TINY)
+    assert here(*args).code == 0
+    old = (tmp_path / "r/iteration-1/triples/shard-00000.jsonl").read_bytes()
+    principles = (tmp_path / "r/iteration-1/principles.jsonl").read_bytes()
+    assert here(*args, "sampling.temperature=0.2", "--redo").code == 0
+    assert (tmp_path / "r/iteration-1/triples/shard-00000.jsonl").read_bytes() != old
+    assert (tmp_path / "r/iteration-1/principles.jsonl").read_bytes() == principles
+    kept = list((tmp_path / "r/superseded").glob("*/iteration-1/triples/shard-00000.jsonl"))
+    assert [p.read_bytes() for p in kept] == [old]
+
+
+def test_until_stops_behind_the_stage_and_the_rest_follows(tmp_path: Path, here: Here) -> None:
+    args = ("run", "pbaa", "policy.model=package:selfsteer.testbed/checkpoint", "name=u")
+    data = ("queries.path=package:selfsteer.testbed/queries/align.jsonl", "queries.limit=8")
+    small = ("sampling.max_new_tokens=64", "principles.max_new_tokens=64", f"runs_dir={tmp_path}")
+    assert here(*args, *data, *small, "--until", "samples").code == 0
+    assert list(finished(tmp_path / "u"))[-1] == "iteration-1/samples"
+    assert here(*args, *data, *small).code == 0
+    assert list(finished(tmp_path / "u"))[-1] == "iteration-1/policy"
+    fails(here(*args, *data, *small, "--until", "smaples"), 2, "smaples", "principles")
+
+
+@pytest.mark.parametrize(
+    ("stage", "seconds"),
+    [
+        ("iteration-1/principles", 0.3),
+        ("iteration-1/triples", 0.6),
+        ("iteration-1/generator", 0.4),
+        ("iteration-1/policy", 0.3),
+    ],
+)
+def test_a_killed_run_ends_like_an_undisturbed_one(
+    smoke: Path, tmp_path: Path, stage: str, seconds: float
+) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=done", "seed=7", *TINY)
+    with process(*args) as running:
+        path = tmp_path / "done" / "ledger.jsonl"
+        for _ in range(1200):
+            if path.exists() and f'"begin", "stage": "{stage}"' in path.read_text():
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"{stage} never began")
+        time.sleep(seconds)
+        running.kill()
+    assert "evaluation" not in finished(tmp_path / "done")
+    ended = spawn(*args)
+    assert ended.returncode == 0, ended.stderr
+    mine, undisturbed = artefacts(tmp_path / "done"), artefacts(smoke)
+    assert mine.keys() == undisturbed.keys()
+    assert [n for n in mine if mine[n] != undisturbed[n]] == []
+
+
+def test_ctrl_c_says_so_and_loses_nothing(tmp_path: Path) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=c", *TINY)
+    with process(*args) as running:
+        path = tmp_path / "c" / "ledger.jsonl"
+        while not (path.exists() and '"stage": "iteration-1/triples"' in path.read_text()):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert "iteration-1/principles" in finished(tmp_path / "c")
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=l", *TINY)
+    with process(*args) as running:
+        while not (tmp_path / "l" / "ledger.jsonl").exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        second = spawn(*args)
+        assert running.poll() is None, "the first run ended before the second was tried"
+        assert second.returncode == 3
+        assert f"process {running.pid} on" in second.stderr
+
+
+def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
+    """Online: three disjoint slices, six sequences, the filter counted, PBAA beside it."""
+    ended = here(
+        "run",
+        "smoke",
+        f"runs_dir={tmp_path}",
+        "name=online",
+        "method=sso-online",
+        "generator=null",
+        "iterations=2",
+        "training.base=ipo",
+        "training.beta=0.2",
+        *[s for s in TINY if not s.startswith("generator")],
+        "queries.limit=48",
+        "sampling.shard_size=24",
+    )
+    assert ended.code == 0, ended.err
+    run = tmp_path / "online"
+    ids = [
+        {json.loads(line)["id"] for line in (run / f"iteration-{k}/principles.jsonl").open()}
+        for k in (1, 2)
+    ]
+    assert [len(i) for i in ids] == [24, 24]
+    assert not ids[0] & ids[1]
+    assert max(ids[0]) < min(ids[1])
+    notes = finished(run)["iteration-1/filter"]["notes"]["steering_filter"]
+    assert set(notes) == {"in", "steering_order", "off_policy", "small_gap"}
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    mine = [m for m in metrics if m["stage"] == "iteration-1/policy"]
+    assert {"rewards/margins/plain", "rewards/margins/good", "rewards/margins/bad"} <= set(mine[0])
+    assert "weight" in mine[0]
+    theirs = [m for m in metrics if m["stage"] == "baseline/iteration-1/policy"]
+    assert "rewards/margins" in theirs[0]
+    models = json.loads((run / "evaluation.json").read_text())["models"]
+    assert list(models) == [
+        "base",
+        "sso-online/iteration-1",
+        "sso-online/iteration-2",
+        "pbaa/iteration-1",
+        "pbaa/iteration-2",
+    ]
+
+
+def test_two_generators_one_per_half(tmp_path: Path, here: Here) -> None:
+    ended = here(
+        "run",
+        "smoke",
+        f"runs_dir={tmp_path}",
+        "name=h",
+        "baseline=null",
+        "generator.per_half=true",
+        "--until",
+        "samples",
+        *TINY,
+    )
+    assert ended.code == 0, ended.err
+    halves = tmp_path / "h" / "iteration-1" / "generator"
+    plus, minus = (halves / h / "model.safetensors" for h in ("plus", "minus"))
+    assert plus.read_bytes() != minus.read_bytes()
+    record = json.loads((tmp_path / "h/iteration-1/samples/shard-00000.jsonl").open().readline())
+    assert set(record["responses"]) == {"good", "bad"}
+
+
+def test_the_generator_can_be_dropped_at_the_end(tmp_path: Path, here: Here) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=k", "keep.generator=false", *TINY)
+    assert here(*args, "baseline=null").code == 0
+    generator = tmp_path / "k" / "iteration-1" / "generator"
+    assert not list(generator.glob("*.safetensors"))
+    ended = here(*args, "baseline=null")
+    assert ended.code == 0
+    assert "nothing to do" in ended.err
+
+
+def test_help_and_config_load_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, selfsteer.config\n"
+        "from selfsteer import cli\n"
+        "sys.argv = ['selfsteer', 'run', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "--dry-run" in ended.stdout
+
+
+def test_a_torn_ledger_line_does_not_stop_the_run(tmp_path: Path, here: Here) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=t", "--until", "principles", *TINY)
+    assert here(*args).code == 0
+    path = tmp_path / "t" / "ledger.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert here(*args).code == 0
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert json.loads(whole[-1])["event"] == "finish"
+    with pytest.raises(json.JSONDecodeError):
+        ledger(tmp_path / "t")  # the torn line is still there, and still ignored

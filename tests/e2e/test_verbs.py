@@ -1,0 +1,258 @@
+"""The other verbs: train, init, chat, show, export; and the documented examples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfsteer.config import recipe_names
+from tests.e2e.support import TESTBED, Here, artefacts, environment, fails, finished, spawn
+from tests.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+
+
+def authors_records(count: int) -> list[dict[str, object]]:
+    return [
+        {
+            "instruction": f"What does animal {i} eat?",
+            "history": [["Hello.", "Hello, how can I help?"]] if i % 2 else [],
+            "system": "",
+            "p_system": "Your response should be accurate. State only facts that are true.",
+            "n_system": "Your response should be inaccurate. State things that are false.",
+            "chosen": f"It eats grass, about {i} kilos a day.",
+            "rejected": "It eats bricks and clouds.",
+            "raw": "It eats some grass.",
+        }
+        for i in range(count)
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_train_takes_the_authors_json_and_every_argument(tmp_path: Path, here: Here) -> None:
+    path = tmp_path / "authors.json"
+    path.write_text(json.dumps(authors_records(6)))
+    args = (
+        "train",
+        TESTBED,
+        path,
+        "objective=sso-online",
+        "base=ipo",
+        "learning_rate=5e-7",
+        "batch_size=1",
+        "accumulate=3",
+        "use_weight=true",
+        "use_steer=true",
+        "steer=0.1",
+        "beta=0.2",
+        f"output={tmp_path / 'out'}",
+    )
+    ended = here(*args, "--json")
+    assert ended.code == 0, ended.err
+    manifest = json.loads(ended.out)
+    assert (manifest["n_in"], manifest["n_out"]) == (6, 6)
+    assert {"rewards/margins/plain", "rewards/margins/good", "rewards/margins/bad"} <= set(
+        manifest["last"]
+    )
+    # IPO at the start is (1 / 2β)² per term: 6.25 · (W + two gated terms of 0.1 · W)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert "nothing to do" in here(*args).err
+    fails(here(*args[:-1], "seed=3", args[-1]), 2, "Choose another output")
+
+
+def test_train_refuses_what_the_objective_ignores(tmp_path: Path, here: Here) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(authors_records(2)))
+    fails(
+        here("train", TESTBED, path, "objective=pbaa", "gamma=1", f"output={tmp_path / 'o'}"),
+        2,
+        "gamma",
+    )
+    fails(here("train", TESTBED, path, "objective=pbaa"), 2, "output is missing")
+
+
+def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(authors_records(8)))
+    common = ["train", TESTBED, str(path), "objective=sso", "learning_rate=1e-3", "warmup=0"]
+    one = spawn(*common, "batch_size=4", f"output={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch = [*torchrun, "--master-port=0", "-m", "selfsteer.cli", *common, "batch_size=2"]
+    two = subprocess.run(
+        [*launch, f"output={tmp_path / 'two'}"], env=environment(), capture_output=True, text=True
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([m["loss"] for m in map(json.loads, lines) if "loss" in m])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = AutoModelForCausalLM.from_pretrained(
+        ROOT / "src/selfsteer/testbed/checkpoint", dtype=torch.float32
+    ).state_dict()
+    moved = max(float((a[n] - start[n]).abs().max()) for n in a)
+    apart = max(float((a[n] - b[n]).abs().max()) for n in a)
+    mean_apart = max(float((a[n] - b[n]).abs().mean()) for n in a)
+    assert moved > 1e-3
+    assert apart < 0.02 * moved
+    assert mean_apart < 0.001 * moved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_checkpoint_shapes_run_end_to_end(
+    tmp_path: Path, here: Here, checkpoints: dict[str, Path], family: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows: list[dict[str, object]] = [{"prompt": f"What is number {i}?"} for i in range(6)]
+    rows.append({"prompt": "Name a fish.", "system": "You are a cook."})
+    rows.append(
+        {
+            "id": "chat",
+            "messages": [
+                {"role": "user", "content": "Hello."},
+                {"role": "assistant", "content": "Hello!"},
+                {"role": "user", "content": "What does the cat eat?"},
+            ],
+        }
+    )
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ended = here(
+        "run",
+        "sso",
+        f"policy.model={checkpoints[family]}",
+        f"queries.path={path}",
+        f"runs_dir={tmp_path}",
+        "name=mine",
+        "sampling.max_new_tokens=12",
+        "sampling.keep_unfinished=true",
+        "principles.max_new_tokens=12",
+        "generator.batch_size=4",
+        "training.batch_size=4",
+        "generator.learning_rate=1e-3",
+        "training.learning_rate=1e-3",
+    )
+    assert ended.code == 0, ended.err
+    assert ("no system role" in ended.err) == (family == "gemma")
+    run = tmp_path / "mine"
+    entries = finished(run)
+    assert entries["queries"]["n_out"] == 8
+    assert entries["iteration-1/principles"]["notes"]["sources"].get("generated", 0) < 8
+    before, after = weights(checkpoints[family]), weights(run / "iteration-1" / "policy")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[n].float(), after[n].float()) for n in before)
+    AutoModelForCausalLM.from_pretrained(run / "iteration-1" / "policy")
+
+
+def test_lora_trains_and_saves_a_plain_checkpoint(
+    tmp_path: Path, here: Here, checkpoints: dict[str, Path]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(authors_records(4)))
+    ended = here(
+        "train",
+        checkpoints["llama"],
+        path,
+        "objective=sso",
+        "learning_rate=1e-2",
+        "warmup=0",
+        "batch_size=2",
+        "lora.rank=2",
+        f"output={tmp_path / 'out'}",
+    )
+    assert ended.code == 0, ended.err
+    before, after = weights(checkpoints["llama"]), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.allclose(before[n].float(), after[n].float())}
+    assert changed
+    assert not any("embed" in n or "norm" in n for n in changed)
+
+
+def test_init_writes_a_recipe_that_only_lacks_what_is_the_users(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.yaml"
+    assert here("init", path).code == 0
+    text = path.read_text()
+    assert "# β of the base loss" in text
+    assert yaml.safe_load(text)["method"] == "sso"
+    fails(here("run", path), 2, "policy.model is missing")
+    fails(here("init", path), 2, "there already")
+    monkeypatch.chdir(tmp_path)
+    data = "package:selfsteer.testbed/queries/align.jsonl"
+    ended = here("run", path, f"policy.model={TESTBED}", f"queries.path={data}", "--dry-run",
+                 "sampling.max_new_tokens=64")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "iteration-1/generator" in ended.out
+
+
+def test_chat_shows_each_model_in_each_context(smoke: Path, here: Here) -> None:
+    ended = here("chat", smoke, "--question", "What does the bee eat?")
+    assert ended.code == 0, ended.err
+    for word in ("plain", "good", "bad", "base", "generator", "policy", "baseline"):
+        assert word in ended.out
+
+
+def test_show_prints_stages_quality_and_models(smoke: Path, here: Here) -> None:
+    ended = here("show", smoke)
+    assert ended.code == 0
+    for word in ("iteration-1/triples", "steering gap", "held-out queries", "policy"):
+        assert word in ended.out
+    found = json.loads(here("show", smoke, "--json").out)
+    assert found["stages"]["iteration-1/policy"]["event"] == "finish"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # datasets leaves its lock files open
+def test_export_opens_in_datasets(smoke: Path, tmp_path: Path, here: Here) -> None:
+    import datasets
+
+    ended = here("export", smoke, "--format", "trl", "--to", tmp_path / "trl")
+    assert ended.code == 0, ended.err
+    found = datasets.load_dataset(str(tmp_path / "trl"), split="train", cache_dir=tmp_path / "c")
+    stored = artefacts(smoke)
+    lines = [
+        json.loads(line)
+        for name in sorted(stored)
+        if name.startswith("iteration-1/preferences/")
+        for line in stored[name].splitlines()
+    ]
+    assert list(found["id"]) == [line["id"] for line in lines]
+    assert found[0]["chosen"] == lines[0]["chosen"]
+    fails(here("export", smoke, "--format", "xml", "--to", tmp_path / "x"), 2, "trl")
+    fails(here("export", smoke, "--iteration", 9, "--to", tmp_path / "x"), 3, "iteration-9")
+
+
+def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
+    from selfsteer.config import load_recipe
+
+    assert recipe_names() == ["demo", "pbaa", "smoke", "sso", "sso-online"]
+    for name in recipe_names():
+        recipe = load_recipe(name, [f"policy.model={TESTBED}", "queries.path=x.jsonl"])
+        assert recipe.name == name
+    assert load_recipe("sso", ["policy.model=m", "queries.path=q"]).generator.queries == 8000
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "examples" / "one_round.py", "--queries", "24"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "oracle score" in ended.stdout
