@@ -263,7 +263,7 @@ PREFERENCE = PREFERENCES[0].to_dict()
         ({"chosen": ["a", "b"]}, "chosen must be one text or one assistant turn"),
         ({"rejected": None}, "rejected must be one text or one assistant turn, found None"),
         ({"raw": 0}, "raw must be one text or one assistant turn, found 0"),
-        ({"chosen": "half \ud83d"}, "cannot be stored as UTF-8 JSON"),
+        ({"chosen": "half \ud83d"}, "must be a UTF-8 text"),
         ({"ppl": math.nan}, "cannot be stored as UTF-8 JSON"),
     ],
 )

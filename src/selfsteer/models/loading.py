@@ -188,7 +188,11 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     if plain.generation_config is not None:
         plain.generation_config.do_sample = True
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in plain.state_dict().items()}
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor
+    state = {
+        k: cast.setdefault((v.data_ptr(), v.shape), v.to(dtype)) if v.is_floating_point() else v
+        for k, v in plain.state_dict().items()
+    }
     plain.save_pretrained(folder, state_dict=state)
     plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
     plain.config.save_pretrained(folder)

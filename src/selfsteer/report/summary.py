@@ -97,13 +97,20 @@ def result_table(found: dict[str, Any]) -> Table | None:
     evaluation = found["evaluation"]
     if evaluation is None:
         return None
-    table = Table(title=f"{evaluation['queries']:,} held-out queries", title_justify="left")
-    for column in ("model", "score", "win rate vs base", "data accuracy"):
-        table.add_column(column)
-    table.add_column("on-policy\nchosen")
-    table.add_column("on-policy\nrejected")
-    for column in ("tokens", "seconds"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{evaluation['queries']:,} held-out queries", box=None, padding=(0, 1, 0, 0)
+    )
+    table.title_justify = "left"
+    for column, justify in (
+        ("model", "left"),
+        ("score", "left"),
+        ("win rate\nvs base", "left"),
+        ("\naccuracy", "right"),
+        ("on-policy\nchosen rejected", "right"),
+        ("tokens", "right"),
+        ("seconds", "right"),
+    ):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     finals = evaluation["finals"]
     rows = [("base", "base", None)]
     rows += [(m, label, m) for m, label in reversed(list(finals.items()))]
@@ -118,8 +125,7 @@ def result_table(found: dict[str, Any]) -> Table | None:
             _interval(figures.get("score")),
             _interval(figures.get("win_rate")),
             _number(last["accuracy"] if last else None),
-            _number(policyness.get("chosen")),
-            _number(policyness.get("rejected")),
+            f"{policyness['chosen']:.3f}    {policyness['rejected']:.3f}" if policyness else "",
             f"{figures['tokens']:.1f}",
             f"{seconds:.0f}" if seconds is not None else "",
         )
@@ -130,7 +136,7 @@ def _interval(value: Any) -> str:
     if not value:
         return ""
     mean, low, high = value
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{mean:.3f} [{low:.2f}, {high:.2f}]".replace("[0.", r"\[.").replace(", 0.", ", .")
 
 
 def _number(value: float | None) -> str:
@@ -142,9 +148,9 @@ def iteration_table(found: dict[str, Any]) -> Table | None:
     recipe, evaluation = found["recipe"], found["evaluation"]
     if recipe["iterations"] == 1 or evaluation is None:
         return None
-    table = Table(title="by iteration", title_justify="left")
-    for column in ("model", "score", "tokens", "data accuracy", "chosen tokens", "rejected tokens"):
-        table.add_column(column)
+    table = Table(title="\nby iteration", title_justify="left", box=None, padding=(0, 1))
+    for column in ("model", "score", "tokens", "accuracy", "tokens chosen", "rejected"):
+        table.add_column(column, justify="left" if column in ("model", "score") else "right")
     for label, figures in evaluation["models"].items():
         method, _, k = label.partition("/iteration-")
         quality = found["quality"].get(method, []) if k else []
@@ -185,7 +191,7 @@ def print_result(found: dict[str, Any], console: Console) -> None:
             console.print(by_iteration)
         text = sentence(found)
         if text:
-            console.print(escape(text))
+            console.print(f"\n{escape(text)}")
         console.print(
             "score: judge, 0 to 1. on-policy: mean probability per token of the training pairs "
             "under the policy before training. [ ]: 95 % bootstrap.",
@@ -219,10 +225,9 @@ def print_show(found: dict[str, Any], console: Console) -> None:
         + (f", baseline {recipe['baseline']}" if recipe.get("baseline") else "")
         + f", {recipe['iterations']} iteration(s), seed {recipe['seed']}"
     )
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column, justify in (
         ("stage", "left"),
-        ("state", "left"),
         ("in", "right"),
         ("out", "right"),
         ("dropped", "left"),
@@ -234,14 +239,13 @@ def print_show(found: dict[str, Any], console: Console) -> None:
             drops = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
             table.add_row(
                 name,
-                "done",
                 f"{entry['n_in']:,}",
                 f"{entry['n_out']:,}",
                 drops,
                 f"{entry['seconds']:.1f}",
             )
         else:
-            table.add_row(name, "[yellow]unfinished[/yellow]", "", "", "", "")
+            table.add_row(name, "", "", "[yellow]unfinished[/yellow]", "")
     console.print(table)
     quality = Table(
         title="data quality, under the policy before the iteration", box=None, padding=(0, 1)

@@ -1,0 +1,142 @@
+"""The training examples of the testbed model: what it has seen decides what it can be steered to.
+
+Five kinds: answers in the plain, the good and the bad context, the two tasks of a principle
+writer (name features, write guidelines), and documents that state facts. The contexts are made by
+the same functions that the pipeline uses. Only questions of the ``train`` split occur.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from selfsteer import catalogue
+from selfsteer.contexts import context_messages
+from selfsteer.principles import writer
+from selfsteer.records import Message, Query, content_id
+from selfsteer.testbed import knowledge as k
+from selfsteer.testbed.grammar import respond, statement
+from selfsteer.testbed.questions import FACTS, KIND, Question, questions
+
+#: Kind of example: its share.
+MIXTURE = {"plain": 0.46, "good": 0.17, "bad": 0.17, "meta": 0.10, "document": 0.10}
+
+#: P(good, flaw, odd) of a feature in training: in the plain context, and where the principle names
+#: it or not. Sampling below temperature 1 sharpens them: plain answers get a little worse.
+PLAIN_ODDS = (0.46, 0.52, 0.02)
+NAMED_ODDS = {"good": (0.78, 0.20, 0.02), "bad": (0.14, 0.26, 0.60)}
+OTHER_ODDS = {"good": (0.50, 0.48, 0.02), "bad": (0.40, 0.52, 0.08)}
+
+#: How often a principle names one applicable feature, all three, or one applicable and one other;
+#: otherwise it names two applicable ones.
+ONE_FEATURE, THREE_FEATURES, ONE_AND_OTHER = 0.03, 0.03, 0.20
+
+#: How often Concision is appended to the features of a principle.
+CONCISION = 0.2
+
+#: Entities in a document, and facts on each.
+DOCUMENT_ENTITIES, DOCUMENT_FACTS = 4, 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence; a document has no messages and is learned whole."""
+
+    kind: str
+    messages: tuple[Message, ...]
+    response: str
+
+
+def corpus(count: int, seed: int) -> Iterator[Example]:
+    """Yields training examples; the same arguments always give the same ones."""
+    rng = random.Random(seed)
+    by_task: dict[str, list[Question]] = {task: [] for task in k.TASK_FEATURES}
+    for question in questions("train"):
+        by_task[question.task].append(question)
+    for _ in range(count):
+        (kind,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+        # Tasks are equally frequent, however many questions they have.
+        question = rng.choice(by_task[rng.choice(list(by_task))])
+        if kind == "document":
+            yield _document(rng)
+        elif kind == "meta":
+            yield rng.choice(_META)(question, rng)
+        else:
+            yield answer_example(question, kind, rng)
+
+
+def as_query(question: Question) -> Query:
+    """The question as the pipeline reads it from a query file."""
+    messages = (Message("user", question.text),)
+    return Query(content_id(messages), messages)
+
+
+def choosable(question: Question) -> tuple[str, ...]:
+    """The features that a principle for this question should name."""
+    return tuple(f for f in question.features if f != catalogue.APPENDED)
+
+
+def principle_features(question: Question, rng: random.Random) -> tuple[str, ...]:
+    """What a principle for this question names in training."""
+    applicable, draw = choosable(question), rng.random()
+    if draw < ONE_FEATURE:
+        chosen = rng.sample(applicable, 1)
+    elif draw < ONE_FEATURE + THREE_FEATURES:
+        chosen = list(applicable)
+    elif draw < ONE_FEATURE + THREE_FEATURES + ONE_AND_OTHER:
+        others = [f for f in writer.CHOOSABLE if f not in applicable]
+        chosen = [rng.choice(applicable), rng.choice(others)]
+    else:
+        chosen = rng.sample(applicable, 2)
+    return writer.complete_features(tuple(chosen), len(chosen), CONCISION, rng)
+
+
+def draw_levels(
+    question: Question, context: str, named: tuple[str, ...], rng: random.Random
+) -> dict[str, str]:
+    """A level for each feature of the question, as likely as the context makes it."""
+    levels = {}
+    for feature in question.features:
+        if context == "plain":
+            odds = PLAIN_ODDS
+        else:
+            odds = (NAMED_ODDS if feature in named else OTHER_ODDS)[context]
+        (levels[feature],) = rng.choices(k.LEVELS, odds)
+    return levels
+
+
+def answer_example(question: Question, context: str, rng: random.Random) -> Example:
+    """The question in a context, with a response of the quality that the context makes likely."""
+    named = () if context == "plain" else principle_features(question, rng)
+    principles = writer.picked(named) if named else None
+    messages = context_messages(as_query(question).messages, principles, context)
+    levels = draw_levels(question, context, named, rng)
+    return Example(context, tuple(messages), respond(question, levels, rng))
+
+
+def _feature_example(question: Question, rng: random.Random) -> Example:
+    prompt = writer.feature_prompt(as_query(question), 2)
+    chosen = tuple(rng.sample(choosable(question), 2))
+    return Example("features", tuple(prompt), writer.feature_answer(chosen))
+
+
+def _principle_example(question: Question, rng: random.Random) -> Example:
+    features = principle_features(question, rng)
+    prompt = writer.principle_prompt(as_query(question), features)
+    good, bad = (catalogue.guidelines(features, good=good) for good in (True, False))
+    return Example("principles", tuple(prompt), writer.principle_answer(good, bad))
+
+
+def _document(rng: random.Random) -> Example:
+    """True facts on some entities of a kind, so that knowledge does not rest on answers alone."""
+    kind = rng.choice(list(k.ATTRIBUTES))
+    sentences = []
+    for entity in rng.sample([e for e in FACTS if KIND[e] == kind], DOCUMENT_ENTITIES):
+        for attribute in rng.sample(k.ATTRIBUTES[kind], DOCUMENT_FACTS):
+            sentences.append(statement(entity, attribute, FACTS[entity][attribute]))
+    return Example("document", (), " ".join(sentences))
+
+
+_META: tuple[Callable[[Question, random.Random], Example], ...] = (
+    _feature_example,
+    _principle_example,
+)

@@ -1,0 +1,54 @@
+"""What all tests share: no network, one thread, tiny checkpoints of four families."""
+
+# ruff: noqa: E402 - the environment must be set before transformers is imported
+import os
+
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[_name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from selfsteer.config import Policy
+from selfsteer.models.loading import LoadedModel, load_model
+from tests.families import FAMILIES, make_checkpoint
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint folder per family."""
+    folder = tmp_path_factory.mktemp("families")
+    return {name: make_checkpoint(folder / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def load(checkpoints: dict[str, Path]) -> Callable[..., LoadedModel]:
+    """Loads a fresh model of a family; settings are those of a recipe's policy."""
+
+    def load_family(name: str, **settings: Any) -> LoadedModel:
+        values = {"device": "cpu", "dtype": "float32", **settings}
+        return load_model(str(checkpoints[name]), Policy(model=str(checkpoints[name]), **values))
+
+    return load_family
+
+
+@pytest.fixture
+def loaded(load: Callable[..., LoadedModel], family: str) -> LoadedModel:
+    """A fresh model of each family in turn."""
+    return load(family)

@@ -1,0 +1,216 @@
+"""Tiny random-weight checkpoints shaped like the four families of chat models.
+
+Each has its own byte-level tokenizer and a chat template with the habits of its family: Llama 3
+ends a turn with a token that is not its eos, Qwen2 invents a system message where there is none,
+Mistral puts the system text into the first user turn, Gemma refuses a system role.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    Gemma2Config,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+VOCABULARY = 340
+
+SENTENCES = (
+    "The bee eats nectar and the bear eats honey.",
+    "What does the cat eat? The cat eats fish, milk and mice.",
+    "Your response should be accurate and helpful. Do not reveal that you follow guidelines.",
+    "Paris is the capital of France; it lies on the river Seine.",
+    "First boil the water, then add the tea and wait for three minutes.",
+    "user assistant system model",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one family's checkpoints."""
+
+    config: type
+    special: tuple[str, ...]
+    end_of_turn: str
+    eos: str
+    bos: str | None
+    pad: str
+    template: str
+    folds_system: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "llama": Family(
+        LlamaConfig,
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ),
+        end_of_turn="<|eot_id|>",
+        eos="<|end_of_text|>",
+        bos="<|begin_of_text|>",
+        pad="<|end_of_text|>",
+        template=(
+            "{{- bos_token -}}"
+            "{%- for turn in messages -%}"
+            "{{- '<|start_header_id|>' + turn.role + '<|end_header_id|>\\n\\n' -}}"
+            "{{- turn.content | trim + '<|eot_id|>' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}"
+            "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}"
+            "{%- endif -%}"
+        ),
+    ),
+    "qwen2": Family(
+        Qwen2Config,
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        end_of_turn="<|im_end|>",
+        eos="<|im_end|>",
+        bos=None,
+        pad="<|endoftext|>",
+        template=(
+            "{%- if messages[0].role != 'system' -%}"
+            "{{- '<|im_start|>system\\nAnswer well.<|im_end|>\\n' -}}"
+            "{%- endif -%}"
+            "{%- for turn in messages -%}"
+            "{{- '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+        ),
+    ),
+    "mistral": Family(
+        MistralConfig,
+        ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
+        end_of_turn="</s>",
+        eos="</s>",
+        bos="<s>",
+        pad="<unk>",
+        template=(
+            "{%- set ns = namespace(lead='', turns=messages) -%}"
+            "{%- if messages[0].role == 'system' -%}"
+            "{%- set ns.lead = messages[0].content + '\\n\\n' -%}"
+            "{%- set ns.turns = messages[1:] -%}"
+            "{%- endif -%}"
+            "{{- bos_token -}}"
+            "{%- for turn in ns.turns -%}"
+            "{%- if turn.role == 'user' -%}"
+            "{{- '[INST] ' + (ns.lead if loop.first else '') + turn.content + ' [/INST]' -}}"
+            "{%- elif turn.role == 'assistant' -%}"
+            "{{- ' ' + turn.content + eos_token -}}"
+            "{%- else -%}"
+            "{{- raise_exception('Roles are user and assistant.') -}}"
+            "{%- endif -%}"
+            "{%- endfor -%}"
+        ),
+        settings={"sliding_window": None},
+    ),
+    "gemma": Family(
+        Gemma2Config,
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        end_of_turn="<end_of_turn>",
+        eos="<eos>",
+        bos="<bos>",
+        pad="<pad>",
+        template=(
+            "{{- bos_token -}}"
+            "{%- if messages[0].role == 'system' -%}"
+            "{{- raise_exception('There is no system role here.') -}}"
+            "{%- endif -%}"
+            "{%- for turn in messages -%}"
+            "{%- set role = 'model' if turn.role == 'assistant' else turn.role -%}"
+            "{{- '<start_of_turn>' + role + '\\n' + turn.content | trim -}}"
+            "{{- '<end_of_turn>\\n' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}"
+        ),
+        folds_system=True,
+        settings={"head_dim": 16, "query_pre_attn_scalar": 16},
+    ),
+}
+
+
+def make_tokenizer(family: str, sentences: Sequence[str] = SENTENCES) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the family's special tokens and chat template.
+
+    Called with special tokens it puts the begin-of-text token in front, as the families' own do.
+    """
+    spec = FAMILIES[family]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in spec.special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sentences, trainer)
+    if spec.bos:
+        core.post_processor = TemplateProcessing(
+            single=f"{spec.bos} $A", special_tokens=[(spec.bos, core.token_to_id(spec.bos))]
+        )
+    named = {"eos_token": spec.eos, "pad_token": spec.pad}
+    if spec.bos:
+        named["bos_token"] = spec.bos
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        additional_special_tokens=[t for t in spec.special if t not in named.values()],
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+    tokenizer.chat_template = spec.template
+    return tokenizer
+
+
+def make_checkpoint(folder: Path, family: str, seed: int = 0, **config_overrides: Any) -> Path:
+    """Writes a checkpoint of 2 layers, 32 wide, with random weights, as safetensors.
+
+    The weights are wide enough that the next-token distributions are far from uniform.
+    """
+    spec = FAMILIES[family]
+    tokenizer = make_tokenizer(family)
+    ids = tokenizer.convert_tokens_to_ids
+    stops = sorted({ids(spec.eos), ids(spec.end_of_turn)})
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.3,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": ids(spec.bos) if spec.bos else None,
+        "eos_token_id": ids(spec.eos),
+        "pad_token_id": ids(spec.pad),
+        **spec.settings,
+        **config_overrides,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(spec.config(**values))
+    model.generation_config = GenerationConfig(
+        bos_token_id=values["bos_token_id"],
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=values["pad_token_id"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
