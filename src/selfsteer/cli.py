@@ -255,12 +255,16 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # threads that spin while they wait make a busy machine ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except SelfsteerError as e:
         _fail(str(e), e.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; everything finished is kept, the same command goes on from there", 130)
+    except SystemExit as e:
+        if e.code == 130:  # what typer makes of Ctrl-C
+            _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+        raise
     except OSError as e:
         _fail(f"{e.strerror or e}: {e.filename}. Run the same command again when it is fixed.", 3)
 

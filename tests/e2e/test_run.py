@@ -192,7 +192,10 @@ def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
     assert ended.code == 0, ended.err
     run = tmp_path / "online"
     ids = [
-        {json.loads(line)["id"] for line in (run / f"iteration-{k}/principles.jsonl").open()}
+        {
+            json.loads(line)["id"]
+            for line in (run / f"iteration-{k}/principles.jsonl").read_text().splitlines()
+        }
         for k in (1, 2)
     ]
     assert [len(i) for i in ids] == [24, 24]
@@ -200,7 +203,7 @@ def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
     assert max(ids[0]) < min(ids[1])
     notes = finished(run)["iteration-1/filter"]["notes"]["steering_filter"]
     assert set(notes) == {"in", "steering_order", "off_policy", "small_gap"}
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mine = [m for m in metrics if m["stage"] == "iteration-1/policy"]
     assert {"rewards/margins/plain", "rewards/margins/good", "rewards/margins/bad"} <= set(mine[0])
     assert "weight" in mine[0]
@@ -232,7 +235,9 @@ def test_two_generators_one_per_half(tmp_path: Path, here: Here) -> None:
     halves = tmp_path / "h" / "iteration-1" / "generator"
     plus, minus = (halves / h / "model.safetensors" for h in ("plus", "minus"))
     assert plus.read_bytes() != minus.read_bytes()
-    record = json.loads((tmp_path / "h/iteration-1/samples/shard-00000.jsonl").open().readline())
+    record = json.loads(
+        (tmp_path / "h/iteration-1/samples/shard-00000.jsonl").read_text().splitlines()[0]
+    )
     assert set(record["responses"]) == {"good", "bad"}
 
 

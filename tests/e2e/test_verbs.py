@@ -89,7 +89,7 @@ def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
     one = spawn(*common, "batch_size=4", f"output={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch = [*torchrun, "--master-port=0", "-m", "selfsteer.cli", *common, "batch_size=2"]
+    launch = [*torchrun, "--standalone", "-m", "selfsteer.cli", *common, "batch_size=2"]
     two = subprocess.run(
         [*launch, f"output={tmp_path / 'two'}"], env=environment(), capture_output=True, text=True
     )
