@@ -27,7 +27,12 @@ from selfsteer.testbed import model as testbed
 from selfsteer.testbed import oracle
 
 SETTINGS = SimpleNamespace(
-    dtype="float32", device="cpu", trust_remote_code=False, allow_pickle=False, threads=None
+    dtype="float32",
+    device="cpu",
+    trust_remote_code=False,
+    allow_pickle=False,
+    threads=None,
+    layout="padded",
 )
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=96)
 

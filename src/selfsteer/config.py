@@ -21,6 +21,7 @@ ObjectiveName = Literal[
     "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
 ]
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
+Layout = Literal["auto", "tree", "padded"]
 BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 BASES: tuple[str, ...] = get_args(BaseName)
@@ -77,7 +78,7 @@ class Policy(Section):
         "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
     )
     device: str = _f("auto", "auto, cpu, cuda, cuda:1 …")
-    layout: Literal["auto", "padded"] = _f("auto", "how sequences are laid out for scoring")
+    layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
     lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
     allow_pickle: bool = _f(False, "load weights that are not safetensors")
@@ -285,6 +286,7 @@ class TrainConfig(Optimisation):
     seed: int = _f(0, "order of the data", ge=0)
     dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
     device: str = _f("auto", "as policy.device")
+    layout: Layout = _f("auto", "as policy.layout")
     lora: Lora | None = _f(None, "as policy.lora")
     trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
     allow_pickle: bool = _f(False, "as policy.allow_pickle")

@@ -1,7 +1,7 @@
 """Tokenizer, policy and LoRA; from a local folder or a hub id, safetensors only unless allowed."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from selfsteer.config import Lora
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.models.chat import ChatFormat
+from selfsteer.models import tree
+from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.models.logprobs import settle_layout
 from selfsteer.runs import digest, model_digest
+from selfsteer.terminal import say
 
 # a bar per checkpoint shard says nothing beside the stage's own
 disable_progress_bar()
@@ -33,6 +36,8 @@ class ModelSettings(Protocol):
     def allow_pickle(self) -> bool: ...  # noqa: D102
     @property
     def threads(self) -> int | None: ...  # noqa: D102
+    @property
+    def layout(self) -> str: ...  # noqa: D102
 
 
 @dataclass
@@ -49,6 +54,21 @@ class LoadedModel:
     dtype: torch.dtype
     source: str
     digest: str
+    #: As asked for until `settle` has chosen, then ``tree`` or ``padded``.
+    layout: str = "padded"
+    _settled: bool = False
+
+    def settle(self, sequences: Sequence[EncodedSequence]) -> None:
+        """Chooses the layout once, proving it on some of the sequences, and says what it chose."""
+        if self._settled:
+            return
+        asked = self.layout
+        self.model.eval()
+        with self.precision():
+            self.layout = settle_layout(self.model, asked, _probe(sequences), self.dtype)
+        self._settled = True
+        if asked == "auto":
+            say(f"  layout: {self.layout}")
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -152,7 +172,16 @@ def load_model(source: str, settings: ModelSettings) -> LoadedModel:
     model.to(device).eval()
     dtype = resolve_dtype(settings.dtype, device)
     identity = digest([model_digest(source), str(dtype), device.type])
-    return LoadedModel(model, chat, device, dtype, source, identity)
+    return LoadedModel(model, chat, device, dtype, source, identity, settings.layout)
+
+
+def _probe(sequences: Sequence[EncodedSequence], prompts: int = 3) -> list[EncodedSequence]:
+    """All sequences of a few prompts, such prompts first as have several."""
+    by_prompt: dict[tuple[int, ...], list[EncodedSequence]] = {}
+    for s in sequences[:10_000]:
+        by_prompt.setdefault(s.prompt_ids, []).append(s)
+    trees = sorted(by_prompt.values(), key=len, reverse=True)[:prompts]
+    return [s for members in trees for s in members[:4]]
 
 
 def _unreadable(what: str, source: str, error: Exception) -> ArtifactError:
@@ -186,6 +215,7 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     ``do_sample``: servers answer greedily without it, whatever the temperature.
     """
     plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    tree.uninstall(plain)
     if plain.generation_config is not None:
         plain.generation_config.do_sample = True
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor

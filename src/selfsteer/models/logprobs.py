@@ -4,14 +4,22 @@ Shape legend: N sequences, T tokens, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from selfsteer.errors import ConfigError
+from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.models.tree import TreeRow
 from selfsteer.records import Triple
+from selfsteer.terminal import warn
+
+#: Largest difference of a token's log-prob between the layouts that passes as rounding, nats.
+#: Rounding is about 1e-6 in float32; a token that sees what it must not moves by far more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 class PaddedBatch(NamedTuple):
@@ -88,33 +96,120 @@ def sums_by_row(values: Tensor, row: Tensor, count: int) -> Tensor:
     )
 
 
+def pack(sequences: Sequence[EncodedSequence], layout: str, pad_id: int) -> PaddedBatch | TreeRow:
+    """One batch in the given layout, ``tree`` or ``padded``."""
+    return tree.plant(sequences) if layout == "tree" else pad(sequences, pad_id)
+
+
+def batch_logps(model: Any, batch: PaddedBatch | TreeRow) -> Tensor:
+    """Log-prob in nats of each response token, flat and in the order of the sequences."""
+    if isinstance(batch, TreeRow):
+        logps: Tensor = model(tree_row=list(batch))
+        return logps
+    return response_logps(model, batch)
+
+
+def settle_layout(
+    model: Any, layout: str, probe: Sequence[EncodedSequence], dtype: torch.dtype = torch.float32
+) -> str:
+    """Chooses the layout and makes the model ready for it.
+
+    Args:
+        model: a causal language model.
+        layout: ``auto``, ``tree`` or ``padded``.
+        probe: what ``auto`` scores both ways before it believes in trees; should share prompts.
+        dtype: the precision that the forward computes in, for the tolerance.
+
+    Returns:
+        ``tree`` or ``padded``; ``auto`` falls back to padded with a warning that shows the figures.
+
+    Raises:
+        ConfigError: ``tree`` on a model that cannot take it, or an unknown layout.
+    """
+    if layout not in ("auto", "tree", "padded"):
+        raise ConfigError(f"unknown layout {layout!r}; layouts are auto, tree and padded")
+    if layout == "padded":
+        return "padded"
+    reason = tree.obstacle(model)
+    if reason is not None:
+        if layout == "tree":
+            raise ConfigError(
+                f"layout tree cannot be used with {type(model).__name__}: {reason}. Use auto or "
+                "padded."
+            )
+        return "padded"
+    if layout == "auto":
+        difference = tree_difference(model, probe)
+        if not difference <= TOLERANCE[dtype]:
+            warn(
+                f"the tree layout moves log-probs of {type(model).__name__} by up to "
+                f"{difference:.2g} nats (tolerance {TOLERANCE[dtype]:.2g}); the padded one is used"
+            )
+            return "padded"
+    tree.install(model)
+    return "tree"
+
+
+@torch.no_grad()
+def tree_difference(model: Any, probe: Sequence[EncodedSequence]) -> float:
+    """Largest difference of a token's log-prob between the two layouts; infinite on failure."""
+    device = next(model.parameters()).device
+    expected = batch_logps(model, pad(probe, 0).to(device))
+    tree.install(model)
+    try:
+        found = batch_logps(model, tree.plant(probe).to(device))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as e:
+        warn(f"the tree layout failed on {type(model).__name__}: {e}")
+        return float("inf")
+    finally:
+        tree.uninstall(model)
+    return float((found.float() - expected.float()).abs().max())
+
+
+def batches(sequences: Sequence[EncodedSequence], layout: str, size: int) -> Iterator[list[int]]:
+    """Indices in batches of about ``size`` sequences: like lengths, or whole trees, together."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(sequences):
+        key = s.prompt_ids if layout == "tree" else (i,)
+        by_prompt.setdefault(key, []).append(i)
+    groups = sorted(by_prompt.values(), key=lambda g: max(len(sequences[i]) for i in g))
+    batch: list[int] = []
+    for group in reversed(groups):
+        if batch and len(batch) + len(group) > size:
+            yield batch
+            batch = []
+        batch = batch + group
+    if batch:
+        yield batch
+
+
 @torch.no_grad()
 def score_sequences(
     model: Any,
     sequences: Sequence[EncodedSequence],
     *,
+    layout: str = "padded",
     batch_size: int = 8,
     pad_id: int = 0,
     advance: Callable[[int, int], None] = lambda items, tokens: None,
 ) -> list[Tensor]:
-    """Per-token log-probs (float32, CPU) of each response, in the order given.
+    """Per-token log-probs (CPU) of each response, in the order given.
 
     Args:
-        model: a causal language model; its mode is left as it is.
+        model: a causal language model, settled for the layout; its mode is left as it is.
         sequences: what to score; nothing is truncated.
-        batch_size: sequences per forward; those of similar length go together.
+        layout: ``tree`` or ``padded``.
+        batch_size: sequences per forward.
         pad_id: any valid token id.
         advance: told the sequences and tokens of each finished batch.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     out: list[Tensor | None] = [None] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in batches(sequences, layout, batch_size):
         part = [sequences[i] for i in chosen]
-        batch = pad(part, pad_id).to(device)
-        values = response_logps(model, batch).cpu()
-        for i, piece in zip(chosen, values.split([len(s.response_ids) for s in part]), strict=True):
+        values = batch_logps(model, pack(part, layout, pad_id).to(device)).cpu()
+        lengths = [len(s.response_ids) for s in part]
+        for i, piece in zip(chosen, values.split(lengths), strict=True):
             out[i] = piece
         advance(len(part), sum(map(len, part)))
     return [piece for piece in out if piece is not None]
@@ -137,7 +232,8 @@ def score_records(
         tokenizer: its tokenizer, with a chat template.
         triples: N records; responses that are not asked for may be absent.
         sequences: names such as ``plain/good``.
-        layout: ``auto`` or ``padded``; both are the padded layout.
+        layout: ``auto`` proves tree = padded on the first triples and falls back to padded;
+            ``tree``; ``padded``.
         batch_size: triples per forward.
         max_length: tokens kept of prompt + response; None truncates nothing.
 
@@ -146,22 +242,26 @@ def score_records(
         Per-token float32 values are added in float64.
 
     Raises:
-        ValueError: an unknown layout.
+        ConfigError: an unknown layout, or ``tree`` on a model that cannot take it.
         DataError: a triple lacks a response or principles that a sequence needs.
     """
-    if layout not in ("auto", "padded"):
-        raise ValueError(f"unknown layout {layout!r}; layouts are auto and padded")
     chat = ChatFormat(tokenizer)
-    encoded = [chat.sequence(t, name, max_length) for name in sequences for t in triples]
+    encoded = [chat.sequence(t, name, max_length) for t in triples for name in sequences]
     was_training = model.training
     model.eval()
+    probe = encoded[: 2 * len(sequences)]
+    size = batch_size * max(len(sequences), 1)
+    installed = tree.is_installed(model)
     try:
-        values = score_sequences(model, encoded, batch_size=batch_size * max(len(sequences), 1))
+        settled = settle_layout(model, layout, probe, next(model.parameters()).dtype)
+        values = score_sequences(model, encoded, layout=settled, batch_size=size)
     finally:
+        if not installed:
+            tree.uninstall(model)
         model.train(was_training)
     out = {}
     for k, name in enumerate(sequences):
-        part = values[k * len(triples) : (k + 1) * len(triples)]
+        part = values[k :: len(sequences)]
         out[name] = (
             torch.tensor([float(v.double().sum()) for v in part], dtype=torch.float64),
             torch.tensor([len(v) for v in part], dtype=torch.int64),

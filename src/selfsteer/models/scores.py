@@ -18,7 +18,7 @@ from torch import Tensor
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.loading import LoadedModel
 from selfsteer.models.logprobs import score_sequences
-from selfsteer.runs import write_atomic
+from selfsteer.runs import digest, write_atomic
 from selfsteer.terminal import progress_bar
 
 #: Sequences per file, the unit of resumption.
@@ -32,10 +32,10 @@ def sequence_key(sequence: EncodedSequence) -> bytes:
 
 
 class ScoreStore:
-    """Per-token log-probs of sequences under one model, kept in a folder."""
+    """Per-token log-probs of sequences under one model and layout, kept in a folder."""
 
-    def __init__(self, folder: Path, model_digest: str) -> None:
-        self.folder = folder / model_digest
+    def __init__(self, folder: Path, model_key: str) -> None:
+        self.folder = folder / model_key
         self._values: dict[bytes, np.ndarray] = {}
         self._files = 0
         for path in sorted(self.folder.glob("scores-*.npz")):
@@ -65,17 +65,20 @@ class ScoreStore:
         if todo:
             was_training = loaded.model.training
             loaded.model.eval()
-            with progress_bar(label, len(todo)) as bar, loaded.precision():
-                for start in range(0, len(todo), CHUNK):
-                    part = todo[start : start + CHUNK]
-                    found = score_sequences(
-                        loaded.model,
-                        [s for _, s in part],
-                        batch_size=batch_size,
-                        advance=bar.advance,
-                    )
-                    self._add([k for k, _ in part], [v.numpy() for v in found])
-            loaded.model.train(was_training)
+            try:
+                with progress_bar(label, len(todo)) as bar, loaded.precision():
+                    for start in range(0, len(todo), CHUNK):
+                        part = todo[start : start + CHUNK]
+                        found = score_sequences(
+                            loaded.model,
+                            [s for _, s in part],
+                            layout=loaded.layout,
+                            batch_size=batch_size,
+                            advance=bar.advance,
+                        )
+                        self._add([k for k, _ in part], [v.numpy() for v in found])
+            finally:
+                loaded.model.train(was_training)
         return [torch.from_numpy(self._values[k].copy()) for k in keys]
 
     def _add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
@@ -89,3 +92,12 @@ class ScoreStore:
         write_atomic(self.folder / f"scores-{self._files:05d}.npz", buffer.getvalue())
         self._files += 1
         self._values.update(zip(keys, values, strict=True))
+
+
+def scored(
+    folder: Path, loaded: LoadedModel, sequences: Sequence[EncodedSequence], label: str
+) -> list[Tensor]:
+    """Per-token log-probs of each sequence's response, from the folder or computed now."""
+    loaded.settle(sequences)
+    store = ScoreStore(folder, digest([loaded.digest, loaded.layout]))
+    return store.score(loaded, sequences, label=label)

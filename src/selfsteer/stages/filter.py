@@ -11,7 +11,7 @@ import numpy as np
 from selfsteer import catalogue
 from selfsteer.config import Hygiene, Recipe
 from selfsteer.models.loading import load_model
-from selfsteer.models.scores import ScoreStore
+from selfsteer.models.scores import scored
 from selfsteer.records import Preference, Triple, dump_lines
 from selfsteer.runs import StageResult, write_atomic
 
@@ -110,7 +110,7 @@ def filter_triples(
     if recipe.filtered and kept:
         loaded = load_model(policy, recipe.policy)
         flat = [loaded.chat.sequence(t, n) for n in FILTER_SEQUENCES for t in kept]
-        values = ScoreStore(scores, loaded.digest).score(loaded, flat, label="filter: scoring")
+        values = scored(scores, loaded, flat, "filter: scoring")
         m = np.array([float(v.double().mean()) for v in values]).reshape(-1, len(kept))
         mask, counts = steering_filter(dict(zip(FILTER_SEQUENCES, m, strict=True)))
         result.dropped.update({k: n for k, n in counts.items() if n})

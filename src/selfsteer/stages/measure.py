@@ -15,7 +15,7 @@ from selfsteer.evaluation.judges import Judge, ScoringJudge, accuracy, load_judg
 from selfsteer.evaluation.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
 from selfsteer.evaluation.stats import mean_interval
 from selfsteer.models.loading import load_model
-from selfsteer.models.scores import ScoreStore
+from selfsteer.models.scores import scored
 from selfsteer.principles import writer
 from selfsteer.records import Preference, Query, Triple, Verdict, dump_lines
 from selfsteer.runs import StageResult, derive_seed, write_atomic
@@ -55,7 +55,6 @@ def measure_quality(
     rng = np.random.default_rng(derive_seed(recipe.seed, stage))
     loaded = load_model(policy, recipe.policy)
     judge = load_judge(recipe.judge)
-    store = ScoreStore(scores, loaded.digest)
     report: dict[str, Any] = {"scored_under": "policy at the start of the iteration"}
     for name, records, sequences in (
         ("preferences", pairs, (*PLAIN_SEQUENCES, *GAP_SEQUENCES)),
@@ -65,7 +64,7 @@ def measure_quality(
             continue
         chosen = _subset(records, QUALITY_PAIRS, rng)
         flat = [loaded.chat.sequence(t, s) for s in sequences for t in chosen]
-        values = store.score(loaded, flat, label=f"quality: scoring {name}")
+        values = scored(scores, loaded, flat, f"quality: scoring {name}")
         grid = np.array([float(v.double().sum()) for v in values]).reshape(len(sequences), -1)
         tokens = np.array([len(v) for v in values]).reshape(len(sequences), -1)
         report[name] = {

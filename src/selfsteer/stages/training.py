@@ -8,7 +8,7 @@ from selfsteer.config import Generator, Optimisation, Recipe, Training
 from selfsteer.errors import DataError
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.loading import LoadedModel, load_model
-from selfsteer.models.scores import ScoreStore
+from selfsteer.models.scores import scored
 from selfsteer.objectives import Objective
 from selfsteer.records import Triple
 from selfsteer.runs import StageResult, derive_seed
@@ -138,8 +138,7 @@ def with_reference(
         return [Example(t.id, e, None) for t, e in zip(triples, encoded, strict=True)]
     names = objective.sequences
     flat = [e[name] for e in encoded for name in names]
-    model = reference()
-    values = ScoreStore(scores, model.digest).score(model, flat, label=label)
+    values = scored(scores, reference(), flat, label)
     size = len(names)
     return [
         Example(t.id, e, dict(zip(names, values[i * size : (i + 1) * size], strict=True)))

@@ -25,7 +25,8 @@ from selfsteer.config import Lora, Optimisation
 from selfsteer.errors import ConfigError, NumericsError
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.loading import LoadedModel, add_lora, save_model
-from selfsteer.models.logprobs import PaddedBatch, pad, response_logps, sums_by_row
+from selfsteer.models.logprobs import PaddedBatch, batch_logps, pack, sums_by_row
+from selfsteer.models.tree import TreeRow
 from selfsteer.objectives import Objective, steering_loss
 from selfsteer.runs import disk_errors, write_atomic
 from selfsteer.terminal import is_main_process, progress_bar, say
@@ -58,16 +59,17 @@ class Examples(Dataset[Example]):
 
 @dataclass
 class Collator:
-    """Examples to one padded batch: sequence s of query q is row ``s · B + q``."""
+    """Examples to one batch: sequence s of query q is number ``s · B + q``."""
 
     names: tuple[str, ...]
+    layout: str
     pad_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Ids, and what is known of each (sequence, query): reference sums and lengths."""
         flat = [e.sequences[name] for name in self.names for e in examples]
         batch: dict[str, Any] = {
-            **pad(flat, self.pad_id)._asdict(),
+            "packed": list(pack(flat, self.layout, self.pad_id)),
             "lengths": torch.tensor([len(s.response_ids) for s in flat]),
             "ids": [e.id for e in examples],
         }
@@ -99,10 +101,13 @@ class SteeringTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=Examples(examples),
-            data_collator=Collator(objective.sequences, 0 if pad_id is None else pad_id),
+            data_collator=Collator(
+                objective.sequences, loaded.layout, 0 if pad_id is None else pad_id
+            ),
         )
         self.objective: Objective = objective
         self.precision = loaded.precision
+        self.layout = loaded.layout
         self.on_log = on_log
         self.keep_checkpoints = keep_checkpoints
         self.loss_is_scaled_for_ga = True
@@ -125,10 +130,11 @@ class SteeringTrainer(Trainer):
         Raises:
             NumericsError: the loss is not finite; names the triples.
         """
-        batch = PaddedBatch(*(inputs[field] for field in PaddedBatch._fields))
+        kind = TreeRow if self.layout == "tree" else PaddedBatch
+        batch = kind(*inputs["packed"])
         names, size = self.objective.sequences, len(inputs["ids"])
         with self.precision():
-            logps = response_logps(model, batch)
+            logps = batch_logps(model, batch)
         policy = sums_by_row(logps, batch.row, len(names) * size).view(len(names), size)
         lengths = inputs["lengths"].view(len(names), size)
         reference = None
@@ -261,6 +267,7 @@ def train(
     """
     work = output.with_name(f"{output.name}.partial")
     set_seed(seed)
+    loaded.settle([s for e in examples[:16] for s in e.sequences.values()])
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     for leftover in work.glob("checkpoint-*"):

@@ -1,0 +1,117 @@
+"""From hidden states at response positions to log-probs, without keeping the logits.
+
+Shape legend: R response tokens, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Logits of this many bytes may be kept for backward; above it they are computed twice, in chunks.
+KEEP_BYTES = 256 << 20
+
+
+def head_logps(model: Any, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
+    """Log-prob in nats of each target under the model's output embedding, (R,) float32.
+
+    Honours a bias, final soft-capping (Gemma 2) and logit scaling (Cohere, Granite). Reduces in
+    float32, in float64 where the hidden states are: a bfloat16 log-sum-exp is off by whole nats.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    logps: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_RD, head.weight, getattr(head, "bias", None), target_R, float(scale), float(softcap)
+    )
+    return logps
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _logits(
+    hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    logits_RV = (hidden_RD @ weight_VD.T).to(_wide(hidden_RD.dtype))
+    if bias_V is not None:
+        logits_RV += bias_V
+    if scale != 1.0:
+        logits_RV *= scale
+    return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
+
+
+class _HeadLogps(torch.autograd.Function):
+    """Chunked projection and log-softmax; gradients of soft-max minus one-hot, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_R: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        if torch.is_autocast_enabled(hidden_RD.device.type):
+            hidden_RD = hidden_RD.to(torch.get_autocast_dtype(hidden_RD.device.type))
+        weight = weight_VD.to(hidden_RD.dtype)
+        wide = _wide(hidden_RD.dtype)
+        rows = max(1, KEEP_BYTES // (weight.shape[0] * wide.itemsize))
+        keep = hidden_RD.shape[0] <= rows
+        logps, log_sums, kept = [], [], None
+        for chunk_RD, target in zip(hidden_RD.split(rows), target_R.split(rows), strict=True):
+            logits_RV = _logits(chunk_RD, weight, bias_V, scale, softcap)
+            log_sum_R = logits_RV.logsumexp(dim=1)
+            logps.append(logits_RV.gather(1, target.unsqueeze(1)).squeeze(1) - log_sum_R)
+            log_sums.append(log_sum_R)
+            kept = logits_RV if keep else None
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, target_R, torch.cat(log_sums), kept)
+        ctx.scale, ctx.softcap, ctx.rows = scale, softcap, rows
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad_R,) = grad_outputs
+        hidden_RD, weight_VD, bias_V, target_R, log_sum_R, kept = ctx.saved_tensors
+        weight = weight_VD.to(hidden_RD.dtype)
+        wide = _wide(hidden_RD.dtype)
+        grad_hidden = torch.empty_like(hidden_RD)
+        # bfloat16 sums over thousands of tokens lose the small ones
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = (
+            torch.zeros_like(bias_V, dtype=wide)
+            if bias_V is not None and ctx.needs_input_grad[2]
+            else None
+        )
+        for start in range(0, hidden_RD.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            chunk_RD = hidden_RD[part]
+            logits_RV = (
+                kept
+                if kept is not None
+                else _logits(chunk_RD, weight, bias_V, ctx.scale, ctx.softcap)
+            )
+            slope = 1 - (logits_RV / ctx.softcap) ** 2 if ctx.softcap else None
+            delta_RV = (logits_RV - log_sum_R[part].unsqueeze(1)).exp_().neg_()
+            delta_RV.scatter_add_(1, target_R[part].unsqueeze(1), torch.ones_like(delta_RV[:, :1]))
+            delta_RV *= grad_R[part].unsqueeze(1) * ctx.scale
+            if slope is not None:
+                delta_RV *= slope
+            if grad_bias is not None:
+                grad_bias += delta_RV.sum(dim=0)
+            delta_RV = delta_RV.to(hidden_RD.dtype)
+            grad_hidden[part] = delta_RV @ weight
+            if grad_weight is not None:
+                grad_weight += delta_RV.T @ chunk_RD
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,264 @@
+"""The tree layout: each prompt computed once, its responses as branches, no padding.
+
+A micro-batch becomes one row. Sequences with the same prompt form a tree::
+
+    ids        p p p p a a a b b | q q q c c …      two responses a, b under prompt p, …
+    positions  0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 …      restart behind the prompt
+
+Every response sees its prompt and itself. It runs through the model's own forward: an attention
+function registered with transformers works on the segments, so no mask over the row exists.
+The last token of a response predicts nothing and is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.head import head_logps
+
+#: The name under which the segment attention is known to transformers.
+ATTENTION = "selfsteer_tree"
+
+#: Layer types that are masked attention; anything else mixes tokens in ways a mask cannot stop.
+MASKED_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+#: Where a tree lies in the row: its first token, prompt tokens, tokens of each branch. A plain
+#: tuple, which data loaders and DDP take apart and put together again.
+Tree = tuple[int, int, tuple[int, ...]]
+
+
+class TreeRow(NamedTuple):
+    """One row of trees and, flat over all sequences, where each response token is predicted."""
+
+    input_ids_1T: Tensor
+    position_ids_1T: Tensor
+    row: Tensor
+    position: Tensor
+    target: Tensor
+    trees: tuple[Tree, ...]
+
+    def to(self, device: torch.device) -> "TreeRow":
+        """The same row elsewhere."""
+        tensors = ("input_ids_1T", "position_ids_1T", "row", "position", "target")
+        return self._replace(**{name: getattr(self, name).to(device) for name in tensors})
+
+
+def plant(sequences: Sequence[EncodedSequence]) -> TreeRow:
+    """Lays sequences out as one row; those with equal prompts share it.
+
+    >>> row = plant([EncodedSequence((5, 6), (7, 8)), EncodedSequence((5, 6), (9, 1, 2))])
+    >>> row.input_ids_1T.tolist(), row.position_ids_1T.tolist()
+    ([[5, 6, 7, 9, 1]], [[0, 1, 2, 2, 3]])
+    >>> row.position.tolist(), row.target.tolist(), row.row.tolist()
+    ([1, 2, 1, 3, 4], [7, 8, 9, 1, 2], [0, 0, 1, 1, 1])
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(sequences):
+        by_prompt.setdefault(s.prompt_ids, []).append(i)
+    ids: list[int] = []
+    positions: list[int] = []
+    trees: list[Tree] = []
+    predicts: list[list[int]] = [[] for _ in sequences]
+    for prompt, members in by_prompt.items():
+        start, size = len(ids), len(prompt)
+        ids += prompt
+        positions += range(size)
+        branches = []
+        for i in members:
+            inner = sequences[i].response_ids[:-1]
+            predicts[i] = [start + size - 1, *range(len(ids), len(ids) + len(inner))]
+            ids += inner
+            positions += range(size, size + len(inner))
+            branches.append(len(inner))
+        trees.append((start, size, tuple(branches)))
+    rows = [i for i, s in enumerate(sequences) for _ in s.response_ids]
+    return TreeRow(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(rows),
+        torch.tensor([p for where in predicts for p in where]),
+        torch.tensor([t for s in sequences for t in s.response_ids]),
+        tuple(trees),
+    )
+
+
+def tree_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    trees: Sequence[Tree] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each tree, one call per segment.
+
+    Args:
+        module: the attention module of the model.
+        query: (1, H, T, D).
+        key: (1, K, T, D), K heads repeated to H.
+        value: like key.
+        attention_mask: not used with trees.
+        dropout: must be 0 with trees.
+        scaling: of the scores; None is 1/√D.
+        sliding_window: tokens a query sees, itself included.
+        softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
+        trees: the segments.
+        kwargs: what else the model passes.
+
+    Returns:
+        (1, T, H, D), as transformers wants it, and no weights.
+
+    Raises:
+        RuntimeError: the model swallowed the segments on the way.
+    """
+    if trees is None:
+        raise RuntimeError("the model does not pass the segments on to its attention")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    out = []
+    for start, prompt, branches in trees:
+        root = start + prompt
+        end = root + branches[0]
+        span = slice(start, end)
+        out.append(
+            _attend(
+                query[:, :, span],
+                key[:, :, span],
+                value[:, :, span],
+                scaling,
+                sliding_window,
+                softcap,
+            )
+        )
+        for size in branches[1:]:
+            if size == 0:
+                continue
+            span = slice(end, end + size)
+            out.append(
+                _attend(
+                    query[:, :, span],
+                    torch.cat([key[:, :, start:root], key[:, :, span]], dim=2),
+                    torch.cat([value[:, :, start:root], value[:, :, span]], dim=2),
+                    scaling,
+                    sliding_window,
+                    softcap,
+                )
+            )
+            end += size
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention aligned at the end: the last query sees the last key."""
+    size, total = query.shape[2], key.shape[2]
+    mask = None
+    if size != total or softcap is not None or (window is not None and window < total):
+        at = torch.arange(total - size, total, device=query.device).unsqueeze(1)
+        keys = torch.arange(total, device=query.device).unsqueeze(0)
+        mask = keys <= at
+        if window is not None:
+            mask = mask & (keys > at - window)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    assert mask is not None
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=_accumulate(scores.dtype)).to(value.dtype) @ value
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+AttentionInterface.register(ATTENTION, tree_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def obstacle(model: Any) -> str | None:
+    """Why a model cannot take the tree layout; None if nothing speaks against it."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds - MASKED_ATTENTION:
+        return "its layers mix tokens by other means than masked attention"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced through transformers' AttentionInterface"
+    if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+        return "its decoder and output embedding cannot be told apart"
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    if dropout and model.training:
+        return "it uses dropout in attention"
+    return None
+
+
+def is_installed(model: Any) -> bool:
+    """Whether the model answers ``tree_row``."""
+    return hasattr(model, "_selfsteer_own_attention")
+
+
+def install(model: Any) -> None:
+    """Teaches a causal language model to answer ``forward(tree_row=…)`` with log-probs.
+
+    The model's own forward is called for anything else. Wrappers (DDP, peft) pass the argument
+    on, so that their hooks see an ordinary forward.
+    """
+    if is_installed(model):
+        return
+    own_forward, own_attention = model.forward, model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+
+    def forward(*args: Any, tree_row: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        if tree_row is not None:
+            return _row_logps(model, TreeRow(*tree_row))
+        model.set_attn_implementation(own_attention)
+        try:
+            return own_forward(*args, **kwargs)
+        finally:
+            model.set_attn_implementation(ATTENTION)
+
+    model.forward = forward
+    model._selfsteer_own_attention = own_attention
+
+
+def uninstall(model: Any) -> None:
+    """Gives a model its own forward and attention back."""
+    if is_installed(model):
+        model.set_attn_implementation(model._selfsteer_own_attention)
+        del model.forward, model._selfsteer_own_attention
+
+
+def _row_logps(model: Any, row: TreeRow) -> Tensor:
+    # a mask of four dimensions is taken as it is; the segments say all there is to say
+    no_mask = row.input_ids_1T.new_zeros(1, 1, 1, 1)
+    hidden = model.get_decoder()(
+        input_ids=row.input_ids_1T,
+        position_ids=row.position_ids_1T,
+        attention_mask=no_mask,
+        use_cache=False,
+        trees=row.trees,
+    ).last_hidden_state
+    return head_logps(model, hidden[0, row.position], row.target)

@@ -1,0 +1,398 @@
+"""The tree layout gives the numbers of the padded one, for every family of attention."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from selfsteer.config import Lora
+from selfsteer.errors import ConfigError
+from selfsteer.models import head, tree
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.head import head_logps
+from selfsteer.models.loading import LoadedModel, add_lora, save_model
+from selfsteer.models.logprobs import (
+    batch_logps,
+    batches,
+    pad,
+    response_logps,
+    score_records,
+    score_sequences,
+    settle_layout,
+    tree_difference,
+)
+from selfsteer.records import Message, Principles, Triple
+
+VOCABULARY = 97
+SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+GROUPED: dict[str, Any] = {**SHARED, "num_key_value_heads": 2}
+WINDOW: dict[str, Any] = {**GROUPED, "head_dim": 8, "sliding_window": 5}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=5),
+    # softcaps low enough to bend these small scores
+    "gemma2": lambda: hf.Gemma2Config(
+        **WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(**WINDOW, query_pre_attn_scalar=8),
+    "phi3": lambda: hf.Phi3Config(**GROUPED),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**SHARED),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    ),
+    "granite": lambda: hf.GraniteConfig(**GROUPED, logits_scaling=4.0),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+
+
+def forest(seed: int = 0, queries: int = 3) -> list[EncodedSequence]:
+    """Prompts of 3 to 12 tokens with 1 to 3 responses of 1 to 9, one of them twice."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(queries):
+        prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(3, 12)))
+        for _ in range(rng.randint(1, 3)):
+            answer = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(2, 9)))
+            out.append(EncodedSequence(prompt, answer))
+    out.append(out[-1])
+    out.append(EncodedSequence(out[0].prompt_ids, (7,)))
+    return out
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def weights(sequences: list[EncodedSequence], dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    count = sum(len(s.response_ids) for s in sequences)
+    return torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)) for n in a)
+
+
+def test_values_and_gradients_equal_the_models_own_padded_forward(model: Any) -> None:
+    sequences = forest()
+    g = weights(sequences)
+    expected = response_logps(model, pad(sequences, 0))
+    theirs = gradients(model, (expected * g).sum())
+    tree.install(model)
+    found = batch_logps(model, tree.plant(sequences))
+    ours = gradients(model, (found * g).sum())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert relative(theirs, ours) < 1e-4
+
+
+class PlainNorm(torch.nn.Module):
+    """An RMS norm that keeps its input's precision, with the weights of another."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+        self.eps = float(eps or 1e-6)
+        self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x * scale * (self.weight + self.offset)
+
+
+def keep_precision(model: Any) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, PlainNorm(child))
+
+
+def test_in_float64_shared_and_lone_sequences_agree_to_rounding(model: Any) -> None:
+    """Loss and every gradient to 1e-12, on a model none of whose parts works in float32.
+
+    The other side is each sequence alone in its own row: no sharing, no neighbours.
+    """
+    keep_precision(model)
+    model.double()
+    tree.install(model)
+    sequences = forest(1)
+    g = weights(sequences, torch.float64)
+    alone = torch.cat([batch_logps(model, tree.plant([s])) for s in sequences])
+    theirs = gradients(model, (alone * g).sum())
+    found = batch_logps(model, tree.plant(sequences))
+    ours = gradients(model, (found * g).sum())
+    assert found.dtype == torch.float64
+    assert float(((found - alone) / alone).detach().abs().max()) < 1e-12
+    # a gradient that is zero by symmetry (a key's bias) has only rounding to compare
+    for name in theirs:
+        gap = float((theirs[name] - ours[name]).norm())
+        assert gap < 1e-12 * max(float(theirs[name].norm()), 1.0), name
+
+
+def test_float64_rows_equal_the_padded_forward(model: Any) -> None:
+    """Against the model's own attention, where that keeps float64 (Gemma 2's eager does not)."""
+    keep_precision(model)
+    model.double()
+    sequences = forest(2)
+
+    def logits(s: EncodedSequence) -> Tensor:
+        ids = torch.tensor([[*s.prompt_ids, *s.response_ids]])
+        out = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        at = torch.arange(len(s.prompt_ids) - 1, len(s) - 1)
+        return out[at, torch.tensor(s.response_ids)]
+
+    expected = torch.cat([logits(s) for s in sequences]).detach()
+    tree.install(model)
+    found = batch_logps(model, tree.plant(sequences)).detach()
+    bound = 1e-5 if model.config.model_type == "gemma2" else 1e-12
+    assert float(((found - expected) / expected).abs().max()) < bound
+
+
+def test_order_neighbours_and_row_size_change_nothing(model: Any) -> None:
+    keep_precision(model)
+    model.double()
+    tree.install(model)
+    sequences = forest(4, queries=5)
+    whole = score_sequences(model, sequences, layout="tree", batch_size=100)
+    small = score_sequences(model, sequences, layout="tree", batch_size=1)
+    shuffled = list(range(len(sequences)))
+    random.Random(0).shuffle(shuffled)
+    mixed = score_sequences(model, [sequences[i] for i in shuffled], layout="tree", batch_size=4)
+    for i, piece in enumerate(whole):
+        torch.testing.assert_close(small[i], piece, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(mixed[shuffled.index(i)], piece, rtol=1e-11, atol=1e-12)
+
+
+def test_a_response_does_not_see_its_siblings(model: Any) -> None:
+    """Changing one branch leaves the others bit for bit what they were."""
+    tree.install(model)
+    prompt = (5, 6, 7, 8)
+    first, other = EncodedSequence(prompt, (9, 10, 11)), EncodedSequence(prompt, (12, 13))
+    changed = EncodedSequence(prompt, (40, 41))
+    with torch.no_grad():
+        a = batch_logps(model, tree.plant([other, first]))[2:]
+        b = batch_logps(model, tree.plant([changed, first]))[2:]
+    assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model: Any) -> None:
+    sequences = forest(5)
+    g = weights(sequences)
+    tree.install(model)
+    model.train()
+    plain = gradients(model, (batch_logps(model, tree.plant(sequences)) * g).sum())
+    model.activation_checkpointing_enable()
+    again = gradients(model, (batch_logps(model, tree.plant(sequences)) * g).sum())
+    assert relative(plain, again) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft speaks of GPT-2's Conv1D
+def test_lora_sees_the_tree_too(model: Any) -> None:
+    lora = add_lora(model, Lora(rank=2))
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    sequences = forest(6)
+    g = weights(sequences)
+    expected = response_logps(lora, pad(sequences, 0))
+    theirs = gradients(lora, (expected * g).sum())
+    tree.install(model)
+    found = batch_logps(lora, tree.plant(sequences))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert relative(theirs, gradients(lora, (found * g).sum())) < 1e-4
+
+
+def test_bfloat16_autocast_stays_near_float32(model: Any) -> None:
+    sequences = forest(7)
+    tree.install(model)
+    with torch.no_grad():
+        exact = batch_logps(model, tree.plant(sequences))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = batch_logps(model, tree.plant(sequences))
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).abs().mean()) < 0.1
+
+
+def test_uninstalling_gives_the_model_back_as_it_was(model: Any) -> None:
+    sequences = forest()
+    before = response_logps(model, pad(sequences, 0)).detach()
+    config = json.loads(model.config.to_json_string())
+    name = model.config._attn_implementation
+    tree.install(model)
+    own = response_logps(model, pad(sequences, 0)).detach()  # not a tree: its own attention
+    tree.uninstall(model)
+    assert model.config._attn_implementation == name
+    assert json.loads(model.config.to_json_string()) == config
+    assert torch.equal(response_logps(model, pad(sequences, 0)).detach(), before)
+    torch.testing.assert_close(own, before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_shares_prompts_and_holds_no_padding() -> None:
+    sequences = [
+        EncodedSequence((1, 2, 3), (4, 5)),
+        EncodedSequence((9,), (8, 7, 6)),
+        EncodedSequence((1, 2, 3), (5,)),
+        EncodedSequence((1, 2, 3), (6, 4, 2)),
+    ]
+    row = tree.plant(sequences)
+    assert row.input_ids_1T.tolist() == [[1, 2, 3, 4, 6, 4, 9, 8, 7]]
+    assert row.position_ids_1T.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
+    assert row.trees == ((0, 3, (1, 0, 2)), (6, 1, (2,)))
+    assert row.row.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3]
+    assert row.position.tolist() == [2, 3, 6, 7, 8, 2, 2, 4, 5]
+    assert row.target.tolist() == [4, 5, 8, 7, 6, 5, 6, 4, 2]
+
+
+def test_batches_keep_trees_together_and_lose_nothing() -> None:
+    sequences = forest(8, queries=6)
+    for layout, size in (("tree", 4), ("padded", 4), ("tree", 1)):
+        found = list(batches(sequences, layout, size))
+        assert sorted(i for batch in found for i in batch) == list(range(len(sequences)))
+        if layout == "tree":
+            prompts = [{sequences[i].prompt_ids for i in batch} for batch in found]
+            assert sum(len(p) for p in prompts) == len(set().union(*prompts))
+        else:
+            assert max(map(len, found)) <= size
+
+
+class Head(torch.nn.Module):
+    """What `head_logps` asks of a model."""
+
+    def __init__(self, bias: bool, **config: Any) -> None:
+        super().__init__()
+        self.out = torch.nn.Linear(6, 11, bias=bias, dtype=torch.float64)
+        self.config = hf.LlamaConfig(**config)
+
+    def get_output_embeddings(self) -> Any:
+        return self.out
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("bias", "config"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"final_logit_softcapping": 1.5}),
+        (True, {"logit_scale": 0.3}),
+        (True, {"logits_scaling": 4.0, "final_logit_softcapping": 0.7}),
+    ],
+)
+def test_the_head_equals_a_plain_log_softmax_in_any_chunks(
+    monkeypatch: pytest.MonkeyPatch, rows: int, bias: bool, config: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(head, "KEEP_BYTES", rows * 11 * 8)
+    torch.manual_seed(0)
+    model = Head(bias, **config)
+    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(11, (7,))
+    g = torch.randn(7, dtype=torch.float64)
+
+    logits = model.out(hidden)
+    logits = logits * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
+    cap = config.get("final_logit_softcapping")
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+    wanted = torch.autograd.grad((expected * g).sum(), [hidden, *model.out.parameters()])
+
+    found = head_logps(model, hidden, target)
+    got = torch.autograd.grad((found * g).sum(), [hidden, *model.out.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_state_space_model_gets_padded_and_refuses_tree() -> None:
+    config = hf.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    mamba = hf.AutoModelForCausalLM.from_config(config).eval()
+    assert settle_layout(mamba, "auto", forest()) == "padded"
+    with pytest.raises(ConfigError, match="cannot be used with MambaForCausalLM"):
+        settle_layout(mamba, "tree", forest())
+
+
+def test_auto_falls_back_with_figures_when_trees_do_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    llama = hf.AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
+    assert tree_difference(llama, forest()) < 1e-4
+    whole = tree._attend
+    monkeypatch.setattr(tree, "_attend", lambda q, k, v, *a: whole(q, k, v, None, 2, None))
+    assert settle_layout(llama, "auto", forest()) == "padded"
+    assert "nats (tolerance 0.001)" in capsys.readouterr().err
+    assert not tree.is_installed(llama)
+
+
+def test_unknown_layouts_are_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="layouts are auto, tree and padded"):
+        settle_layout(loaded.model, "packed", forest())
+
+
+def test_score_records_agrees_across_layouts_and_leaves_the_model_alone(
+    loaded: LoadedModel,
+) -> None:
+    triples = [
+        Triple(
+            f"t{i}",
+            (Message("user", f"What is {i}?"),),
+            Principles("Be good.", "Be bad."),
+            {"plain": f"It is {i}.", "good": f"It is {i}, friend.", "bad": "No."},
+            {"bad": "length"},
+        )
+        for i in range(4)
+    ]
+    names = ("plain/good", "plain/bad", "good/good", "good/bad", "bad/plain", "bad/good")
+    tokenizer = loaded.chat.tokenizer
+    padded = score_records(loaded.model, tokenizer, triples, names, layout="padded")
+    for layout in ("tree", "auto"):
+        found = score_records(loaded.model, tokenizer, triples, names, layout=layout, batch_size=3)
+        for name in names:
+            torch.testing.assert_close(found[name][0], padded[name][0], rtol=1e-5, atol=1e-4)
+            assert torch.equal(found[name][1], padded[name][1])
+    assert not tree.is_installed(loaded.model)
+
+
+def test_a_saved_model_knows_nothing_of_trees(loaded: LoadedModel, tmp_path: Path) -> None:
+    tree.install(loaded.model)
+    save_model(loaded.model, loaded.chat, tmp_path, torch.float32)
+    assert "selfsteer" not in (tmp_path / "config.json").read_text()
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path)
