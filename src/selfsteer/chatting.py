@@ -35,7 +35,7 @@ class Chat:
             sampling["temperature"], sampling["top_p"], sampling["max_new_tokens"]
         )
         self.engines = {
-            name: TransformersEngine(load_model(resolve_path(source), settings))
+            name: TransformersEngine(load_model(resolve_path(source), settings, inference=True))
             for name, source in found["models"].items()
         }
 

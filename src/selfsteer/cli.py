@@ -54,8 +54,12 @@ def run(
     checked, given = _load(recipe, overrides or [])
     if dry_run:
         folder = RunFolder(checked.folder)
-        stages = pipeline.select(pipeline.plan(checked, folder), until)
-        states = {s.name: _state(folder, s) for s in stages}
+        whole = pipeline.plan(checked, folder)
+        stale = {e["stage"] for e in folder.stale(whole)}
+        states = {
+            s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
+            for s in pipeline.select(whole, until)
+        }
         if as_json:
             out.print_json(json.dumps(states))
         else:
@@ -76,19 +80,16 @@ def run(
             "--format trl --to DIR")  # fmt: skip
 
 
-def _state(folder: Any, stage: Any) -> str:
-    if folder.is_done(stage):
-        return "done"
-    return "conflict" if folder.conflict(stage) else "to do"
-
-
 def _load(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     import yaml
 
     from selfsteer.config import Recipe, load_values, merge, validate
 
-    if (Path(recipe) / "recipe.yaml").is_file():
-        recipe = str(Path(recipe) / "recipe.yaml")
+    folder = Path(recipe)
+    if (folder / "recipe.yaml").is_file():
+        here = folder.absolute()
+        overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
+        recipe = str(folder / "recipe.yaml")
     values = merge(load_values(recipe), overrides)
     return validate(Recipe, values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
 
@@ -265,6 +266,14 @@ def main() -> None:
         if e.code == 130:  # what typer makes of Ctrl-C
             _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
         raise
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            "the GPU's memory is full. Lower sampling.batch_size (sampling) or micro_batch_size "
+            "(training), or set gradient_checkpointing: true; then the same command goes on.",
+            3,
+        )
     except OSError as e:
         _fail(f"{e.strerror or e}: {e.filename}. Run the same command again when it is fixed.", 3)
 

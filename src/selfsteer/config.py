@@ -21,6 +21,7 @@ ObjectiveName = Literal[
     "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
 ]
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
+Device = Literal["auto", "cpu", "cuda"]
 Layout = Literal["auto", "tree", "padded"]
 BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -77,7 +78,7 @@ class Policy(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = _f(
         "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
     )
-    device: str = _f("auto", "auto, cpu, cuda, cuda:1 …")
+    device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
     lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
@@ -141,7 +142,7 @@ class Optimisation(Section):
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
     learning_rate: float = _f(5e-7, "peak; SSO v2, §4", gt=0)
     batch_size: int = _f(..., "queries per optimiser step, over all ranks", gt=0)
-    micro_batch_size: int | None = _f(None, "queries per forward and rank; null: up to 8", gt=0)
+    micro_batch_size: int = _f(1, "queries per forward and rank; larger where memory allows", gt=0)
     epochs: float = _f(1, "passes over the data", gt=0)
     warmup: float = _f(0.1, "share of the steps, then cosine (SSO v2)", ge=0, lt=1)
     weight_decay: float = _f(0.1, "AdamW (SSO v2)", ge=0)
@@ -233,6 +234,14 @@ class Recipe(Section):
         set_here = {n for n in self.model_fields_set if n in type(self).model_fields}
         if self.method != "sso" and "generator" in set_here:
             raise ValueError(f"method {self.method} trains no generator; remove 'generator'")
+        asked = self.principles.features == "model" or self.principles.mode == "generated"
+        idle = {"writer"} if self.principles.mode == "picked" else set()
+        idle |= set() if asked else {"max_new_tokens", "temperature", "top_p"}
+        for name in sorted(idle & self.principles.model_fields_set):
+            raise ValueError(
+                f"principles.{name} has no effect with mode {self.principles.mode} and features "
+                f"{self.principles.features}; remove it"
+            )
         if self.method == "pbaa" and self.filter:
             raise ValueError("filter needs plain responses, which method pbaa does not sample")
         if self.method != "sso-online" and self.queries.per_iteration is not None:
@@ -256,7 +265,7 @@ class Recipe(Section):
                     f"{label}.{unused[0]} has no effect with objective {objective} and base "
                     f"{section.base}; remove it"
                 )
-            if section.micro_batch_size and section.batch_size % section.micro_batch_size:
+            if section.batch_size % section.micro_batch_size:
                 raise ValueError(
                     f"{label}.batch_size {section.batch_size} is not a multiple of "
                     f"micro_batch_size {section.micro_batch_size}"
@@ -285,7 +294,7 @@ class TrainConfig(Optimisation):
     detach_weight: bool = _f(False, "stop the gradient through W")
     seed: int = _f(0, "order of the data", ge=0)
     dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
-    device: str = _f("auto", "as policy.device")
+    device: Device = _f("auto", "as policy.device")
     layout: Layout = _f("auto", "as policy.layout")
     lora: Lora | None = _f(None, "as policy.lora")
     trust_remote_code: bool = _f(False, "as policy.trust_remote_code")

@@ -7,6 +7,7 @@ differ only in that list. Nothing here knows a model.
 Shape legend: B = queries of a batch. A sequence is named ``context/response``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -168,8 +169,13 @@ class Objective:
             raise ConfigError(f"Unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}.")
         if base not in BASES:
             raise ConfigError(f"Unknown base loss {base!r}; choose from {', '.join(BASES)}.")
-        if not beta > 0:
-            raise ConfigError(f"beta must be above 0, found {beta}.")
+        if not 0 < beta < math.inf:
+            raise ConfigError(f"beta must be above 0 and finite, found {beta}.")
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"alpha must be in [0, 1], found {alpha}.")
+        for label, value in (("gamma", gamma), ("steer", steer)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{label} must be 0 or above and finite, found {value}.")
         if not 0 <= label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}.")
         pair = Term("plain", "good", "bad")

@@ -28,7 +28,7 @@ def plan(recipe: Recipe, run: RunFolder) -> list[Stage]:
     p = Plan(recipe, run)
     policies: dict[str, list[Made]] = {recipe.method: []}
     principles: list[Made] = []
-    generator: Made | None = None
+    exhibit: dict[str, Made] = {}
     policy = p.base
     for k in range(1, recipe.iterations + 1):
         where = f"iteration-{k}"
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, run: RunFolder) -> list[Stage]:
                     bad = p.generator(where, kept, policy, "minus")
                 else:
                     good = bad = p.generator(where, kept, policy)
-                generator = None if recipe.generator.per_half else good
+                    exhibit = {"policy": policy, "generator": good}
                 samples = p.sample(where, "samples", principles[-1], {"good": good, "bad": bad})
                 preferences = p.preferences(where, samples)
                 p.quality(where, preferences, principles[-1], policy, kept)
@@ -63,7 +63,7 @@ def plan(recipe: Recipe, run: RunFolder) -> list[Stage]:
         for k, same_principles in enumerate(principles, 1):
             policy = pbaa(p, f"baseline/iteration-{k}", same_principles, policy)
             policies["pbaa"].append(policy)
-    p.evaluation(policies, generator)
+    p.evaluation(policies, exhibit)
     return p.stages
 
 
@@ -109,16 +109,16 @@ def execute(
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
     """
     run = RunFolder(recipe.folder)
-    stages = select(plan(recipe, run), until)
+    whole = plan(recipe, run)
+    stages = select(whole, until)
     with run.locked():
-        conflicts = [s for s in stages if run.conflict(s)]
-        if conflicts and not redo:
-            refuse(run, conflicts)
+        stale = run.stale(whole)
+        if stale and not redo:
+            refuse(run, stale)
         todo = [s for s in stages if not run.is_done(s)]
         if todo:
             check_models(recipe)
-        if conflicts:
-            run.supersede(conflicts)
+        run.supersede(stale)
         _write_recipe(run, recipe, given)
         for i, stage in enumerate(todo, 1):
             say(f"[{i}/{len(todo)}] {stage.name}", "bold")
@@ -155,11 +155,15 @@ def check_models(recipe: Recipe) -> None:
         if not chat.has_system_role:
             say(f"{source} has no system role: principles go in front of the first user turn")
         limit = load_context_length(source, recipe.policy)
-        if limit is not None and recipe.sampling.max_new_tokens >= limit:
-            raise ConfigError(
-                f"sampling.max_new_tokens {recipe.sampling.max_new_tokens} leaves no room for a "
-                f"prompt: {source} has a context of {limit} tokens. Lower it."
-            )
+        for key, budget in (
+            ("sampling.max_new_tokens", recipe.sampling.max_new_tokens),
+            ("principles.max_new_tokens", recipe.principles.max_new_tokens),
+        ):
+            if limit is not None and budget >= limit:
+                raise ConfigError(
+                    f"{key} {budget} leaves no room for a prompt: {source} has a context of "
+                    f"{limit} tokens. Lower it."
+                )
 
 
 def drop_generators(run: RunFolder) -> None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns the system's refusal to write into one paragraph."""
     try:
         yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:
+        # safetensors and torch.save report a full disk as errors of their own
+        words = ("os error 28", "No space left", "PytorchStreamWriter failed", "unexpected pos")
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(w in str(e) for w in words):
             raise ArtifactError(
                 f"The disk is full: {path} could not be written. Everything finished before is "
                 "kept; free some room and run the same command again."
             ) from e
+        if not isinstance(e, OSError):
+            raise
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise ArtifactError(
                 f"{path} cannot be written ({e.strerror}). Choose another runs_dir or fix the "
@@ -67,28 +73,21 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-_EDGE_BYTES = 1 << 20
+@cache
+def _file_digest(path: Path, size: int, modified_ns: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def digest_path(path: Path) -> str:
-    """16 hex digits over a file's or a folder's content.
-
-    Files above 16 MiB count by size and their first and last MiB, so that the weights of a large
-    model are not read whole at every start.
-    """
+    """16 hex digits over the whole content of a file or a folder (about 1 GB/s, once a process)."""
     total = hashlib.sha256()
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for p in paths:
         if path.is_dir():
             total.update(str(p.relative_to(path)).encode())
-        size = p.stat().st_size
-        with open(p, "rb") as file:
-            if size <= 16 * _EDGE_BYTES:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                total.update(str(size).encode() + file.read(_EDGE_BYTES))
-                file.seek(-_EDGE_BYTES, os.SEEK_END)
-                total.update(file.read())
+        found = p.stat()
+        total.update(_file_digest(p.absolute(), found.st_size, found.st_mtime_ns))
     return total.hexdigest()[:16]
 
 
@@ -155,7 +154,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock_file: Any = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -183,10 +181,8 @@ class RunFolder:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
             file.flush()
-            self._lock_file = file
             yield
         finally:
-            self._lock_file = None
             file.close()
 
     # -- ledger ---------------------------------------------------------------------------------
@@ -218,6 +214,21 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def rewind(self, file_name: str, stage: str, step: int) -> None:
+        """Drops a stage's lines after ``step`` from a log: a resumed training writes them again."""
+        path = self / file_name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.get("stage") != stage or entry.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomic(path, "".join(kept))
+
     def last(self, stage: str) -> dict[str, Any] | None:
         """The newest entry of a stage."""
         entries = [e for e in self.ledger() if e.get("stage") == stage]
@@ -233,14 +244,15 @@ class RunFolder:
             and all((self / o).exists() for o in stage.outputs)
         )
 
-    def conflict(self, stage: Stage) -> bool:
-        """Whether there is work of this stage that another recipe or input made."""
-        last = self.last(stage.name)
-        return (
-            last is not None
-            and last["fingerprint"] != stage.fingerprint
-            and last["event"] in ("begin", "finish")
-        )
+    def stale(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Newest entries of work that these stages, the whole plan, would not make like that."""
+        newest = {e["stage"]: e for e in self.ledger() if "stage" in e}
+        wanted = {s.name: s.fingerprint for s in stages}
+        return [
+            e
+            for name, e in newest.items()
+            if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
+        ]
 
     def execute(self, stage: Stage) -> StageResult:
         """Runs a stage, with its entries in the ledger.
@@ -253,6 +265,7 @@ class RunFolder:
             "stage": stage.name,
             "fingerprint": stage.fingerprint,
             "time": time.time(),
+            "outputs": [*stage.outputs, *stage.scratch],
             "versions": versions(),
         }
         self.append("ledger.jsonl", begin)
@@ -282,40 +295,38 @@ class RunFolder:
                 "n_out": result.n_out,
                 "dropped": dict(sorted(result.dropped.items())),
                 "notes": result.notes,
-                "outputs": list(stage.outputs),
+                "outputs": [*stage.outputs, *stage.scratch],
             },
         )
         return result
 
-    def supersede(self, stages: Iterable[Stage]) -> None:
-        """Moves what these stages made to ``superseded/``; nothing is deleted."""
-        for stage in stages:
-            present = [o for o in (*stage.outputs, *stage.scratch) if (self / o).exists()]
-            if present:
-                stamp = time.strftime("%Y%m%d-%H%M%S")
-                for output in present:
-                    target = self / "superseded" / stamp / output
-                    n = 1
-                    while target.exists():
-                        n += 1
-                        target = self / "superseded" / f"{stamp}-{n}" / output
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(self / output, target)
-            if self.last(stage.name):
-                self.append(
-                    "ledger.jsonl",
-                    {
-                        "event": "superseded",
-                        "stage": stage.name,
-                        "fingerprint": (self.last(stage.name) or {})["fingerprint"],
-                        "time": time.time(),
-                    },
-                )
+    def supersede(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for entry in entries:
+            for output in entry["outputs"]:
+                if not (self / output).exists():
+                    continue
+                target, n = self / "superseded" / stamp / output, 1
+                while target.exists():
+                    n += 1
+                    target = self / "superseded" / f"{stamp}-{n}" / output
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(self / output, target)
+            self.append(
+                "ledger.jsonl",
+                {
+                    "event": "superseded",
+                    "stage": entry["stage"],
+                    "fingerprint": entry["fingerprint"],
+                    "time": time.time(),
+                },
+            )
 
 
-def refuse(run: RunFolder, stages: Sequence[Stage]) -> None:
-    """Raises ConfigError because these stages' work was made by another recipe or input."""
-    names = ", ".join(s.name for s in stages[:3]) + (" …" if len(stages) > 3 else "")
+def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError because this work was made by another recipe or input."""
+    names = ", ".join(e["stage"] for e in entries[:3]) + (" …" if len(entries) > 3 else "")
     raise ConfigError(
         f"{run.path} holds work of {names} that was made with other settings or inputs; this "
         "recipe would change it. Choose another name, or add --redo to do it again (what it "

@@ -135,7 +135,10 @@ def test_a_budget_longer_than_the_context(tmp_path: Path, queries: Path, here: H
     fails(here(*sso(tmp_path, TESTBED, queries, "sampling.max_new_tokens=600")), 2, "512 tokens")
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "word " * 600}) + "\n")
-    fails(here(*sso(tmp_path, TESTBED, long, "principles.features=random")), 2, "exceed", "512")
+    ended = here(*sso(tmp_path, TESTBED, long))
+    fails(ended, 3, "iteration-1/triples has nothing left", "1 prompt_too_long")
+    notes = finished(tmp_path / "x")["iteration-1/principles"]["notes"]
+    assert notes["sources"] == {"fallback:prompt_too_long": 1}
 
 
 def test_nothing_left_lists_the_drops(tmp_path: Path, queries: Path, here: Here) -> None:

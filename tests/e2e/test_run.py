@@ -249,6 +249,9 @@ def test_the_generator_can_be_dropped_at_the_end(tmp_path: Path, here: Here) -> 
     ended = here(*args, "baseline=null")
     assert ended.code == 0
     assert "nothing to do" in ended.err
+    shown = here("chat", tmp_path / "k", "--question", "What does the bee eat?")
+    assert shown.code == 0, shown.err
+    assert "generator" not in shown.out
 
 
 def test_help_and_config_load_no_torch() -> None:
@@ -279,3 +282,55 @@ def test_a_torn_ledger_line_does_not_stop_the_run(tmp_path: Path, here: Here) ->
     assert json.loads(whole[-1])["event"] == "finish"
     with pytest.raises(json.JSONDecodeError):
         ledger(tmp_path / "t")  # the torn line is still there, and still ignored
+
+
+def test_redo_puts_everything_of_the_old_recipe_aside_even_what_it_does_not_redo(
+    tmp_path: Path, here: Here
+) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=m", "baseline=null", *TINY)
+    assert here(*args, "generator.per_half=true", "--until", "preferences").code == 0
+    run = tmp_path / "m"
+    plus = (run / "iteration-1/generator/plus/model.safetensors").read_bytes()
+    assert here(*args, "--redo", "--until", "triples").code == 0
+    assert not (run / "iteration-1/preferences").exists()
+    kept = list(run.glob("superseded/*/iteration-1/generator/plus/model.safetensors"))
+    assert [p.read_bytes() for p in kept] == [plus]
+    assert "iteration-1/preferences" not in here("show", run).out
+
+
+def test_a_run_folder_can_move(smoke: Path, tmp_path: Path, here: Here) -> None:
+    import shutil
+
+    moved = shutil.copytree(smoke, tmp_path / "elsewhere" / "renamed")
+    ended = here("run", moved, "--dry-run", "--json")
+    assert set(json.loads(ended.out).values()) == {"done"}
+
+
+def test_more_iterations_keep_the_ones_there_are(smoke: Path, tmp_path: Path, here: Here) -> None:
+    import shutil
+
+    more = shutil.copytree(smoke, tmp_path / "more")
+    states = json.loads(here("run", more, "iterations=2", "--dry-run", "--json").out)
+    assert states["iteration-1/policy"] == "done"
+    assert states["iteration-2/principles"] == "to do"
+    assert states["evaluation"] == "conflict"
+
+
+def test_the_judge_is_asked_before_anything_is_sampled(tmp_path: Path, here: Here) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "Why is the sky blue?"}\n')
+    ended = here("run", "smoke", f"runs_dir={tmp_path}", "name=j", f"queries.path={path}", *TINY)
+    assert ended.code == 2
+    assert "Why is the sky blue?" in ended.err
+    assert not finished(tmp_path / "j")
+
+
+def test_a_kill_while_cleaning_up_after_training_does_no_harm(tmp_path: Path, here: Here) -> None:
+    """Checkpoints lose their mark before their files, so a leftover is never resumed from."""
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=w", "baseline=null", *TINY)
+    assert here(*args, "--until", "filter").code == 0
+    leftover = tmp_path / "w" / "iteration-1" / "generator.partial" / "checkpoint-2"
+    leftover.mkdir(parents=True)
+    (leftover / "optimizer.pt").write_bytes(b"half")
+    assert here(*args, "--until", "generator").code == 0
+    assert not leftover.exists()

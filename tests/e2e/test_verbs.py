@@ -64,7 +64,11 @@ def test_train_takes_the_authors_json_and_every_argument(tmp_path: Path, here: H
     assert {"rewards/margins/plain", "rewards/margins/good", "rewards/margins/bad"} <= set(
         manifest["last"]
     )
-    # IPO at the start is (1 / 2β)² per term: 6.25 · (W + two gated terms of 0.1 · W)
+    # at the start h = 0 and IPO costs (1 / 2β)² = 6.25 a term: the pair, and two of 0.1 · W
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [m["step"] for m in steps] == [1, 2]
+    assert steps[0]["loss"] == pytest.approx(6.25 * (1 + 0.2 * steps[0]["weight"]), rel=1e-5)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     AutoTokenizer.from_pretrained(tmp_path / "out")
     assert "nothing to do" in here(*args).err

@@ -9,7 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from selfsteer.config import Policy
 from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine, draw
-from selfsteer.errors import DataError
 from selfsteer.models.loading import LoadedModel, load_model
 from selfsteer.records import Message
 from tests.families import FAMILIES, make_checkpoint, make_tokenizer
@@ -213,12 +212,17 @@ def test_a_turn_that_ends_with_the_last_token_of_the_budget_is_finished(
         assert (found.finish_reason, found.completion_tokens) == ("length", len(ids) - 1)
 
 
-def test_budget_beyond_the_context_is_an_error(load: Callable[..., LoadedModel]) -> None:
+def test_a_prompt_without_room_is_not_answered_and_says_why(
+    load: Callable[..., LoadedModel],
+) -> None:
     loaded = load("gemma")
     longest = max(len(loaded.chat.prompt_ids(c)) for c in CONVERSATIONS)
     over = SamplingParams(temperature=0.0, max_new_tokens=1024 - longest + 1)
-    with pytest.raises(DataError, match=f"{longest} tokens.*1024"):
-        TransformersEngine(loaded).generate(CONVERSATIONS, over, 0)
+    found = TransformersEngine(loaded).generate(CONVERSATIONS, over, 0)
+    for conversation, completion in zip(CONVERSATIONS, found, strict=True):
+        too_long = len(loaded.chat.prompt_ids(conversation)) == longest
+        assert (completion.finish_reason == "prompt_too_long") == too_long
+        assert (completion.completion_tokens == 0) == too_long
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def test_a_finished_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: P
     run = RunFolder(tmp_path)
     first = stage(run, StageResult(5, 3, drops(empty=1, unfinished=1), notes={"a": 1}))
     assert not run.is_done(first)
-    assert not run.conflict(first)
+    assert run.stale([first]) == []
     run.execute(first)
     assert run.is_done(first)
     begin, finish = run.ledger()
@@ -204,8 +205,9 @@ def test_a_finished_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: P
     }
     other = stage(run, StageResult(1, 1), inputs=2)
     assert not run.is_done(other)
-    assert run.conflict(other)
-    assert not run.conflict(first)
+    assert [e["stage"] for e in run.stale([other])] == ["one"]
+    assert [e["stage"] for e in run.stale([])] == ["one"]
+    assert run.stale([first]) == []
     (run / "one.jsonl").unlink()
     assert not run.is_done(first)
 
@@ -216,8 +218,8 @@ def test_a_stage_that_began_and_broke_is_not_done(tmp_path: Path) -> None:
         run.execute(stage(run, KeyboardInterrupt()))
     assert [e["event"] for e in run.ledger()] == ["begin"]
     assert not run.is_done(stage(run, StageResult(1, 1)))
-    assert not run.conflict(stage(run, StageResult(1, 1)))
-    assert run.conflict(stage(run, StageResult(1, 1), inputs=2))
+    assert run.stale([stage(run, StageResult(1, 1))]) == []
+    assert len(run.stale([stage(run, StageResult(1, 1), inputs=2)])) == 1
 
 
 def test_counts_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
@@ -261,17 +263,17 @@ def test_superseded_work_is_moved_and_not_deleted(tmp_path: Path) -> None:
     for made in ("first", "second"):
         run.execute(stage(run, StageResult(1, 1)))
         (run / "one.jsonl").write_text(made)
-        run.supersede([stage(run, StageResult(1, 1))])
+        run.supersede(run.stale([]))
         assert not (run / "one.jsonl").exists()
         assert not run.is_done(stage(run, StageResult(1, 1)))
-        assert not run.conflict(stage(run, StageResult(1, 1), inputs=2))
+        assert run.stale([stage(run, StageResult(1, 1), inputs=2)]) == []
     kept = sorted(p.read_text() for p in (run / "superseded").rglob("one.jsonl"))
     assert kept == ["first", "second"]
 
 
 def test_refusal_names_the_stages_and_the_way_out(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    stages = [stage(run, StageResult(1, 1), name=n) for n in ("a", "b", "c", "d")]
+    stages = [{"stage": n} for n in ("a", "b", "c", "d")]
     with pytest.raises(ConfigError, match=r"a, b, c ….*--redo"):
         refuse(run, stages)
 
@@ -366,3 +368,23 @@ def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:
     run_shards(tmp_path, ITEMS, 4, worker)  # type: ignore[arg-type]
     assert worker.asked == [1, 2]
     assert list(read_shards(tmp_path)) == DOUBLED
+
+
+def test_a_digest_sees_a_change_anywhere_in_a_large_file(tmp_path: Path) -> None:
+    """Merged adapters change weights in the middle of a file and leave both its ends alone."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    data = bytearray(20 << 20)
+    a.write_bytes(data)
+    data[10 << 20] = 1
+    b.write_bytes(data)
+    assert digest_path(a) != digest_path(b)
+
+
+def test_rewinding_a_log_drops_what_a_resumed_training_writes_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for stage_name, step in (("a", 1), ("b", 1), ("a", 2), ("a", 3)):
+        run.append("log.jsonl", {"stage": stage_name, "step": step})
+    run.rewind("log.jsonl", "a", 1)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"stage": "a", "step": 1}, {"stage": "b", "step": 1}]
+    run.rewind("none.jsonl", "a", 0)

@@ -244,11 +244,9 @@ def test_one_query_eight_times_is_eight_queries_once(
 
 
 def test_accumulation_splits_the_batch() -> None:
-    assert accumulation(settings(batch_size=256), 1) == (8, 32)
-    assert accumulation(settings(batch_size=6), 1) == (6, 1)
-    assert accumulation(settings(batch_size=7 * 3), 1) == (7, 3)
+    assert accumulation(settings(batch_size=256, micro_batch_size=8), 1) == (8, 32)
     assert accumulation(settings(batch_size=11), 1) == (1, 11)
-    assert accumulation(settings(batch_size=32), 4) == (8, 1)
+    assert accumulation(settings(batch_size=32), 4) == (1, 8)
     assert accumulation(settings(batch_size=32, micro_batch_size=2), 4) == (2, 4)
     for world, values in ((3, {"batch_size": 32}), (4, {"batch_size": 2})):
         with pytest.raises(ConfigError, match="cannot be split"):
@@ -377,6 +375,33 @@ def test_a_nan_names_its_triple_and_keeps_the_checkpoint(
     kept = complete_checkpoints(tmp_path / "m.partial")
     assert [p.name for p in kept] == [f"checkpoint-{steps}"]
     assert not (tmp_path / "m").exists()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    loaded = load("llama")
+    objective = Objective.named("pbaa")
+    examples = make_examples(loaded, objective, 6)
+    lines: list[dict[str, float]] = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if len(lines) >= 2 else gradient
+
+    next(loaded.model.parameters()).register_hook(poison)
+    with pytest.raises(NumericsError, match="gradient became nan at step 3"):
+        run(
+            loaded,
+            objective,
+            examples,
+            tmp_path / "m",
+            settings=settings(save_every_steps=1, batch_size=2, epochs=2),
+            per_step=(2, 1),
+            on_log=lines.append,
+        )
+    assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
+    assert not (tmp_path / "m").exists()
+    assert [p.name for p in complete_checkpoints(tmp_path / "m.partial")] == ["checkpoint-2"]
 
 
 # -- adapters and precision -----------------------------------------------------------------------

@@ -69,8 +69,8 @@ def test_a_guideline_at_the_bound_is_kept() -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("Accuracy, Safety", ("Safety", "Accuracy")),
-        ("1. **accuracy**\n2. HELPFULNESS.", ("Helpfulness", "Accuracy")),
+        ("Accuracy, Safety", ("Accuracy", "Safety")),
+        ("1. **accuracy**\n2. HELPFULNESS.", ("Accuracy", "Helpfulness")),
         ("Kindness and Accuracy", ("Accuracy",)),
         ("Concision", ()),
         ("Inaccuracy", ()),
@@ -78,7 +78,7 @@ def test_a_guideline_at_the_bound_is_kept() -> None:
         ("Accuracy, accuracy", ("Accuracy",)),
     ],
 )
-def test_features_are_catalogue_names_in_catalogue_order(
+def test_features_are_catalogue_names_in_the_order_of_the_answer(
     answer: str, expected: tuple[str, ...]
 ) -> None:
     assert parse_features(answer) == expected

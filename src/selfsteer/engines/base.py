@@ -16,9 +16,13 @@ class SamplingParams:
     max_new_tokens: int = 2048
 
 
+#: Finish reason of a conversation that was not answered: prompt and budget exceed the context.
+PROMPT_TOO_LONG = "prompt_too_long"
+
+
 @dataclass(frozen=True)
 class Completion:
-    """One answer: its text, ``stop`` or ``length``, and what it cost in tokens."""
+    """One answer: text, finish reason (``stop``, ``length``, or why there is none), tokens."""
 
     text: str
     finish_reason: str

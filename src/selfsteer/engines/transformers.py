@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from selfsteer.engines.base import Completion, SamplingParams
-from selfsteer.errors import DataError
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.models.loading import LoadedModel
+from selfsteer.models.logprobs import keeps_part
 from selfsteer.records import Message
 
 #: Rows leave the cache when this share of the batch has ended: copying it costs about a step.
@@ -79,24 +79,19 @@ class TransformersEngine:
         seed: int,
         advance: Callable[[int, int], None] = lambda items, tokens: None,
     ) -> list[Completion]:
-        """See `Engine.generate`; texts are stripped of surrounding white space.
-
-        Raises:
-            DataError: a prompt and the response budget together exceed the model's context.
-        """
+        """See `Engine.generate`; texts are stripped of surrounding white space."""
         model, chat = self.loaded.model, self.loaded.chat
         prompts = [chat.prompt_ids(c) for c in conversations]
         limit = self.loaded.context_length
-        longest = max(map(len, prompts), default=0)
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise DataError(
-                f"A prompt of {longest} tokens and a budget of {sampling.max_new_tokens} new "
-                f"tokens exceed the {limit} tokens of context of {self.loaded.source}. Lower "
-                "max_new_tokens or drop the long queries."
-            )
         rng = torch.Generator(device=self.loaded.device).manual_seed(seed)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         out: list[Completion | None] = [None] * len(prompts)
+        for i, prompt in enumerate(prompts):
+            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+                out[i] = Completion("", PROMPT_TOO_LONG, len(prompt), 0)
+        fitting = [i for i, c in enumerate(out) if c is None]
+        if len(fitting) < len(prompts):
+            advance(len(prompts) - len(fitting), 0)
+        order = sorted(fitting, key=lambda i: len(prompts[i]), reverse=True)
         was_training = model.training
         model.eval()
         decode = self._generate if getattr(model, "_is_stateful", False) else self._decode
@@ -139,6 +134,7 @@ class TransformersEngine:
         rows = torch.arange(len(prompts), device=ids.device)  # which prompt each batch row answers
         alive = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
         steps: list[tuple[Tensor, Tensor]] = []
+        last_only = {"logits_to_keep": 1} if keeps_part(model) else {}
         for step in range(sampling.max_new_tokens):
             logits = model(
                 input_ids=ids,
@@ -146,7 +142,7 @@ class TransformersEngine:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **last_only,
             ).logits[:, -1]
             token = draw(logits.float(), sampling, rng)
             steps.append((rows[alive], token[alive]))

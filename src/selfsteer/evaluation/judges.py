@@ -1,7 +1,7 @@
 """Who says which of two responses is better; the interface is open, the oracle is built in."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from selfsteer.records import Query, Verdict
@@ -9,6 +9,10 @@ from selfsteer.records import Query, Verdict
 
 class Judge(Protocol):
     """Compares two responses to a query, asked in both orders."""
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Raises DataError if it cannot judge answers to these, before any are sampled."""
+        ...
 
     def compare(self, query: Query, first: str, second: str) -> Verdict:
         """Which of the two is better; INCONSISTENT if the answer changes with the order."""
@@ -26,6 +30,11 @@ class ScoringJudge(Judge, Protocol):
 
 class OracleJudge:
     """The testbed's exact judge: compares scores, so the order cannot matter."""
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """See `Judge.check`."""
+        for query in queries:
+            self.score(query, "")
 
     def score(self, query: Query, response: str) -> float:
         """Oracle total of the response, 0 to 1.

@@ -47,7 +47,6 @@ def quality(
     shown = {"good": "chosen", "bad": "rejected", "plain": "plain"}
     responses = [r for r in shown if f"plain/{r}" in sums]
     verdicts = []
-    scores: dict[str, float] = {}
     if judge is not None:
         for t in triples:
             query = Query(t.id, t.messages)
@@ -57,7 +56,6 @@ def quality(
         "pairs": len(triples),
         "accuracy": accuracy(verdicts),
         "verdicts": verdict_counts(verdicts) if judge is not None else None,
-        **({"scores": scores} if scores else {}),
         "on_policyness": {
             "both": on_policyness(both),
             **{shown[r]: on_policyness(means[f"plain/{r}"]) for r in responses},

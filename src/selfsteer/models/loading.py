@@ -1,6 +1,8 @@
 """Tokenizer, policy and LoRA; from a local folder or a hub id, safetensors only unless allowed."""
 
+import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ class LoadedModel:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """The autocast that every forward of this model runs under."""
-        enabled = self.dtype != torch.float32
+        enabled = self.dtype != next(self.model.parameters()).dtype
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             yield
 
@@ -90,15 +92,12 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: a device that is not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(
-            f"device {name!r} is not available here ({str(e).splitlines()[0]}); use auto or cpu"
-        ) from None
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device cuda is not available here: torch sees no GPU. Use auto or cpu.")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -144,20 +143,26 @@ def load_chat(source: str, settings: ModelSettings) -> ChatFormat:
     return ChatFormat(tokenizer, source)
 
 
-def load_model(source: str, settings: ModelSettings) -> LoadedModel:
-    """A causal language model with float32 weights, in eval mode.
+def load_model(source: str, settings: ModelSettings, *, inference: bool = False) -> LoadedModel:
+    """A causal language model in eval mode, with float32 weights.
+
+    Args:
+        source: folder or hub id.
+        settings: precision, device and permissions.
+        inference: weights in the computing precision, for models that only answer.
 
     Raises:
         ArtifactError: it cannot be read, or its tokenizer does not fit it.
     """
     chat = load_chat(source, settings)
     device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=torch.float32,
+            dtype=dtype if inference else torch.float32,
             use_safetensors=None if settings.allow_pickle else True,
             trust_remote_code=settings.trust_remote_code,
         )
@@ -170,7 +175,6 @@ def load_model(source: str, settings: ModelSettings) -> LoadedModel:
             f"{rows}. They do not belong together."
         )
     model.to(device).eval()
-    dtype = resolve_dtype(settings.dtype, device)
     identity = digest([model_digest(source), str(dtype), device.type])
     return LoadedModel(model, chat, device, dtype, source, identity, settings.layout)
 
@@ -205,7 +209,10 @@ def add_lora(model: Any, lora: Lora) -> Any:
         target_modules=lora.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers for a property that is deprecated; nothing a user can do
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -> None:

@@ -21,6 +21,9 @@ from selfsteer.terminal import warn
 #: Rounding is about 1e-6 in float32; a token that sees what it must not moves by far more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 
+#: Tokens of one scoring forward; bounds memory where responses are long.
+MAX_TOKENS = 16_384
+
 
 class PaddedBatch(NamedTuple):
     """Right-padded ids and, flat over all sequences, where each response token is predicted."""
@@ -69,7 +72,7 @@ def response_logps(model: Any, batch: PaddedBatch) -> Tensor:
     first, last = int(batch.position.min()), int(batch.position.max()) + 1
     kwargs: dict[str, Any] = {}
     offset = 0
-    if _keeps_part(model):
+    if keeps_part(model):
         kwargs["logits_to_keep"] = torch.arange(first, last, device=batch.input_ids_NT.device)
         offset = first
     logits = model(
@@ -83,7 +86,8 @@ def response_logps(model: Any, batch: PaddedBatch) -> Tensor:
     return target - picked_TV.logsumexp(dim=1)
 
 
-def _keeps_part(model: Any) -> bool:
+def keeps_part(model: Any) -> bool:
+    """Whether the model's forward can be asked for the logits of some positions only."""
     plain = getattr(model, "module", model)
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     return "logits_to_keep" in inspect.signature(plain.forward).parameters
@@ -174,11 +178,13 @@ def batches(sequences: Sequence[EncodedSequence], layout: str, size: int) -> Ite
         by_prompt.setdefault(key, []).append(i)
     groups = sorted(by_prompt.values(), key=lambda g: max(len(sequences[i]) for i in g))
     batch: list[int] = []
+    tokens = 0
     for group in reversed(groups):
-        if batch and len(batch) + len(group) > size:
+        more = sum(len(sequences[i]) for i in group)
+        if batch and (len(batch) + len(group) > size or tokens + more > MAX_TOKENS):
             yield batch
-            batch = []
-        batch = batch + group
+            batch, tokens = [], 0
+        batch, tokens = batch + group, tokens + more
     if batch:
         yield batch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from selfsteer.config import Queries, resolve_path
 from selfsteer.errors import DataError
-from selfsteer.records import Query, read_jsonl
+from selfsteer.records import Query, dump_line, read_jsonl
 from selfsteer.runs import digest_path
 
 _COLUMNS = ("id", "prompt", "messages", "system")
@@ -30,8 +30,11 @@ def load_queries(settings: Queries) -> tuple[list[Query], Counter[str]]:
             continue
         try:
             query = Query.from_dict(row)
+            dump_line(query).encode()
         except DataError as e:
             raise DataError(f"{where}: {e}.") from None
+        except ValueError as e:
+            raise DataError(f"{where} cannot be stored as UTF-8 JSON: {e}.") from None
         if query.messages in seen:
             dropped["duplicate"] += 1
             continue

@@ -34,9 +34,10 @@ def feature_answer(features: tuple[str, ...]) -> str:
 
 
 def parse_features(answer: str) -> tuple[str, ...]:
-    """The catalogue names in the answer, in catalogue order; anything else is dropped."""
-    words = set(re.findall(r"[A-Za-z]+", answer.lower()))
-    return tuple(name for name in CHOOSABLE if name.lower() in words)
+    """The catalogue names in the answer, in the order given; anything else is dropped."""
+    known = {name.lower(): name for name in CHOOSABLE}
+    words = re.findall(r"[A-Za-z]+", answer.lower())
+    return tuple(dict.fromkeys(known[w] for w in words if w in known))
 
 
 def complete_features(

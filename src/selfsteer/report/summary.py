@@ -73,7 +73,7 @@ def _models(run: Path, recipe: dict[str, Any]) -> dict[str, Path]:
             ("policy", run / f"iteration-{k}" / "policy"),
             ("baseline", run / "baseline" / f"iteration-{k}" / "policy"),
         ):
-            if (path / "config.json").exists():
+            if any(path.glob("*.safetensors")):
                 found[label] = path
     return found
 
@@ -203,7 +203,7 @@ def print_result(found: dict[str, Any], console: Console) -> None:
 def _print_exhibit(found: dict[str, Any], console: Console) -> None:
     if not found["exhibit"]:
         return
-    shown = found["exhibit"][0]
+    shown = found["exhibit"]
     principles = shown["principles"]
     table = Table(title=f"\nWhat steering looks like: {escape(shown['query'])}", show_lines=True)
     table.title_justify = "left"

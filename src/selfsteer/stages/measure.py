@@ -1,7 +1,7 @@
 """Quality of each preference set, and what the models answer to held-out queries."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from selfsteer.evaluation.stats import mean_interval
 from selfsteer.models.loading import load_model
 from selfsteer.models.scores import scored
 from selfsteer.principles import writer
-from selfsteer.records import Preference, Query, Triple, Verdict, dump_lines
+from selfsteer.records import Message, Preference, Query, Triple, Verdict, dump_lines
 from selfsteer.runs import StageResult, derive_seed, write_atomic
 from selfsteer.terminal import progress_bar
 
@@ -90,7 +90,7 @@ def evaluate(
     queries: Sequence[Query],
     models: dict[str, str],
     finals: dict[str, str],
-    generator: str | None,
+    exhibit: dict[str, str],
     recipe: Recipe,
     run: Path,
 ) -> StageResult:
@@ -100,7 +100,8 @@ def evaluate(
         queries: held out from everything above.
         models: label → model folder; ``base`` first, then ``METHOD/iteration-K``.
         finals: method → the label of its last policy.
-        generator: the last generator, shown beside the policy in ``exhibit.json``; or None.
+        exhibit: the last generator and the policy it was trained from, shown side by side in
+            ``exhibit.json``; may be empty.
         recipe: judge, sampling, intervals.
         run: the run folder.
     """
@@ -118,10 +119,7 @@ def evaluate(
     seed = derive_seed(recipe.seed, "evaluation")
     with progress_bar("evaluation", len(models) * len(queries)) as bar:
         for label, source in models.items():
-            engine = TransformersEngine(
-                load_model(source, recipe.policy), recipe.sampling.batch_size
-            )
-            answers[label] = engine.generate(prompts, params, seed, bar.advance)
+            answers[label] = _answer(source, prompts, params, seed, recipe, bar.advance)
             lines = [
                 {**q.to_dict(), "response": c.text, "finish_reason": c.finish_reason}
                 for q, c in zip(queries, answers[label], strict=True)
@@ -136,8 +134,8 @@ def evaluate(
     if isinstance(judge, ScoringJudge) and len(finals) == 2:
         report["difference"] = _difference(queries, answers, finals, judge, settings, recipe.seed)
     write_atomic(run / "evaluation.json", json.dumps(report, indent=1) + "\n")
-    if generator is not None:
-        shown = _exhibit(queries[:2], {"policy": models["base"], "generator": generator}, recipe)
+    if exhibit:
+        shown = _exhibit(queries[0], exhibit, recipe)
         text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
         write_atomic(run / "evaluation" / "exhibit.json", text)
     return StageResult(len(queries), len(queries))
@@ -191,23 +189,34 @@ def _difference(
     return {"of": f"{mine} - {theirs}", "score": interval}
 
 
-def _exhibit(
-    queries: Sequence[Query], models: dict[str, str], recipe: Recipe
-) -> list[dict[str, Any]]:
+def _answer(
+    source: str,
+    prompts: Sequence[Sequence[Message]],
+    params: SamplingParams,
+    seed: int,
+    recipe: Recipe,
+    advance: Callable[[int, int], None] = lambda items, tokens: None,
+) -> list[Completion]:
+    """One model's answers; the model leaves memory with the function."""
+    loaded = load_model(source, recipe.policy, inference=True)
+    engine = TransformersEngine(loaded, recipe.sampling.batch_size)
+    return engine.generate(prompts, params, seed, advance)
+
+
+def _exhibit(query: Query, models: dict[str, str], recipe: Recipe) -> dict[str, Any]:
     """One query, three contexts, policy and generator: what steering looks like."""
     s = recipe.sampling
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
     seed = derive_seed(recipe.seed, "exhibit")
-    shown = []
-    for query in queries:
-        principles = writer.picked(("Helpfulness", "Accuracy"))
-        prompts = [context_messages(query.messages, principles, c) for c in CONTEXTS]
-        responses = {}
-        for name, source in models.items():
-            engine = TransformersEngine(load_model(source, recipe.policy), s.batch_size)
-            found = engine.generate(prompts, params, seed)
-            responses[name] = dict(zip(CONTEXTS, [c.text for c in found], strict=True))
-        shown.append(
-            {"query": query.text, "principles": principles.to_dict(), "responses": responses}
-        )
-    return shown
+    principles = writer.picked(("Helpfulness", "Accuracy"))
+    prompts = [context_messages(query.messages, principles, c) for c in CONTEXTS]
+    responses = {
+        name: {
+            context: answer.text
+            for context, answer in zip(
+                CONTEXTS, _answer(source, prompts, params, seed, recipe), strict=True
+            )
+        }
+        for name, source in models.items()
+    }
+    return {"query": query.text, "principles": principles.to_dict(), "responses": responses}

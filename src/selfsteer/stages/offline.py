@@ -11,13 +11,14 @@ from selfsteer.errors import ConfigError, DataError
 from selfsteer.formats import read_triples
 from selfsteer.models.loading import load_model
 from selfsteer.objectives import Objective
-from selfsteer.records import dump_lines
-from selfsteer.runs import digest, model_digest, write_atomic
+from selfsteer.records import Triple, dump_lines
+from selfsteer.runs import RunFolder, digest, model_digest, write_atomic
 from selfsteer.stages.training import check_length, encode, with_reference
 from selfsteer.terminal import is_main_process, say
 from selfsteer.training.trainer import train
 
 MANIFEST = "selfsteer.json"
+LOG = "metrics.jsonl"
 
 
 def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[str, Any]:
@@ -40,11 +41,23 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
     triples = read_triples(triples_path)
     settings = config.model_dump(exclude={"output", "save_every_steps"})
     fingerprint = digest([settings, model_digest(model), dump_lines(triples)])
-    if output.exists():
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
         return _finished(output, fingerprint)
-    work = output.with_name(f"{output.name}.partial")
-    _claim(work, fingerprint)
+    work = RunFolder(output.with_name(f"{output.name}.partial"))
+    with work.locked() if is_main_process() else nullcontext():
+        _claim(work, fingerprint)
+        return _train(model, triples, triples_path, config, output, work, fingerprint)
 
+
+def _train(
+    model: str,
+    triples: list[Triple],
+    triples_path: Path,
+    config: TrainConfig,
+    output: Path,
+    work: RunFolder,
+    fingerprint: str,
+) -> dict[str, Any]:
     objective = Objective.named(
         config.objective,
         base=config.base,
@@ -77,19 +90,6 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         examples = with_reference(
             kept, encoded, objective, lambda: loaded, work / "scores", "reference: scoring"
         )
-    history: list[dict[str, float]] = []
-    last = train(
-        loaded,
-        objective,
-        examples,
-        config,
-        output=output,
-        label="train",
-        seed=config.seed,
-        lora=config.lora,
-        on_log=history.append,
-        per_step=(config.batch_size, config.accumulate),
-    )
     manifest = {
         "fingerprint": fingerprint,
         "model": model,
@@ -99,11 +99,30 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         "n_out": len(kept),
         "dropped": dict(dropped),
         "responses_truncated": truncated,
-        "last": last,
     }
-    if is_main_process():
-        write_atomic(output / "metrics.jsonl", dump_lines(history))
-        write_atomic(output / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+    def also_save(last: dict[str, float]) -> dict[str, str]:
+        manifest["last"] = last
+        log = work / LOG
+        return {
+            MANIFEST: json.dumps(manifest, indent=1) + "\n",
+            LOG: log.read_text("utf-8") if log.exists() else "",
+        }
+
+    train(
+        loaded,
+        objective,
+        examples,
+        config,
+        output=output,
+        label="train",
+        seed=config.seed,
+        lora=config.lora,
+        on_log=lambda logs: work.append(LOG, {"stage": "train", **logs}),
+        on_start=lambda step: work.rewind(LOG, "train", step),
+        also_save=also_save,
+        per_step=(config.batch_size, config.accumulate),
+    )
     return manifest
 
 
@@ -121,12 +140,12 @@ def _finished(output: Path, fingerprint: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _claim(work: Path, fingerprint: str) -> None:
+def _claim(work: RunFolder, fingerprint: str) -> None:
     mark = work / "fingerprint"
     if mark.exists() and mark.read_text("utf-8") != fingerprint:
         raise ConfigError(
-            f"{work} holds a training that was begun with other settings or data. Finish it with "
-            "those, choose another output, or remove that folder."
+            f"{work.path} holds a training that was begun with other settings or data. Finish it "
+            "with those, choose another output, or remove that folder."
         )
     if is_main_process():
         write_atomic(mark, fingerprint)

@@ -22,6 +22,9 @@ from selfsteer.runs import (
 )
 from selfsteer.terminal import warn
 
+#: Settings of training that spend memory or time and change results only by rounding.
+NOT_RESULTS = {"save_every_steps", "micro_batch_size", "gradient_checkpointing"}
+
 
 @dataclass(frozen=True)
 class Made:
@@ -65,8 +68,15 @@ class Plan:
     def _queries(self) -> Made:
         settings, path = self.recipe.queries, self.run / "queries.jsonl"
 
+        judge = self.recipe.judge
+
         def work() -> StageResult:
+            from selfsteer.evaluation.judges import load_judge
+
             queries, dropped = load_queries(settings)
+            known = load_judge(judge)
+            if known is not None:
+                known.check(queries)
             write_atomic(path, dump_lines(queries))
             n_in = len(queries) + sum(dropped.values())
             return StageResult(n_in, len(queries), dropped)
@@ -87,7 +97,7 @@ class Plan:
 
         inputs = {
             "queries": self.queries.fingerprint,
-            "share": [recipe.queries.per_iteration, recipe.method, recipe.iterations, iteration],
+            "share": self._share(iteration),
             "principles": recipe.principles.model_dump(),
             "batch": [recipe.sampling.batch_size, recipe.sampling.shard_size],
             "policy_model": policy.fingerprint,
@@ -160,12 +170,12 @@ class Plan:
                 output=self.run / stage,
                 scores=self.run / "scores",
                 stage=stage,
-                on_log=self._logger(stage),
+                run=self.run,
             )
 
         inputs = {
             "triples": triples.fingerprint,
-            "generator": recipe.generator.model_dump(exclude={"queries", "save_every_steps"}),
+            "generator": recipe.generator.model_dump(exclude={"queries", *NOT_RESULTS}),
             "start": policy.fingerprint,
             "reference": self._reference(recipe.generator.reference, policy).fingerprint,
         }
@@ -239,19 +249,19 @@ class Plan:
                 output=self.run / stage,
                 scores=self.run / "scores",
                 stage=stage,
-                on_log=self._logger(stage),
+                run=self.run,
             )
 
         inputs = {
             "data": data.fingerprint,
             "method": method,
-            "training": recipe.training.model_dump(exclude={"save_every_steps"}),
+            "training": recipe.training.model_dump(exclude=NOT_RESULTS),
             "start": policy.fingerprint,
             "reference": self._reference(recipe.training.reference, policy).fingerprint,
         }
         return Made(self.run / stage, self.add(stage, [stage], inputs, work, (f"{stage}.partial",)))
 
-    def evaluation(self, policies: dict[str, list[Made]], generator: Made | None) -> None:
+    def evaluation(self, policies: dict[str, list[Made]], exhibit: dict[str, Made]) -> None:
         """Base, baseline and policy on held-out queries."""
         recipe = self.recipe
         if recipe.evaluation is None:
@@ -273,7 +283,7 @@ class Plan:
                 queries,
                 {label: str(m.path) for label, m in models.items()},
                 finals,
-                str(generator.path) if generator else None,
+                {name: str(m.path) for name, m in exhibit.items()},
                 recipe,
                 self.run.path,
             )
@@ -292,14 +302,24 @@ class Plan:
     def _reference(self, which: str, policy: Made) -> Made:
         return self.base if which == "first" else policy
 
-    def _logger(self, stage: str) -> Callable[[dict[str, float]], None]:
-        return lambda logs: self.run.append("metrics.jsonl", {"stage": stage, **logs})
+    def _share(self, iteration: int) -> dict[str, Any] | None:
+        """Which slice of the queries an iteration takes; None is all of them."""
+        if self.recipe.method != "sso-online":
+            return None
+        size = self.recipe.queries.per_iteration
+        # with a size of its own, a run can be given more iterations later
+        return {
+            "iteration": iteration,
+            "size": size,
+            "of": None if size else self.recipe.iterations,
+        }
 
     def _iteration_queries(self, iteration: int) -> list[Query]:
         queries = [Query.from_dict(v) for _, v in read_jsonl(self.queries.path)]
-        if self.recipe.method != "sso-online":
+        share = self._share(iteration)
+        if share is None:
             return queries
-        size = self.recipe.queries.per_iteration or max(len(queries) // self.recipe.iterations, 1)
+        size = share["size"] or max(len(queries) // share["of"], 1)
         start = (iteration - 1) * size
         if start + size > len(queries):
             warn(

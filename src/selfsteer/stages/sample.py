@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfsteer.config import Recipe
 from selfsteer.contexts import context_messages
-from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.models.loading import load_model
 from selfsteer.records import Triple
@@ -34,7 +34,7 @@ def sample(
 
     Returns:
         Counts; a triple with a response cut off by the budget is dropped as ``unfinished`` unless
-        the recipe keeps it.
+        the recipe keeps it, one whose prompt leaves no room for the budget as ``prompt_too_long``.
     """
     settings = recipe.sampling
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
@@ -42,7 +42,7 @@ def sample(
 
     def engine(source: str) -> TransformersEngine:
         if source not in engines:
-            loaded = load_model(source, recipe.policy)
+            loaded = load_model(source, recipe.policy, inference=True)
             engines[source] = TransformersEngine(loaded, settings.batch_size)
         return engines[source]
 
@@ -80,6 +80,9 @@ def _collect(
     kept, dropped = [], Counter[str]()
     for triple in part:
         answers = {n: found[triple.id, n] for n in names}
+        if any(c.finish_reason == PROMPT_TOO_LONG for c in answers.values()):
+            dropped[PROMPT_TOO_LONG] += 1
+            continue
         if not keep_unfinished and any(c.finish_reason == "length" for c in answers.values()):
             dropped["unfinished"] += 1
             continue

@@ -11,7 +11,7 @@ from selfsteer.models.loading import LoadedModel, load_model
 from selfsteer.models.scores import scored
 from selfsteer.objectives import Objective
 from selfsteer.records import Triple
-from selfsteer.runs import StageResult, derive_seed
+from selfsteer.runs import RunFolder, StageResult, derive_seed
 from selfsteer.training.trainer import Example, train
 
 
@@ -78,7 +78,7 @@ def train_on(
     output: Path,
     scores: Path,
     stage: str,
-    on_log: Callable[[dict[str, float]], None],
+    run: RunFolder,
 ) -> StageResult:
     """Trains ``start`` on an objective and writes it to ``output``.
 
@@ -92,7 +92,7 @@ def train_on(
         output: folder for the trained model.
         scores: folder of the shared log-probs.
         stage: the stage's name, part of the seed.
-        on_log: gets every log line.
+        run: gets every log line in its ``metrics.jsonl``.
     """
     loaded = load_model(start, recipe.policy)
     encoded, kept, dropped, truncated = encode(loaded.chat, triples, objective, settings.max_length)
@@ -119,7 +119,8 @@ def train_on(
         seed=derive_seed(recipe.seed, stage) % 2**31,
         lora=recipe.policy.lora,
         keep_checkpoints=recipe.keep.checkpoints,
-        on_log=on_log,
+        on_log=lambda logs: run.append("metrics.jsonl", {"stage": stage, **logs}),
+        on_start=lambda step: run.rewind("metrics.jsonl", stage, step),
     )
     result.notes = {"responses_truncated": truncated, "last": logs}
     return result

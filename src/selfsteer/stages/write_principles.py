@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.config import Recipe, resolve_path
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.models.loading import load_model
 from selfsteer.principles import writer
@@ -71,11 +71,15 @@ def _engines(recipe: Recipe, policy: str) -> dict[str, TransformersEngine]:
     engines = {}
     own_writer = settings.mode == "generated" and settings.writer is not None
     if settings.features == "model" or (settings.mode == "generated" and not own_writer):
-        engines["policy"] = TransformersEngine(load_model(policy, recipe.policy), size)
+        engines["policy"] = TransformersEngine(
+            load_model(policy, recipe.policy, inference=True), size
+        )
         engines["writer"] = engines["policy"]
     if own_writer:
         source = resolve_path(str(settings.writer))
-        engines["writer"] = TransformersEngine(load_model(source, recipe.policy), size)
+        engines["writer"] = TransformersEngine(
+            load_model(source, recipe.policy, inference=True), size
+        )
     return engines
 
 
@@ -111,18 +115,20 @@ def _write(
     engine: TransformersEngine | None,
     seed: int,
 ) -> list[Triple]:
-    answers: list[str | None] = [None] * len(part)
+    answers: list[Completion | None] = [None] * len(part)
     if recipe.principles.mode == "generated":
         assert engine is not None
         prompts = [writer.principle_prompt(q, f) for q, (f, _) in zip(part, chosen, strict=True)]
         found = engine.generate(prompts, _params(recipe), derive_seed(seed, "principles"))
-        answers = [c.text for c in found]
+        answers = list(found)
     triples = []
     for query, (features, named), answer in zip(part, chosen, answers, strict=True):
         principles, source = writer.picked(features), "picked"
         if answer is not None:
-            outcome, good, bad = writer.parse_principles(answer)
-            if outcome is writer.Outcome.OK:
+            outcome, good, bad = writer.parse_principles(answer.text)
+            if answer.finish_reason == PROMPT_TOO_LONG:
+                source = f"fallback:{PROMPT_TOO_LONG}"
+            elif outcome is writer.Outcome.OK:
                 principles, source = writer.written(features, good, bad), "generated"
             else:
                 source = f"fallback:{outcome.value}"

@@ -29,7 +29,7 @@ from selfsteer.models.logprobs import PaddedBatch, batch_logps, pack, sums_by_ro
 from selfsteer.models.tree import TreeRow
 from selfsteer.objectives import Objective, steering_loss
 from selfsteer.runs import disk_errors, write_atomic
-from selfsteer.terminal import is_main_process, progress_bar, say
+from selfsteer.terminal import is_main_process, progress_bar, say, warn
 
 #: Written last into a checkpoint; transformers takes a half-written folder for a whole one.
 COMPLETE_MARK = "complete"
@@ -153,8 +153,8 @@ class SteeringTrainer(Trainer):
             ]  # fmt: skip
             raise NumericsError(
                 f"The loss became {out.loss.item()} at step {self.state.global_step + 1} on the "
-                f"triples {', '.join(broken[:8])}. The last checkpoint before it is kept. Lower "
-                "the learning rate, or remove these triples."
+                f"triples {', '.join(broken[:8])}. Checkpoints from before are kept. Lower the "
+                "learning rate, or remove these triples."
             )
         self._add_metrics(out.metrics, size)
         total = size if num_items_in_batch is None else num_items_in_batch
@@ -199,13 +199,33 @@ class SteeringTrainer(Trainer):
             folder = Path(str(self.args.output_dir))
             write_atomic(folder / f"checkpoint-{self.state.global_step}" / COMPLETE_MARK, "")
             for old in complete_checkpoints(folder)[: -self.keep_checkpoints]:
-                shutil.rmtree(old)
+                discard_checkpoint(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first."""
     marked = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE_MARK}")]
     return sorted(marked, key=lambda p: int(re.sub(r"\D", "", p.name)))
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint; its mark goes first, it must not outlive what it vouches for."""
+    (folder / COMPLETE_MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the weights."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                f"The gradient became {norm.item()} at step {state.global_step + 1}, though the "
+                "loss is finite. Checkpoints from before are kept. Lower the learning rate, or "
+                "compute in float32."
+            )
 
 
 class _Progress(TrainerCallback):
@@ -224,7 +244,7 @@ def accumulation(settings: Optimisation, world_size: int) -> tuple[int, int]:
         ConfigError: the batch size cannot be split over the ranks like that.
     """
     per_rank, rest = divmod(settings.batch_size, world_size)
-    micro = settings.micro_batch_size or max(m for m in range(1, 9) if per_rank % m == 0)
+    micro = settings.micro_batch_size
     if rest or per_rank == 0 or per_rank % micro:
         raise ConfigError(
             f"batch_size {settings.batch_size} cannot be split into {world_size} ranks × "
@@ -245,6 +265,8 @@ def train(
     lora: Lora | None = None,
     keep_checkpoints: int = 1,
     on_log: Callable[[dict[str, float]], None] = lambda logs: None,
+    on_start: Callable[[int], None] = lambda step: None,
+    also_save: Callable[[dict[str, float]], Mapping[str, str]] = lambda logs: {},
     per_step: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Trains and writes the model to ``output``; resumes from the last complete checkpoint.
@@ -260,6 +282,8 @@ def train(
         lora: train adapters instead; merged when saved.
         keep_checkpoints: complete checkpoints kept while training.
         on_log: gets every log line.
+        on_start: told after which step the training (re)starts.
+        also_save: last log line → texts by file name, put into the model's folder with it.
         per_step: (queries per forward, forwards per step) instead of what settings imply.
 
     Returns:
@@ -273,6 +297,11 @@ def train(
     for leftover in work.glob("checkpoint-*"):
         if not (leftover / COMPLETE_MARK).exists() and is_main_process():
             shutil.rmtree(leftover)
+    if lora and settings.learning_rate < 1e-6:
+        warn(
+            f"a learning rate of {settings.learning_rate:.0e} hardly moves LoRA adapters; 1e-5 to "
+            "1e-4 is usual"
+        )
     args = _arguments(loaded, settings, work, seed)
     micro, accumulate = per_step or accumulation(settings, args.world_size)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, accumulate
@@ -285,6 +314,9 @@ def train(
         logs.append(line)
         on_log(line)
 
+    steps = math.ceil(len(examples) / (micro * args.world_size * accumulate) * settings.epochs)
+    # rounded down: transformers rounds a share up, and a training of one step would do nothing
+    args.warmup_steps = int(steps * settings.warmup)
     trainer = SteeringTrainer(loaded, model, objective, examples, args, log, keep_checkpoints)
     trainer.remove_callback(PrinterCallback)  # the bar and metrics.jsonl say it better
     checkpoints = complete_checkpoints(work)
@@ -293,9 +325,11 @@ def train(
         state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
         done = int(state["global_step"])
         say(f"  {label}: resuming after step {done}")
-    steps = math.ceil(len(examples) / (micro * args.world_size * accumulate) * settings.epochs)
+    if is_main_process():
+        on_start(done)
     with progress_bar(label, steps) as bar, disk_errors(work):
         trainer.add_callback(_Progress(bar, done))
+        trainer.add_callback(_FiniteGradients())
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     model.eval()
     if args.should_save:
@@ -303,8 +337,13 @@ def train(
             finished = work / "model"
             shutil.rmtree(finished, ignore_errors=True)
             save_model(trainer.accelerator.unwrap_model(model), loaded.chat, finished, loaded.dtype)
-            shutil.rmtree(output, ignore_errors=True)
+            for name, text in also_save(logs[-1] if logs else {}).items():
+                write_atomic(finished / name, text)
+            if output.exists():  # what an earlier try at this very training left
+                shutil.rmtree(output)
             finished.replace(output)
+            for old in complete_checkpoints(work):
+                discard_checkpoint(old)
             shutil.rmtree(work)
     trainer.accelerator.wait_for_everyone()
     return logs[-1] if logs else {}
@@ -320,7 +359,6 @@ def _arguments(
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
