@@ -4,7 +4,7 @@ from pathlib import Path
 
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import Exported, export, export_triples
-from selfsteer.stages.plan import read_preferences, read_triples
+from selfsteer.stages.plan import stored_preferences, stored_triples
 
 
 def export_run(
@@ -20,10 +20,10 @@ def export_run(
     if fmt == "authors":
         for triples in (source / "filtered.jsonl", source / "samples"):
             if triples.exists():
-                return export_triples(read_triples(triples), folder)
+                return export_triples(stored_triples(triples), folder)
         raise ArtifactError(f"{source} has no triples yet; run it first.")
     if fmt not in ("trl", "llama-factory"):
         raise ConfigError(f"Unknown format {fmt!r}; choose trl, llama-factory or authors.")
     if not any((source / "preferences").glob("shard-*.jsonl")):
         raise ArtifactError(f"{source} has no preferences yet; run it first.")
-    return export(read_preferences(source / "preferences"), fmt, folder, name)
+    return export(stored_preferences(source / "preferences"), fmt, folder, name)

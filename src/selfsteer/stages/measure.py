@@ -17,12 +17,15 @@ from selfsteer.evaluation.stats import mean_interval
 from selfsteer.models.loading import load_model
 from selfsteer.models.scores import scored
 from selfsteer.principles import writer
-from selfsteer.records import Message, Preference, Query, Triple, Verdict, dump_lines
+from selfsteer.records import Message, Preference, Query, Triple, Verdict, dump_lines, read_jsonl
 from selfsteer.runs import StageResult, derive_seed, write_atomic
 from selfsteer.terminal import progress_bar
 
 #: Pairs measured; a seeded subset of larger sets, whose figures it gives to about one percent.
 QUALITY_PAIRS = 4000
+
+#: What is kept of an answer beside its text.
+COUNTS = ("finish_reason", "prompt_tokens", "completion_tokens")
 
 
 def measure_quality(
@@ -119,13 +122,17 @@ def evaluate(
     seed = derive_seed(recipe.seed, "evaluation")
     with progress_bar("evaluation", len(models) * len(queries)) as bar:
         for label, source in models.items():
-            answers[label] = _answer(source, prompts, params, seed, recipe, bar.advance)
-            lines = [
-                {**q.to_dict(), "response": c.text, "finish_reason": c.finish_reason}
-                for q, c in zip(queries, answers[label], strict=True)
+            path = run / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+            if not path.exists():  # an earlier try at this very stage may have come this far
+                found = _answer(source, prompts, params, seed, recipe, bar.advance)
+                lines = [
+                    {**q.to_dict(), "response": c.text, **_counts(c)}
+                    for q, c in zip(queries, found, strict=True)
+                ]
+                write_atomic(path, dump_lines(lines))
+            answers[label] = [
+                Completion(v["response"], **{k: v[k] for k in COUNTS}) for _, v in read_jsonl(path)
             ]
-            name = label.replace("/", "-")
-            write_atomic(run / "evaluation" / f"answers-{name}.jsonl", dump_lines(lines))
     report: dict[str, Any] = {"queries": len(queries), "judge": recipe.judge, "finals": finals}
     report["models"] = {
         label: _figures(queries, found, answers["base"], judge, settings, recipe.seed)
@@ -139,6 +146,10 @@ def evaluate(
         text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
         write_atomic(run / "evaluation" / "exhibit.json", text)
     return StageResult(len(queries), len(queries))
+
+
+def _counts(completion: Completion) -> dict[str, Any]:
+    return {name: getattr(completion, name) for name in COUNTS}
 
 
 def _figures(

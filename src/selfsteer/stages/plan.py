@@ -119,7 +119,7 @@ class Plan:
         def work() -> StageResult:
             from selfsteer.stages.sample import sample
 
-            triples = subset(read_triples(principles.path), limit, recipe.seed)
+            triples = subset(stored_triples(principles.path), limit, recipe.seed)
             sources = {response: str(m.path) for response, m in models.items()}
             return sample(triples, recipe, sources, folder, stage)
 
@@ -138,7 +138,7 @@ class Plan:
         def work() -> StageResult:
             from selfsteer.stages.filter import filter_triples
 
-            found = read_triples(triples.path)
+            found = stored_triples(triples.path)
             return filter_triples(found, recipe, str(policy.path), folder, self.run / "scores")
 
         inputs = {
@@ -161,7 +161,7 @@ class Plan:
             from selfsteer.stages.training import generator_objective, train_on
 
             return train_on(
-                read_triples(triples.path),
+                stored_triples(triples.path),
                 generator_objective(recipe.generator, half),
                 recipe.generator,
                 recipe,
@@ -188,7 +188,7 @@ class Plan:
         def work() -> StageResult:
             from selfsteer.stages.filter import to_preferences
 
-            found = read_triples(samples.path)
+            found = stored_triples(samples.path)
             return to_preferences(found, recipe, self.run / stage, cleaned=cleaned)
 
         inputs = {
@@ -209,14 +209,14 @@ class Plan:
             from selfsteer.stages.measure import measure_quality
 
             return measure_quality(
-                read_preferences(preferences.path),
-                read_triples(principles.path),
+                stored_preferences(preferences.path),
+                stored_triples(principles.path),
                 recipe,
                 str(policy.path),
                 output,
                 self.run / "scores",
                 stage,
-                read_triples(triples.path) if triples else (),
+                stored_triples(triples.path) if triples else (),
             )
 
         inputs = {
@@ -235,9 +235,9 @@ class Plan:
             from selfsteer.stages.training import policy_objective, train_on
 
             triples = (
-                read_triples(data.path)
+                stored_triples(data.path)
                 if method == "sso-online"
-                else [p.to_triple() for p in read_preferences(data.path)]
+                else [p.to_triple() for p in stored_preferences(data.path)]
             )
             return train_on(
                 triples,
@@ -348,12 +348,12 @@ def subset(triples: list[Triple], limit: int | None, seed: int) -> list[Triple]:
     return [t for t in triples if t.id in ids]
 
 
-def read_triples(path: Path) -> list[Triple]:
+def stored_triples(path: Path) -> list[Triple]:
     """Triples of a JSONL file or of a folder of shards."""
     rows = read_shards(path) if path.is_dir() else (v for _, v in read_jsonl(path))
     return [Triple.from_dict(v) for v in rows]
 
 
-def read_preferences(folder: Path) -> list[Preference]:
+def stored_preferences(folder: Path) -> list[Preference]:
     """Preferences of a folder of shards."""
     return [Preference.from_dict(v) for v in read_shards(folder)]
