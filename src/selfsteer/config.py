@@ -28,7 +28,8 @@ OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 BASES: tuple[str, ...] = get_args(BaseName)
 
 
-_CONSTANTS = frozenset(
+#: The constants of `Objective.named`, as settings are called that give them.
+CONSTANTS = frozenset(
     "beta gamma alpha steer use_weight use_steer detach_weight label_smoothing simpo_margin".split()  # noqa: SIM905
 )
 
@@ -48,7 +49,7 @@ def unused_arguments(
         used |= {"use_weight", "use_steer"}
         used |= {"alpha", "detach_weight"} if use_weight else set()
         used |= {"steer"} if use_steer else set()
-    return [name for name in given if name in _CONSTANTS - used]
+    return [name for name in given if name in CONSTANTS - used]
 
 
 class Section(BaseModel):

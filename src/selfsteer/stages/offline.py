@@ -10,10 +10,9 @@ from selfsteer.config import TrainConfig, resolve_path
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.formats import read_triples
 from selfsteer.models.loading import load_model
-from selfsteer.objectives import Objective
 from selfsteer.records import Triple, dump_lines
 from selfsteer.runs import RunFolder, digest, model_digest, write_atomic
-from selfsteer.stages.training import check_length, encode, with_reference
+from selfsteer.stages.training import check_length, encode, objective_from, with_reference
 from selfsteer.terminal import is_main_process, say
 from selfsteer.training.trainer import train
 
@@ -58,19 +57,7 @@ def _train(
     work: RunFolder,
     fingerprint: str,
 ) -> dict[str, Any]:
-    objective = Objective.named(
-        config.objective,
-        base=config.base,
-        beta=config.beta,
-        gamma=config.gamma,
-        alpha=config.alpha,
-        steer=config.steer,
-        use_weight=config.use_weight,
-        use_steer=config.use_steer,
-        detach_weight=config.detach_weight,
-        label_smoothing=config.label_smoothing,
-        simpo_margin=config.simpo_margin,
-    )
+    objective = objective_from(config.objective, config)
     loaded = load_model(model, config)
     encoded, kept, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
     if not kept:

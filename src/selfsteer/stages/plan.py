@@ -158,11 +158,13 @@ class Plan:
         stage = f"{where}/generator/{half}" if half else f"{where}/generator"
 
         def work() -> StageResult:
-            from selfsteer.stages.training import generator_objective, train_on
+            from selfsteer.stages.training import objective_from, train_on
+
+            name = f"sso-{half}-only" if half else recipe.generator.objective
 
             return train_on(
                 stored_triples(triples.path),
-                generator_objective(recipe.generator, half),
+                objective_from(name, recipe.generator),
                 recipe.generator,
                 recipe,
                 start=str(policy.path),
@@ -232,7 +234,7 @@ class Plan:
         recipe, stage = self.recipe, f"{where}/policy"
 
         def work() -> StageResult:
-            from selfsteer.stages.training import policy_objective, train_on
+            from selfsteer.stages.training import objective_from, train_on
 
             triples = (
                 stored_triples(data.path)
@@ -241,7 +243,7 @@ class Plan:
             )
             return train_on(
                 triples,
-                policy_objective(recipe.training, method),
+                objective_from(method, recipe.training),
                 recipe.training,
                 recipe,
                 start=str(policy.path),

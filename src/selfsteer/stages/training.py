@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selfsteer.config import Generator, Optimisation, Recipe, Training
+from selfsteer.config import CONSTANTS, Optimisation, Recipe
 from selfsteer.errors import DataError
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.loading import LoadedModel, load_model
@@ -15,32 +15,9 @@ from selfsteer.runs import RunFolder, StageResult, derive_seed
 from selfsteer.training.trainer import Example, train
 
 
-def generator_objective(settings: Generator, half: str | None = None) -> Objective:
-    """The loss of the data generator, or of one half of it (``plus`` or ``minus``)."""
-    return Objective.named(
-        f"sso-{half}-only" if half else settings.objective,
-        base=settings.base,
-        beta=settings.beta,
-        gamma=settings.gamma,
-        label_smoothing=settings.label_smoothing,
-        simpo_margin=settings.simpo_margin,
-    )
-
-
-def policy_objective(settings: Training, method: str) -> Objective:
-    """The loss of the policy: v1's for the online way, else PBAA on plain preferences."""
-    return Objective.named(
-        "sso-online" if method == "sso-online" else "pbaa",
-        base=settings.base,
-        beta=settings.beta,
-        alpha=settings.alpha,
-        steer=settings.steer,
-        use_weight=settings.use_weight,
-        use_steer=settings.use_steer,
-        detach_weight=settings.detach_weight,
-        label_smoothing=settings.label_smoothing,
-        simpo_margin=settings.simpo_margin,
-    )
+def objective_from(name: str, settings: Optimisation) -> Objective:
+    """The named objective with the constants that the settings hold."""
+    return Objective.named(name, **settings.model_dump(include={"base", *CONSTANTS}))
 
 
 def encode(
