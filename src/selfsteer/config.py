@@ -137,7 +137,7 @@ class Hygiene(Section):
 class Optimisation(Section):
     """What training the generator and training the policy have in common."""
 
-    base: BaseName = _f("sigmoid", "pairwise base loss")
+    base: BaseName = _f("sigmoid", "sigmoid (DPO), ipo, hinge, simpo or orpo")
     beta: float = _f(0.1, "β of the base loss; 0.1 (v2), 0.2 with IPO (v1)", gt=0)
     label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
@@ -199,7 +199,7 @@ class Recipe(Section):
     name: str = _f(..., "runs_dir/name is the run folder")
     runs_dir: str = _f("runs", "where run folders live")
     seed: int = _f(0, "of everything", ge=0, lt=2**31)
-    method: Literal["sso", "sso-online", "pbaa"] = _f("sso", "the way to run it")
+    method: Literal["sso", "sso-online", "pbaa"] = _f("sso", "sso (v2), sso-online (v1) or pbaa")
     baseline: Literal["pbaa"] | None = _f(None, "also run PBAA: same queries and principles")
     iterations: int = _f(1, "rounds, each from the last policy; v1 runs 3", ge=1)
     policy: Policy
