@@ -256,7 +256,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # threads that spin while they wait make a busy machine ten times slower
+    # threads that spin while they wait made a busy machine up to seven times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
