@@ -6,7 +6,7 @@ taken, their principles, all samples and the order of training; the evaluation q
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ WITHOUT_STEER = "training.use_steer=false"
 WEAK_WRITER = "principles={mode: picked, features: random}"
 STRONG_WRITER = 'principles={mode: fixed, path: "{truth}"}'
 WPO = "training.weighting=wpo"
+#: A reward model trained on the annotated pairs of the same base and seed.
+REWARD_JUDGE = 'ranking.judge={kind: reward, model: "{reward}"}'
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Arm:
 
     ``family`` names the search whose best settings it takes, None: none; ``says`` is for the page.
     ``shared``: its principles are those of PBAA on the same base and seed, written once.
+    ``audited``: not scored; its policy is asked under bad principles, beside its base.
     """
 
     family: str | None
@@ -61,6 +64,7 @@ class Arm:
     shared: bool = True
     #: Arms whose pairs a reward model is trained on; empty where a policy is trained.
     sets: tuple[str, ...] = ()
+    audited: bool = False
 
 
 ARMS = {
@@ -112,6 +116,12 @@ ARMS = {
         "four plain answers per query, ranked by the oracle in a reward model's place",
         shared=False,
     ),
+    "best-of-4-reward": Arm(
+        "annotated",
+        (*ANNOTATED, "ranking.samples=4", REWARD_JUDGE),
+        "four plain answers per query, ranked by a reward model trained on the annotated pairs",
+        shared=False,
+    ),
     "spin": Arm(
         "annotated",
         ("method=spin", "principles=null", *NO_GENERATOR),
@@ -129,6 +139,10 @@ for _sets in (
 ):
     ARMS["reward-" + "-".join(_sets)] = Arm(
         None, REWARD, f"reward model on the pairs of {' and '.join(_sets)}", sets=_sets
+    )
+for _name in ("annotated", "pbaa", "sso", "online"):
+    ARMS[f"audit-{_name}"] = replace(
+        ARMS[_name], says=f"{_name}, its models asked under bad principles", audited=True
     )
 
 #: Trials per family, all of the same number: what is searched on the tuning queries.
@@ -181,7 +195,16 @@ TABLES = (
     Table(
         "rivals",
         "Rivals",
-        ("annotated", "best-of-4", "spin", "pbaa", "pbaa-wpo", "sso", "sso-wpo"),
+        (
+            "annotated",
+            "best-of-4",
+            "best-of-4-reward",
+            "spin",
+            "pbaa",
+            "pbaa-wpo",
+            "sso",
+            "sso-wpo",
+        ),
         (0,),
         5,
     ),
@@ -197,6 +220,13 @@ TABLES = (
         "online",
         "Version 1: three online iterations",
         ("online-pbaa", "online-no-weight", "online-no-steer", "online"),
+        (0,),
+        5,
+    ),
+    Table(
+        "audit",
+        "Under bad principles: a back door?",
+        tuple(arm for arm in ARMS if ARMS[arm].audited),
         (0,),
         5,
     ),
@@ -217,6 +247,11 @@ class Cell:
         """Of its file and of its run folder."""
         search = "" if self.trial is None else f"search{self.trial:02d}-"
         return f"{search}{self.arm}-base{self.base}-seed{self.seed}"
+
+    @property
+    def trains_policy(self) -> bool:
+        """Scored by its policy's answers, and so in figure 3 and in tables of data."""
+        return not (ARMS[self.arm].sets or ARMS[self.arm].audited)
 
     @property
     def path(self) -> Path:

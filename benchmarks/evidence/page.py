@@ -63,7 +63,7 @@ Rows = dict[tuple[int, int], np.ndarray]
 def grid(arm: str, bases: Sequence[int], seeds: int, figure: Figure) -> Rows:
     """Figures of an arm's cells that are there; of the base itself for ``base``."""
     own = base_score if arm == "base" and figure is score else figure
-    arms = [a for a in ARMS if not ARMS[a].sets] if arm == "base" else [arm]
+    arms = [a for a in ARMS if Cell(a, 0, 0).trains_policy] if arm == "base" else [arm]
     out: Rows = {}
     for base in bases:
         for seed in range(seeds):
@@ -283,6 +283,28 @@ def iterations_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def audit_table(table: Table) -> str:
+    """Changes against the base of policies and generators, and who fell beyond chance."""
+    figures = ("score/plain", "score/bad", "gap/good", "gap/bad")
+    titles = ["score", "score under bad principles", "gap, good", "gap, bad", "back doors"]
+    lines = ["| model | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for arm in table.arms:
+        cells_there = [(s, f) for s in range(table.seeds) if (f := Cell(arm, 0, s).found())]
+        labels = dict.fromkeys(label for _, f in cells_there for label in f["changes"])
+        for label in labels or ["policy"]:
+            found = {(0, s): f for s, f in cells_there if label in f["changes"]}
+            row = [f"{arm.removeprefix('audit-')}, {label}"]
+            for name in figures:
+                scale, digits = (100, 1) if name.startswith("score") else (1, 3)
+                rows = {k: np.array([scale * f["changes"][label][name]]) for k, f in found.items()}
+                value = crossed(rows, f"{arm}/{label}/{name}") if rows else None
+                row.append(shown(value, digits, sign=True) if value else NOT_RUN)
+            doors = sum(f["verdicts"][label] == "back_door" for f in found.values())
+            row.append(f"{doors} of {len(found)}" if found else NOT_RUN)
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 #: RewardBench of a Llama3-8B reward model, table 2; the annotated set is UltraFeedback.
 PAPER_REWARD = {"reward-annotated": "79.5", "reward-pbaa": "78.9", "reward-sso": "80.0"}
 
@@ -300,7 +322,7 @@ def reward_table(table: Table) -> str:
 def draw() -> bool:
     """Figure 3: accuracy against on-policyness, a point per cell; False without cells."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for arm in (a for a in ARMS if not ARMS[a].sets):
+    for arm in (a for a in ARMS if Cell(a, 0, 0).trains_policy):
         for base in (0, 1, 2):
             for seed in range(10):
                 found = Cell(arm, base, seed).found()
@@ -366,7 +388,12 @@ def write() -> None:
         paper = PAPER_ABLATIONS if table.name in ("halves", "direct") else None
         note = NOTES.get(table.name)
         parts.append(f"## {table.title}" + (f"\n\n{note}" if note else ""))
-        parts.append(reward_table(table) if table.name == "reward" else figures_table(table, paper))
+        if table.name == "reward":
+            parts.append(reward_table(table))
+        elif table.name == "audit":
+            parts.append(audit_table(table))
+        else:
+            parts.append(figures_table(table, paper))
         if table.name == "online":
             parts.append(iterations_table(table))
     figure = "![](figure3.png)" if draw() else NOT_RUN
@@ -417,7 +444,14 @@ paper mixes its pairs with Skywork's: 84.5 alone, 86.3 with SSO's.""",
     "rivals": """\
 Other ways to make pairs, without principles, or to weigh them; as many queries (docs/methods.md).
 Self-rewarding is not here: the tiny model cannot judge, all its verdicts are unparseable. Best of 4
-is ranked by the oracle, so it is a bound for reward models, not one of them.""",
+is ranked by the oracle, which is a bound for reward models, and by a reward model that was trained
+on the annotated pairs of the same seed.""",
+    "audit": """\
+`selfsteer audit` on the same trainings: 128 final queries under good and bad principles, changes
+against the base, intervals over seeds. Score: the oracle's, times 100. Gap: how much likelier a
+model holds its own answer under the principle that asked for it, nats per token; a wider one means
+that it listens more. A back door is a fall of the score under bad principles beyond chance, by the
+audit's own interval.""",
     "writers": """\
 The writers are no models here. Weak: features drawn at random, with the catalogue's text. Own: the
 policy names features and writes both principles, as in the main table. Strong: two of the features

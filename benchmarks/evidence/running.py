@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cells import ANNOTATED, ARMS, COMMON, PBAA, STRONG_WRITER, Cell
+from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, STRONG_WRITER, Cell
 from measures import figures
 
 from selfsteer.config import JudgeConfig
@@ -112,9 +112,10 @@ def fill(cell: Cell, runs: Path) -> dict[str, Any]:
     Raises:
         Failed: the command line ended with an error.
     """
-    settings, folder = cell.settings(), runs / "runs" / cell.name
+    settings, arm = cell.settings(), ARMS[cell.arm]
     assert settings is not None
-    found = train_reward(cell, runs) if ARMS[cell.arm].sets else train_policy(cell, runs)
+    made = audited if arm.audited else train_reward if arm.sets else train_policy
+    found = made(cell, runs)
     result = {
         "arm": cell.arm,
         "base": cell.base,
@@ -126,7 +127,7 @@ def fill(cell: Cell, runs: Path) -> dict[str, Any]:
         "versions": versions(),
     }
     write_atomic(cell.path, compact(json.dumps(result, indent=1)) + "\n")
-    shutil.rmtree(folder)
+    shutil.rmtree(runs / "runs" / cell.name, ignore_errors=True)
     return result
 
 
@@ -142,6 +143,9 @@ def run_policy(cell: Cell, runs: Path, *words: str, answers: Path | None = None)
     if STRONG_WRITER in settings:
         truth = str(principle_file(queries, cell.seed))
         given = [s.replace("{truth}", truth) for s in given]
+    if REWARD_JUDGE in settings:
+        judge = str(reward_run(Cell("reward-annotated", cell.base, cell.seed), runs) / "reward")
+        given = [s.replace("{reward}", judge) for s in given]
     shared = (
         f"runs_dir={runs / 'runs'}",
         f"seed={cell.seed}",
@@ -204,28 +208,37 @@ def judged_pairs(base: int, runs: Path) -> list[Preference]:
     return [Preference.from_dict(row) for row in read_shards(shards)]
 
 
+def reward_run(cell: Cell, runs: Path) -> Path:
+    """The run of a cell that trains a reward model, trained where it is not kept; its folder."""
+    arm = ARMS[cell.arm]
+    kept = runs / "rewards" / f"{cell.name}-{digest(cell.settings())}"
+    sets = {name: pairs_of(Cell(name, cell.base, cell.seed), runs) for name in arm.sets}
+    data = json.dumps([{"name": name, "path": str(path)} for name, path in sets.items()])
+    with MAKING[cell.base, cell.seed, *cell.arm.encode()]:
+        if not kept.exists():
+            selfsteer(
+                "run",
+                "reward",
+                f"runs_dir={runs / 'runs'}",
+                f"name={cell.name}",
+                f"seed={cell.seed}",
+                f"policy.model={base_model(cell.base, runs)}",
+                "policy.threads=1",
+                f"reward.data={data}",
+                "reward.max_length=512",
+                *arm.settings,
+                log=runs / "logs" / f"{cell.name}.log",
+            )
+            copy_whole(runs / "runs" / cell.name, kept)
+    return kept
+
+
 def train_reward(cell: Cell, runs: Path) -> dict[str, Any]:
     """Figures of a reward model: ``scores`` is 1000 for each test pair that it ranks as the oracle.
 
     A tie is 500. The test pairs are answers of the base, on the final queries.
     """
-    arm = ARMS[cell.arm]
-    sets = {name: pairs_of(Cell(name, cell.base, cell.seed), runs) for name in arm.sets}
-    data = json.dumps([{"name": name, "path": str(path)} for name, path in sets.items()])
-    selfsteer(
-        "run",
-        "reward",
-        f"runs_dir={runs / 'runs'}",
-        f"name={cell.name}",
-        f"seed={cell.seed}",
-        f"policy.model={base_model(cell.base, runs)}",
-        "policy.threads=1",
-        f"reward.data={data}",
-        "reward.max_length=512",
-        *arm.settings,
-        log=runs / "logs" / f"{cell.name}.log",
-    )
-    folder = runs / "runs" / cell.name
+    folder = reward_run(cell, runs)
     pairs = judged_pairs(cell.base, runs)
     judge = RewardJudge(JudgeConfig(kind="reward", model=str(folder / "reward")), None)
     asked = [Pair(Query(p.id, p.prompt), p.chosen, p.rejected) for p in pairs]
@@ -237,6 +250,27 @@ def train_reward(cell: Cell, runs: Path) -> dict[str, Any]:
         "queries": digest([p.id for p in pairs]),
         "scores": right,
         "held_out": report["held_out"]["accuracy"],
+        "seconds": {e["stage"]: round(e["seconds"], 1) for e in entries},
+    }
+
+
+def audited(cell: Cell, runs: Path) -> dict[str, Any]:
+    """What `selfsteer audit` says of an arm's policy, and of its generator where it has one.
+
+    ``changes``: label → figure → mean change against the base; 128 of the final queries.
+    """
+    folder = run_policy(cell, runs, "--until", "policy")
+    log = runs / "logs" / f"{cell.name}.log"
+    selfsteer("audit", str(folder), f"--seed={cell.seed}", log=log)
+    report = json.loads((folder / "audit" / "audit.json").read_text("utf-8"))
+    entries = [e for _, e in read_jsonl(folder / "ledger.jsonl") if e["event"] == "finish"]
+    figures = ("score/plain", "score/good", "score/bad", "gap/good", "gap/bad")
+    changes = report["changes"].items()
+    return {
+        "asked": report["queries"],
+        "changes": {k: {f: round(v["whole"][f][0], 4) for f in figures} for k, v in changes},
+        "verdicts": {label: change["verdict"] for label, change in changes},
+        "base_figures": {f: round(report["models"]["base"][f], 4) for f in figures},
         "seconds": {e["stage"]: round(e["seconds"], 1) for e in entries},
     }
 

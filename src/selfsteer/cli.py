@@ -117,7 +117,7 @@ def run(
     everything is done it says so.
 
     Shipped recipes: demo, smoke, sso, sso-online, pbaa, reward; the rivals best-of-n,
-    self-rewarding, spin, wpo.
+    self-rewarding, sgpo, spin, wpo.
     """
     from selfsteer import pipeline
     from selfsteer.report import summary

@@ -21,9 +21,11 @@ ObjectiveName = Literal[
     "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
 ]
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
-Method = Literal["sso", "sso-online", "pbaa", "best-of-n", "self-rewarding", "spin", "reward"]
+Method = Literal[
+    "sso", "sso-online", "pbaa", "best-of-n", "self-rewarding", "sgpo", "spin", "reward"
+]
 #: Methods that need no principles: their answers are plain ones.
-PLAIN_METHODS = ("best-of-n", "self-rewarding", "spin")
+PLAIN_METHODS = ("best-of-n", "self-rewarding", "sgpo", "spin")
 #: Those of them whose pairs are the best and the worst of several answers.
 RANKED_METHODS = ("best-of-n", "self-rewarding")
 Device = Literal["auto", "cpu", "cuda"]
@@ -303,7 +305,7 @@ class EngineConfig(EngineSettings):
 
 
 class WriterConfig(EngineConfig):
-    """Who writes principles: a folder, a hub id, or an engine with its model."""
+    """Who writes principles, or rewrites answers: folder, hub id, or engine with its model."""
 
     @model_validator(mode="before")
     @classmethod
@@ -889,6 +891,9 @@ class Recipe(Section):
     training: Training = Training()
     reward: Reward | None = _f(None, "null: no reward model, but with method reward")
     ranking: Ranking = Ranking()
+    improver: WriterConfig | None = _f(
+        None, "method sgpo: who rewrites the policy's answers; null: the policy of that iteration"
+    )
     judge: JudgeConfig | None = _f(
         None, "who compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; null: nobody"
     )
@@ -908,10 +913,11 @@ class Recipe(Section):
         """Engines that contradict themselves or cannot answer with every model of this recipe."""
         engine, writer, principles = self.sampling.engine, self.principles.writer, self.principles
         found = engine.faults("sampling.engine")
-        if writer is not None:
-            found += writer.faults("principles.writer", named=True)
-            if writer.model is None:
-                found.append("principles.writer.model is missing")
+        for where, other in (("principles.writer", writer), ("improver", self.improver)):
+            if other is not None:
+                found += other.faults(where, named=True)
+                if other.model is None:
+                    found.append(f"{where}.model is missing")
         longest = engine.answering.max_model_len
         if longest is not None and longest <= self.sampling.max_new_tokens:
             found.append(
@@ -931,6 +937,7 @@ class Recipe(Section):
             self.training.selection.points
             or (self.method == "sso" and self.generator.selection.points)
             or self.method == "self-rewarding"
+            or (self.improver and self.improver.answering.kind == "transformers")
         )
         if "batch_size" in self.sampling.model_fields_set and not here:
             found.append(
@@ -1013,6 +1020,8 @@ class Recipe(Section):
                 "method spin needs an answer to each query, and queries.augment adds queries "
                 "without; remove it"
             )
+        if method != "sgpo" and "improver" in self.model_fields_set:
+            found.append(f"method {method} rewrites no answers; remove 'improver'")
         if method not in RANKED_METHODS:
             if "ranking" in self.model_fields_set:
                 found.append(f"method {method} ranks no answers; remove 'ranking'")

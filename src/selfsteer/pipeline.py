@@ -97,8 +97,8 @@ def pbaa(p: Plan, where: str, principles: Made, policy: Made) -> Made:
 
 def rival(p: Plan, where: str, policy: Made) -> Made:
     """Pairs of plain answers, without principles (docs/methods.md), and the same one plain term."""
-    spin = p.recipe.method == "spin"
-    pairs = p.opponents(where, policy) if spin else p.ranked(where, policy)
+    made = {"spin": p.opponents, "sgpo": p.improved}.get(p.recipe.method, p.ranked)
+    pairs = made(where, policy)
     preferences = p.preferences(where, pairs)
     p.quality(where, preferences, None, policy, None)
     return p.policy(where, "pbaa", preferences, policy)
@@ -228,7 +228,8 @@ def check_models(recipe: Recipe) -> list[str]:
     check_benchmarks(recipe)
     _check_device(recipe)
     notes = []
-    budgets = {"sampling.max_new_tokens": recipe.sampling.max_new_tokens}
+    sampled = {"sampling.max_new_tokens": recipe.sampling.max_new_tokens}
+    budgets = dict(sampled)
     written = {"principles.max_new_tokens": recipe.principles.max_new_tokens}
     if recipe.principles.asks_a_model:
         budgets |= written
@@ -240,6 +241,8 @@ def check_models(recipe: Recipe) -> list[str]:
     writer = recipe.principles.writer
     if recipe.principles.mode == "generated" and writer and not writer.base_url:
         asked.setdefault(str(writer.model), written)
+    if recipe.improver and not recipe.improver.base_url:
+        asked.setdefault(str(recipe.improver.model), {}).update(sampled)
     for name, needed in asked.items():
         source = resolve_path(name)
         chat = load_chat(source, recipe.policy)

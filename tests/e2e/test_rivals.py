@@ -12,6 +12,9 @@ from selfsteer.evaluation.judges import Judgement, OracleJudge, Pair
 from selfsteer.records import Query
 from selfsteer.stages import rivals
 from tests.e2e.support import TINY, Here, fails, finished
+from tests.serving import say, serving
+
+WISE = "The bee eats nectar, and it is never in a hurry about it."
 
 PLAIN = ("baseline=null", "principles=null", "generator=null", "training.selection.points=0")
 SMALL = tuple(s for s in TINY if not s.startswith(("principles.", "generator.")))
@@ -109,6 +112,69 @@ def test_spin_sets_given_answers_against_the_policys_own(here: Here, tmp_path: P
     record = json.loads(shard.read_text().splitlines()[0])
     assert record["chosen"][0]["content"] == "That is a fine question."
     assert record["rejected"][0]["content"] != record["chosen"][0]["content"]
+
+
+def test_sgpo_asks_an_improver_for_a_better_answer(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "not-needed")
+    unchanged: set[str] = set()
+    with serving() as server:
+
+        def revised(body: dict[str, Any]) -> str:
+            if len(body["messages"]) == 1:  # the probe before anything is sampled
+                return say(body)
+            assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+            question, answer, request = (m["content"] for m in body["messages"])
+            assert request == rivals.IMPROVE
+            if len(question) % 4 == 0:
+                unchanged.add(question)
+                return str(answer)
+            return f"Sure! Here's my improved answer:\n\n{WISE}"
+
+        server.answer = revised
+        improver = f"improver={{kind: openai, base_url: '{server.url}', model: canned}}"
+        ended = run(here, tmp_path, "i", "method=sgpo", improver, "sampling.batch_size=8")
+        assert ended.code == 0, ended.err
+        again = run(here, tmp_path, "i", "method=sgpo", improver, "sampling.batch_size=8")
+        assert "nothing to do" in again.err
+    folder = tmp_path / "i"
+    stages = finished(folder)
+    assert list(stages)[1:4] == [f"iteration-1/{s}" for s in ("samples", "improved", "preferences")]
+    dropped = stages["iteration-1/preferences"]["dropped"]
+    pairs = [
+        json.loads(line)
+        for shard in sorted((folder / "iteration-1/preferences").glob("shard-*.jsonl"))
+        for line in shard.read_text().splitlines()
+    ]
+    assert len(pairs) + dropped["good_equals_bad"] == stages["iteration-1/improved"]["n_out"]
+    assert dropped["good_equals_bad"] == len(unchanged) > 0
+    assert {p["chosen"][-1]["content"] for p in pairs} == {WISE}
+    plain = {
+        row["id"]: row["responses"]["plain"]
+        for shard in (folder / "iteration-1/samples").glob("shard-*.jsonl")
+        for row in map(json.loads, shard.read_text().splitlines())
+    }
+    assert all(p["rejected"][-1]["content"] == plain[p["id"]] for p in pairs)
+    card = here("export", folder, "--format", "parquet", "--to", tmp_path / "set")
+    assert card.code == 0, card.err
+    assert "asked to write it again" in (tmp_path / "set" / "README.md").read_text()
+    fails(run(here, tmp_path, "x", "method=spin", improver), 2, "rewrites no answers; remove")
+    nobody = "improver={kind: openai, base_url: 'http://127.0.0.1:9/v1', model: canned}"
+    fails(run(here, tmp_path, "n", "method=sgpo", nobody), 3, "127.0.0.1:9")
+    assert not (tmp_path / "n" / "ledger.jsonl").exists()
+
+
+def test_sgpo_without_an_improver_asks_the_policy_of_each_iteration(
+    here: Here, tmp_path: Path
+) -> None:
+    given = ("method=sgpo", "iterations=2", "evaluation=null", "--until", "iteration-2/improved")
+    ended = run(here, tmp_path, "p", *given)
+    assert ended.code == 0, ended.err
+    first, second = (finished(tmp_path / "p")[f"iteration-{k}/improved"] for k in (1, 2))
+    assert first["n_in"] == 16
+    assert first["n_out"] > 0
+    assert second["fingerprint"] != first["fingerprint"]
 
 
 def test_wpo_weighs_each_pair(here: Here, tmp_path: Path) -> None:

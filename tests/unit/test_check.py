@@ -174,6 +174,9 @@ def test_the_workload_of_other_ways(tmp_path: Path) -> None:
     assert ranked.judged == 4 * 10 + 10, "the oracle scores each of 4 answers; quality"
     itself = planned(recipe(tmp_path, "method=self-rewarding", *plain), 10, 0)
     assert itself.judged == 6 * 10 + 10, "the policy compares each answer with each other"
+    revised = planned(recipe(tmp_path, "method=sgpo", *plain), 10, 0)
+    assert revised.answers == {"plain": 10 + 10}, "an answer and what is made of it"
+    assert (revised.judged, revised.unknown) == (10, [])
     halves = recipe(
         tmp_path,
         "baseline=null",

@@ -13,7 +13,13 @@ from selfsteer.models.loading import load_model
 from selfsteer.models.logprobs import batch_scores, pack
 from selfsteer.records import Message, Query, Triple, Verdict, dump_lines
 from selfsteer.settings import load_recipe
-from selfsteer.stages.rivals import Tournament, against_given, given_answers, policy_as_judge
+from selfsteer.stages.rivals import (
+    Tournament,
+    against_given,
+    given_answers,
+    policy_as_judge,
+    strip_announcement,
+)
 
 BEE = Query("bee", (Message("user", "What does the bee eat?"),))
 OWL = Query("owl", (Message("user", "What does the owl eat?"),))
@@ -56,6 +62,22 @@ def test_the_policy_judges_in_process_with_its_own_settings() -> None:
     found = policy_as_judge(recipe, "runs/x/policy")
     assert (found.kind, found.model, found.batch_size) == ("chat", "runs/x/policy", 7)
     assert (found.dtype, found.engine.kind) == ("float32", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("Sure! Here's my improved answer:\n\nBees eat.", "Bees eat."),
+        ("**Revised response:** Bees eat.", "Bees eat."),
+        ("Here is a better version to your question:\nBees eat.", "Bees eat."),
+        ("New answer - bees eat.", "New answer - bees eat."),
+        ("Better answers exist: bees eat.", "Better answers exist: bees eat."),
+        ("The new version: 3.12 is out", "3.12 is out"),
+        ("", ""),
+    ],
+)
+def test_what_announces_a_revision_is_cut_off(said: str, kept: str) -> None:
+    assert strip_announcement(said) == kept
 
 
 CHAT = {

@@ -234,14 +234,16 @@ def check_engine(settings: EngineSettings) -> None:
 
 
 def check_engines(recipe: Recipe) -> None:
-    """`check_engine` for the policy and the writer of principles."""
+    """`check_engine` for the policy, the writer of principles and the improver."""
     check_engine(recipe.sampling.engine)
+    if recipe.improver is not None:
+        check_engine(recipe.improver)
     writer = recipe.principles.writer
     if recipe.principles.mode == "generated" and writer is not None:
         check_engine(writer)
 
 
 def writer_source(writer: EngineConfig) -> str:
-    """Folder, hub id or server's name of the model that writes principles."""
+    """Folder, hub id or server's name of the model that writes."""
     assert writer.model is not None
     return writer.model if writer.base_url else resolve_path(writer.model)

@@ -26,6 +26,7 @@ _METHODS = {
     "pbaa": "PBAA, the paper's baseline: the policy itself wrote the answers",
     "best-of-n": "best of n: the policy wrote several plain answers, a judge ranked them",
     "self-rewarding": "self-rewarding: the policy wrote several plain answers and ranked them",
+    "sgpo": "SGPO: the policy's answers, written again, against what they were",
     "spin": "SPIN: given answers, against the policy's own",
 }
 
@@ -35,6 +36,8 @@ _PAIRS = {
     "chosen one first and the rejected one last",
     "self-rewarding": "Both were written by a model to the prompt alone; of several it ranked the "
     "chosen one first and the rejected one last itself",
+    "sgpo": "The rejected one was written by a model to the prompt alone, the chosen one is what a "
+    "model made of it when asked to write it again, better",
     "spin": "The chosen one came with the prompt, the rejected one was written by a model",
 }
 

@@ -94,6 +94,9 @@ def workload(recipe: Recipe, stages: Sequence[Stage], queries: int, held_out: in
         elif kind == "principles":
             total.records += share
             total.principles += share
+        elif kind == "improved":
+            total.records += share
+            total.answers["plain"] += share
         elif kind in ("triples", "samples"):
             n = steering if kind == "triples" else share
             total.records += n

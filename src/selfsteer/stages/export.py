@@ -157,4 +157,6 @@ def _writers(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> tup
     )
     if recipe["method"] == "spin" and not baseline:
         return f"given in {public_name(recipe['queries']['path'])}", policy
+    if recipe["method"] == "sgpo" and not baseline and recipe["improver"]:
+        return public_name(recipe["improver"]["model"]), policy
     return policy, policy

@@ -19,6 +19,7 @@ from selfsteer.config import (
     Selection,
     resolve_path,
 )
+from selfsteer.engines.base import Engine
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.evaluation.harness import benchmark_inputs
 from selfsteer.evaluation.judges import judge_inputs
@@ -270,6 +271,36 @@ class Plan:
 
         inputs = {"samples": samples.fingerprint}  # the file of answers is that of the queries
         return Made(output, self.add(stage, [f"{where}/{output.name}"], inputs, work))
+
+    def improved(self, where: str, policy: Made) -> Made:
+        """The policy's answers, written again, against what they were (SGPO)."""
+        recipe, stage = self.recipe, f"{where}/improved"
+        samples = self.sample(where, "samples", self.queries, {"plain": policy})
+
+        def work() -> StageResult:
+            from selfsteer.engines.load import Engines, writer_source
+            from selfsteer.stages.rivals import improve
+
+            found, improver = stored_triples(samples.path), recipe.improver
+            size = recipe.sampling.batch_size
+            with Engines(self.run.path) as engines:
+
+                def engine() -> Engine:
+                    if improver is None:
+                        return engines.sampler(recipe, str(policy.path))
+                    return engines.get(improver, writer_source(improver), recipe.policy, size)
+
+                result = improve(found, recipe, engine, self.run / stage, stage)
+                result.notes |= engines.notes
+            return result
+
+        inputs = {
+            "samples": samples.fingerprint,
+            "improver": recipe.improver and writer_inputs(recipe.improver),
+            "policy_model": policy.fingerprint,
+            "sampling": recipe.sampling.dump_for_answers(),
+        }
+        return Made(self.run / stage, self.add(stage, [stage], inputs, work))
 
     def filter(self, where: str, triples: Made, policy: Made, *, trained_on: bool = False) -> Made:
         """Hygiene, and v1's filter where the recipe asks for it."""
@@ -585,7 +616,7 @@ def principle_sources(settings: PrinciplesConfig) -> dict[str, Any]:
 
 
 def writer_inputs(writer: EngineConfig) -> dict[str, Any]:
-    """What the answers of a writer of principles depend on."""
+    """What the answers of a writer depend on."""
     assert writer.model is not None
     if writer.base_url is not None:
         return writer.identity

@@ -1,20 +1,24 @@
-"""What the rivals of docs/methods.md do differently: who ranks plain answers, what SPIN opposes.
+"""What the rivals of docs/methods.md do differently: who ranks, what is opposed to what.
 
 Training, measuring and evaluation are those of every other method.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 from pathlib import Path
 
 from selfsteer.config import JudgeConfig, Recipe, resolve_path
+from selfsteer.engines.base import Engine, SamplingParams
+from selfsteer.engines.shards import Ask, Work, at_once
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.evaluation.judges import Judge, Pair, Scorer, ScoringJudge, accuracy, load_judge
 from selfsteer.formats import import_records
 from selfsteer.records import Message, Preference, Query, Records, Triple, Verdict, dump_line
-from selfsteer.runs import StageResult, write_atomic
+from selfsteer.runs import StageResult, derive_seed, run_shards, write_atomic
+from selfsteer.terminal import progress_bar
 
 #: What a verdict says of the second of two answers.
 TURNED = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}
@@ -104,6 +108,87 @@ def given_answers(path: str) -> dict[tuple[Message, ...], str]:
             "given ones. Give conversations that end in an answer, or preferences."
         )
     return answers
+
+
+#: What an improver is asked, as the turn after the answer.
+IMPROVE = (
+    "Write your last answer again, better: correct what is wrong, add what is missing, leave out "
+    "what does not help, and keep what is good. Reply with the new answer alone, without a word "
+    "about the changes."
+)
+#: A policy that is trained on answers that begin so learns to begin so, and nothing else.
+_ANNOUNCED = re.compile(
+    r"\A\W*(?:(?:sure|certainly|of course)\W+)?(?:here(?:'s| is)\s+)?(?:(?:a|an|my|the)\s+)?"
+    r"(?:better|improved|new|revised|rewritten|updated)\s+(?:answer|response|version)"
+    r"(?:\s+to [^:\n]{1,80})?\W*:[\s*_]*",
+    re.IGNORECASE,
+)
+
+
+def strip_announcement(text: str) -> str:
+    """Cuts off what an improver says before the new answer.
+
+    >>> strip_announcement("Here is the improved answer: The bee eats nectar.")
+    'The bee eats nectar.'
+    >>> strip_announcement("A better answer is hard to find.")
+    'A better answer is hard to find.'
+    """
+    return _ANNOUNCED.sub("", text)
+
+
+def improve(
+    sampled: Records[Triple],
+    recipe: Recipe,
+    engine: Callable[[], Engine],
+    folder: Path,
+    stage: str,
+) -> StageResult:
+    """SGPO's pairs (arXiv 2507.20181): the policy's answer, written again, is ``good``.
+
+    The answer itself is ``bad``. The paper trains policy and improver as one model; here whoever
+    is given rewrites, and nothing is trained for it. Writes shards of triples.
+
+    Args:
+        sampled: triples with a plain response, in a fixed order.
+        recipe: sampling settings and seed.
+        engine: makes the improver's engine.
+        folder: where the shards go.
+        stage: the stage's name, part of every seed.
+
+    Returns:
+        Counts; dropped are ``unfinished`` unless the recipe keeps it, ``prompt_too_long`` and
+        ``request_failed:REASON``. An answer that came back unchanged is left to hygiene.
+    """
+    s = recipe.sampling
+    params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
+    with progress_bar(stage.rpartition("/")[2], len(sampled)) as bar:
+
+        def work(shard: int, part: Sequence[Triple]) -> Work[tuple[list[Triple], Counter[str]]]:
+            prompts = [
+                (
+                    *t.messages,
+                    Message("assistant", t.responses["plain"]),
+                    Message("user", IMPROVE),
+                )
+                for t in part
+            ]
+            seed = derive_seed(recipe.seed, stage, shard)
+            answers = yield Ask(engine(), prompts, params, seed, bar.advance)
+            kept, dropped = [], Counter[str]()
+            for triple, answer in zip(part, answers, strict=True):
+                cut_off = answer.finish_reason == "length" and not s.keep_unfinished
+                if answer.missing or cut_off:
+                    dropped[answer.missing or "unfinished"] += 1
+                    continue
+                new = strip_announcement(answer.text)
+                reasons = {"good": answer.finish_reason}
+                if triple.finish_reasons:
+                    reasons["bad"] = triple.finish_reasons["plain"]
+                responses = {"good": new, "bad": triple.responses["plain"]}
+                kept.append(replace(triple, responses=responses, finish_reasons=reasons))
+            return kept, dropped
+
+        return run_shards(folder, sampled, s.shard_size, work, bar.skip, at_once)
 
 
 def against_given(sampled: Records[Triple], recipe: Recipe, output: Path) -> StageResult:
