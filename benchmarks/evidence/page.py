@@ -128,7 +128,7 @@ CLAIMS = (
     Claim("PBAA is above annotated pairs", "pbaa", "annotated", "+7.5, +17.5, 0.0, +14.3", "main"),
     Claim("annotated pairs help", "annotated", "base", "+1.4, +0.1, +3.7, +0.9", "main"),
     Claim("SSO helps", "sso", "base", "+14.4, +22.9, +5.5, +17.0", "main"),
-    Claim("SSO is above PBAA of the same compute", "sso", "pbaa-compute", "not in it", "main"),
+    Claim("SSO is above PBAA of about its compute", "sso", "pbaa-compute", "not in it", "main"),
     Claim(
         "SSO's rejected answers are more on-policy",
         "sso",
@@ -434,8 +434,9 @@ only a place is named, the paper says so there and its figure is not at hand.
 MAIN_NOTE = """\
 The paper's rows are AlpacaEval 2 LC win rate / MT-Bench. Ours: `annotated` stands for
 UltraFeedback: two plain answers per query, ranked by the oracle, which never errs. `pbaa-compute`
-is PBAA on {control} queries, which is meant to cost no less than SSO. The last column says what it
-cost: tokens through the model, a trained token counted three times, without evaluation."""
+is PBAA on {control} queries, with a search of its own, for more steps want another learning rate.
+The last column says what each cost: tokens through the model, a trained token counted three times,
+without evaluation."""
 NOTES = {
     "reward": """\
 Accuracy on pairs of the base's plain answers to the final queries, as the oracle ranks them. The

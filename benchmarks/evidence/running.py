@@ -155,7 +155,7 @@ def run_policy(cell: Cell, runs: Path, *words: str, answers: Path | None = None)
     )
     folder, log = runs / "runs" / cell.name, runs / "logs" / f"{cell.name}.log"
     if arm.shared and not folder.exists():
-        prefix = f"principles-base{cell.base}-seed{cell.seed}"
+        prefix = f"principles-base{cell.base}-seed{cell.seed}-{arm.size}"
         first = ("run", "demo", *shared, *COMMON, *PBAA, f"name={prefix}")
         with MAKING[cell.base, cell.seed]:
             selfsteer(*first, "--until", "principles", log=log)

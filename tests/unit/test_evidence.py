@@ -104,7 +104,12 @@ def test_cells_wait_for_their_search_and_take_its_best_settings(
     wanted = cells.wanted()
     assert [c.trial is None for c in wanted].index(True) == 3 * 12
     assert len(wanted) == len(set(wanted))
-    assert [c.arm for c in wanted if c.trial is None][:2] == ["annotated", "pbaa"]
+    evidence_cells = [c for c in wanted if c.trial is None]
+    assert [c.arm for c in evidence_cells][:4] == ["annotated", "pbaa", "sso", "annotated"]
+    assert [c.base for c in evidence_cells][:6] == [0, 0, 0, 1, 1, 1]
+    first_control = next(i for i, c in enumerate(wanted) if c.arm == "pbaa-compute")
+    assert {c.arm for c in wanted[:first_control]} == {"annotated", "pbaa", "sso"}
+    assert wanted[first_control].trial == 0
     assert cells.Cell("pbaa", 0, 0).settings() is None
     searched(cells, invented)
     assert set(cells.SEARCH["pbaa"][1]) < set(cells.Cell("pbaa", 0, 0).settings())
