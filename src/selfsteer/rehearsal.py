@@ -235,9 +235,15 @@ def sample_some(
     }
     budget = recipe.sampling.max_new_tokens
     if len(kept) < 2:
+        left = f"{len(kept)} of {len(triples)} triples left{drops(dropped)}"
+        if unfinished:
+            raise ArtifactError(
+                f"{left}: {unfinished:.0%} of the answers do not end within "
+                f"sampling.max_new_tokens {budget:,}. Raise it."
+            )
         raise ArtifactError(
-            f"{len(kept)} of {len(triples)} triples left{drops(dropped)}: {unfinished:.0%} of the "
-            f"answers do not end within sampling.max_new_tokens {budget:,}. Raise it."
+            f"{left}, and from fewer than 2 nothing can be told of steering. "
+            + ("See why answers are missing." if len(triples) > 1 else "Give more queries.")
         )
     line.found = (
         f"{len(found):,} answers at {total / elapsed:,.0f} tokens/s, {unfinished:.0%} unfinished; "

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,10 +18,26 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
+
+#: C0 without tab and line feed, DEL, C1: what steers a terminal, as what can be read.
+_CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
+
+
+class Screen(Console):
+    """A console on which data cannot move the cursor, colour, or write into the clipboard.
+
+    Answers of models and the ledgers of other people's runs are shown, and may hold anything.
+    """
+
+    def render_str(self, text: str, *args: Any, **kwargs: Any) -> Text:
+        """See `rich.console.Console.render_str`, through which all plain strings pass."""
+        return super().render_str(text.translate(_CONTROL), *args, **kwargs)
+
 
 #: Results go to stdout, everything about the work itself to stderr.
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = Screen(highlight=False, soft_wrap=True, emoji=False)
+err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 PLAIN_LINE_EVERY_S = 30.0
 

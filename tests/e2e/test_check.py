@@ -133,6 +133,14 @@ def test_an_answer_budget_that_is_too_small(tmp_path: Path, here: Here) -> None:
     assert ended.out.splitlines()[-1] == "not ready: mend sampling, then check again"
 
 
+def test_one_query_tells_nothing_of_steering(tmp_path: Path, here: Here) -> None:
+    (tmp_path / "one.jsonl").write_text('{"prompt": "What does the bee eat?"}\n')
+    more = (f"queries.path={tmp_path / 'one.jsonl'}", "queries.limit=null", "judge=null")
+    ended = look(here, tmp_path, *more, "evaluation=null")
+    assert ended.code == 3
+    assert "1 of 1 triples left, and from fewer than 2 nothing can be told of" in ended.out
+
+
 def test_a_length_that_training_would_cut(tmp_path: Path, here: Here) -> None:
     found = checks(look(here, tmp_path, "generator.max_length=100", "--json"))
     assert found["budgets"]["figures"]["cut_by"]["generator.max_length"] == 64

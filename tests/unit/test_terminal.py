@@ -1,5 +1,6 @@
 """Bars, what they say, and what a run's folder says of the process that works in it."""
 
+import io
 import json
 import os
 import socket
@@ -9,12 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.markup import escape
+from rich.table import Table
 
 from selfsteer import terminal
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.progress import Reporter, progress_of, reported
 from selfsteer.runs import RunFolder
 from selfsteer.terminal import Bar, progress_bar, watched
+
+
+def test_data_cannot_steer_the_terminal() -> None:
+    file = io.StringIO()
+    screen = terminal.Screen(file=file, force_terminal=True, highlight=False)
+    table = Table()
+    table.add_column("answer")
+    table.add_row("a\x1b]52;c;c2VjcmV0\x07b")
+    screen.print(table)
+    screen.print(escape("drop \x1b[2J\r\x9b1;1H [bold]all[/bold]\tand\nthis"), style="red")
+    said = file.getvalue()
+    assert r"a\x1b]52;c;c2VjcmV0\x07b" in said
+    assert r"drop \x1b[2J\x0d\x9b1;1H [bold]all[/bold]" in said
+    assert "\x1b[31m" in said, "what we colour stays coloured"
+    assert not {"\x07", "\r", "\x9b"} & set(said)
+    assert "\x1b]" not in said
+    assert "\x1b[2J" not in said
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def workload(recipe: Recipe, stages: Sequence[Stage], queries: int, held_out: in
         queries = max(queries, recipe.queries.augment.to)
     share = queries
     if recipe.method == "sso-online":
-        size = recipe.queries.per_iteration or max(queries // recipe.iterations, 1)
+        size = recipe.queries.per_iteration or -(-queries // recipe.iterations)
         share = min(size, queries)
     steering = min(recipe.generator.queries, share) if recipe.method == "sso" else share
     total = Workload()

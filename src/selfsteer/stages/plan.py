@@ -572,8 +572,11 @@ class Plan:
         share = self._share(iteration)
         if share is None:
             return queries
-        size = share["size"] or max(len(queries) // share["of"], 1)
-        start = (iteration - 1) * size
+        if share["size"]:
+            start, size = (iteration - 1) * share["size"], share["size"]
+        else:  # slices of nearly equal size that leave no query out
+            start, end = (len(queries) * k // share["of"] for k in (iteration - 1, iteration))
+            size = max(end - start, 1)
         if start + size > len(queries):
             warn(
                 f"iteration {iteration} needs queries {start + 1:,} to {start + size:,} of "
