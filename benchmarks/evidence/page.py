@@ -6,6 +6,8 @@ crossed, since all seeds answer the same queries.
 """
 
 import io
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,24 +182,37 @@ def judged(claim: Claim) -> tuple[str, str, str]:
     if not rows:
         return NOT_RUN, "", NOT_RUN
     value = crossed(rows, f"{claim.table}/{claim.mine}/{claim.theirs}/{claim.text}")
-    agree = sum(float(row.mean()) > 0 for row in rows.values())
     mean, low, high = value
     verdict = "undecided"
     if low is not None and high is not None and (low > 0 or high < 0):
         verdict = "holds" if mean > 0 else "**fails**"
     of = table.seeds * len(table.bases)
     missing = "" if len(rows) == of else f", {of - len(rows)} not run"
-    return shown(value, 2, sign=True), f"{agree} of {len(rows)}{missing}", verdict
+    signs = sign_test([float(row.mean()) for row in rows.values()])
+    return shown(value, 2, sign=True), signs + missing, verdict
+
+
+def sign_test(differences: Sequence[float]) -> str:
+    """``28 of 30, p < 0.001``: how many are positive, exact and two-sided, zeros left out."""
+    above, of = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
+    if not of:
+        return f"0 of {len(differences)}"
+    extreme = max(above, of - above)
+    p = min(1.0, 2 * sum(math.comb(of, k) for k in range(extreme, of + 1)) / 2**of)
+    chance = "p < 0.001" if p < 0.001 else f"p {p:.2f}" if p >= 0.1 else f"p {p:.3f}"
+    return f"{above} of {len(differences)}, {chance}"
 
 
 def claims() -> str:
     """One row per claim."""
     lines = [
-        "| claim | paper | ours | seeds with its sign | in miniature |",
-        "|---|---|---|---|---|",
+        "| claim | paper | its signs | ours | our signs | in miniature |",
+        "|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        lines.append("| " + " | ".join([claim.text, claim.paper, *judged(claim)]) + " |")
+        theirs = [float(figure) for figure in re.findall(r"[-+]?\d+\.\d+", claim.paper)]
+        signs = sign_test(theirs) if len(theirs) > 1 else ""
+        lines.append("| " + " | ".join([claim.text, claim.paper, signs, *judged(claim)]) + " |")
     return "\n".join(lines)
 
 
@@ -422,7 +437,8 @@ Trainings keep the last step, as the papers do.
 [Intervals] are 95 %, paired by base, seed and evaluation query, from a bootstrap that draws seeds
 (within each base) and queries anew, crossed. A claim *holds* if its interval lies on the claim's
 side of 0, *fails* if it lies on the other, else it is *undecided*. No correction for the number of
-claims.
+claims. Signs: how many of the paper's models, or of our seeds and bases, have the claim's sign,
+with an exact two-sided sign test.
 
 ## Claims
 

@@ -139,12 +139,23 @@ def test_claims_are_paired_and_carry_the_sign_of_the_interval(evidence: Any, inv
         levels = [100, 500, 900, 300 + seed]
         invented(cells.Cell("pbaa", 0, seed), levels)
         invented(cells.Cell("sso", 0, seed), [v + 10 for v in levels])
-    assert page.judged(claim) == ("+1.00 [+1.00, +1.00]", "3 of 3, 27 not run", "holds")
+    assert page.judged(claim) == ("+1.00 [+1.00, +1.00]", "3 of 3, p 0.25, 27 not run", "holds")
     for seed in range(3):
         invented(cells.Cell("sso", 0, seed), [v - 10 for v in [100, 500, 900, 300 + seed]])
     assert page.judged(claim)[2] == "**fails**"
     invented(cells.Cell("sso", 0, 0), [900, 900, 900, 900])
     assert page.judged(claim)[2] == "undecided"
+
+
+def test_the_sign_test_is_exact_and_leaves_zeros_out(evidence: Any) -> None:
+    _, page, _ = evidence
+    # 2 (C(10,9) + C(10,10)) / 2^10
+    assert page.sign_test([1.0] * 9 + [-1.0]) == "9 of 10, p 0.021"
+    assert page.sign_test([-1.0] * 10) == "0 of 10, p 0.002"
+    assert page.sign_test([1.0] * 4 + [0.0]) == "4 of 5, p 0.12"
+    assert page.sign_test([1.0, -1.0]) == "1 of 2, p 1.00"
+    assert page.sign_test([1.0] * 30) == "30 of 30, p < 0.001"
+    assert page.sign_test([0.0]) == "0 of 1"
 
 
 def test_the_page_says_what_is_missing(
