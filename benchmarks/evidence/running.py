@@ -131,11 +131,8 @@ def fill(cell: Cell, runs: Path) -> dict[str, Any]:
     return result
 
 
-def run_policy(cell: Cell, runs: Path, *words: str, answers: Path | None = None) -> Path:
-    """The run of a cell that trains a policy; its folder.
-
-    ``answers`` are the base's to the evaluation queries: taken where they are there, else kept.
-    """
+def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
+    """The run of a cell that trains a policy; its folder."""
     settings, arm = cell.settings(), ARMS[cell.arm]
     assert settings is not None
     queries = query_file(cell.seed, arm.size, runs, answered="method=spin" in settings)
@@ -161,20 +158,20 @@ def run_policy(cell: Cell, runs: Path, *words: str, answers: Path | None = None)
             selfsteer(*first, "--until", "principles", log=log)
         copy_whole(runs / "runs" / prefix, folder)
     target = folder / "evaluation" / "answers-base.jsonl"
-    if answers and answers.exists() and not target.exists():
+    # the same seed and settings give the same answers of the base in every arm
+    answers = runs / "answers" / f"base{cell.base}-seed{cell.seed}-{cell.split}.jsonl"
+    if answers.exists() and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(answers, target)
     selfsteer("run", "demo", *shared, *given, f"name={cell.name}", *words, log=log)
-    if answers and not answers.exists():
+    if target.exists() and not answers.exists():
         write_atomic(answers, target.read_bytes())
     return folder
 
 
 def train_policy(cell: Cell, runs: Path) -> dict[str, Any]:
     """Figures of an arm that trains a policy; its pairs are kept for the reward models."""
-    # the same seed and settings give the same answers of the base in every arm
-    answers = runs / "answers" / f"base{cell.base}-seed{cell.seed}-{cell.split}.jsonl"
-    folder = run_policy(cell, runs, answers=answers)
+    folder = run_policy(cell, runs)
     if not pairs_folder(cell, runs).exists():
         copy_whole(folder / "iteration-1" / "preferences", pairs_folder(cell, runs))
     return figures(folder)
@@ -259,7 +256,7 @@ def audited(cell: Cell, runs: Path) -> dict[str, Any]:
 
     ``changes``: label → figure → mean change against the base; 128 of the final queries.
     """
-    folder = run_policy(cell, runs, "--until", "policy")
+    folder = run_policy(cell, runs)
     log = runs / "logs" / f"{cell.name}.log"
     selfsteer("audit", str(folder), f"--seed={cell.seed}", log=log)
     report = json.loads((folder / "audit" / "audit.json").read_text("utf-8"))
