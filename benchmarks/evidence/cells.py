@@ -75,7 +75,7 @@ ARMS = {
     "pbaa": Arm("pbaa", PBAA, "pairs from the policy itself under good and bad principles"),
     "sso": Arm("sso", SSO, "pairs from a generator trained with both halves of L_SSO"),
     "pbaa-compute": Arm(
-        "pbaa-compute", PBAA, "PBAA on more queries: about SSO's compute", CONTROL_SIZE
+        "pbaa-compute", PBAA, "PBAA on more queries: no less compute than SSO", CONTROL_SIZE
     ),
     "sso-plus-only": Arm("sso", (*SSO, "generator.objective=sso-plus-only"), "generator: L+ alone"),
     "sso-minus-only": Arm(

@@ -8,6 +8,7 @@ crossed, since all seeds answer the same queries.
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +123,66 @@ class Claim:
     #: the bases and seeds of this table
     table: str
     figure: Figure = score
+    #: what we make of it, without figures: those are in the tables
+    why: str = ""
 
 
+#: Why claims come out as they do; those that share a reason share a text.
+WHY_SSO = """\
+The generator's rejected answers are likelier under the policy than PBAA's, at slightly less
+accuracy; its policies are a little better and differ less from seed to seed. The paper's
+differences are larger, in another measure. Against a PBAA that may spend as many tokens the
+difference is about half, and undecided."""
+WHY_ANNOTATED = """\
+The stand-in is better data than UltraFeedback, whose answers are other models' and whose judge
+errs. Here both answers are the policy's own and the judge is the one that scores, so that annotated
+pairs lead in accuracy and in on-policyness: by the paper's own reasoning they must win. What SSO
+reaches without a label is most of what an annotator who never errs reaches."""
+WHY_ACCURACY = """\
+What a half of the loss teaches under one principle carries over to the other (either half alone
+costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
+and some are no worse than the chosen one. The settings were searched by the policy's score alone."""
+WHY_HALVES = """\
+L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
+gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
+WHY_DIRECT = """\
+Eq. 3 makes the most accurate pairs of all and the least on-policy, less so than PBAA's: what the
+paper gives as the reason for eq. 4. In the policy's score the two effects nearly balance here."""
+WHY_REWARD = """\
+The test pairs are two plain answers of the policy. So are the annotated pairs; pairs under good and
+bad principles are not. RewardBench is nobody's training data. The paper's differences are of a size
+that five seeds here could not show."""
+WHY_WRITERS = ""
+WHY_IPO = ""
+WHY_ONLINE = ""
 CLAIMS = (
-    Claim("SSO is above PBAA", "sso", "pbaa", "+5.5, +5.3, +1.8, +1.8", "main"),
-    Claim("SSO is above annotated pairs", "sso", "annotated", "+13.0, +22.8, +1.8, +16.1", "main"),
-    Claim("PBAA is above annotated pairs", "pbaa", "annotated", "+7.5, +17.5, 0.0, +14.3", "main"),
+    Claim("SSO is above PBAA", "sso", "pbaa", "+5.5, +5.3, +1.8, +1.8", "main", why=WHY_SSO),
+    Claim(
+        "SSO is above annotated pairs",
+        "sso",
+        "annotated",
+        "+13.0, +22.8, +1.8, +16.1",
+        "main",
+        why=WHY_ANNOTATED,
+    ),
+    Claim(
+        "PBAA is above annotated pairs",
+        "pbaa",
+        "annotated",
+        "+7.5, +17.5, 0.0, +14.3",
+        "main",
+        why=WHY_ANNOTATED,
+    ),
     Claim("annotated pairs help", "annotated", "base", "+1.4, +0.1, +3.7, +0.9", "main"),
     Claim("SSO helps", "sso", "base", "+14.4, +22.9, +5.5, +17.0", "main"),
-    Claim("SSO is above PBAA of about its compute", "sso", "pbaa-compute", "not in it", "main"),
+    Claim(
+        "SSO is above PBAA of no less compute",
+        "sso",
+        "pbaa-compute",
+        "not in it",
+        "main",
+        why=WHY_SSO,
+    ),
     Claim(
         "SSO's rejected answers are more on-policy",
         "sso",
@@ -138,15 +190,33 @@ CLAIMS = (
         "figure 3",
         "main",
         on_policy("rejected"),
+        why=WHY_SSO,
     ),
-    Claim("SSO's pairs are more accurate", "sso", "pbaa", "figure 3", "main", accuracy),
-    Claim("L+ alone is above PBAA", "sso-plus-only", "pbaa", "+4.1", "halves"),
-    Claim("L- alone is above PBAA", "sso-minus-only", "pbaa", "+2.5", "halves"),
-    Claim("both halves are above L+ alone", "sso", "sso-plus-only", "+1.4", "halves"),
-    Claim("both halves are above L- alone", "sso", "sso-minus-only", "+3.0", "halves"),
-    Claim("eq. 4 is above eq. 3", "sso", "sso-direct-minus", "+3.2", "direct"),
     Claim(
-        "reward model: SSO's pairs are above PBAA's", "reward-sso", "reward-pbaa", "+1.1", "reward"
+        "SSO's pairs are more accurate",
+        "sso",
+        "pbaa",
+        "figure 3",
+        "main",
+        accuracy,
+        why=WHY_ACCURACY,
+    ),
+    Claim("L+ alone is above PBAA", "sso-plus-only", "pbaa", "+4.1", "halves", why=WHY_HALVES),
+    Claim("L- alone is above PBAA", "sso-minus-only", "pbaa", "+2.5", "halves", why=WHY_HALVES),
+    Claim(
+        "both halves are above L+ alone", "sso", "sso-plus-only", "+1.4", "halves", why=WHY_HALVES
+    ),
+    Claim(
+        "both halves are above L- alone", "sso", "sso-minus-only", "+3.0", "halves", why=WHY_HALVES
+    ),
+    Claim("eq. 4 is above eq. 3", "sso", "sso-direct-minus", "+3.2", "direct", why=WHY_DIRECT),
+    Claim(
+        "reward model: SSO's pairs are above PBAA's",
+        "reward-sso",
+        "reward-pbaa",
+        "+1.1",
+        "reward",
+        why=WHY_REWARD,
     ),
     Claim(
         "reward model: SSO's pairs are above annotated ones",
@@ -154,6 +224,7 @@ CLAIMS = (
         "reward-annotated",
         "+0.5",
         "reward",
+        why=WHY_REWARD,
     ),
     Claim(
         "reward model: SSO's pairs add to annotated ones",
@@ -161,19 +232,41 @@ CLAIMS = (
         "reward-annotated",
         "+1.8 (Skywork)",
         "reward",
+        why=WHY_REWARD,
     ),
-    Claim("a weak writer costs SSO", "sso", "sso-weak-writer", "table 5", "writers"),
-    Claim("a strong writer helps SSO", "sso-strong-writer", "sso", "table 5", "writers"),
-    Claim("with IPO, SSO is above PBAA", "sso-ipo", "pbaa-ipo", "table 6", "ipo"),
-    Claim("online, SSO is above PBAA", "online", "online-pbaa", "v1", "online"),
-    Claim("online, PBAA's answers are longer", "online-pbaa", "online", "v1", "online", tokens),
-    Claim("online, W helps", "online", "online-no-weight", "v1", "online"),
-    Claim("online, G helps", "online", "online-no-steer", "v1", "online"),
+    Claim(
+        "a weak writer costs SSO", "sso", "sso-weak-writer", "table 5", "writers", why=WHY_WRITERS
+    ),
+    Claim(
+        "a strong writer helps SSO",
+        "sso-strong-writer",
+        "sso",
+        "table 5",
+        "writers",
+        why=WHY_WRITERS,
+    ),
+    Claim("with IPO, SSO is above PBAA", "sso-ipo", "pbaa-ipo", "table 6", "ipo", why=WHY_IPO),
+    Claim("online, SSO is above PBAA", "online", "online-pbaa", "v1", "online", why=WHY_ONLINE),
+    Claim(
+        "online, PBAA's answers are longer",
+        "online-pbaa",
+        "online",
+        "v1",
+        "online",
+        tokens,
+        why=WHY_ONLINE,
+    ),
+    Claim("online, W helps", "online", "online-no-weight", "v1", "online", why=WHY_ONLINE),
+    Claim("online, G helps", "online", "online-no-steer", "v1", "online", why=WHY_ONLINE),
 )
 
 
-def judged(claim: Claim) -> tuple[str, str, str]:
-    """Our difference, seeds with the paper's sign, and whether the claim holds in miniature."""
+#: Our difference, seeds with the paper's sign, and whether the claim holds in miniature.
+Judged = tuple[str, str, str]
+
+
+def judged(claim: Claim) -> Judged:
+    """See `Judged`."""
     table = next(t for t in TABLES if t.name == claim.table)
     mine, theirs = (
         grid(arm, table.bases, table.seeds, claim.figure) for arm in (claim.mine, claim.theirs)
@@ -203,17 +296,31 @@ def sign_test(differences: Sequence[float]) -> str:
     return f"{above} of {len(differences)}, {chance}"
 
 
-def claims() -> str:
+def claims(judgements: dict[Claim, Judged]) -> str:
     """One row per claim."""
     lines = [
         "| claim | paper | its signs | ours | our signs | in miniature |",
         "|---|---|---|---|---|---|",
     ]
-    for claim in CLAIMS:
+    for claim, found in judgements.items():
         theirs = [float(figure) for figure in re.findall(r"[-+]?\d+\.\d+", claim.paper)]
         signs = sign_test(theirs) if len(theirs) > 1 else ""
-        lines.append("| " + " | ".join([claim.text, claim.paper, signs, *judged(claim)]) + " |")
+        lines.append("| " + " | ".join([claim.text, claim.paper, signs, *found]) + " |")
     return "\n".join(lines)
+
+
+def explanations(judgements: dict[Claim, Judged]) -> str:
+    """What we make of the claims that were run; one paragraph may stand behind several."""
+    texts: dict[str, list[str]] = {}
+    for claim, (ours, _, _) in judgements.items():
+        if claim.why and ours != NOT_RUN:
+            texts.setdefault(claim.why, []).append(claim.text)
+    found = [f"- **{'; '.join(named)}.** {why}" for why, named in texts.items()]
+    return "\n".join(_wrapped(text) for text in found)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -395,7 +502,9 @@ def made() -> str:
 def write() -> None:
     """Writes the page."""
     main = TABLES[0]
-    parts = [HEAD.format(made=made(), claims=claims(), size=cells.SIZE)]
+    found = {claim: judged(claim) for claim in CLAIMS}
+    texts = {"claims": claims(found), "explanations": explanations(found)}
+    parts = [HEAD.format(made=made(), size=cells.SIZE, **texts)]
     parts.append(f"## {main.title}\n\n{MAIN_NOTE.format(control=cells.CONTROL_SIZE)}")
     parts.append(main_table(main))
     parts.append(figures_table(main))
@@ -446,7 +555,13 @@ The paper's figures are differences in AlpacaEval 2 LC win rate, for table 1 in 
 Llama3-8B-SFT, Qwen2-7B-SFT, Llama3-8B-Instruct, Qwen2-7B-Instruct, else of Llama3-8B-SFT. Where
 only a place is named, the paper says so there and its figure is not at hand.
 
-{claims}"""
+{claims}
+
+### What we make of it
+
+What the tables suggest; no reason was tested by itself.
+
+{explanations}"""
 MAIN_NOTE = """\
 The paper's rows are AlpacaEval 2 LC win rate / MT-Bench. Ours: `annotated` stands for
 UltraFeedback: two plain answers per query, ranked by the oracle, which never errs. `pbaa-compute`
