@@ -141,6 +141,12 @@ for _sets in (
     ARMS["reward-" + "-".join(_sets)] = Arm(
         None, REWARD, f"reward model on the pairs of {' and '.join(_sets)}", sets=_sets
     )
+ARMS["reward-annotated-longer"] = Arm(
+    None,
+    (*REWARD[:2], "reward.epochs=4"),
+    "reward model on the pairs of annotated, as many steps as on a mixture",
+    sets=("annotated",),
+)
 for _name in ("annotated", "pbaa", "sso", "online"):
     ARMS[f"audit-{_name}"] = replace(
         ARMS[_name], says=f"{_name}, its models asked under bad principles", audited=True

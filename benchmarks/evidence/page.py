@@ -141,7 +141,7 @@ reaches without a label is most of what an annotator who never errs reaches."""
 WHY_ACCURACY = """\
 What a half of the loss teaches under one principle carries over to the other (either half alone
 costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
-and some are no worse than the chosen one. The settings were searched by the policy's score alone."""
+and some are no worse than the chosen one. Settings were searched by the policy's score alone."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -151,7 +151,8 @@ paper gives as the reason for eq. 4. In the policy's score the two effects nearl
 WHY_REWARD = """\
 The test pairs are two plain answers of the policy. So are the annotated pairs; pairs under good and
 bad principles are not. RewardBench is nobody's training data. The paper's differences are of a size
-that five seeds here could not show."""
+that five seeds here could not show. A mixture has twice the pairs and the steps; the row of
+annotated pairs with as many steps tells how much of its gain is in the steps."""
 WHY_WRITERS = ""
 WHY_IPO = ""
 WHY_ONLINE = ""
@@ -435,7 +436,7 @@ def reward_table(table: Table) -> str:
     """Accuracy of each reward model on the test pairs."""
     lines = ["| reward model on | paper, RewardBench | accuracy |", "|---|---|---|"]
     for arm in table.arms:
-        name = " + ".join(ARMS[arm].sets)
+        name = ARMS[arm].says.removeprefix("reward model on the pairs of ")
         text = cell_text(arm, table.bases, table.seeds)
         lines.append(f"| {name} | {PAPER_REWARD.get(arm, '')} | {text} |")
     return "\n".join(lines)
@@ -444,14 +445,14 @@ def reward_table(table: Table) -> str:
 def draw() -> bool:
     """Figure 3: accuracy against on-policyness, a point per cell; False without cells."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for arm in (a for a in ARMS if Cell(a, 0, 0).trains_policy):
+    for arm in (a for a in ARMS if Cell(a, 0, 0).trains_policy and a != "spin"):
         for base in (0, 1, 2):
             for seed in range(10):
                 found = Cell(arm, base, seed).found()
                 if found:
                     data = found["iterations"][0]
                     points.setdefault(arm, []).append(
-                        (data["on_policyness"]["both"], data["accuracy"])
+                        (100 * data["on_policyness"]["both"], 100 * data["accuracy"])
                     )
     if not points:
         return False
@@ -462,8 +463,8 @@ def draw() -> bool:
     for i, (arm, found) in enumerate(points.items()):
         x, y = zip(*found, strict=True)
         axes.scatter(x, y, s=18, alpha=0.7, label=arm, marker="os^Dv"[i // 10 % 5])
-    axes.set_xlabel("on-policyness: mean token probability of both answers, plain context")
-    axes.set_ylabel("accuracy of the pairs, by the oracle")
+    axes.set_xlabel("on-policyness: mean token probability of both answers, plain context, %")
+    axes.set_ylabel("accuracy of the pairs, by the oracle, %")
     axes.legend(fontsize=7, ncols=2)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -595,7 +596,9 @@ here (`../results/tiny_world.md`). All four take the learning rate and epochs fo
 IPO. By iteration below, with intervals over seeds. The length of an answer is given by its task in
 the tiny world, so that v1's growth of length can hardly show.""",
 }
-FIGURE_NOTE = "A point is a cell: the pairs that its policy was trained on, in its first iteration."
+FIGURE_NOTE = """\
+A point is a cell: the pairs that its policy was trained on, in its first iteration. SPIN is left
+out, as accurate as a coin: its chosen answers are of the quality of the policy's own."""
 SEARCH_NOTE = """\
 The same number of trials for each method, on the tuning queries (356, apart from the final ones),
 the first base and a seed of its own. The best mean score is taken; an arm that is a variation of a
