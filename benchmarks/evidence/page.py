@@ -575,12 +575,13 @@ Accuracy on pairs of the base's plain answers to the final queries, as the oracl
 settings are the same for all and were not searched; a mixture has both sets, so more steps. The
 paper mixes its pairs with Skywork's: 84.5 alone, 86.3 with SSO's.""",
     "rivals": """\
-Other ways to make pairs, without principles, or to weigh them; as many queries (docs/methods.md).
-Self-rewarding and SGPO are not here: the tiny model can neither judge nor revise. Best of 4 is ranked
-by the oracle, which is a bound for reward models, and by a reward model that was trained on the
-annotated pairs of the same seed. Best of 4 and SPIN take the settings found for annotated pairs, WPO
-those of the method it weighs: none was searched by itself. The answers given to SPIN are of the
-quality of the policy's own, so that there is nothing to learn, and training on it does harm.""",
+Other ways to make pairs, without principles, or to weigh them; as many queries
+(docs/methods.md). Self-rewarding and SGPO are not here: the tiny model can neither judge nor
+revise. Best of 4 is ranked by the oracle, which is a bound for reward models, and by a reward
+model that was trained on the annotated pairs of the same seed. Best of 4 and SPIN take the
+settings found for annotated pairs, WPO those of the method it weighs: none was searched by
+itself. The answers given to SPIN are of the quality of the policy's own, so that there is
+nothing to learn, and training on it does harm.""",
     "audit": """\
 `selfsteer audit` on the same trainings: 128 final queries under good and bad principles, changes
 against the base, intervals over seeds. Score: the oracle's, times 100. Gap: how much likelier a
