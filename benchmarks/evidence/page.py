@@ -154,10 +154,10 @@ bad principles are not. RewardBench is nobody's training data. The paper's diffe
 that five seeds here could not show. A mixture has twice the pairs and the steps; the row of
 annotated pairs with as many steps tells how much of its gain is in the steps."""
 WHY_WRITERS = """\
-Principles on random features cost a tenth of the pairs' accuracy and leave rejected answers more
-on-policy; the policy does not mind: it is as if the two balanced. Naming the features that count adds
-nothing to what the policy names itself. No arm has a writer whose text is bad, so that the paper's
-question, a weak model's wording against a strong one's, is asked only in part."""
+Principles on random features cost a tenth of the pairs' accuracy and leave rejected answers
+more on-policy; the policy does not mind: it is as if the two balanced. Naming the features that
+count adds nothing to what the policy names itself. No arm has a writer whose text is bad, so
+that the paper's question, a weak model's wording against a strong one's, is asked only in part."""
 WHY_IPO = ""
 WHY_ONLINE = ""
 CLAIMS = (

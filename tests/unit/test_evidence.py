@@ -186,6 +186,25 @@ def test_the_committed_page_is_that_of_the_committed_cells(
     assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
 
 
+def test_the_readme_says_what_the_cells_say(evidence: Any) -> None:
+    _, page, _ = evidence
+    readme = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    claims = {c.text: c for c in page.CLAIMS}
+    rows = {
+        "SSO above the base model": "SSO helps",
+        "SSO above PBAA": "SSO is above PBAA",
+        "SSO above PBAA of no less compute": "SSO is above PBAA of no less compute",
+        "SSO above pairs ranked by an annotator who never errs": "SSO is above annotated pairs",
+        "SSO's rejected answers more on-policy than PBAA's": (
+            "SSO's rejected answers are more on-policy"
+        ),
+        "SSO's pairs more accurate than PBAA's": "SSO's pairs are more accurate",
+    }
+    for label, text in rows.items():
+        ours, signs, _ = page.judged(claims[text])
+        assert f"| {label} | {ours} | {signs.partition(',')[0]} |" in readme, (label, ours, signs)
+
+
 def test_queries_of_a_seed_are_nested(evidence: Any, tmp_path: Path) -> None:
     *_, running = evidence
     files = [running.query_file(s, n, tmp_path) for s, n in ((1, 20), (1, 50), (2, 20))]
