@@ -159,8 +159,8 @@ more on-policy; the policy does not mind: it is as if the two balanced. Naming t
 count adds nothing to what the policy names itself. No arm has a writer whose text is bad, so
 that the paper's question, a weak model's wording against a strong one's, is asked only in part."""
 WHY_IPO = """\
-As with DPO in size and in the data behind it, with five seeds instead of thirty. IPO's search of SSO
-found less on the tuning queries than PBAA's did, whose two axes differ."""
+As with DPO in size and in the data behind it, with five seeds instead of thirty. On the tuning
+queries the search found less for SSO than for PBAA; their second axes differ."""
 WHY_ONLINE = ""
 CLAIMS = (
     Claim("SSO is above PBAA", "sso", "pbaa", "+5.5, +5.3, +1.8, +1.8", "main", why=WHY_SSO),
