@@ -40,7 +40,7 @@ def make_records(count: int, seed: int) -> tuple[list[str], list[str], dict[str,
     """Texts, evaluation texts, and which texts are planted as what."""
     import numpy as np
 
-    from selfsteer.principles.curate import jaccard, shingles
+    from selfsteer.data.curate import jaccard, shingles
 
     rng, draw = random.Random(seed), np.random.default_rng(seed)
     vocabulary = np.array([f"{rng.choice('bcdfglmnprst')}{i:x}o" for i in range(20_000)])
@@ -98,10 +98,10 @@ def measure(task: str, count: int, seed: int) -> dict[str, Any]:
     """One figure, in this process."""
     import numpy as np
 
-    from selfsteer.config import Queries
-    from selfsteer.principles import curate
-    from selfsteer.principles.queries import write_curated
-    from selfsteer.records import Query
+    from selfsteer.data import curate
+    from selfsteer.data.queries import write_curated
+    from selfsteer.data.records import Query
+    from selfsteer.recipe.sections import Queries
     from selfsteer.stages.filter import FILTER_SEQUENCES, steering_filter
 
     texts, evaluation, planted = make_records(count, seed)
@@ -216,7 +216,8 @@ def main() -> None:
 
     from importlib.metadata import version
 
-    from selfsteer.runs import versions, write_atomic
+    from selfsteer.data.jsonl import write_atomic
+    from selfsteer.run.folder import versions
 
     rows = []
     for task in TASKS:

@@ -102,7 +102,7 @@ def main() -> None:
 
     from importlib.metadata import version
 
-    from selfsteer.runs import write_atomic
+    from selfsteer.data.jsonl import write_atomic
 
     runs = [simulate(args.seed + i) for i in range(args.sets)]
     means = {

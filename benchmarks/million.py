@@ -55,8 +55,8 @@ EXPORTED = (
 
 def words(seed: int) -> list[str]:
     """A text of words that the tiny model's tokenizer knows, as often as its queries have them."""
-    from selfsteer.config import resolve_path
-    from selfsteer.records import read_jsonl
+    from selfsteer.data.jsonl import read_jsonl
+    from selfsteer.recipe.sections import resolve_path
 
     path = Path(resolve_path("package:selfsteer.testbed/queries/align.jsonl"))
     found = [word for _, row in read_jsonl(path) for word in row["prompt"].split()]
@@ -103,15 +103,15 @@ class Scripted:
 
 def recipe_of(folder: Path, *more: str) -> Any:
     """The smoke recipe without models at work."""
-    from selfsteer.settings import load_recipe
+    from selfsteer.recipe.read import load_recipe
 
     return load_recipe("smoke", [f"runs_dir={folder}", "name=run", *SETTINGS, *more])
 
 
 def read_queries(folder: Path, near: float | None) -> int:
     """Prompts to ``queries.jsonl``: bounds, exact duplicates, id order, near-duplicates."""
-    from selfsteer.config import Queries
-    from selfsteer.principles.queries import write_curated
+    from selfsteer.data.queries import write_curated
+    from selfsteer.recipe.sections import Queries
 
     settings = Queries(
         path=str(folder / "prompts.jsonl"), min_chars=10, max_chars=4000, near_duplicates=near
@@ -122,7 +122,7 @@ def read_queries(folder: Path, near: float | None) -> int:
 def principles(folder: Path) -> int:
     """Queries to picked principles."""
     from selfsteer.stages.plan import stored_queries
-    from selfsteer.stages.write_principles import write_principles
+    from selfsteer.stages.principles import write_principles
 
     found = stored_queries(folder / "queries.jsonl")
     return write_principles(found, recipe_of(folder), "", folder, "principles").n_out
@@ -156,7 +156,7 @@ def scripted_filter(folder: Path) -> int:
     """The same with v1's filter: six sequences a triple are tokenised, their scores stored."""
     import torch
 
-    from selfsteer.models import scores
+    from selfsteer.models import store as scores
     from selfsteer.stages.filter import filter_triples
     from selfsteer.stages.plan import stored_triples
 
@@ -177,7 +177,7 @@ def scripted_filter(folder: Path) -> int:
 
 def policy(recipe: Any) -> str:
     """Where the tiny model is, whose tokenizer counts."""
-    from selfsteer.config import resolve_path
+    from selfsteer.recipe.sections import resolve_path
 
     return resolve_path(recipe.policy.model)
 
@@ -236,9 +236,8 @@ def export(folder: Path, fmt: str) -> int:
 
 def import_back(folder: Path, fmt: str) -> int:
     """What was exported, back to our records."""
+    from selfsteer.data.jsonl import dump_line, write_atomic
     from selfsteer.formats import import_records
-    from selfsteer.records import dump_line
-    from selfsteer.runs import write_atomic
 
     source = folder / f"export-{fmt}"
     if fmt != "parquet":
@@ -320,7 +319,8 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
 
 def write_results(rows: Sequence[dict[str, Any]], seed: int, output: Path) -> None:
     """benchmarks/results/million.{md,json}; rows that are there already stay unless made again."""
-    from selfsteer.runs import versions, write_atomic
+    from selfsteer.data.jsonl import write_atomic
+    from selfsteer.run.folder import versions
 
     info = Path("/proc/cpuinfo").read_text()
     models = [x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")]

@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from selfsteer.data.jsonl import read_jsonl, write_atomic
 from selfsteer.principles.writer import picked
-from selfsteer.records import read_jsonl
-from selfsteer.runs import versions, write_atomic
+from selfsteer.run.folder import versions
 
 ROOT = Path(__file__).parent
 QUERIES = "package:selfsteer.testbed/queries/align.jsonl"

@@ -135,7 +135,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results")
     args = parser.parse_args()
 
-    from selfsteer.runs import versions, write_atomic
+    from selfsteer.data.jsonl import write_atomic
+    from selfsteer.run.folder import versions
 
     info = Path("/proc/cpuinfo").read_text()
     names = [x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")]

@@ -30,9 +30,9 @@ SIZES = (
 
 
 def measure(shard: int, batch: int, queries: int, repeats: int) -> dict[str, Any]:
-    """One row: `selfsteer.sampling_speed.bench` in CPU time."""
-    from selfsteer.sampling_speed import bench
-    from selfsteer.settings import load_recipe
+    """One row: `selfsteer.verbs.bench.bench` in CPU time."""
+    from selfsteer.recipe.read import load_recipe
+    from selfsteer.verbs.bench import bench
 
     given = (f"sampling.shard_size={shard}", f"sampling.batch_size={batch}", "policy.threads=1")
     return bench(load_recipe("demo", given), queries, repeats, clock=time.process_time)
@@ -40,7 +40,7 @@ def measure(shard: int, batch: int, queries: int, repeats: int) -> dict[str, Any
 
 def sync_seconds(count: int = 50) -> float:
     """Wall time of writing one shard and its mark."""
-    from selfsteer.runs import write_atomic
+    from selfsteer.data.jsonl import write_atomic
 
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         start = time.perf_counter()

@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from selfsteer.runs import versions, write_atomic
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.run.folder import versions
 
 ROOT = Path(__file__).parent
 CAVEAT = """\

@@ -42,12 +42,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 import selfsteer
+from selfsteer.data.digests import derive_seed, digest
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import NumericsError
 from selfsteer.models.chat import EncodedSequence
-from selfsteer.models.logprobs import batch_logps, pack, pad, settle_layout, sums_by_row
+from selfsteer.models.score import batch_logps, pack, pad, settle_layout, sums_by_row
 from selfsteer.models.tree import TreeRow
 from selfsteer.objectives import Objective, steering_loss
-from selfsteer.runs import derive_seed, digest, versions, write_atomic
+from selfsteer.run.folder import versions
 from selfsteer.terminal import progress_bar
 
 ROOT = Path(__file__).parent

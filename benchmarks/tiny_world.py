@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.report import summary
-from selfsteer.runs import versions, write_atomic
+from selfsteer.run.folder import versions
 
 ROOT = Path(__file__).parent
 CAVEAT = """\

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selfsteer.records import dump_lines
+from selfsteer.data.jsonl import dump_lines
 from selfsteer.report.rows import Index, RowSet, Wanted, build
-from selfsteer.runs import RunFolder, versions
+from selfsteer.run.folder import RunFolder, versions
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "{name: many, method: sso, policy: {model: nobody/nothing}, queries: {path: none.jsonl}}"

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import torch
 
 from selfsteer import Objective, Triple, steering_loss
-from selfsteer.contexts import context_messages
+from selfsteer.data.records import Query
 from selfsteer.engines.base import SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
-from selfsteer.models.loading import LoadedModel, load_model
-from selfsteer.models.logprobs import batch_logps, pad, score_sequences, sums_by_row
+from selfsteer.models.load import LoadedModel, load_model
+from selfsteer.models.score import batch_logps, pad, score_sequences, sums_by_row
 from selfsteer.principles import writer
-from selfsteer.records import Query
+from selfsteer.principles.contexts import context_messages
 from selfsteer.testbed import model as testbed
 from selfsteer.testbed import oracle
 

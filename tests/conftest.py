@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from selfsteer.config import Policy
-from selfsteer.models.loading import LoadedModel, load_model
+from selfsteer.models.load import LoadedModel, load_model
+from selfsteer.recipe.sections import Policy
 from tests.families import FAMILIES, make_checkpoint
 
 torch.set_num_threads(1)

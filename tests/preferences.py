@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
-from selfsteer.records import Preference, dump_lines
-from selfsteer.runs import write_atomic
+from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.records import Preference
 from selfsteer.testbed.corpus import as_query
 from selfsteer.testbed.grammar import respond
 from selfsteer.testbed.questions import questions

@@ -6,16 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from selfsteer.evaluation.judges import OracleJudge
+from selfsteer.data.digests import digest
+from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.records import Query, Triple
+from selfsteer.judges.base import OracleJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer
-from selfsteer.records import (
-    Query,
-    Triple,
-    read_jsonl,
-)
-from selfsteer.runs import digest, read_shards
+from selfsteer.run.folder import read_shards
 from selfsteer.testbed.model import CHECKPOINT
 
 

@@ -17,8 +17,9 @@ import cells
 import numpy as np
 from cells import ARMS, HERE, SEARCH, TABLES, Cell, Table
 
-from selfsteer.evaluation.stats import Interval, mean_interval
-from selfsteer.runs import derive_seed, write_atomic
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.judges.stats import Interval, mean_interval
 
 README = HERE / "README.md"
 FIGURE = HERE / "figure3.png"

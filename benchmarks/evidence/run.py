@@ -25,7 +25,7 @@ import page
 import running
 
 from selfsteer.errors import ArtifactError
-from selfsteer.runs import RunFolder
+from selfsteer.run.folder import RunFolder
 
 
 def states(wanted: Iterable[cells.Cell]) -> list[tuple[str, cells.Cell]]:

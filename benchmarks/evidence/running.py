@@ -17,18 +17,14 @@ from typing import Any
 from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, STRONG_WRITER, Cell
 from measures import figures
 
-from selfsteer.config import JudgeConfig
-from selfsteer.evaluation.judges import Pair
-from selfsteer.evaluation.reward_judge import RewardJudge
+from selfsteer.data.digests import derive_seed, digest
+from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
+from selfsteer.data.records import Preference, Query, Verdict
+from selfsteer.judges.base import Pair
+from selfsteer.judges.reward import RewardJudge
 from selfsteer.principles import writer
-from selfsteer.records import (
-    Preference,
-    Query,
-    Verdict,
-    dump_lines,
-    read_jsonl,
-)
-from selfsteer.runs import derive_seed, digest, read_shards, versions, write_atomic
+from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.run.folder import read_shards, versions
 from selfsteer.testbed.corpus import answer_example, choosable
 from selfsteer.testbed.model import QUERIES
 from selfsteer.testbed.questions import question

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from selfsteer import ranks
-from selfsteer.benchmarks_cli import benchmarks_app
-from selfsteer.data_cli import data_app
-from selfsteer.plan_cli import plan_app
-from selfsteer.principles_cli import AsJson, principles_app
-from selfsteer.report_cli import report
-from selfsteer.reward_cli import reward_app
-from selfsteer.study_cli import study_app
-from selfsteer.view_cli import view_app
+from selfsteer.run import ranks
+from selfsteer.verbs.benchmark import benchmarks_app
+from selfsteer.verbs.data import data_app
+from selfsteer.verbs.plan import plan_app
+from selfsteer.verbs.principles import AsJson, principles_app
+from selfsteer.verbs.report import report
+from selfsteer.verbs.rewardbench import reward_app
+from selfsteer.verbs.study import study_app
+from selfsteer.verbs.view import view_app
 
 #: Verbs by what they are for, in the order of the help.
 PANELS = {
@@ -72,7 +72,7 @@ app.command()(report)
 
 def complete_recipe(begun: str) -> list[str]:
     """Shipped recipes for the shell; files it completes itself."""
-    from selfsteer.settings import recipe_names
+    from selfsteer.recipe.read import recipe_names
 
     return [name for name in recipe_names() if name.startswith(begun)]
 
@@ -119,9 +119,9 @@ def run(
     Shipped recipes: demo, smoke, sso, sso-online, pbaa, reward; the rivals best-of-n,
     self-rewarding, sgpo, spin, wpo.
     """
-    from selfsteer import pipeline
     from selfsteer.report import summary
-    from selfsteer.runs import RunFolder
+    from selfsteer.run import execute as pipeline
+    from selfsteer.run.folder import RunFolder
     from selfsteer.terminal import is_main_process, out, say
 
     checked, given = _load(recipe, overrides or [])
@@ -202,8 +202,8 @@ def check(
     """
     checked, _ = _load(recipe, overrides or [])
     _needs_queries(checked)
-    from selfsteer import checking
     from selfsteer.terminal import out
+    from selfsteer.verbs import check as checking
 
     figures = checking.check(checked, queries, (lambda line: None) if as_json else checking.tell)
     if as_json:
@@ -234,8 +234,8 @@ def _on_ranks(nproc: int | None, profile: str | None) -> None:
 def _load(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     import yaml
 
-    from selfsteer.config import Recipe
-    from selfsteer.settings import load_values, merge, validate
+    from selfsteer.recipe.read import load_values, merge, validate
+    from selfsteer.recipe.sections import Recipe
 
     folder = Path(recipe)
     if (folder / "recipe.yaml").is_file():
@@ -283,8 +283,8 @@ def sweep(
     """
     from rich.table import Table
 
-    from selfsteer import sweep as sweeping
     from selfsteer.terminal import out
+    from selfsteer.verbs import sweep as sweeping
 
     tried = [s for s in settings if re.fullmatch(r"(generator|training)\.[a-z_]+=[^\[{]*,.*", s)]
     fixed = [s for s in settings if s not in tried]
@@ -323,8 +323,8 @@ def train(
     Example: selfsteer train MODEL triples.jsonl objective=sso-online base=ipo beta=0.2
     learning_rate=5e-7 batch_size=1 accumulate=16 output=DIR
     """
-    from selfsteer.config import TrainConfig
-    from selfsteer.settings import merge, validate
+    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.sections import TrainConfig
     from selfsteer.terminal import is_main_process, out
 
     config = validate(TrainConfig, merge({}, settings or []), "settings of train")
@@ -358,14 +358,14 @@ def merge(
     allow_pickle: Annotated[bool, typer.Option(help="load weights not in safetensors")] = False,
 ) -> None:
     """Add LoRA adapters to their base: a checkpoint that any program loads."""
-    from selfsteer.config import Policy, resolve_path
-    from selfsteer.settings import validate
+    from selfsteer.recipe.read import validate
+    from selfsteer.recipe.sections import Policy, resolve_path
     from selfsteer.terminal import out
 
     values: dict[str, Any] = {"model": base or "", "dtype": dtype, "device": "cpu"}
     values |= {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     settings = validate(Policy, values, "merge")
-    from selfsteer.models.loading import merge_adapter
+    from selfsteer.models.load import merge_adapter
 
     used = merge_adapter(adapter, output, settings, resolve_path(base) if base else None)
     out.print(f"{output}: {used} with the adapters of {adapter}")
@@ -380,9 +380,9 @@ def init(
     ] = "sso",
 ) -> None:
     """Write a commented recipe to start from."""
+    from selfsteer.data.jsonl import write_atomic
     from selfsteer.errors import ConfigError
-    from selfsteer.runs import write_atomic
-    from selfsteer.settings import commented_yaml, descriptions, recipe_text
+    from selfsteer.recipe.read import commented_yaml, descriptions, recipe_text
     from selfsteer.terminal import out
 
     if path.exists():
@@ -430,7 +430,7 @@ def chat(
     if as_json and question is None:
         raise ConfigError("--json prints one answer; give the question with --question.")
     found = summary.load(run)
-    from selfsteer.chatting import Chat
+    from selfsteer.verbs.chat import Chat
 
     talk = Chat(found, tuple(f.strip() for f in features.split(",") if f.strip()), seed)
     if as_json and question is not None:
@@ -481,12 +481,12 @@ def judge(
     """Judge preferences: verdicts, accuracy, position bias, cost; agreement of two judges."""
     from contextlib import nullcontext
 
-    from selfsteer.config import JudgeConfig
     from selfsteer.errors import ConfigError
-    from selfsteer.report import judging
-    from selfsteer.runs import RunFolder
-    from selfsteer.settings import merge, validate
+    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.sections import JudgeConfig
+    from selfsteer.run.folder import RunFolder
     from selfsteer.terminal import out
+    from selfsteer.verbs import judge_tables as judging
 
     if label_sheet is not None and (judges or as_json or store):
         raise ConfigError("--label-sheet judges nothing; leave --judge, --store and --json out.")
@@ -507,7 +507,7 @@ def judge(
         raise ConfigError(f"--iteration and --baseline need a run folder; {preferences} is none.")
     if not given and label_sheet is None:
         raise ConfigError("Name a judge: --judge oracle, chat:MODEL, reward:MODEL or human:PATH.")
-    from selfsteer.stages.judge import judge_preferences, load_preferences, pick, write_label_sheet
+    from selfsteer.verbs.judging import judge_preferences, load_preferences, pick, write_label_sheet
 
     chosen = pick(load_preferences(source), limit, seed)
     if label_sheet is not None:
@@ -547,8 +547,8 @@ def bench_sampling(
     chosen = [] if engine is None else [f"sampling.engine={engine}"]
     checked, _ = _load(recipe, [*(overrides or []), *chosen])
     _needs_queries(checked)
-    from selfsteer import sampling_speed
     from selfsteer.terminal import out
+    from selfsteer.verbs import bench as sampling_speed
 
     found = sampling_speed.bench(checked, queries, repeats)
     if as_json:

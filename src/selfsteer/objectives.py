@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsteer.config import BASES, OBJECTIVES, WEIGHTINGS
 from selfsteer.errors import ConfigError
+from selfsteer.recipe.sections import BASES, OBJECTIVES, WEIGHTINGS
 
 #: Bases whose log-probs are means per token (SimPO, ORPO, IPO), and those that need no reference.
 LENGTH_NORMALISED = frozenset({"ipo", "simpo", "orpo"})

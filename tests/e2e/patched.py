@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfsteer import cli
-from selfsteer.stages import training
+from selfsteer.stages import train as training
 
 
 def hold_out_four(ids: Sequence[str], settings: Any, seed: int) -> set[str]:

@@ -6,7 +6,7 @@ import sys
 from unittest import mock
 
 from selfsteer import cli
-from selfsteer.runs import RunFolder, Stage, StageResult
+from selfsteer.run.folder import RunFolder, Stage, StageResult
 
 if __name__ == "__main__":
     name, execute = sys.argv.pop(1), RunFolder.execute

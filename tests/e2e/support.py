@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 
-from selfsteer import cli, runs
+from selfsteer import cli
+from selfsteer.run import folder as runs
 
 TESTBED = "package:selfsteer.testbed/checkpoint"
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from selfsteer.evaluation import harness
-from selfsteer.settings import load_recipe, recipe_text
+from selfsteer.recipe.read import load_recipe, recipe_text
 from tests.e2e.support import TESTBED, Here, fails, finished
 from tests.serving import serving
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from selfsteer.config import resolve_path
-from selfsteer.runs import RunFolder
+from selfsteer.recipe.sections import resolve_path
+from selfsteer.run.folder import RunFolder
 from tests.e2e.support import TESTBED, Ended, Here, artefacts, ledger
 
 

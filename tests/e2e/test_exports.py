@@ -17,13 +17,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfsteer.data.digests import model_digest
+from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.records import Preference
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS
 from selfsteer.formats.cards import dataset_card, model_card
 from selfsteer.formats.hub import plan_upload, push
-from selfsteer.records import Preference, read_jsonl
 from selfsteer.report import summary
-from selfsteer.runs import model_digest, read_shards
+from selfsteer.run.folder import read_shards
 from tests.e2e.support import TESTBED, Here, command, environment, fails
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selfsteer.runs import RunFolder
+from selfsteer.run.folder import RunFolder
 from tests.e2e.support import TINY, Here, spawn
 
 SIZES = ("--params", "8.03e9", "--layers", "32", "--hidden", "4096", "--vocabulary", "128256")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from selfsteer.catalogue import BUILT_IN
+from selfsteer.principles.catalogue import BUILT_IN
 from tests.e2e.support import TESTBED, TINY, Here, fails, finished, full_for
 
 QUERIES = "package:selfsteer.testbed/queries/align.jsonl"

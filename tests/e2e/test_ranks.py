@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from selfsteer.config import resolve_path
-from selfsteer.ranks import environment_of
-from selfsteer.stages import training
+from selfsteer.recipe.sections import resolve_path
+from selfsteer.run.ranks import environment_of
+from selfsteer.stages import train as training
 from tests.e2e.patched import hold_out_four
 from tests.e2e.support import TESTBED, Ended, Here, environment, fails, ledger, process
 

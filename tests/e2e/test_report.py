@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfsteer.evaluation.quality import on_policyness
+from selfsteer.judges.quality import on_policyness
 from selfsteer.report.gather import gather
 from tests.browsing import PHONE, Browser, Visit
 from tests.e2e.support import TESTBED, Here, fails, finished

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from selfsteer.config import JudgeConfig, resolve_path
-from selfsteer.evaluation.judges import Judgement, OracleJudge, Pair
-from selfsteer.records import Query
+from selfsteer.data.records import Query
+from selfsteer.judges.base import Judgement, OracleJudge, Pair
+from selfsteer.recipe.sections import JudgeConfig, resolve_path
 from selfsteer.stages import rivals
 from tests.e2e.support import TINY, Here, fails, finished
 from tests.serving import say, serving

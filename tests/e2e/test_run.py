@@ -265,7 +265,7 @@ def test_help_and_config_load_no_torch() -> None:
     import sys
 
     code = (
-        "import sys, selfsteer.config\n"
+        "import sys, selfsteer.recipe.sections\n"
         "from selfsteer import cli\n"
         "sys.argv = ['selfsteer', 'run', '--help']\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"

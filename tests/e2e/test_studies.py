@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from selfsteer.comparing import curves
 from selfsteer.testbed import oracle
+from selfsteer.verbs.compare import curves
 from tests.e2e.support import TESTBED, Here, fails
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selfsteer.runs import RunFolder
-from selfsteer.tracking import Tracker, flat, stage_figures, tracking
+from selfsteer.run.folder import RunFolder
+from selfsteer.run.tracking import Tracker, flat, stage_figures, tracking
 from tests.e2e.support import TINY, Here, fails, finished
 
 PBAA = ("method=pbaa", "baseline=null", "generator=null")

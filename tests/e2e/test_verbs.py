@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfsteer.settings import recipe_names
+from selfsteer.recipe.read import recipe_names
 from tests.e2e.support import TESTBED, Here, artefacts, environment, fails, finished
 from tests.families import FAMILIES
 
@@ -248,7 +248,7 @@ def test_export_opens_in_datasets(smoke: Path, tmp_path: Path, here: Here) -> No
 
 
 def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
-    from selfsteer.settings import load_recipe
+    from selfsteer.recipe.read import load_recipe
 
     rivals = {"best-of-n", "self-rewarding", "sgpo", "spin", "wpo"}
     own = {"demo", "pbaa", "reward", "smoke", "sso", "sso-online"}

@@ -20,11 +20,11 @@ from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from selfsteer.errors import ArtifactError, SelfsteerError
-from selfsteer.progress import progress_of
 from selfsteer.report.gather import gather
 from selfsteer.report.rows import build, cache_folder, row_sets
-from selfsteer.runs import RunFolder
-from selfsteer.viewing import Jobs, app
+from selfsteer.report.viewing import Jobs, app
+from selfsteer.run.folder import RunFolder
+from selfsteer.run.progress import progress_of
 from tests.browsing import PHONE, Browser
 from tests.e2e.support import TINY, Here, fails, finished, process
 

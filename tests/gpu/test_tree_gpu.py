@@ -10,7 +10,7 @@ import transformers as hf
 
 from selfsteer.models import tree
 from selfsteer.models.chat import EncodedSequence
-from selfsteer.models.logprobs import batch_logps, pad
+from selfsteer.models.score import batch_logps, pad
 
 if not torch.cuda.is_available():
     if os.environ.get("SELFSTEER_REQUIRE_GPU") == "1":

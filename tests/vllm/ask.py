@@ -6,12 +6,12 @@ from dataclasses import astuple
 import psutil
 import torch
 
-from selfsteer.config import EngineSettings, Policy, resolve_path
+from selfsteer.data.records import Message
 from selfsteer.engines.base import SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.engines.vllm import VllmEngine
-from selfsteer.models.loading import load_model
-from selfsteer.records import Message
+from selfsteer.models.load import load_model
+from selfsteer.recipe.sections import EngineSettings, Policy, resolve_path
 
 QUESTIONS = (
     "What does the bear eat?",

@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from selfsteer.data.records import Message
 from selfsteer.errors import EngineError
 from selfsteer.models.chat import ChatFormat
-from selfsteer.records import Message
 
 #: Told (conversations, new tokens) as they finish.
 Advance = Callable[[int, int], None]

@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from selfsteer.errors import ConfigError, EngineError
-from selfsteer.ranks import plain_environment
+from selfsteer.run.ranks import plain_environment
 from selfsteer.terminal import progress_bar, say
 
 #: Seconds between two looks at a server that is starting.

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from selfsteer.config import EngineConfig, EngineSettings, Recipe, resolve_path
+from selfsteer.data.digests import digest
 from selfsteer.engines.base import Engine
 from selfsteer.engines.launch import LaunchedServer, check_command
 from selfsteer.engines.openai import OpenAIEngine, Usage
 from selfsteer.errors import ConfigError
-from selfsteer.models.loading import LoadedModel, ModelSettings, load_chat, load_context_length
-from selfsteer.runs import digest
+from selfsteer.models.load import LoadedModel, ModelSettings, load_chat, load_context_length
+from selfsteer.recipe.sections import EngineConfig, EngineSettings, Recipe, resolve_path
 from selfsteer.terminal import say
 
 
@@ -139,7 +139,7 @@ class Engines:
         check_installed(settings)
         if settings.kind == "transformers":
             from selfsteer.engines.transformers import TransformersEngine
-            from selfsteer.models.loading import load_model
+            from selfsteer.models.load import load_model
 
             loaded = load_model(source, model_settings, inference=True)
             return TransformersEngine(loaded, batch_size)

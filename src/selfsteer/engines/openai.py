@@ -23,7 +23,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from selfsteer.config import EngineSettings
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROBE_TOKENS,
     PROBES,
@@ -39,8 +41,7 @@ from selfsteer.engines.base import (
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.models.chat import ChatFormat
-from selfsteer.records import Message
-from selfsteer.runs import derive_seed, write_atomic
+from selfsteer.recipe.sections import EngineSettings
 from selfsteer.terminal import say, warn
 
 if TYPE_CHECKING:

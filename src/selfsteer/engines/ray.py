@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfsteer.config import EngineConfig, EngineSettings
+from selfsteer.data.digests import digest
+from selfsteer.data.records import Message
 from selfsteer.engines.base import Advance, Completion, SamplingParams, no_news
 from selfsteer.engines.shards import Ask
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, SelfsteerError
-from selfsteer.models.loading import ModelSettings
-from selfsteer.ranks import out_of_world
-from selfsteer.records import Message
-from selfsteer.runs import digest
+from selfsteer.models.load import ModelSettings
+from selfsteer.recipe.sections import EngineConfig, EngineSettings
+from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say, warn
 
 if TYPE_CHECKING:

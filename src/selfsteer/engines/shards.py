@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from selfsteer.data.records import Message
 from selfsteer.engines.base import Advance, Completion, Engine, SamplingParams, no_news
-from selfsteer.records import Message
 
 T = TypeVar("T")
 

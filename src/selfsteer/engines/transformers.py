@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
@@ -21,9 +22,8 @@ from selfsteer.engines.base import (
     completion,
     no_news,
 )
-from selfsteer.models.loading import LoadedModel
-from selfsteer.models.logprobs import keeps_part
-from selfsteer.records import Message
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.score import keeps_part
 
 #: Rows leave the cache when this share of the batch has ended: copying it costs about a step.
 COMPACT_AT = 0.125

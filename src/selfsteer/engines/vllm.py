@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from selfsteer.config import EngineSettings
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
@@ -23,10 +24,9 @@ from selfsteer.engines.base import (
     probe,
 )
 from selfsteer.errors import EngineError
-from selfsteer.models.loading import ModelSettings, load_chat, load_context_length
-from selfsteer.ranks import out_of_world
-from selfsteer.records import Message
-from selfsteer.runs import derive_seed
+from selfsteer.models.load import ModelSettings, load_chat, load_context_length
+from selfsteer.recipe.sections import EngineSettings
+from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say
 
 #: Said for us where the user did not: only errors are shown, and no statistics are sent.

@@ -20,14 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfsteer.config import Benchmarks, HarnessTask, resolve_path
+from selfsteer.data.digests import digest_path
+from selfsteer.data.records import Message
 from selfsteer.errors import ArtifactError, ConfigError, SelfsteerError
-from selfsteer.records import Message
-from selfsteer.runs import digest_path
+from selfsteer.recipe.sections import Benchmarks, HarnessTask, resolve_path
 from selfsteer.terminal import progress_bar, say
 
 if TYPE_CHECKING:
-    from selfsteer.models.loading import LoadedModel
+    from selfsteer.models.load import LoadedModel
 
 #: Questions kept to be read.
 EXAMPLES = 5

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from selfsteer.config import Policy, resolve_path
+from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
 from selfsteer.models.chat import EncodedSequence
-from selfsteer.models.loading import load_context_length, load_model
-from selfsteer.models.scores import scored
-from selfsteer.records import Query
+from selfsteer.models.load import load_context_length, load_model
+from selfsteer.models.store import scored
+from selfsteer.recipe.sections import Policy, resolve_path
 
 
 class ImplicitReward:

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.config import JudgedSet, resolve_path
+from selfsteer.data.files import file_rows
+from selfsteer.data.records import Message, Query, Verdict, content_id
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
 from selfsteer.errors import DataError
-from selfsteer.evaluation.judges import Judge, Pair, accuracy, verdict_counts
 from selfsteer.evaluation.length_control import Compared, difficulties, length_controlled
-from selfsteer.evaluation.rating import Exchange, play, rate
-from selfsteer.evaluation.stats import Interval, mean_interval, statistic_interval
-from selfsteer.formats.files import file_rows
-from selfsteer.records import Message, Query, Verdict, content_id
+from selfsteer.judges.base import Judge, Pair, accuracy, verdict_counts
+from selfsteer.judges.rating import Exchange, play, rate
+from selfsteer.judges.stats import Interval, mean_interval, statistic_interval
+from selfsteer.recipe.sections import JudgedSet, resolve_path
 
 _IDS = ("id", "question_id", "uid")
 _ANSWERS = ("response", "output")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfsteer.evaluation.stats import Interval, mean_interval
+from selfsteer.judges.stats import Interval, mean_interval
 
 #: Of φ and ψ, in logits. On the public leaderboard |φ| is 0.2 to 3.0 and ψ below 1.3; with 800
 #: questions the prior changes a win rate by less than 0.001.

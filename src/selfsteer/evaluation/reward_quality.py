@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.evaluation.stats import Interval, proportion_interval
+from selfsteer.judges.stats import Interval, proportion_interval
 
 #: Bins of the stated probability, evenly from 0.5 to 1.
 BINS = 10

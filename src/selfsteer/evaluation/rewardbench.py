@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from selfsteer.data.records import Query
 from selfsteer.errors import DataError
-from selfsteer.evaluation.judges import Scorer
-from selfsteer.evaluation.stats import Interval, proportion_interval
-from selfsteer.records import Query
+from selfsteer.judges.base import Scorer
+from selfsteer.judges.stats import Interval, proportion_interval
 
 #: Section → subset → prompts in the published set, which weigh the subsets of a section. Maths has
 #: 447 prompts and counts as 984, so that it weighs as much as the six code subsets together.

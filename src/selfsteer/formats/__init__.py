@@ -13,8 +13,8 @@ shape can say; what an export leaves out is counted in `Exported.left_out`, what
 `Imported.dropped`.
 """
 
-from selfsteer.formats.reading import Imported, import_records, read_triples
-from selfsteer.formats.writing import FORMATS, Exported, export, export_parquet, export_triples
+from selfsteer.data.reading import Imported, import_records, read_triples
+from selfsteer.formats.export import FORMATS, Exported, export, export_parquet, export_triples
 
 __all__ = [
     "FORMATS",

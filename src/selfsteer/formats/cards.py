@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from selfsteer.config import PLAIN_METHODS
-from selfsteer.runs import RunFolder
+from selfsteer.recipe.sections import PLAIN_METHODS
+from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import interval
 
 PAPER = "https://arxiv.org/abs/2410.17131"

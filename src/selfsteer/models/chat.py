@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selfsteer.contexts import context_messages
+from selfsteer.data.records import Message, Triple
 from selfsteer.errors import ArtifactError, DataError
-from selfsteer.records import Message, Triple
+from selfsteer.principles.contexts import context_messages
 
 _PROBE = "Probe of the system role"
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from selfsteer.config import PrinciplesConfig, resolve_path
+from selfsteer.data.jsonl import Records, read_jsonl
+from selfsteer.data.records import Principles, Query, Triple
 from selfsteer.errors import DataError
-from selfsteer.records import Principles, Query, Records, Triple, read_jsonl
+from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
 
 
 class Fixed:

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import regex
 
-from selfsteer.catalogue import Catalogue, Feature, Finding, read
+from selfsteer.principles.catalogue import Catalogue, Feature, Finding, read
 from selfsteer.principles.writer import MAX_GUIDELINE_CHARS, Outcome, contrast, overlap
 
 #: From this share of common words on, two features ask for the same thing.

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from selfsteer.catalogue import BUILT_IN, Catalogue, load_catalogue
-from selfsteer.config import PrinciplesConfig
+from selfsteer.data.curate import transcript, words
+from selfsteer.data.records import Message, Principles, Query
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
-from selfsteer.principles.curate import transcript, words
-from selfsteer.records import Message, Principles, Query
+from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
+from selfsteer.recipe.sections import PrinciplesConfig
 
 # -- features ------------------------------------------------------------------------------------
 

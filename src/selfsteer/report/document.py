@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.evaluation.benchmark_table import notes, tables
 from selfsteer.report import summary
 from selfsteer.report.figures import Cell, Drawing, figures, png_file, svg_file, svg_inline
 from selfsteer.report.gather import Gathered, gather
 from selfsteer.report.page import render
 from selfsteer.report.rows import embedded
-from selfsteer.runs import RunFolder, write_atomic
+from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval, progress_bar
 
 #: Section of the page: anchor, heading, figures.

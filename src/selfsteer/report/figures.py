@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from selfsteer.contexts import CONTEXTS
-from selfsteer.evaluation.stats import mean_interval
+from selfsteer.judges.stats import mean_interval
+from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report.gather import Gathered, Likelihoods
 from selfsteer.report.page import asset
 from selfsteer.terminal import duration

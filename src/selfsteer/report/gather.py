@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.config import Policy, resolve_path
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.records import Preference, Principles, Triple
 from selfsteer.errors import SelfsteerError
-from selfsteer.evaluation.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness
 from selfsteer.models.chat import ChatFormat
-from selfsteer.models.loading import load_chat
-from selfsteer.models.scores import NOT_WHOLE, read_chunk, sequence_key
-from selfsteer.progress import progress_of
-from selfsteer.records import Preference, Principles, Triple, read_jsonl
+from selfsteer.models.load import load_chat
+from selfsteer.models.store import NOT_WHOLE, read_chunk, sequence_key
+from selfsteer.recipe.sections import Policy, resolve_path
 from selfsteer.report import summary
-from selfsteer.runs import derive_seed, read_shards
+from selfsteer.run.folder import read_shards
+from selfsteer.run.progress import progress_of
 from selfsteer.terminal import progress_bar
 
 #: Records per set whose log-probs are drawn.

@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from selfsteer.progress import progress_of
+from selfsteer.recipe.read import load_values
 from selfsteer.report import summary
 from selfsteer.report.rows import row_sets
-from selfsteer.settings import load_values
+from selfsteer.run.progress import progress_of
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300

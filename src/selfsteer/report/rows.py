@@ -28,11 +28,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from selfsteer.data.digests import digest
+from selfsteer.data.jsonl import dump_line, write_atomic
+from selfsteer.data.records import RESPONSES, Triple
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError
-from selfsteer.records import RESPONSES, Triple, dump_line
 from selfsteer.report import summary
 from selfsteer.report.page import asset, finite
-from selfsteer.runs import RunFolder, digest, write_atomic
+from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import progress_bar
 
 #: Part of each index's key; raised when what is kept of a row changes.
@@ -147,7 +149,7 @@ class Scores:
         if not folders:
             self.why_not = "the run has not scored these responses under its policy yet"
             return
-        from selfsteer.models.scores import NOT_WHOLE, read_chunk
+        from selfsteer.models.store import NOT_WHOLE, read_chunk
         from selfsteer.report.gather import tokenizers
 
         # neighbours in a set are neighbours in the files of each of its sequences
@@ -169,7 +171,7 @@ class Scores:
 
     def of(self, triple: Triple, name: str) -> np.ndarray | None:
         """Log-probs of ``context/response``; None where the run has not scored it."""
-        from selfsteer.models.scores import sequence_key
+        from selfsteer.models.store import sequence_key
 
         if self.chat is None:
             return None
@@ -205,8 +207,8 @@ class Scores:
 
 def _is_policy(folder: Path, where: str, recipe: Any) -> bool:
     """Whether a folder of scores belongs to the policy that an iteration starts from."""
-    from selfsteer.config import resolve_path
-    from selfsteer.models.scores import ABOUT
+    from selfsteer.models.store import ABOUT
+    from selfsteer.recipe.sections import resolve_path
 
     try:
         model = Path(json.loads((folder / ABOUT).read_bytes())["model"]).parts
@@ -223,7 +225,7 @@ class Judged:
     """What the recipe's judge said of good against bad; no judge is asked anything."""
 
     def __init__(self, run: Path, recipe: Any) -> None:
-        from selfsteer.evaluation.store import AnswerStore
+        from selfsteer.judges.store import AnswerStore
 
         self.settings = recipe.judge
         self.name = ""
@@ -232,7 +234,7 @@ class Judged:
         if self.settings is None:
             return
         if self.settings.kind in ("oracle", "human"):
-            from selfsteer.evaluation.judges import load_judge
+            from selfsteer.judges.base import load_judge
 
             with contextlib.suppress(SelfsteerError):
                 self._judge = load_judge(self.settings)
@@ -243,8 +245,8 @@ class Judged:
 
     def of(self, triple: Triple) -> dict[str, Any] | None:
         """Verdict, scores or both orders with the judge's own words; None: it was not asked."""
-        from selfsteer.evaluation.judges import Pair
-        from selfsteer.records import Query
+        from selfsteer.data.records import Query
+        from selfsteer.judges.base import Pair
 
         query = Query(triple.id, triple.messages)
         pair = Pair(query, triple.responses["good"], triple.responses["bad"])
@@ -263,7 +265,7 @@ class Judged:
 
     def _stored(self, store: Any, pair: Any) -> dict[str, Any]:
         if self.settings.kind == "chat":
-            from selfsteer.evaluation.chat_judge import stored_judgement
+            from selfsteer.judges.chat import stored_judgement
 
             both = stored_judgement(pair, store.known)
             if both is None:
@@ -276,8 +278,8 @@ class Judged:
                 for side, said, text in zip(sides, shown, texts, strict=False)
             ]
             return {"verdict": judgement.verdict, "reason": judgement.reason, "orders": orders}
-        from selfsteer.evaluation.judges import by_scores
-        from selfsteer.evaluation.reward_judge import score_key
+        from selfsteer.judges.base import by_scores
+        from selfsteer.judges.reward import score_key
 
         answers = [store.known(score_key(pair.query, t)) for t in (pair.first, pair.second)]
         if None in answers:
@@ -303,7 +305,7 @@ class Fates:
     """Whether a triple went on to the next stage, and if not, why."""
 
     def __init__(self, rows: RowSet, recipe: Any) -> None:
-        from selfsteer.catalogue import load_catalogue
+        from selfsteer.principles.catalogue import load_catalogue
 
         self.recipe, self.stage = recipe, rows.next_stage
         last = RunFolder(rows.run).last(self.stage)
@@ -348,7 +350,7 @@ class Fates:
             ids: of all that hygiene kept.
             means: v1's six sequences → their mean log-probs, where the run has scored them.
         """
-        from selfsteer.config import Bound
+        from selfsteer.recipe.sections import Bound
         from selfsteer.stages.filter import steering_filter
 
         out = dict.fromkeys((i for i in ids if i not in self._kept), self._by_length())
@@ -409,9 +411,9 @@ def build(rows: RowSet, advance: Callable[[int, int], None] = lambda done, total
         rows: the set.
         advance: told (rows done, rows there are) now and then.
     """
-    from selfsteer.config import Recipe
-    from selfsteer.evaluation.quality import GAP_SEQUENCES
-    from selfsteer.settings import load_values, validate
+    from selfsteer.judges.quality import GAP_SEQUENCES
+    from selfsteer.recipe.read import load_values, validate
+    from selfsteer.recipe.sections import Recipe
     from selfsteer.stages.filter import FILTER_SEQUENCES
 
     home, key = cache_folder(rows.run), rows.key()

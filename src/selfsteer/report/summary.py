@@ -14,7 +14,7 @@ from rich.table import Table
 from selfsteer.errors import ArtifactError
 from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.report.reward import print_reward
-from selfsteer.runs import RunFolder
+from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import interval
 
 #: Contaminated pairs shown in the terminal; the file beside the output has all.

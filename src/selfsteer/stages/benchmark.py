@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.config import JudgedSet, Recipe
+from selfsteer.data.digests import derive_seed, digest
+from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.engines.base import SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
@@ -30,11 +31,11 @@ from selfsteer.evaluation.judged_sets import (
     read_baseline,
     read_questions,
 )
-from selfsteer.evaluation.judges import load_judge
-from selfsteer.evaluation.stats import mean_interval
-from selfsteer.models.loading import load_model
-from selfsteer.records import dump_lines, read_jsonl
-from selfsteer.runs import StageResult, derive_seed, digest, versions, write_atomic
+from selfsteer.judges.base import load_judge
+from selfsteer.judges.stats import mean_interval
+from selfsteer.models.load import load_model
+from selfsteer.recipe.sections import JudgedSet, Recipe
+from selfsteer.run.folder import StageResult, versions
 from selfsteer.terminal import progress_bar, say, warn
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.config import JudgeConfig, Policy, resolve_path
+from selfsteer.data.digests import digest_path
+from selfsteer.data.files import file_rows
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.evaluation.implicit_reward import ImplicitReward
-from selfsteer.evaluation.judges import Scorer
-from selfsteer.evaluation.reward_judge import RewardJudge
 from selfsteer.evaluation.rewardbench import evaluate, markdown, read_items
-from selfsteer.formats.files import file_rows
-from selfsteer.models.loading import is_reward_model
-from selfsteer.runs import digest_path, versions, write_atomic
-from selfsteer.settings import validate
+from selfsteer.judges.base import Scorer
+from selfsteer.judges.reward import RewardJudge
+from selfsteer.models.load import is_reward_model
+from selfsteer.recipe.read import validate
+from selfsteer.recipe.sections import JudgeConfig, Policy, resolve_path
+from selfsteer.run.folder import versions
 
 
 def benchmark_rewards(

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from selfsteer.config import PLAIN_METHODS, Optimisation, Recipe
-from selfsteer.evaluation.quality import GAP_SEQUENCES, PLAIN_SEQUENCES
-from selfsteer.runs import Stage
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES
+from selfsteer.recipe.sections import PLAIN_METHODS, Optimisation, Recipe
+from selfsteer.run.folder import Stage
 from selfsteer.stages.filter import FILTER_SEQUENCES
 from selfsteer.stages.measure import QUALITY_PAIRS
-from selfsteer.stages.training import objective_from
+from selfsteer.stages.train import objective_from
 
 #: Seconds of a training step over those of a forward: the backward costs two (arXiv 2001.08361,
 #: table 1), recomputed activations one more.

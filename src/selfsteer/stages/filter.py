@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.catalogue import BUILT_IN, Catalogue, load_catalogue
-from selfsteer.config import Bound, Filter, Hygiene, Recipe, resolve_path
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
+from selfsteer.data.records import Preference, Triple
 from selfsteer.errors import ArtifactError
 from selfsteer.models.chat import ChatFormat
-from selfsteer.models.loading import load_chat, load_model
-from selfsteer.models.scores import CHUNK, open_scores
-from selfsteer.records import Preference, Records, Triple, batched, dump_line, dump_lines
-from selfsteer.runs import StageResult, derive_seed, write_atomic
+from selfsteer.models.load import load_chat, load_model
+from selfsteer.models.store import CHUNK, open_scores
+from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
+from selfsteer.recipe.sections import Bound, Filter, Hygiene, Recipe, resolve_path
+from selfsteer.run.folder import StageResult
 from selfsteer.terminal import progress_bar
 
 #: v1's filter with the bounds of the authors' release.

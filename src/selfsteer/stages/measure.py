@@ -10,34 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.config import Evaluation, Recipe
-from selfsteer.contexts import CONTEXTS, context_messages
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records, at, dump_lines, read_jsonl, write_atomic
+from selfsteer.data.records import Preference, Query, Triple, Verdict
 from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.evaluation.judges import (
-    Judge,
-    Pair,
-    ScoringJudge,
-    accuracy,
-    load_judge,
-    verdict_counts,
-)
-from selfsteer.evaluation.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
-from selfsteer.evaluation.stats import mean_interval
-from selfsteer.models.loading import load_model
-from selfsteer.models.scores import scored
+from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge, verdict_counts
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
+from selfsteer.judges.stats import mean_interval
+from selfsteer.models.load import load_model
+from selfsteer.models.store import scored
 from selfsteer.principles import writer
-from selfsteer.records import (
-    Preference,
-    Query,
-    Records,
-    Triple,
-    Verdict,
-    at,
-    dump_lines,
-    read_jsonl,
-)
-from selfsteer.runs import StageResult, derive_seed, write_atomic
+from selfsteer.principles.contexts import CONTEXTS, context_messages
+from selfsteer.recipe.sections import Evaluation, Recipe
+from selfsteer.run.folder import StageResult
 from selfsteer.terminal import progress_bar
 
 #: Pairs measured; a seeded subset of larger sets, whose figures it gives to about one percent.

@@ -5,14 +5,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from selfsteer import ranks
-from selfsteer.config import NOT_RESULTS, TrainConfig, resolve_path
+from selfsteer.data.digests import digest, model_digest
+from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.formats import read_triples
-from selfsteer.models.loading import load_model
-from selfsteer.records import Triple, dump_lines
-from selfsteer.runs import RunFolder, digest, model_digest, write_atomic
-from selfsteer.stages.training import check_length, encode, objective_from, with_reference
+from selfsteer.models.load import load_model
+from selfsteer.recipe.sections import NOT_RESULTS, TrainConfig, resolve_path
+from selfsteer.run import ranks
+from selfsteer.run.folder import RunFolder
+from selfsteer.stages.train import check_length, encode, objective_from, with_reference
 from selfsteer.terminal import is_main_process, say
 from selfsteer.training.trainer import RowBudget, train
 

@@ -1,4 +1,4 @@
-"""Each arrow of the data flow as a fingerprinted stage; `selfsteer.pipeline` puts them in order.
+"""Each arrow of the data flow as a fingerprinted stage; `selfsteer.run.execute` puts them in order.
 
 Nothing heavy is imported before a stage works.
 """
@@ -10,8 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfsteer.catalogue import catalogue_of
-from selfsteer.config import (
+from selfsteer.data.digests import derive_seed, digest, digest_path, model_digest
+from selfsteer.data.jsonl import Records, dump_line, dump_lines, write_atomic
+from selfsteer.data.queries import Loaded, load_queries, queries_digest
+from selfsteer.data.records import Preference, Query, Triple
+from selfsteer.data.stored import Stored
+from selfsteer.engines.base import Engine
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.evaluation.harness import benchmark_inputs
+from selfsteer.judges.base import judge_inputs
+from selfsteer.principles.catalogue import catalogue_of
+from selfsteer.principles.fixed import read_fixed
+from selfsteer.recipe.sections import (
     NOT_RESULTS,
     EngineConfig,
     PrinciplesConfig,
@@ -19,31 +29,7 @@ from selfsteer.config import (
     Selection,
     resolve_path,
 )
-from selfsteer.engines.base import Engine
-from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.evaluation.harness import benchmark_inputs
-from selfsteer.evaluation.judges import judge_inputs
-from selfsteer.principles.fixed import read_fixed
-from selfsteer.principles.queries import Loaded, load_queries, queries_digest
-from selfsteer.records import (
-    Preference,
-    Query,
-    Records,
-    Triple,
-    dump_line,
-    dump_lines,
-)
-from selfsteer.runs import (
-    RunFolder,
-    Stage,
-    StageResult,
-    derive_seed,
-    digest,
-    digest_path,
-    model_digest,
-    write_atomic,
-)
-from selfsteer.stored import Stored
+from selfsteer.run.folder import RunFolder, Stage, StageResult
 from selfsteer.terminal import warn
 
 #: Settings of a query set that decide which of its queries are taken.
@@ -104,7 +90,7 @@ class Plan:
         recipe = self.recipe
 
         def work() -> StageResult:
-            from selfsteer.evaluation.judges import load_judges
+            from selfsteer.judges.base import load_judges
             from selfsteer.stages.rivals import given_answers
 
             found = load_queries(settings, self.run.path)
@@ -132,8 +118,8 @@ class Plan:
 
         def work() -> StageResult:
             from selfsteer.engines.load import Engines
-            from selfsteer.evaluation.judges import load_judges
-            from selfsteer.principles.augment import augment
+            from selfsteer.judges.base import load_judges
+            from selfsteer.stages.augment import augment
 
             judges = load_judges(recipe.judges)
 
@@ -173,7 +159,7 @@ class Plan:
         stage = f"{where}/principles"
 
         def work() -> StageResult:
-            from selfsteer.stages.write_principles import write_principles
+            from selfsteer.stages.principles import write_principles
 
             queries = self._iteration_queries(iteration)
             source = str(policy.path)
@@ -232,7 +218,7 @@ class Plan:
         by_policy = recipe.method == "self-rewarding"
 
         def work() -> StageResult:
-            from selfsteer.stages.best_of_n import best_of_n
+            from selfsteer.stages.rank import best_of_n
             from selfsteer.stages.rivals import policy_as_judge, ranker
 
             settings = policy_as_judge(recipe, str(policy.path)) if by_policy else recipe.ranker
@@ -332,7 +318,7 @@ class Plan:
         stage = f"{where}/generator/{half}" if half else f"{where}/generator"
 
         def work() -> StageResult:
-            from selfsteer.stages.training import objective_from, train_on
+            from selfsteer.stages.train import objective_from, train_on
 
             name = f"sso-{half}-only" if half else recipe.generator.objective
 
@@ -439,7 +425,7 @@ class Plan:
         recipe, stage = self.recipe, f"{where}/policy"
 
         def work() -> StageResult:
-            from selfsteer.stages.training import objective_from, train_on
+            from selfsteer.stages.train import objective_from, train_on
 
             triples = (
                 list(stored_triples(data.path))

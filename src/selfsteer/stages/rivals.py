@@ -10,14 +10,16 @@ from dataclasses import replace
 from itertools import combinations, groupby
 from pathlib import Path
 
-from selfsteer.config import JudgeConfig, Recipe, resolve_path
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records, dump_line, write_atomic
+from selfsteer.data.records import Message, Preference, Query, Triple, Verdict
 from selfsteer.engines.base import Engine, SamplingParams
 from selfsteer.engines.shards import Ask, Work, at_once
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.evaluation.judges import Judge, Pair, Scorer, ScoringJudge, accuracy, load_judge
 from selfsteer.formats import import_records
-from selfsteer.records import Message, Preference, Query, Records, Triple, Verdict, dump_line
-from selfsteer.runs import StageResult, derive_seed, run_shards, write_atomic
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, accuracy, load_judge
+from selfsteer.recipe.sections import JudgeConfig, Recipe, resolve_path
+from selfsteer.run.folder import StageResult, run_shards
 from selfsteer.terminal import progress_bar
 
 #: What a verdict says of the second of two answers.

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from selfsteer.config import Recipe
-from selfsteer.contexts import context_messages
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records
+from selfsteer.data.records import Triple
 from selfsteer.engines.base import Advance, Completion, Engine, SamplingParams
 from selfsteer.engines.shards import Ask, Work, at_once
-from selfsteer.records import Records, Triple
-from selfsteer.runs import StageResult, derive_seed, run_shards
+from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Recipe
+from selfsteer.run.folder import StageResult, run_shards
 from selfsteer.terminal import progress_bar
 
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfsteer.config import JudgeConfig, Recipe
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import disk_errors, write_atomic
+from selfsteer.data.records import Preference, Query, Triple, content_id
 from selfsteer.errors import DataError
-from selfsteer.evaluation.judges import Scorer
-from selfsteer.evaluation.reward_judge import RewardJudge
 from selfsteer.evaluation.reward_quality import ScoredPair, reward_quality
 from selfsteer.formats import import_records
+from selfsteer.judges.base import Scorer
+from selfsteer.judges.reward import RewardJudge
 from selfsteer.models.chat import ChatFormat
-from selfsteer.models.loading import load_reward_start
-from selfsteer.records import Preference, Query, Triple, content_id
-from selfsteer.runs import RunFolder, StageResult, derive_seed, disk_errors, write_atomic
+from selfsteer.models.load import load_reward_start
+from selfsteer.recipe.sections import JudgeConfig, Recipe
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.terminal import progress_bar, say
 from selfsteer.training.reward import RewardPair, train_reward_model
 from selfsteer.training.trainer import complete_checkpoints, discard_checkpoint

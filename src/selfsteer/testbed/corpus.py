@@ -9,10 +9,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from selfsteer import catalogue
-from selfsteer.contexts import context_messages
-from selfsteer.principles import writer
-from selfsteer.records import Message, Query, content_id
+from selfsteer.data.records import Message, Query, content_id
+from selfsteer.principles import catalogue, writer
+from selfsteer.principles.contexts import context_messages
 from selfsteer.testbed import knowledge as k
 from selfsteer.testbed.grammar import respond, statement
 from selfsteer.testbed.questions import FACTS, KIND, Question, questions

@@ -10,10 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from selfsteer import catalogue
-from selfsteer.contexts import CONTEXTS, context_messages
-from selfsteer.principles import writer
-from selfsteer.records import Message
+from selfsteer.data.records import Message
+from selfsteer.principles import catalogue, writer
+from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.testbed import knowledge, oracle, world
 from selfsteer.testbed.corpus import as_query, choosable
 

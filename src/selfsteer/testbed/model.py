@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfsteer.data.jsonl import dump_lines
 from selfsteer.errors import ArtifactError
-from selfsteer.records import dump_lines
 from selfsteer.testbed import world
 from selfsteer.testbed.corpus import as_query
 from selfsteer.testbed.questions import stable_number

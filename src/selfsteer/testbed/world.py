@@ -11,8 +11,7 @@ import random
 from dataclasses import asdict
 from functools import cache
 
-from selfsteer import catalogue
-from selfsteer.principles import writer
+from selfsteer.principles import catalogue, writer
 from selfsteer.testbed import corpus as corpus_module
 from selfsteer.testbed import knowledge, oracle
 from selfsteer.testbed.corpus import Example, as_query, choosable, corpus

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from selfsteer.runs import derive_seed
+from selfsteer.data.digests import derive_seed
 
 
 def deal_steps(costs: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:

@@ -20,9 +20,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 from trl import RewardConfig, RewardTrainer
 
-from selfsteer.config import Lora, Reward
-from selfsteer.models.loading import LoadedModel, add_lora, save_model
-from selfsteer.runs import disk_errors, write_atomic
+from selfsteer.data.jsonl import disk_errors, write_atomic
+from selfsteer.models.load import LoadedModel, add_lora, save_model
+from selfsteer.recipe.sections import Lora, Reward
 from selfsteer.terminal import progress_bar, say, warn
 from selfsteer.training.trainer import (
     COMPLETE_MARK,

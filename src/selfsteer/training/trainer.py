@@ -22,19 +22,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from selfsteer import ranks
-from selfsteer.config import Lora, Optimisation, Schedule
+from selfsteer.data.jsonl import disk_errors, write_atomic
 from selfsteer.errors import ConfigError, EngineError, NumericsError
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import with_collisions
-from selfsteer.models.loading import LoadedModel, add_lora, disable_dropout, save_model
-from selfsteer.models.logprobs import batch_scores, pack, sums_by_row
+from selfsteer.models.load import LoadedModel, add_lora, disable_dropout, save_model
+from selfsteer.models.score import batch_scores, pack, sums_by_row
 from selfsteer.objectives import Objective, SteeringLoss, steering_loss, wpo_weights
-from selfsteer.runs import disk_errors, write_atomic
+from selfsteer.recipe.sections import Lora, Optimisation, Schedule
+from selfsteer.run import ranks
+from selfsteer.stages.selector import Selector
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
 from selfsteer.training.batches import StepSampler, fill_rows
-from selfsteer.training.selector import Selector
-from selfsteer.training.shards import check_sharded, full, shard_on_cpu, whole
+from selfsteer.training.sharding import check_sharded, full, shard_on_cpu, whole
 
 #: Written last into a checkpoint; transformers takes a half-written folder for a whole one.
 COMPLETE_MARK = "complete"

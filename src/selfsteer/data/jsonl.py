@@ -1,0 +1,150 @@
+"""JSON Lines: atomic writes, checked reads."""
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from selfsteer.errors import ArtifactError, DataError
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Record(Protocol):
+    """Anything with a JSONL form."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSONL line."""
+        ...
+
+
+class Records(Protocol[T_co]):
+    """Sized, and read as often as one likes: a list, or records on disk (`data.stored`)."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __iter__(self) -> Iterator[T_co]:
+        """One after the other, in the same order each time."""
+        ...
+
+
+def short(value: Any) -> str:
+    """A value as it may stand in a message: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items, the last one shorter."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
+
+
+def at(items: Iterable[T], positions: Iterable[int]) -> Iterator[T]:
+    """The items at these positions, which ascend; nothing after the last is read."""
+    wanted = iter(positions)
+    position = next(wanted, None)
+    if position is None:
+        return
+    for i, item in enumerate(items):
+        if i == position:
+            yield item
+            position = next(wanted, None)
+            if position is None:
+                return
+
+
+def dump_line(record: Record | Mapping[str, Any]) -> str:
+    """One JSON line, with its line end; the same record always gives the same bytes."""
+    value = record if isinstance(record, Mapping) else record.to_dict()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def dump_lines(records: Iterable[Record | Mapping[str, Any]]) -> str:
+    """The text of a JSONL file."""
+    return "".join(map(dump_line, records))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) of each non-blank line.
+
+    Raises:
+        DataError: the file is unreadable or a line is not a JSON object; names file and line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise DataError(
+                        f"{path}, line {number} is not JSON ({e.msg} at column {e.colno}): "
+                        f"{short(line.strip())}. Each line must be one JSON object."
+                    ) from None
+                if not isinstance(value, dict):
+                    raise DataError(f"{path}, line {number} is not a JSON object: {short(value)}.")
+                yield number, value
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}).") from None
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}.") from None
+
+
+def write_atomic(path: Path, text: str | bytes | Iterable[str], *, sync: bool = True) -> None:
+    """Writes to a temporary name in the same folder, syncs, renames.
+
+    Args:
+        path: the file; its folder is made if need be.
+        text: whole, or in pieces that are written as they come.
+        sync: whether it must outlive the machine, not only the process.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written; the old file stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    whole = text.encode("utf-8") if isinstance(text, str) else text
+    pieces = [whole] if isinstance(whole, bytes) else (piece.encode("utf-8") for piece in whole)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if partial.is_symlink():  # of a folder from elsewhere; it could lead anywhere
+            partial.unlink()
+        with open(partial, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into one paragraph."""
+    try:
+        yield
+    except Exception as e:
+        # safetensors and torch.save report a full disk as errors of their own
+        words = ("os error 28", "No space left", "PytorchStreamWriter failed", "unexpected pos")
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(w in str(e) for w in words):
+            raise ArtifactError(
+                f"The disk is full: {path} could not be written. Everything finished before is "
+                "kept; free some room and run the same command again."
+            ) from e
+        if not isinstance(e, OSError):
+            raise
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(
+                f"{path} cannot be written ({e.strerror}). Choose another runs_dir or fix the "
+                "folder's permissions."
+            ) from e
+        raise

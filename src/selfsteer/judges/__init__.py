@@ -1,0 +1,1 @@
+"""Who compares answers, and the figures made of verdicts."""

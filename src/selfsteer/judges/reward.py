@@ -1,0 +1,124 @@
+"""A reward model as a judge: a sequence classifier with one label scores both responses.
+
+The better score wins; no position is shown, so no order can matter. A Bradley-Terry model's score
+has no unit and no zero: only differences between responses to one query mean something.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data.digests import digest, model_digest
+from selfsteer.data.records import Query
+from selfsteer.errors import NumericsError
+from selfsteer.judges.base import Judgement, Pair, by_scores
+from selfsteer.judges.store import Advance, AnswerStore
+from selfsteer.models.load import (
+    LoadedModel,
+    check_reward,
+    load_reward,
+    resolve_device,
+    resolve_dtype,
+)
+from selfsteer.recipe.sections import JudgeConfig, resolve_path
+
+
+class RewardJudge:
+    """Scores with ``AutoModelForSequenceClassification``; loaded when something is not stored.
+
+    Args:
+        settings: of kind ``reward``.
+        folder: of the stored scores.
+    """
+
+    scale = "raw output of a reward model: no unit, no zero; only differences count"
+
+    def __init__(self, settings: JudgeConfig, folder: Path | None) -> None:
+        assert settings.model is not None
+        self.settings = settings
+        self.name = f"reward:{settings.model}"
+        self.source = resolve_path(settings.model)
+        device = resolve_device(settings.device)
+        precision = [str(resolve_dtype(settings.dtype, device)), device.type]
+        identity = digest(["reward", model_digest(self.source), *precision])
+        self._store = AnswerStore(folder / identity if folder else None)
+        self._loaded: LoadedModel | None = None
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """See `Judge.check`."""
+        check_reward(self.source, self.settings)
+
+    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+        """See `Scorer.score_all`; None where prompt and response exceed the context."""
+        return [found["score"] for found in self._scored(answers)]
+
+    def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
+        """See `Judge.compare_all`."""
+        found = self._scored([(p.query, text) for p in pairs for text in (p.first, p.second)])
+        return [
+            Judgement(
+                by_scores(a["score"], b["score"], self.settings.tie_margin),
+                reason="too_long" if None in (a["score"], b["score"]) else "",
+                prompt_tokens=a["tokens"] + b["tokens"],
+                seconds=a["seconds"] + b["seconds"],
+            )
+            for a, b in zip(found[::2], found[1::2], strict=True)
+        ]
+
+    def _scored(self, answers: Sequence[tuple[Query, str]]) -> list[dict[str, Any]]:
+        keys = [score_key(query, text) for query, text in answers]
+        questions = dict(zip(keys, answers, strict=True))
+        found = self._store.fetch(questions, self._ask, f"judge {self.name}")
+        return [found[k] for k in keys]
+
+    def _ask(
+        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+    ) -> list[dict[str, Any]]:
+        loaded = self._loaded = self._loaded or load_reward(self.source, self.settings)
+        ids = [loaded.chat.exchange_ids(query.messages, text) for query, text in answers]
+        limit = loaded.context_length
+        order = sorted(
+            (i for i, s in enumerate(ids) if limit is None or len(s) <= limit),
+            key=lambda i: len(ids[i]),
+            reverse=True,
+        )
+        scores: dict[int, float] = {}
+        advance(len(ids) - len(order), 0)
+        # without a padding token the model cannot tell where a padded sequence ends
+        size = self.settings.batch_size if loaded.model.config.pad_token_id is not None else 1
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            scores.update(zip(rows, _forward(loaded, [ids[i] for i in rows]), strict=True))
+            advance(len(rows), sum(len(ids[i]) for i in rows))
+        return [{"score": scores.get(i), "tokens": len(s)} for i, s in enumerate(ids)]
+
+
+def score_key(query: Query, text: str) -> str:
+    """Under which the score of a response is stored."""
+    return digest([[list(m) for m in query.messages], text])
+
+
+def _forward(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[float]:
+    """One score per row of token ids, padded on the right.
+
+    Raises:
+        NumericsError: a score is not finite.
+    """
+    import torch
+
+    width = max(map(len, rows))
+    pad = loaded.model.config.pad_token_id or 0
+    ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    with torch.no_grad(), loaded.precision():
+        logits = loaded.model(
+            input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
+        ).logits
+    scores = [float(x) for x in logits[:, 0]]
+    if not all(map(math.isfinite, scores)):
+        raise NumericsError(
+            f"The reward model {loaded.source} gave a score that is not finite. Try judge.dtype: "
+            "float32."
+        )
+    return scores

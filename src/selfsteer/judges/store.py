@@ -1,0 +1,77 @@
+"""Answers of judges on disk: each question is asked once per judge, whoever needs it.
+
+Addressed by content, like the log-probs in ``scores/``: the folder by what the judge is, each line
+by what it was asked. A run killed while judging goes on behind its last finished chunk.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
+from selfsteer.engines.base import REQUEST_FAILED
+from selfsteer.errors import DataError
+from selfsteer.terminal import progress_bar
+
+#: Questions per file, the unit of resumption.
+CHUNK = 256
+
+Advance = Callable[[int, int], None]
+
+
+class AnswerStore:
+    """JSON objects by key in ``answers-00000.jsonl`` … of a folder; None keeps them in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._values: dict[str, dict[str, Any]] = {}
+        self._files = 0
+        for path in sorted(folder.glob("answers-*.jsonl")) if folder else []:
+            self._files = int(path.stem.split("-")[1]) + 1
+            try:
+                self._values |= {row["key"]: row["answer"] for _, row in read_jsonl(path)}
+            except (DataError, KeyError):
+                continue  # not whole, so not used: its questions are asked again
+
+    def known(self, key: str) -> dict[str, Any] | None:
+        """The stored answer to a question; nobody is asked."""
+        return self._values.get(key)
+
+    def fetch(
+        self,
+        questions: Mapping[str, Any],
+        ask: Callable[[Sequence[str], Sequence[Any], Advance], Sequence[dict[str, Any]]],
+        label: str,
+    ) -> dict[str, dict[str, Any]]:
+        """The answer to each question, stored or asked now.
+
+        Args:
+            questions: key → whatever ``ask`` understands.
+            ask: (keys, questions, advance) → one JSON object each; ``seconds`` is added to it,
+                the chunk's wall time in equal shares.
+            label: of the progress bar.
+        """
+        missing = [key for key in questions if key not in self._values]
+        if missing:
+            with progress_bar(label, len(missing)) as bar:
+                for start in range(0, len(missing), CHUNK):
+                    keys = missing[start : start + CHUNK]
+                    began = time.monotonic()
+                    answers = ask(keys, [questions[k] for k in keys], bar.advance)
+                    share = (time.monotonic() - began) / len(keys)
+                    self._add(keys, [{**a, "seconds": round(share, 6)} for a in answers])
+        return {key: self._values[key] for key in questions}
+
+    def _add(self, keys: Sequence[str], answers: Sequence[dict[str, Any]]) -> None:
+        found = dict(zip(keys, answers, strict=True))
+        if self.folder is not None:
+            # what a server failed to answer is asked again another time
+            lines = dump_lines(
+                {"key": k, "answer": a}
+                for k, a in found.items()
+                if not str(a.get("finish_reason")).startswith(REQUEST_FAILED)
+            )
+            write_atomic(self.folder / f"answers-{self._files:05d}.jsonl", lines)
+            self._files += 1
+        self._values |= found

@@ -1,0 +1,167 @@
+"""Log-probs on disk: each sequence is scored once per model, whoever asks.
+
+Filter, quality report and trainer ask for overlapping sequences of the same triples under the
+same model. The store is addressed by content: model (weights, precision, device) and token ids.
+A file that was cut short or belongs to another model is scored again, never used.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsteer.data.digests import digest
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.score import score_sequences
+from selfsteer.terminal import is_main_process, progress_bar
+
+#: Sequences per file, the unit of resumption.
+CHUNK = 2048
+
+#: Says whose log-probs a folder holds.
+ABOUT = "model.json"
+
+#: What `read_chunk` raises of a file that was cut short.
+NOT_WHOLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def sequence_key(sequence: EncodedSequence) -> bytes:
+    """16 bytes that identify a context and a response by their token ids."""
+    text = f"{sequence.prompt_ids}|{sequence.response_ids}"
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+class ScoreStore:
+    """Per-token log-probs of sequences under one model and layout, kept in a folder.
+
+    Memory holds about 150 bytes of each sequence: which file has it, at which place.
+    """
+
+    def __init__(self, folder: Path, model_key: str) -> None:
+        self.folder = folder / model_key
+        self._places: dict[bytes, int] = {}
+        self._paths: list[Path] = []
+        self._number = 0
+        for path in sorted(self.folder.glob("scores-*.npz")):
+            self._number = int(path.stem.split("-")[1]) + 1
+            try:
+                keys, _ = read_chunk(path)
+            except NOT_WHOLE:
+                continue
+            self._note(path, keys)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _note(self, path: Path, keys: Sequence[bytes]) -> None:
+        first = len(self._paths) * CHUNK
+        self._paths.append(path)
+        self._places.update((key, first + i) for i, key in enumerate(keys))
+
+    def score(
+        self,
+        loaded: LoadedModel,
+        sequences: Sequence[EncodedSequence],
+        *,
+        label: str | None = None,
+        batch_size: int = 32,
+        advance: Callable[[int, int], None] = lambda items, tokens: None,
+    ) -> list[Tensor]:
+        """Per-token log-probs (float32) of each sequence's response, in the order given.
+
+        Args:
+            loaded: the model.
+            sequences: what is asked for; only what is not there yet is scored.
+            label: of a progress bar; None: ``advance`` is told instead.
+            batch_size: sequences per forward.
+            advance: told the sequences and tokens that were scored.
+        """
+        keys = [sequence_key(s) for s in sequences]
+        missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in self._places}
+        todo = list(missing.items())
+        if todo:
+            was_training = loaded.model.training
+            loaded.model.eval()
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(loaded.precision())
+                    if label is not None:
+                        advance = stack.enter_context(progress_bar(label, len(todo))).advance
+                    for start in range(0, len(todo), CHUNK):
+                        part = todo[start : start + CHUNK]
+                        found = score_sequences(
+                            loaded.model,
+                            [s for _, s in part],
+                            layout=loaded.layout,
+                            batch_size=batch_size,
+                            advance=advance,
+                        )
+                        self._add([k for k, _ in part], [v.numpy() for v in found])
+            finally:
+                loaded.model.train(was_training)
+        places = [self._places[key] for key in keys]
+        out = [torch.empty(0)] * len(places)
+        held = -1
+        values: list[np.ndarray] = []
+        for i in sorted(range(len(places)), key=places.__getitem__):
+            file, row = divmod(places[i], CHUNK)
+            if file != held:
+                held, (_, values) = file, read_chunk(self._paths[file])
+            out[i] = torch.from_numpy(values[row].copy())
+        return out
+
+    def _add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
+        buffer = BytesIO()
+        np.savez(
+            buffer,
+            keys=np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16),
+            lengths=np.array([len(v) for v in values]),
+            values=np.concatenate(values),
+        )
+        # ranks write at the same time
+        name = f"scores-{self._number:05d}-{os.environ.get('RANK', '0')}.npz"
+        write_atomic(self.folder / name, buffer.getvalue())
+        self._number += 1
+        self._note(self.folder / name, keys)
+
+
+def read_chunk(path: Path) -> tuple[list[bytes], list[np.ndarray]]:
+    """Keys and log-probs of a file.
+
+    Raises:
+        One of NOT_WHOLE: it was cut short.
+    """
+    with np.load(BytesIO(path.read_bytes())) as data:
+        keys, lengths, values = data["keys"], data["lengths"], data["values"]
+    if lengths.sum() != len(values) or not len(keys) == len(lengths) <= CHUNK:
+        raise ValueError(f"{path} is not whole")
+    return [k.tobytes() for k in keys], np.split(values, np.cumsum(lengths)[:-1])
+
+
+def open_scores(
+    folder: Path, loaded: LoadedModel, sequences: Sequence[EncodedSequence]
+) -> ScoreStore:
+    """The store of a model, whose layout is settled on some of the sequences."""
+    loaded.settle(sequences)
+    store = ScoreStore(folder, digest([loaded.digest, loaded.layout]))
+    if is_main_process():  # a digest says nothing to a reader
+        about = {"model": loaded.source, "dtype": str(loaded.dtype), "layout": loaded.layout}
+        write_atomic(store.folder / ABOUT, json.dumps(about) + "\n")
+    return store
+
+
+def scored(
+    folder: Path, loaded: LoadedModel, sequences: Sequence[EncodedSequence], label: str
+) -> list[Tensor]:
+    """Per-token log-probs of each sequence's response, from the folder or computed now."""
+    return open_scores(folder, loaded, sequences).score(loaded, sequences, label=label)

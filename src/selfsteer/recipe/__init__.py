@@ -1,0 +1,1 @@
+"""Settings: sections, and how they are read."""

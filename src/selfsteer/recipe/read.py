@@ -1,0 +1,226 @@
+"""Settings as people give them: YAML, shipped recipes, ``KEY=VALUE``; faults said in words."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from selfsteer.errors import ConfigError
+from selfsteer.recipe.sections import Recipe, Section
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    folder = files("selfsteer") / "recipes"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name)
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The YAML of a shipped recipe or of a file.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    if name_or_path in recipe_names():
+        return (files("selfsteer") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    path = Path(name_or_path)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"There is no recipe {name_or_path!r}: it is not a shipped one "
+            f"({', '.join(recipe_names())}) and as a file: {reason}.{hint}"
+        ) from None
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error, and a date is the text that it is."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As YAML does, but a key that stands twice is an error."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} is there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        return yaml.load(text, Loader=UniqueKeys)
+    except (ValueError, LookupError, AttributeError) as e:  # a tag that its value does not bear
+        raise yaml.YAMLError(f"a value does not fit its tag: {e}") from None
+
+
+def load_values(name_or_path: str) -> dict[str, Any]:
+    """The settings of a shipped recipe or of a file, as written.
+
+    Raises:
+        ConfigError: it does not exist or is not a YAML mapping.
+    """
+    try:
+        values = read_yaml(recipe_text(name_or_path))
+    except yaml.YAMLError as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"The recipe {name_or_path} cannot be read: {reason}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The recipe {name_or_path} must be a mapping of settings, found {values!r}."
+        )
+    return values
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe; ``overrides`` are ``a.b=value`` with YAML values.
+
+    Raises:
+        ConfigError: anything the recipe says that cannot be honoured.
+    """
+    return validate(Recipe, merge(load_values(name_or_path), overrides), f"recipe {name_or_path}")
+
+
+def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies ``a.b=c`` overrides to nested mappings; ``a.b=null`` goes back to the default.
+
+    Raises:
+        ConfigError: an override is not of that form, or descends into a plain value.
+    """
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"An override must look like key=value, found {override!r}.")
+        *parents, last = key.split(".")
+        node: Any = out
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{override!r}: {parent} is a plain value, not a section.")
+            node[parent] = node = dict(child)
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError:
+            value = text
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return out
+
+
+S = TypeVar("S", bound=Section)
+
+
+def check_sections(settings: Iterable[str], sections: Collection[str], verb: str) -> None:
+    """Refuses settings of a recipe that a verb on models makes no use of.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key.partition(".")[0] not in sections or key == "policy.model":
+            raise ConfigError(
+                f"--set {setting} has no effect here: {verb} takes {', '.join(sections)} as a "
+                "recipe has them; models are named without a key."
+            )
+
+
+def validate(model: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Checks ``values`` against a section; every fault becomes one ConfigError paragraph."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        faults = [_fault(model, fault) for fault in e.errors()]
+        raise ConfigError(f"The {where} cannot be used: {'; '.join(faults)}.") from None
+
+
+def _fault(model: type[Section], fault: Any) -> str:
+    path = ".".join(str(p) for p in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = _nearest(model, fault["loc"])
+        return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
+    if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):
+        return f"{path} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r}"
+
+
+def known_keys(model: type[Section], prefix: str = "") -> list[str]:
+    """All keys of a section and its subsections, dotted."""
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        for sub in subsections(info.annotation):
+            keys += known_keys(sub, f"{prefix}{name}.")
+    return keys
+
+
+def subsections(annotation: Any) -> list[type[Section]]:
+    """The section types in an annotation, also inside Optional."""
+    found = [annotation, *get_args(annotation)]
+    return [a for a in found if isinstance(a, type) and issubclass(a, Section)]
+
+
+def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
+    wanted = ".".join(map(str, loc))
+    keys = known_keys(model)
+    siblings = [k for k in keys if k.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
+    if near:
+        return near[0]
+    by_leaf = {k.rpartition(".")[2]: k for k in keys}
+    near = difflib.get_close_matches(str(loc[-1]), list(by_leaf), n=1, cutoff=0.7)
+    return by_leaf[near[0]] if near else None
+
+
+def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
+    """A recipe text with each known key's description behind it."""
+    lines: list[str] = []
+    parents: list[str] = []
+    for line in recipe_yaml.splitlines():
+        match = re.match(r"( *)([a-z_0-9]+):(.*)$", line)
+        if not match:
+            lines.append(line)
+            continue
+        depth = len(match[1]) // 2
+        parents[depth:] = [match[2]]
+        text = descriptions.get(".".join(parents))
+        lines.append(f"{line}  # {text}" if text and "#" not in line else line)
+    return "\n".join(lines) + "\n"
+
+
+def descriptions(model: type[Section] = Recipe, prefix: str = "") -> dict[str, str]:
+    """Each dotted key's description, sections included."""
+    out = {}
+    for name, info in model.model_fields.items():
+        subs = subsections(info.annotation)
+        doc = (subs[0].__doc__ or "").split("\n")[0] if subs else ""
+        out[prefix + name] = (info.description or doc).rstrip(".")
+        for sub in subs:
+            out |= descriptions(sub, f"{prefix}{name}.")
+    return out

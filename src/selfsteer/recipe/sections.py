@@ -1,0 +1,1176 @@
+"""The recipe: one pydantic model per stage, checked before anything loads.
+
+A field is documented once, in its description, with the source of its default. Unknown keys are
+refused; settings that the chosen method has no use for are refused too, so that nothing is accepted
+and then ignored. How a recipe is read from YAML and `KEY=VALUE` is `selfsteer.recipe.read`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from selfsteer.errors import ConfigError
+
+ObjectiveName = Literal[
+    "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
+]
+GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
+Method = Literal[
+    "sso", "sso-online", "pbaa", "best-of-n", "self-rewarding", "sgpo", "spin", "reward"
+]
+#: Methods that need no principles: their answers are plain ones.
+PLAIN_METHODS = ("best-of-n", "self-rewarding", "sgpo", "spin")
+#: Those of them whose pairs are the best and the worst of several answers.
+RANKED_METHODS = ("best-of-n", "self-rewarding")
+Device = Literal["auto", "cpu", "cuda"]
+Layout = Literal["auto", "tree", "padded"]
+BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+BASES: tuple[str, ...] = get_args(BaseName)
+Weighting = Literal["wpo"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+
+#: The constants of `Objective.named`, as settings are called that give them.
+CONSTANTS = frozenset(
+    "beta gamma alpha steer use_weight use_steer detach_weight label_smoothing simpo_margin weighting".split()  # noqa: SIM905, E501
+)
+
+
+#: Settings of training that spend memory or time and change results only by rounding.
+NOT_RESULTS = {"save_every_steps", "row_tokens", "gradient_checkpointing"}
+
+
+def unused_arguments(
+    objective: str, base: str, given: Iterable[str], *, use_weight: bool, use_steer: bool
+) -> list[str]:
+    """The constants among ``given`` that this objective and base would ignore."""
+    used = {"beta"}
+    if base == "sigmoid":
+        used.add("label_smoothing")
+    if base == "simpo":
+        used.add("simpo_margin")
+    if objective == "pbaa":
+        used.add("weighting")
+    if objective in get_args(GeneratorObjective):
+        used.add("gamma")
+    if objective == "sso-online":
+        used |= {"use_weight", "use_steer"}
+        used |= {"alpha", "detach_weight"} if use_weight else set()
+        used |= {"steer"} if use_steer else set()
+    return [name for name in given if name in CONSTANTS - used]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: strict keys, frozen values, finite numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+def _f(default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, **bounds)
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full training (arXiv 2106.09685)."""
+
+    rank: int = _f(16, "rank of the adapters", gt=0)
+    alpha: int = _f(32, "scale of the adapters", gt=0)
+    targets: str | list[str] = _f("all-linear", "module names, or all-linear")
+    bits: Literal[4, 8] | None = _f(
+        None, "QLoRA: weights under the adapters in so many bits (arXiv 2305.14314); null: whole"
+    )
+
+
+class Policy(Section):
+    """The model to align."""
+
+    model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
+    dtype: Literal["float32", "bfloat16", "auto"] = _f(
+        "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
+    )
+    device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
+    layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
+    lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged, and beside")
+    trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
+    allow_pickle: bool = _f(False, "load weights that are not safetensors")
+    threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0)
+
+
+class ReplicaResources(Section):
+    """What Ray sets aside for each replica."""
+
+    num_cpus: float = _f(1, "cores", ge=0)
+    num_gpus: float = _f(0, "GPUs; 0.5 puts two replicas on one", ge=0)
+
+
+#: The settings of each kind of engine, ``kind`` and ``model`` aside.
+_ENGINE_KEYS: dict[str, set[str]] = {
+    "transformers": set(),
+    "vllm": {"memory", "tensor_parallel", "max_model_len", "engine_args"},
+    "openai": {
+        "base_url",
+        "launch",
+        "launch_timeout",
+        "api_key_env",
+        "concurrency",
+        "retries",
+        "backoff",
+        "timeout",
+        "max_requests",
+        "max_tokens_total",
+        "extra_body",
+    },
+    "ray": {"replicas", "resources", "address", "replica"},
+}
+
+#: Arguments of vllm.LLM that come from elsewhere in the recipe.
+_VLLM_OWN = frozenset(
+    (
+        "model",
+        "dtype",
+        "seed",
+        "trust_remote_code",
+        "load_format",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "enable_prefix_caching",
+        "generation_config",
+        "max_logprobs",
+    )
+)
+
+
+class EngineSettings(Section):
+    """One engine: transformers or vllm (in process), or openai (a server)."""
+
+    kind: Literal["transformers", "vllm", "openai", "ray"] = _f(
+        "transformers",
+        "transformers, vllm: in process; openai: a server, yours or hosted; ray: a cluster",
+    )
+    model: str | None = _f(None, "openai without launch: what the server calls its model")
+    base_url: str | None = _f(None, "openai: address of a server that runs, up to /v1")
+    launch: str | None = _f(
+        None, "openai: command that serves a model, with {model} and {port}; started per model"
+    )
+    launch_timeout: float = _f(900, "openai: seconds until a launched server must answer", gt=0)
+    api_key_env: str = _f(
+        "OPENAI_API_KEY", "openai: environment variable with the key; unset: no key"
+    )
+    concurrency: int = _f(32, "openai: requests under way at once", gt=0)
+    retries: int = _f(6, "openai: tries of a request after the first one", ge=0)
+    backoff: float = _f(0.5, "openai: seconds before the first retry, doubled up to 60", ge=0)
+    timeout: float = _f(600, "openai: seconds until a request counts as lost", gt=0)
+    max_requests: int | None = _f(None, "openai: requests of a run at most; null: any", gt=0)
+    max_tokens_total: int | None = _f(
+        None, "openai: tokens of a run at most, in and out; null: any", gt=0
+    )
+    extra_body: dict[str, Any] = _f({}, "openai: more fields of each request, such as top_k")
+    memory: float = _f(
+        0.9, "vllm: share of each GPU's memory, of the machine's on a CPU", gt=0, le=1
+    )
+    tensor_parallel: int = _f(1, "vllm: GPUs that hold one model together", gt=0)
+    max_model_len: int | None = _f(
+        None, "vllm: longest prompt + answer, tokens; null: the model's context", gt=0
+    )
+    engine_args: dict[str, Any] = _f(
+        {}, "vllm: more arguments of vllm.LLM, such as max_num_seqs or quantization"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on; tries, limits and concurrency change none."""
+        own = ["kind", "model", "base_url", "launch", "extra_body"]
+        if self.kind == "vllm":
+            own = ["kind", "model", "tensor_parallel", "max_model_len", "engine_args"]
+        return {name: getattr(self, name) for name in own}
+
+    def faults(self, where: str, *, named: bool = False) -> list[str]:
+        """What contradicts itself, and settings that have no effect.
+
+        Args:
+            where: the section's dotted name, for the messages.
+            named: whether ``model`` belongs here, launched or in process.
+        """
+        changed = {n for n, f in type(self).model_fields.items() if getattr(self, n) != f.default}
+        if named or self.kind == "openai":
+            changed -= {"model"}
+        idle = changed - _ENGINE_KEYS[self.kind] - {"kind"}
+        found = [f"{where}.{n} has no effect with kind {self.kind}" for n in sorted(idle)]
+        if self.kind == "openai":
+            found += self._server_faults(where, changed, named)
+        if self.kind == "vllm":
+            found += [
+                f"{where}.engine_args.{name} is what the engine itself sets; remove it"
+                for name in sorted(_VLLM_OWN & set(self.engine_args))
+            ]
+        return found
+
+    def _server_faults(self, where: str, changed: set[str], named: bool) -> list[str]:
+        found = []
+        if (self.base_url is None) == (self.launch is None):
+            found.append(f"{where} of kind openai needs base_url or launch, and not both")
+        if self.launch is None:
+            if self.model is None:
+                found.append(f"{where}.model is missing: what the server calls its model")
+            if "launch_timeout" in changed:
+                found.append(f"{where}.launch_timeout has no effect without launch; remove it")
+        else:
+            found += [
+                f"{where}.launch has no place for {{{name}}}: {self.launch!r}"
+                for name in ("model", "port")
+                if f"{{{name}}}" not in self.launch
+            ]
+            if self.model is not None and not named:
+                found.append(f"{where}.model has no effect with launch: the stage names the model")
+            if "api_key_env" in changed:
+                found.append(f"{where}.api_key_env has no effect: a launched server gets no key")
+        if self.base_url is not None:
+            parts = urlsplit(self.base_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                found.append(f"{where}.base_url must look like http://HOST:PORT/v1")
+            if parts.password or parts.query:
+                found.append(f"{where}.base_url must hold no secret; see api_key_env")
+        own = {"model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream"}
+        found += [
+            f"{where}.extra_body.{name} is what the engine itself sends; remove it"
+            for name in sorted(own & set(self.extra_body))
+        ]
+        return found
+
+
+class EngineConfig(EngineSettings):
+    """Who answers: transformers or vllm (in process), a server, or replicas on a Ray cluster."""
+
+    replicas: int = _f(1, "ray: copies of the model that answer side by side", gt=0)
+    resources: ReplicaResources = _f(ReplicaResources(), "ray: what each replica takes of a node")
+    address: str | None = _f(
+        None, "ray: null starts a cluster on this machine; auto or ray://HOST:PORT joins one"
+    )
+    replica: EngineSettings | None = _f(
+        None, "ray: the engine that each replica holds; null: transformers"
+    )
+
+    @property
+    def answering(self) -> EngineSettings:
+        """The engine that answers in the end: of kind ray, the one that each replica holds."""
+        if self.kind != "ray":
+            return self
+        return (self.replica or EngineSettings()).model_copy(update={"model": self.model})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on; replicas are none: the same shards, seeds and batches."""
+        return self.answering.identity if self.kind == "ray" else super().identity
+
+    def faults(self, where: str, *, named: bool = False) -> list[str]:
+        """See `EngineSettings.faults`."""
+        found = super().faults(where, named=named)
+        replica = self.replica
+        if self.kind != "ray" or replica is None:
+            return found
+        inner = f"{where}.replica"
+        if replica.kind == "ray":
+            return [*found, f"{inner} of kind ray would be a cluster in a cluster"]
+        found += replica.faults(inner)
+        if replica.base_url is not None:
+            found.append(
+                f"{inner}.base_url names one server for all replicas; ask it with {where} of kind "
+                "openai and more concurrency, or give launch"
+            )
+        found += [
+            f"{inner}.{name} would count for each replica by itself; remove it"
+            for name in ("max_requests", "max_tokens_total")
+            if getattr(replica, name) is not None
+        ]
+        return found
+
+
+class WriterConfig(EngineConfig):
+    """Who writes principles, or rewrites answers: folder, hub id, or engine with its model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+#: Unicode scripts that queries can be bounded to, as Unicode names them.
+# fmt: off
+SCRIPTS = (
+    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek",
+    "Gujarati", "Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana",
+    "Khmer", "Lao", "Latin", "Malayalam", "Mongolian", "Myanmar", "Oriya", "Sinhala",
+    "Tamil", "Telugu", "Thaana", "Thai", "Tibetan",
+)
+# fmt: on
+
+
+class Augment(Section):
+    """Grows the query set with the policy itself before principles are written."""
+
+    to: int = _f(..., "queries wanted, the given ones included", gt=0)
+    depth: float = _f(0.4, "share made of one query, harder or more specific", ge=0, le=1)
+    breadth: float = _f(0.3, "share made of one query, same kind on another subject", ge=0, le=1)
+    instruct: float = _f(0.3, "share asked for beside three shown queries", ge=0, le=1)
+    temperature: float = _f(1.0, "ours: new queries live on variety", ge=0)
+    top_p: float = _f(0.95, "ours, as temperature", gt=0, le=1)
+    max_new_tokens: int = _f(256, "budget of a new query, tokens", gt=0)
+    attempts: int = _f(10, "rounds; each asks for what is still missing", gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        total = self.depth + self.breadth + self.instruct
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"depth, breadth and instruct must add up to 1, found {total:g}")
+        return self
+
+
+class Queries(Section):
+    """Where the prompts come from, and which of them are asked."""
+
+    path: str = _f(..., "JSONL, JSON, CSV or Parquet: file, folder, datasets name or package:")
+    split: str = _f("train", "which split, where the path is a datasets name")
+    limit: int | None = _f(None, "use only the first so many", gt=0)
+    per_iteration: int | None = _f(
+        None, "online way: new queries per iteration; null: an equal share", gt=0
+    )
+    min_chars: int | None = _f(None, "fewest characters of the user turns", gt=0)
+    max_chars: int | None = _f(None, "most characters of the user turns", gt=0)
+    scripts: tuple[str, ...] | None = _f(None, "scripts of half the letters: [Latin]", min_length=1)
+    near_duplicates: float | None = _f(
+        None, "drop later queries with this Jaccard similarity of word 3-grams", ge=0.05, le=1
+    )
+    against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
+    ngram: int = _f(8, "words shared with one of them that make a query contaminated", gt=0)
+    augment: Augment | None = _f(None, "grow the set with the policy; null: take it as it is")
+
+    @model_validator(mode="after")
+    def _curation(self) -> Self:
+        if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars {self.min_chars} exceeds max_chars {self.max_chars}")
+        for script in self.scripts or ():
+            if script not in SCRIPTS:
+                near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}")
+        if "ngram" in self.model_fields_set and not self.against and self.augment is None:
+            raise ValueError("ngram has no effect without 'against' or 'augment'; remove it")
+        return self
+
+
+#: Stands where a recipe has none, because its method asks none.
+NO_QUERIES = Queries(path="none")
+
+
+class PrinciplesConfig(Section):
+    """How principles are made."""
+
+    mode: Literal["picked", "generated", "fixed"] = _f(
+        "generated",
+        "picked: the catalogue's text; generated: written by a model for each query; fixed: yours",
+    )
+    catalogue: str | None = _f(None, "YAML file of your own features; null: the built-in one")
+    features: Literal["model", "random", "none"] = _f(
+        "model",
+        "who chooses a query's features, missing ones are filled at random; none: no adjectives",
+    )
+    features_per_query: int = _f(2, "SSO v2, §4", ge=1)
+    concision: float = _f(
+        0.2, "probability that Concision is appended (SSO v2); unset: the catalogue's", ge=0, le=1
+    )
+    append: dict[str, Annotated[float, Field(ge=0, le=1)]] = _f(
+        {}, "feature: its own probability to be appended; such features are not chosen"
+    )
+    writer: WriterConfig | None = _f(
+        None, "model that writes principles, or an engine with its model; null: the policy"
+    )
+    written_from: Literal["features", "query"] = _f(
+        "features", "what the writer sees beside the query: its features (v1), or nothing (v2)"
+    )
+    examples: int = _f(0, "worked examples shown to the writer", ge=0, le=3)
+    candidates: int = _f(1, "answers asked of the writer per query; the best is taken", ge=1)
+    good: str | None = _f(None, "mode fixed: the whole good principle, the same for every query")
+    bad: str | None = _f(None, "mode fixed: the whole bad principle")
+    path: str | None = _f(
+        None, "mode fixed: JSONL of principles by query id; good and bad stand in for missing ids"
+    )
+    max_new_tokens: int = _f(256, "budget of a written answer", gt=0)
+    temperature: float = _f(0.7, "of the writer", ge=0)
+    top_p: float = _f(0.8, "of the writer", gt=0, le=1)
+    batch_size: int = _f(32, "conversations decoded together", gt=0)
+    shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether anything is asked of a model at all."""
+        return self.mode == "generated" or (self.mode == "picked" and self.features == "model")
+
+    def faults(self) -> list[str]:
+        """What contradicts itself, and settings that have no effect beside the others."""
+        found = []
+        if self.mode == "fixed":
+            if (self.good is None) != (self.bad is None):
+                found.append("principles.good and principles.bad come together; give both")
+            elif self.good is None and self.path is None:
+                found.append("mode fixed needs principles.good and principles.bad, or .path")
+            elif self.good is not None and self.good == self.bad:
+                found.append("principles.good and principles.bad are the same text")
+            idle = set(type(self).model_fields) - {"mode", "good", "bad", "path", "shard_size"}
+        else:
+            idle = {"good", "bad", "path"}
+            if self.features == "none" and (self.mode, self.written_from) != ("generated", "query"):
+                found.append("features none is for mode generated with written_from query")
+            if self.mode == "picked":
+                idle |= {"writer", "written_from", "examples", "candidates"}
+            if not self.asks_a_model:
+                idle |= {"max_new_tokens", "temperature", "top_p", "batch_size"}
+            if self.temperature == 0 and self.candidates > 1:
+                found.append("at temperature 0 all principles.candidates are the same answer")
+        found += [
+            f"principles.{name} has no effect with mode {self.mode} and features {self.features}; "
+            "remove it"
+            for name in sorted(idle & self.model_fields_set)
+        ]
+        return found
+
+
+class Sampling(Section):
+    """How responses are sampled (SSO v2, §4: temperature 0.7, top-p 0.8, 2048 new tokens)."""
+
+    engine: EngineConfig = _f(EngineConfig(), "who answers: transformers, or a section")
+    temperature: float = _f(0.7, "0 means greedy", ge=0)
+    top_p: float = _f(0.8, "nucleus mass", gt=0, le=1)
+    max_new_tokens: int = _f(2048, "response budget, tokens", gt=0)
+    batch_size: int = _f(32, "conversations decoded together", gt=0)
+    shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
+    keep_unfinished: bool = _f(False, "keep responses cut off by the budget")
+
+    def dump_for_answers(self) -> dict[str, Any]:
+        """What answers depend on."""
+        return {**self.model_dump(exclude={"engine"}), "engine": self.engine.identity}
+
+
+class Hygiene(Section):
+    """Pairs that teach nothing, or the wrong thing, are dropped and counted."""
+
+    min_chars: int = _f(1, "shortest response kept; 20 in the authors' release", ge=0)
+    strip_lead_ins: bool = _f(True, "cut 'Helpful response:' and the like off the front")
+    max_length_ratio: float | None = _f(
+        None, "longer response / shorter response of a pair at most, in tokens; null: any", ge=1
+    )
+    max_length_difference: int | None = _f(
+        None, "tokens that the two responses of a pair may differ by; null: any", ge=0
+    )
+    match_lengths: bool = _f(
+        False, "keep as many pairs whose chosen response is the longer as the shorter one"
+    )
+    export_unsafe: bool = _f(
+        True, "export pairs whose principles name Safety: their rejected text is meant to harm"
+    )
+
+    @property
+    def capped(self) -> bool:
+        """Whether some difference in length is too much."""
+        return self.max_length_ratio is not None or self.max_length_difference is not None
+
+    def dump_for_pairs(self) -> dict[str, Any]:
+        """What decides which pairs a run trains on: all but the export's setting."""
+        return self.model_dump(exclude={"export_unsafe"})
+
+
+class Bound(Section):
+    """What a figure must reach: mean, off, {quantile: 0.5} or {at_least: -1.2}."""
+
+    rule: Literal["mean", "off"] | None = _f(None, "mean: of what is left so far; off: no bound")
+    quantile: float | None = _f(None, "of what is left so far; 0 keeps all", ge=0, lt=1)
+    at_least: float | None = _f(None, "nats per token")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if value is False:  # what YAML makes of the word off
+            value = "off"
+        return {"rule": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(v is not None for v in (self.rule, self.quantile, self.at_least)) != 1:
+            raise ValueError("give exactly one of mean, off, {quantile: …} and {at_least: …}")
+        return self
+
+
+class Filter(Section):
+    """v1's log-prob filter on triples; true: as released, false: off."""
+
+    enabled: bool = _f(True, "whether triples are filtered at all")
+    steering_order: bool = _f(
+        True, "each response likelier the closer the context is to its own (SSO v1's release)"
+    )
+    near_on_policy: Bound = _f(
+        Bound(rule="mean"), "for m(y+|x) and m(y-|x), nats per token (SSO v1's release)"
+    )
+    gap: Bound = _f(Bound(rule="mean"), "for both steering gaps, nats (SSO v1's release)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _no_idle_settings(self) -> Self:
+        if not self.enabled and self.model_fields_set - {"enabled"}:
+            raise ValueError("a filter that is not enabled has no other settings")
+        return self
+
+
+JudgeKind = Literal["oracle", "chat", "reward", "human"]
+_MODEL_KEYS = {"model", "batch_size", "dtype", "device", "trust_remote_code", "allow_pickle"}
+_JUDGE_KEYS: dict[str, set[str]] = {
+    "oracle": set(),
+    "chat": _MODEL_KEYS | {"temperature", "max_new_tokens", "engine"},
+    "reward": _MODEL_KEYS | {"tie_margin"},
+    "human": {"path"},
+}
+
+
+class JudgeConfig(Section):
+    """Who compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
+
+    kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
+    model: str | None = _f(None, "chat, reward: a folder, a hub id, or package:MODULE/PATH")
+    engine: EngineConfig = _f(EngineConfig(), "chat: who answers, as in sampling.engine")
+    path: str | None = _f(None, "human: JSONL of labels, see docs/judges.md")
+    temperature: float = _f(0.0, "chat: 0 is greedy, as in MT-Bench (arXiv 2306.05685)", ge=0)
+    max_new_tokens: int = _f(512, "chat: budget of reasons and verdict", gt=0)
+    tie_margin: float = _f(0.0, "reward: scores that differ by no more are a tie", ge=0)
+    batch_size: int = _f(32, "chat, reward: sequences together", gt=0)
+    dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
+    device: Device = _f("auto", "as policy.device")
+    trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
+    allow_pickle: bool = _f(False, "as policy.allow_pickle")
+
+    @property
+    def layout(self) -> str:
+        """A judge's model is only asked, never scored under a layout."""
+        return "padded"
+
+    @property
+    def threads(self) -> None:
+        """The policy's setting holds for the process."""
+        return
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind, colon, rest = value.partition(":")
+        if not colon:
+            return {"kind": kind}
+        return {"kind": kind, "path" if kind == "human" else "model": rest}
+
+    @model_validator(mode="after")
+    def _only_its_own_settings(self) -> Self:
+        own = _JUDGE_KEYS[self.kind]
+        for name in sorted(self.model_fields_set - own - {"kind"}):
+            raise ValueError(f"{name} has no effect with a judge of kind {self.kind}; remove it")
+        for name in sorted(own & {"model", "path"}):
+            if not getattr(self, name):
+                raise ValueError(f"a judge of kind {self.kind} needs a {name}")
+        if self.engine.model is not None:
+            raise ValueError("engine.model has no effect: judge.model names the model; remove it")
+        kind = self.engine.answering.kind
+        idle = {"openai": _MODEL_KEYS - {"model"}, "vllm": {"batch_size", "device"}}
+        for name in sorted(idle.get(kind, set()) & self.model_fields_set):
+            raise ValueError(f"{name} has no effect with an engine of kind {kind}; remove it")
+        if self.engine.kind == "ray":
+            raise ValueError(
+                "an engine of kind ray answers shards, which a judge has none of; use vllm, or "
+                "openai with launch"
+            )
+        for fault in self.asked.faults("engine", named=True):
+            raise ValueError(fault)
+        return self
+
+    @property
+    def asked(self) -> EngineConfig:
+        """The engine with the judge's model."""
+        return self.engine.model_copy(update={"model": self.model})
+
+
+class Schedule(Section):
+    """What all trainings have in common: steps, optimiser, memory."""
+
+    learning_rate: float = _f(5e-7, "peak; SSO v2, §4", gt=0)
+    batch_size: int = _f(..., "queries per optimiser step, over all ranks", gt=0)
+    epochs: float = _f(1, "passes over the data", gt=0)
+    warmup: float = _f(0.1, "share of the steps, then cosine (SSO v2)", ge=0, lt=1)
+    weight_decay: float = _f(0.1, "AdamW (SSO v2)", ge=0)
+    adam_beta2: float = _f(0.95, "AdamW (SSO v2)", gt=0, lt=1)
+    max_grad_norm: float = _f(1.0, "gradient clipping", gt=0)
+    max_length: int = _f(2048, "longest prompt + response, tokens (SSO v2)", gt=0)
+    gradient_checkpointing: bool = _f(False, "recompute activations to save memory")
+    save_every_steps: int = _f(100, "steps between resumable checkpoints", gt=0)
+
+
+class Optimisation(Schedule):
+    """What training the generator and training the policy have in common."""
+
+    base: BaseName = _f("sigmoid", "sigmoid (DPO), ipo, hinge, simpo or orpo")
+    beta: float = _f(0.1, "β of the base loss; 0.1 (v2), 0.2 with IPO (v1)", gt=0)
+    label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
+    simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
+    row_tokens: int = _f(
+        16_384, "tokens of one forward and rank; a full GPU halves it and says so", gt=0
+    )
+    reference: Literal["iteration", "first"] = _f(
+        "iteration", "frozen reference: this iteration's start, or the very first policy"
+    )
+
+
+class Selection(Section):
+    """Which step of a training is kept, by its answers to held-out queries (docs/selection.md)."""
+
+    points: int = _f(4, "candidates, evenly over the steps; 0: the last step, unmeasured", ge=0)
+    queries: int = _f(128, "held out of the training data, never more than a tenth of it", ge=16)
+    max_kl: float = _f(0.2, "KL from the start, nats per token (docs/selection.md)", gt=0)
+    max_length_ratio: float = _f(2.0, "answers longer, or shorter, by this factor", gt=1)
+    max_repeated: float = _f(0.1, "share of repeated 4-grams, above the start's", gt=0)
+    max_unfinished: float = _f(0.1, "share of answers cut off, above the start's", gt=0)
+    stop: float = _f(2.0, "training ends at a candidate so many times over a bound", ge=1)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        idle = sorted(self.model_fields_set - {"points"})
+        if self.points == 0 and idle:
+            raise ValueError(f"{idle[0]} has no effect with points 0; remove it")
+        return self
+
+
+class Generator(Optimisation):
+    """The data generator: a copy of the policy trained with L_SSO (SSO v2, eq. 1-4)."""
+
+    queries: int = _f(8000, "queries whose triples train it; 8k of 60k (SSO v2, §4)", gt=0)
+    objective: GeneratorObjective = _f("sso", "sso, or an ablation of it")
+    gamma: float = _f(0.1, "γ, weight of the NLL", ge=0)
+    batch_size: int = _f(32, "triples per optimiser step (SSO v2)", gt=0)
+    per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
+    selection: Selection = Selection()
+
+
+class Training(Optimisation):
+    """The policy stage; with method sso-online also v1's loss."""
+
+    batch_size: int = _f(256, "queries per optimiser step (SSO v2)", gt=0)
+    alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
+    steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
+    use_weight: bool = _f(True, "v1's W; false: W = 1")
+    use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
+    detach_weight: bool = _f(False, "stop the gradient through W")
+    weighting: Weighting | None = _f(
+        None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
+    )
+    selection: Selection = Selection()
+
+
+class RewardData(Section):
+    """One preference set of a reward model's mixture; its path alone will do."""
+
+    path: str = _f(..., "what selfsteer import reads, or a run folder: its last preferences")
+    name: str | None = _f(None, "in tables; null: the path's last part")
+    weight: float = _f(1.0, "passes per epoch: 0.5 takes a seeded half, 2 each pair twice", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name or Path(self.path).name
+
+
+class Reward(Schedule):
+    """A Bradley-Terry reward model, on the run's preferences, other sets, or both."""
+
+    model: str | None = _f(None, "what it starts from: a folder or a hub id; null: policy.model")
+    data: tuple[RewardData, ...] = _f((), "preference sets beside the run's own")
+    own_weight: float = _f(1.0, "of the run's own preferences, as data.weight", gt=0)
+    margin: str | None = _f(
+        None, "key of a record's margin, taken off its score difference (Llama 2, eq. 2)"
+    )
+    holdout: float = _f(0.1, "share of the queries kept out and measured on", ge=0, lt=1)
+    learning_rate: float = _f(2e-6, "peak; RLHFlow's Llama3-8B reward models, SSO has none", gt=0)
+    batch_size: int = _f(256, "pairs per optimiser step (SSO v2's policy stage)", gt=0)
+    forward_pairs: int = _f(8, "pairs per forward; divides batch_size", gt=0)
+    center: float = _f(0.0, "pulls scores to mean 0; 0.01 is usual (arXiv 2312.09244, eq. 2)", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or isinstance(value.get("data", ()), list | tuple):
+            return value
+        rest, data = {k: v for k, v in value.items() if k != "data"}, value["data"]
+        return rest if data is None else {**rest, "data": [data]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.forward_pairs:
+            raise ValueError(
+                f"forward_pairs {self.forward_pairs} does not divide batch_size {self.batch_size}"
+            )
+        labels = [d.label for d in self.data]
+        twice = next((x for i, x in enumerate(labels) if x in labels[:i]), None)
+        if twice is not None:
+            raise ValueError(f"two sets of data are called {twice!r}; give each a name")
+        return self
+
+
+class Ranking(Section):
+    """Methods best-of-n and self-rewarding: plain answers, the best against the worst."""
+
+    samples: int = _f(4, "answers per query; self-rewarding: 4 (arXiv 2401.10020, §3.1)", ge=2)
+    judge: JudgeConfig | None = _f(
+        None, "who ranks them; null: the recipe's judge, with self-rewarding the policy itself"
+    )
+
+    @model_validator(mode="after")
+    def _can_rank(self) -> Self:
+        if self.judge is not None and self.judge.kind == "human":
+            raise ValueError("people have not seen answers that are sampled now: no judge human")
+        return self
+
+
+class Evaluation(Section):
+    """Base, baseline and aligned policy answer held-out queries; the judge compares."""
+
+    queries: Queries = _f(..., "held-out prompts, never used above")
+    temperature: float | None = _f(None, "null: as in sampling", ge=0)
+    bootstrap: int = _f(2000, "resamples for the 95 % intervals", ge=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in sorted({"augment", "per_iteration"} & self.queries.model_fields_set):
+            if getattr(self.queries, name) is not None:
+                raise ValueError(f"queries.{name} has no effect on evaluation queries; remove it")
+        return self
+
+
+class HarnessTask(Section):
+    """A task of lm-evaluation-harness or of a task folder: its name, or a section."""
+
+    name: str = _f(..., "as the harness calls it: a task or a group of tasks")
+    metric: str | None = _f(
+        None, "METRIC or METRIC,FILTER for the table; null: the first that the harness reports"
+    )
+    fewshot: int | None = _f(None, "worked examples before a question; null: the task's own", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class JudgedSet(Section):
+    """Questions whose answers are judged: STYLE:PATH, or a section (docs/benchmarks.md)."""
+
+    style: Literal["alpaca-eval", "arena-hard", "mt-bench"] = _f(
+        ..., "alpaca-eval, arena-hard: against a baseline; mt-bench: each answer rated 1 to 10"
+    )
+    questions: str = _f(..., "JSONL: id, and prompt, messages, instruction or turns")
+    baseline: str | None = _f(
+        None, "JSONL of answers to beat, by id or equal question; null: the first model's own"
+    )
+    label: str | None = _f(None, "its column's name; null: the questions' file name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        style, _, path = value.partition(":")
+        return {"style": style, "questions": path}
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if not self.questions:
+            raise ValueError("it names no questions; give STYLE:PATH")
+        if self.style == "mt-bench" and self.baseline is not None:
+            raise ValueError("baseline has no effect in style mt-bench; remove it")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What tables and files call it."""
+        return self.label or Path(self.questions).stem
+
+
+class Benchmarks(Section):
+    """Public or own benchmarks of base, baseline and aligned policy (docs/benchmarks.md)."""
+
+    tasks: tuple[HarnessTask, ...] = _f((), "of lm-evaluation-harness: [ifeval, gsm8k, mmlu]")
+    task_folders: tuple[str, ...] = _f((), "folders with tasks of your own, in its YAML")
+    chat_template: bool = _f(True, "tasks are asked through the model's chat template")
+    batch_size: int = _f(16, "tasks: requests computed together", gt=0)
+    judged: tuple[JudgedSet, ...] = _f((), "question sets whose answers are judged")
+    judge: JudgeConfig | None = _f(None, "of the judged sets; null: the recipe's")
+    temperature: float = _f(0.0, "of answers to judged sets; greedy as in Arena-Hard", ge=0)
+    max_new_tokens: int | None = _f(None, "of those answers; null: as in sampling", gt=0)
+    limit: int | None = _f(None, "only the first questions of each task and set; null: all", gt=0)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        names = [t.name for t in self.tasks] + [s.name for s in self.judged]
+        if not names:
+            raise ValueError("it names neither tasks nor judged sets")
+        twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"two benchmarks are called {twice!r}; give one a label")
+        for needed, own in (
+            ("tasks", {"task_folders", "chat_template", "batch_size"}),
+            ("judged", {"judge", "temperature", "max_new_tokens"}),
+        ):
+            idle = sorted(own & self.model_fields_set)
+            if idle and not getattr(self, needed):
+                raise ValueError(f"{idle[0]} has no effect without {needed}; remove it")
+        return self
+
+
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
+
+
+class Keep(Section):
+    """What stays on disk."""
+
+    generator: bool = _f(True, "keep the generator's weights after the run")
+    checkpoints: int = _f(1, "resumable checkpoints kept while training", ge=1)
+
+
+class Recipe(Section):
+    """Everything a run needs to know."""
+
+    name: str = _f(..., "runs_dir/name is the run folder")
+    runs_dir: str = _f("runs", "where run folders live")
+    seed: int = _f(0, "of everything", ge=0, lt=2**31)
+    method: Method = _f(
+        "sso",
+        "sso (v2), sso-online (v1), pbaa, a rival of docs/methods.md, or reward: a reward model on "
+        "given preferences",
+    )
+    baseline: Literal["pbaa"] | None = _f(None, "also run PBAA: same queries and principles")
+    iterations: int = _f(1, "rounds, each from the last policy; v1 runs 3", ge=1)
+    policy: Policy
+    queries: Queries = NO_QUERIES
+    principles: PrinciplesConfig = PrinciplesConfig()
+    sampling: Sampling = Sampling()
+    hygiene: Hygiene = Hygiene()
+    filter: Filter | None = _f(
+        None, "v1's log-prob filter on triples; null: on for sso-online, else off"
+    )
+    generator: Generator = Generator()
+    training: Training = Training()
+    reward: Reward | None = _f(None, "null: no reward model, but with method reward")
+    ranking: Ranking = Ranking()
+    improver: WriterConfig | None = _f(
+        None, "method sgpo: who rewrites the policy's answers; null: the policy of that iteration"
+    )
+    judge: JudgeConfig | None = _f(
+        None, "who compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; null: nobody"
+    )
+    evaluation: Evaluation | None = _f(None, "null: no evaluation")
+    benchmarks: Benchmarks | None = _f(None, "null: no benchmarks")
+    keep: Keep = Keep()
+    tracking: tuple[Tracker, ...] = _f((), "trackers beside the run folder: [wandb], [tensorboard]")
+
+    @property
+    def active_filter(self) -> Filter | None:
+        """v1's filter with its settings; None where triples do not pass it."""
+        if self.filter is None:
+            return Filter() if self.method == "sso-online" else None
+        return self.filter if self.filter.enabled else None
+
+    def _engine_faults(self) -> list[str]:
+        """Engines that contradict themselves or cannot answer with every model of this recipe."""
+        engine, writer, principles = self.sampling.engine, self.principles.writer, self.principles
+        found = engine.faults("sampling.engine")
+        for where, other in (("principles.writer", writer), ("improver", self.improver)):
+            if other is not None:
+                found += other.faults(where, named=True)
+                if other.model is None:
+                    found.append(f"{where}.model is missing")
+        longest = engine.answering.max_model_len
+        if longest is not None and longest <= self.sampling.max_new_tokens:
+            found.append(
+                f"sampling.engine: max_model_len {longest} leaves no room for a prompt beside "
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
+            )
+        clusters = {e.address for e in (engine, writer) if e is not None and e.kind == "ray"}
+        if len(clusters) > 1:
+            found.append(
+                "sampling.engine and principles.writer are on different Ray clusters, and a stage "
+                "can join one: give both the same address"
+            )
+        if engine.answering.kind == "transformers":
+            return found
+        # a selection's candidates answer in process, and a policy that judges does
+        here = (
+            self.training.selection.points
+            or (self.method == "sso" and self.generator.selection.points)
+            or self.method == "self-rewarding"
+            or (self.improver and self.improver.answering.kind == "transformers")
+        )
+        if "batch_size" in self.sampling.model_fields_set and not here:
+            found.append(
+                "sampling.batch_size has no effect with an engine of kind "
+                f"{engine.answering.kind}; unset it"
+            )
+        batched = writer is not None and writer.answering.kind == "transformers"
+        if "batch_size" in principles.model_fields_set and not batched:
+            found.append(
+                "principles.batch_size has no effect: no engine of kind transformers is asked; "
+                "unset it"
+            )
+        if engine.base_url is not None:
+            trained = {
+                "the generator": self.method == "sso",
+                "the policies of earlier iterations": self.iterations > 1,
+                "the trained policy (evaluation)": self.evaluation is not None,
+                "the trained policy (benchmarks)": bool(self.benchmarks and self.benchmarks.judged),
+            }
+            asked = ", ".join(name for name, is_asked in trained.items() if is_asked)
+            if asked:
+                found.append(
+                    f"sampling.engine asks one server that serves {engine.model}, the policy as it "
+                    f"is now, but this recipe also samples from {asked}. Give "
+                    "sampling.engine.launch, so that each model is served in its turn, or set "
+                    "sampling.engine: transformers"
+                )
+        return found
+
+    @property
+    def own_set(self) -> str:
+        """What tables call the run's own preferences."""
+        return self.method
+
+    def _only_a_reward_model(self, given: set[str]) -> Self:
+        own = {"name", "runs_dir", "seed", "method", "policy", "reward", "keep"}
+        for name in sorted(given - own):
+            raise ValueError(f"{name} has no effect with method reward; remove it")
+        if self.reward is None or not self.reward.data:
+            raise ValueError("method reward needs reward.data: preference sets, or run folders")
+        for name in sorted({"own_weight"} & self.reward.model_fields_set):
+            raise ValueError(f"reward.{name} has no effect: the run has no preferences of its own")
+        if "layout" in self.policy.model_fields_set:
+            raise ValueError("policy.layout has no effect with method reward; remove it")
+        return self
+
+    @property
+    def benchmark_judge(self) -> JudgeConfig | None:
+        """Who judges the judged sets."""
+        return (self.benchmarks and self.benchmarks.judge) or self.judge
+
+    @property
+    def ranker(self) -> JudgeConfig | None:
+        """Who ranks the answers of method best-of-n."""
+        return self.ranking.judge or self.judge
+
+    @property
+    def judges(self) -> tuple[JudgeConfig, ...]:
+        """Who judges or ranks answers to the queries; the judged sets' is not among them."""
+        return tuple(j for j in (self.judge, self.ranking.judge) if j is not None)
+
+    def _plain_faults(self) -> list[str]:
+        """Settings that contradict a method without principles, or that only such a one uses."""
+        method, found = self.method, []
+        if method in PLAIN_METHODS:
+            if "principles" in self.model_fields_set:
+                found.append(f"method {method} writes no principles; remove 'principles'")
+            if self.baseline:
+                found.append(
+                    f"baseline: {self.baseline} needs principles, which method {method} does not "
+                    "write; run it as a recipe of its own, method: pbaa"
+                )
+            if not self.hygiene.export_unsafe:
+                found.append(
+                    "hygiene.export_unsafe: false knows pairs about Safety by their principles, "
+                    f"which method {method} does not write"
+                )
+        if method == "spin" and self.queries.augment is not None:
+            found.append(
+                "method spin needs an answer to each query, and queries.augment adds queries "
+                "without; remove it"
+            )
+        if method != "sgpo" and "improver" in self.model_fields_set:
+            found.append(f"method {method} rewrites no answers; remove 'improver'")
+        if method not in RANKED_METHODS:
+            if "ranking" in self.model_fields_set:
+                found.append(f"method {method} ranks no answers; remove 'ranking'")
+        elif self.sampling.temperature == 0:
+            found.append(
+                f"method {method} needs answers that differ, and at sampling.temperature 0 there "
+                "is only one"
+            )
+        elif method == "self-rewarding" and self.ranking.judge is not None:
+            found.append("with method self-rewarding the policy ranks; remove ranking.judge")
+        elif method == "best-of-n" and self.ranker is None:
+            found.append("method best-of-n needs someone who ranks: set ranking.judge or judge")
+        elif method == "best-of-n" and self.ranker and self.ranker.kind == "human":
+            found.append("people cannot rank answers that are sampled now; set ranking.judge")
+        if method in RANKED_METHODS and self.sampling.keep_unfinished:
+            found.append(f"method {method} ranks finished answers; unset sampling.keep_unfinished")
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name must be a plain folder name, found {self.name!r}")
+        if self.method == "pbaa" and self.baseline:
+            raise ValueError("baseline: pbaa beside method: pbaa would run the same thing twice")
+        set_here = {n for n in self.model_fields_set if n in type(self).model_fields}
+        if self.method == "reward":
+            return self._only_a_reward_model(set_here)
+        if "queries" not in set_here:
+            raise ValueError("queries is missing")
+        if self.reward and self.own_set in {d.label for d in self.reward.data}:
+            raise ValueError(f"a set of reward.data is called {self.own_set!r}, as the run's own")
+        if self.method != "sso" and "generator" in set_here:
+            raise ValueError(f"method {self.method} trains no generator; remove 'generator'")
+        faults = self.principles.faults()
+        if faults:
+            raise ValueError("; ".join(faults))
+        if self.principles.features == "none" and not self.hygiene.export_unsafe:
+            raise ValueError(
+                "hygiene.export_unsafe: false knows pairs about Safety by their features, and "
+                "principles.features none names none"
+            )
+        if self.benchmarks and self.benchmarks.judged:
+            rated = any(s.style == "mt-bench" for s in self.benchmarks.judged)
+            if self.benchmark_judge is None:
+                raise ValueError("benchmarks.judged needs a judge; set benchmarks.judge or judge")
+            if rated and self.benchmark_judge.kind == "human":
+                raise ValueError(
+                    "benchmarks.judged of style mt-bench needs a judge that rates; people's "
+                    "labels compare. Set benchmarks.judge to chat:MODEL"
+                )
+        faults = self._engine_faults()
+        if faults:
+            raise ValueError("; ".join(faults))
+        if self.method not in ("sso", "sso-online") and self.active_filter:
+            raise ValueError(f"filter needs triples, which method {self.method} does not sample")
+        for fault in self._plain_faults():
+            raise ValueError(fault)
+        if self.method != "sso-online" and self.queries.per_iteration is not None:
+            raise ValueError("queries.per_iteration is only for method sso-online")
+        if self.generator.per_half and self.generator.objective != "sso":
+            raise ValueError("generator.per_half splits objective sso; leave objective unset")
+        stage = "sso-online" if self.method == "sso-online" else "pbaa"
+        for label, section, objective in (
+            ("training", self.training, stage),
+            ("generator", self.generator, self.generator.objective),
+        ):
+            unused = unused_arguments(
+                objective,
+                section.base,
+                sorted(section.model_fields_set),
+                use_weight=getattr(section, "use_weight", True),
+                use_steer=getattr(section, "use_steer", True),
+            )
+            if unused:
+                raise ValueError(
+                    f"{label}.{unused[0]} has no effect with objective {objective} and base "
+                    f"{section.base}; remove it"
+                )
+        budget = self.sampling.max_new_tokens
+        shortest = min(self.training.max_length, self.generator.max_length)
+        if budget > shortest:
+            raise ValueError(
+                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
+                "sampled responses could not be trained on"
+            )
+        return self
+
+
+class TrainConfig(Optimisation):
+    """`selfsteer train`: one objective on stored triples, offline."""
+
+    objective: ObjectiveName = _f("sso", "any named objective")
+    batch_size: int = _f(8, "most queries per forward and rank", gt=0)
+    accumulate: int = _f(1, "optimiser step = batch_size × accumulate × ranks", gt=0)
+    gamma: float = _f(0.1, "γ, weight of the NLL in the sso objectives", ge=0)
+    alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
+    steer: float = _f(0.1, "v1's β_G", ge=0)
+    use_weight: bool = _f(True, "v1's W")
+    use_steer: bool = _f(True, "v1's steering terms")
+    detach_weight: bool = _f(False, "stop the gradient through W")
+    weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
+    seed: int = _f(0, "order of the data", ge=0)
+    dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
+    device: Device = _f("auto", "as policy.device")
+    layout: Layout = _f("auto", "as policy.layout")
+    lora: Lora | None = _f(None, "as policy.lora")
+    trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
+    allow_pickle: bool = _f(False, "as policy.allow_pickle")
+    threads: int | None = _f(None, "as policy.threads", gt=0)
+    output: str = _f(..., "folder for the trained model")
+    reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        unused = unused_arguments(
+            self.objective,
+            self.base,
+            sorted(self.model_fields_set),
+            use_weight=self.use_weight,
+            use_steer=self.use_steer,
+        )
+        if unused:
+            raise ValueError(
+                f"{unused[0]} has no effect with objective {self.objective} and base {self.base}; "
+                "remove it"
+            )
+        if self.reference == "first":
+            raise ValueError("train takes the given model as reference")
+        return self
+
+
+def resolve_path(value: str) -> str:
+    """``package:MODULE/PATH`` becomes a path inside the installed package; others stay.
+
+    Raises:
+        ConfigError: the module or file does not exist.
+    """
+    if not value.startswith("package:"):
+        return value
+    module, _, inside = value.removeprefix("package:").partition("/")
+    try:
+        path = Path(str(files(module) / inside))
+    except ModuleNotFoundError:
+        path = Path(value)
+    if not path.exists():
+        raise ConfigError(f"{value!r} names nothing in the installed package.")
+    return str(path)

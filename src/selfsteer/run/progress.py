@@ -1,0 +1,132 @@
+"""What a run is doing right now, for whoever looks at its folder: ``progress.json``.
+
+The process that works writes it, once a second at most, and says in it who it is; so a reader can
+tell a run that works from one that was killed, without touching the run's lock::
+
+    {"state": "working", "pid": 41, "host": "gpu1", "process_began": 1763742000.0,
+     "began": 1763742003.1, "time": 1763742100.7, "error": null,
+     "stage": "iteration-1/triples", "todo": ["queries", "iteration-1/principles", …],
+     "bar": {"label": "triples", "done": 512, "total": 1200, "tokens": 34000,
+             "items_per_s": 5.4, "tokens_per_s": 6050.0, "seconds_left": 127.0}}
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.errors import ArtifactError, SelfsteerError
+from selfsteer.run.folder import RunFolder
+from selfsteer.terminal import Bar, is_main_process, watched
+
+FILE = "progress.json"
+
+#: A run on another machine that has said nothing for so long may be gone.
+SILENT_AFTER_S = 600.0
+
+
+KEYS = {"state", "pid", "host", "process_began", "began", "time", "stage", "todo", "bar", "error"}
+
+
+class Reporter:
+    """Keeps a run folder's ``progress.json``; a disk that refuses it does not end the run."""
+
+    def __init__(self, run: RunFolder, stages: Sequence[str]) -> None:
+        self._path = run / FILE
+        self._turn = threading.Lock()
+        pid = os.getpid()
+        self._now: dict[str, Any] = {
+            "state": "working",
+            "pid": pid,
+            "host": socket.gethostname(),
+            "process_began": psutil.Process(pid).create_time(),
+            "began": time.time(),
+            "stage": None,
+            "todo": list(stages),
+            "bar": None,
+            "error": None,
+        }
+        self._write({})
+
+    def stage(self, name: str) -> None:
+        """The stage that begins now."""
+        self._write({"stage": name, "bar": None})
+
+    def bar(self, bar: Bar) -> None:
+        """How far the bar on the screen is."""
+        items, tokens = bar.rates
+        found = {name: getattr(bar, name) for name in ("label", "done", "total", "tokens")}
+        rates = {"items_per_s": items, "tokens_per_s": tokens, "seconds_left": bar.seconds_left}
+        self._write({"bar": {**found, **rates}})
+
+    def end(self, state: str, error: str | None = None) -> None:
+        """How it ended: ``ended``, ``interrupted`` or ``failed``."""
+        self._write({"state": state, "bar": None, "error": error})
+
+    def _write(self, news: dict[str, Any]) -> None:
+        if not is_main_process():
+            return
+        with self._turn, suppress(ArtifactError, OSError):
+            self._now |= news
+            text = json.dumps({**self._now, "time": time.time()}, ensure_ascii=False) + "\n"
+            write_atomic(self._path, text, sync=False)
+
+
+@contextmanager
+def reported(run: RunFolder, stages: Sequence[str]) -> Iterator[Reporter]:
+    """Reports on the block's work in a run folder that this process has locked.
+
+    Args:
+        run: the folder.
+        stages: names of those that are to be done, in order.
+    """
+    reporter = Reporter(run, stages)
+    try:
+        with watched(reporter.bar):
+            yield reporter
+    except KeyboardInterrupt:
+        reporter.end("interrupted")
+        raise
+    except BaseException as e:
+        said = str(e) if isinstance(e, SelfsteerError) else f"{type(e).__name__}: {e}"
+        reporter.end("failed", said)
+        raise
+    reporter.end("ended")
+
+
+def progress_of(run: Path) -> dict[str, Any] | None:
+    """What a run's folder says of its last or present process; None where it says nothing.
+
+    ``state`` is ``working``, ``ended``, ``interrupted`` or ``failed`` as the process wrote it;
+    ``killed`` where that process is gone without a word; ``silent`` where it works, or worked, on
+    another machine and has written nothing for `SILENT_AFTER_S`.
+    """
+    try:
+        found = json.loads((run / FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or not set(found) >= KEYS:
+        return None
+    if found["state"] == "working":
+        if found["host"] == socket.gethostname():
+            alive = _began(found["pid"]) == found["process_began"]
+            found["state"] = "working" if alive else "killed"
+        elif time.time() - found["time"] > SILENT_AFTER_S:
+            found["state"] = "silent"
+    return found
+
+
+def _began(pid: Any) -> float | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, TypeError, ValueError):
+        return None

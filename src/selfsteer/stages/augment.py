@@ -1,0 +1,328 @@
+"""Grows a query set with the model itself: what the authors announced and never released.
+
+Three ways, each with its share: in *depth* (one query made harder) and in *breadth* (one query of
+the same kind on another subject), the two directions of Evol-Instruct (arXiv 2304.12244), and
+*instruct* (several queries shown, one more asked for: Self-Instruct, arXiv 2212.10560). Less than
+those: no evolution of the prompts, no filter by a stronger model. What a model writes is parsed
+strictly and must be new: to the seeds, to each other, to the evaluation sets.
+"""
+
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data import curate
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.queries import contamination
+from selfsteer.data.records import Message, Query, content_id
+from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Engine, SamplingParams
+from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.errors import DataError
+from selfsteer.recipe.sections import Queries
+from selfsteer.run.folder import StageResult, read_shards, run_shards
+from selfsteer.terminal import Bar, progress_bar, say, warn
+
+#: Bounds and likeness where the recipe sets none: a query of 3 characters is no query.
+MIN_CHARS, MAX_CHARS, NEAR_DUPLICATES = 10, 2000, 0.8
+
+#: Queries shown to ask for one more.
+SHOWN = 3
+
+_LABEL = "New query"
+
+_TASKS = {
+    "depth": "Below is a query that somebody asked an assistant. Write a harder one in its place: "
+    "add a condition, a limit or a detail that a careful answer has to deal with. It must be "
+    "clear to somebody who never saw the query below.",
+    "breadth": "Below is a query that somebody asked an assistant. Write another of the same kind, "
+    "about as long and as difficult, on a different subject.",
+    "instruct": "Below are queries that people asked an assistant. Write one more that could stand "
+    "among them, but asks for something that none of them asks for.",
+}
+_FORMAT = f"Do not answer any query. Reply in this form only:\n{_LABEL}: text of the query"
+
+
+class Outcome(StrEnum):
+    """What the parser makes of a model's reply."""
+
+    OK = "ok"
+    NO_LABEL = "no_label"
+    SEVERAL = "several"
+    EMPTY = "empty"
+    SCAFFOLDING = "scaffolding"
+    ECHOES_PROMPT = "echoes_prompt"
+
+
+def prompt(how: str, sources: Sequence[Query]) -> list[Message]:
+    """Asks for one new query made from these.
+
+    Args:
+        how: depth or breadth (one source), or instruct (several).
+        sources: shown without their system messages; of a conversation all turns.
+    """
+    shown = [curate.transcript(q) for q in sources]
+    if how == "instruct":
+        shown = [f"{i}. {text}" for i, text in enumerate(shown, 1)]
+    listed = "\n".join(shown)
+    label = "Queries:\n" if how == "instruct" else "Query: "
+    return [Message("user", f"{_TASKS[how]}\n\n{label}{listed}\n\n{_FORMAT}")]
+
+
+_LABELLED = re.compile(rf"^[ \t*#>-]*{_LABEL}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+_SCAFFOLD = re.compile(
+    r"^[ \t*#>-]*(?:(?:new|original|given|the|rewritten|harder)[ \t]+)?"
+    r"(?:query|queries|prompt|question|answer|response|explanation|note)(?:[ \t]*\d+)?[ \t*]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def parse_query(reply: str) -> tuple[Outcome, str]:
+    r"""Reads ``New query: …`` from a reply; the text is empty unless the outcome is OK.
+
+    >>> parse_query('Sure.\nNew query: "Why do bees dance?"')
+    (<Outcome.OK: 'ok'>, 'Why do bees dance?')
+    """
+    _, *found = _LABELLED.split(reply)
+    text = found[0].strip().lstrip("* \t\n") if found else ""
+    if len(text) > 1 and (text[0], text[-1]) in (('"', '"'), ("“", "”")):
+        text = text[1:-1].strip()
+    if not found:
+        outcome = Outcome.NO_LABEL
+    elif len(found) > 1:
+        outcome = Outcome.SEVERAL
+    elif not curate.words(text):
+        outcome = Outcome.EMPTY
+    elif _SCAFFOLD.search(text):
+        outcome = Outcome.SCAFFOLDING
+    elif _echoes(text):
+        outcome = Outcome.ECHOES_PROMPT
+    else:
+        return Outcome.OK, text
+    return outcome, ""
+
+
+#: Words of a prompt's own sentence that make a reply an echo of it; fewer are common speech.
+_ECHO = 4
+
+
+def _echoes(text: str) -> bool:
+    """Whether the text is a part of what the prompts themselves say, or holds a sentence of it."""
+    mine = curate.words(text)
+    for task in (*_TASKS.values(), _FORMAT):
+        for sentence in re.split(r"[.:]\s", task):
+            ours = curate.words(sentence)
+            short, long = sorted((mine, ours), key=len)
+            if len(short) >= _ECHO and f" {' '.join(short)} " in f" {' '.join(long)} ":
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One thing asked of the model, and its reply."""
+
+    how: str
+    sources: tuple[str, ...]
+    text: str = ""
+    finish_reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "how": self.how,
+            "from": list(self.sources),
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+        }
+
+
+@dataclass
+class _Pool:
+    """The growing set, and all that a new query is held against."""
+
+    settings: Queries
+    check: Callable[[Query], None]
+    queries: dict[str, Query] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self._bounds = curate.bounds(s.min_chars or MIN_CHARS, s.max_chars or MAX_CHARS, s.scripts)
+        self._seen = curate.Duplicates()
+        self._near = curate.NearDuplicates(s.near_duplicates or NEAR_DUPLICATES)
+        self._evaluation, _ = contamination(s)
+
+    def hold_out(self, query: Query) -> None:
+        """An evaluation query: nothing like it may be added."""
+        self._evaluation.add("evaluation", query)
+        self._near.insert(query)
+
+    def seed(self, query: Query) -> None:
+        self.queries[query.id] = query
+        self._seen.add(query)
+        self._near.insert(query)
+
+    def offer(self, reply: Reply, round_: int) -> str | None:
+        """Takes the query of a reply in, or says why not."""
+        if reply.finish_reason.startswith((PROMPT_TOO_LONG, REQUEST_FAILED)):
+            return reply.finish_reason
+        if reply.finish_reason == "length":
+            return "unfinished"
+        outcome, text = parse_query(reply.text)
+        if outcome is not Outcome.OK:
+            return outcome.value
+        sources = [self.queries[i] for i in reply.sources]
+        kept = sources[0].messages[:1] if reply.how != "instruct" else ()
+        system = tuple(m for m in kept if m.role == "system")
+        messages = (*system, Message("user", text))
+        lineage = {"how": reply.how, "from": list(reply.sources), "round": round_}
+        query = Query(content_id(messages), messages, {"augmented": lineage})
+        if any(curate.words(text) == curate.words(s.text) for s in sources):
+            return "equals_source"
+        if reason := self._bounds(query) or self._seen.add(query):
+            return reason
+        if query.id in self.queries:
+            return "duplicate"
+        if self._evaluation.find(query):
+            return "contaminated"
+        try:
+            self.check(query)
+        except DataError:
+            return "judge_cannot_score"
+        if self._near.add(query) is not None:
+            return "near_duplicate"
+        self.queries[query.id] = query
+        return None
+
+
+def augment(
+    seeds: Sequence[Query],
+    settings: Queries,
+    engine: Engine,
+    path: Path,
+    *,
+    seed: int,
+    shard_size: int,
+    evaluation: Sequence[Query] = (),
+    check: Callable[[Query], None] = lambda query: None,
+) -> StageResult:
+    """Writes the seeds and the new queries, each with its lineage in ``augmented``, in id order.
+
+    A round asks for what is still missing, from seeds and earlier finds alike. Replies are stored
+    shard by shard beside ``path`` until the end; what is accepted follows from them, so that an
+    interrupted run asks nothing twice.
+
+    Args:
+        seeds: what there is, in id order.
+        settings: with ``augment``; the bounds, ``near_duplicates`` (0.8 if unset), ``against``
+            and ``ngram`` hold for new queries too.
+        engine: who writes.
+        path: the JSONL file to write; ``augmented.jsonl`` keeps its replies in ``augment/``.
+        seed: of choices and sampling.
+        shard_size: replies per shard.
+        evaluation: queries that must stay held out, beside the sets of ``against``.
+        check: raises DataError on a query that the judge has no use for.
+
+    Returns:
+        Records in are seeds and replies; drops by reason. The notes say what each way yielded and
+        how varied the set was before and is now.
+
+    Raises:
+        DataError: there are as many seeds as queries wanted.
+    """
+    wanted = settings.augment
+    assert wanted is not None
+    if len(seeds) >= wanted.to:
+        raise DataError(
+            f"queries.augment.to {wanted.to:,} is not above the {len(seeds):,} queries that are "
+            "there already. Raise it, or remove queries.augment."
+        )
+    pool = _Pool(settings, check)
+    for query in evaluation:
+        pool.hold_out(query)
+    for query in seeds:
+        pool.seed(query)
+    scratch = path.with_name("augment")
+    dropped: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    added: Counter[str] = Counter()
+    rounds = 0
+    with progress_bar("augment", wanted.to - len(seeds)) as bar:
+        while len(pool.queries) < wanted.to and rounds < wanted.attempts:
+            rounds += 1
+            for reply in _round(pool, engine, scratch, rounds, seed, shard_size, bar):
+                reason = pool.offer(reply, rounds)
+                asked[reply.how] += 1
+                if reason is None:
+                    added[reply.how] += 1
+                    bar.advance(1)
+                else:
+                    dropped[reason] += 1
+    queries = [pool.queries[i] for i in sorted(pool.queries)]
+    write_atomic(path, dump_lines(queries))
+    if len(queries) < wanted.to:
+        warn(
+            f"{wanted.attempts} rounds of augmentation came to {len(queries):,} of "
+            f"{wanted.to:,} queries"
+        )
+    varied = curate.diversity({"before": seeds, "after": queries})
+    for name, figures in varied.items():
+        shown = ", ".join(f"{k.replace('_', '-')} {v:.3f}" for k, v in figures.items())
+        say(f"  diversity {name}: {shown}")
+    notes = {
+        "rounds": rounds,
+        "replies": dict(sorted(asked.items())),
+        "added": dict(sorted(added.items())),
+        "diversity": varied,
+    }
+    shutil.rmtree(scratch, ignore_errors=True)  # last: until then nothing is asked twice
+    n_in = len(seeds) + sum(asked.values())
+    return StageResult(n_in, len(queries), dropped, notes=notes)
+
+
+def _round(
+    pool: _Pool,
+    engine: Engine,
+    scratch: Path,
+    number: int,
+    seed: int,
+    shard_size: int,
+    bar: Bar,
+) -> list[Reply]:
+    """Asks for as many queries as are missing; finished shards are read, not asked again."""
+    settings = pool.settings.augment
+    assert settings is not None
+    ids = list(pool.queries)
+    shares = {"depth": settings.depth, "breadth": settings.breadth, "instruct": settings.instruct}
+    rng = random.Random(derive_seed(seed, number))
+    asks = []
+    for _ in range(settings.to - len(ids)):
+        (how,) = rng.choices(list(shares), list(shares.values()))
+        count = min(SHOWN, len(ids)) if how == "instruct" else 1
+        asks.append(Reply(how, tuple(rng.sample(ids, count))))
+    params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
+
+    def work(shard: int, part: Sequence[Reply]) -> Work[tuple[list[Reply], Counter[str]]]:
+        prompts = [prompt(a.how, [pool.queries[i] for i in a.sources]) for a in part]
+        shard_seed = derive_seed(seed, number, shard)
+        found = yield Ask(
+            engine, prompts, params, shard_seed, lambda n, tokens: bar.advance(0, tokens)
+        )
+        replies = [
+            Reply(a.how, a.sources, c.text, c.finish_reason)
+            for a, c in zip(part, found, strict=True)
+        ]
+        return replies, Counter()
+
+    folder = scratch / f"round-{number:03d}"
+    run_shards(folder, asks, shard_size, work, spread=at_once)
+    return [
+        Reply(v["how"], tuple(v["from"]), v["text"], v["finish_reason"])
+        for v in read_shards(folder)
+    ]

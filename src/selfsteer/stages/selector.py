@@ -1,0 +1,451 @@
+"""Measures a model while it is trained, and keeps the weights of the step that the rule chooses.
+
+The rule is `training.selection.choose`. What is measured and what it costs: docs/selection.md.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.records import Query, Triple, Verdict
+from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.judges.base import Judge, Pair
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
+from selfsteer.judges.stats import mean_interval
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.score import score_sequences
+from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Selection
+from selfsteer.run import ranks
+from selfsteer.terminal import is_main_process, progress_bar
+from selfsteer.training.select import (
+    Candidate,
+    Drift,
+    beats,
+    candidate_steps,
+    choose,
+    excess,
+    within,
+)
+from selfsteer.training.sharding import whole
+
+#: What a verdict is worth; `unparseable` ones are left out.
+WORTH = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5, Verdict.INCONSISTENT: 0.5}
+
+#: What the wins of a candidate are called: see `Selector.measure`.
+Measure = Literal["accuracy", "steering accuracy", "win rate"]
+
+
+def repeated_4grams(answers: Sequence[Sequence[int]]) -> float:
+    """Share of all 4-grams that stood in the same answer before; 0 where answers are shorter.
+
+    >>> repeated_4grams([[1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4]])
+    0.4
+    """
+    every = distinct = 0
+    for ids in answers:
+        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        every += len(grams)
+        distinct += len(set(grams))
+    return 1 - distinct / every if every else 0.0
+
+
+def compare(judge: Judge, asked: Sequence[Pair]) -> dict[str, float]:
+    """Query id → what the first response's verdict is worth; unparseable ones are absent."""
+    return {
+        pair.query.id: WORTH[judgement.verdict]
+        for pair, judgement in zip(asked, judge.compare_all(asked), strict=True)
+        if judgement.verdict is not Verdict.UNPARSEABLE
+    }
+
+
+class Selector:
+    """Measures a model at its candidate steps and keeps the best one's weights.
+
+    Everything it knows lies in the training's work folder: ``candidate-STEP.json`` once a step is
+    measured, ``kept-STEP.safetensors``. A resumed training reads them and measures nothing twice.
+    On several ranks the first one measures and the others wait.
+
+    Args:
+        settings: points, bounds.
+        loaded: the model that is trained; measured as it is when a step ends.
+        start: loads the starting model, for log-probs; never called with LoRA, whose adapters are
+            switched off instead.
+        held_out: records to answer; with principles where contexts are good or bad.
+        contexts: in which the trained model will answer: ("good", "bad") for a generator, one of
+            them for half a generator, ("plain",) for a policy.
+        sampling: how it will be sampled.
+        batch_size: conversations decoded together.
+        judge: None: accuracy is replaced by steering accuracy, the win rate by nothing.
+        seed: of the sampling, the same for every candidate.
+        label: what the progress bar calls it.
+    """
+
+    def __init__(
+        self,
+        settings: Selection,
+        loaded: LoadedModel,
+        start: Callable[[], LoadedModel],
+        held_out: Sequence[Triple],
+        contexts: tuple[str, ...],
+        sampling: SamplingParams,
+        batch_size: int,
+        judge: Judge | None,
+        seed: int,
+        label: str,
+    ) -> None:
+        self.settings, self.loaded, self.load_start = settings, loaded, start
+        self.held_out, self.contexts = list(held_out), contexts
+        self.sampling, self.batch_size, self.judge = sampling, batch_size, judge
+        self.seed, self.label = seed, label
+        self.seconds = 0.0
+        #: The step at which drift ended the training early.
+        self.stopped: int | None = None
+        self._records: dict[int, dict[str, Any]] = {}
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the model answers users; a generator only writes data."""
+        return self.contexts == ("plain",)
+
+    @property
+    def measure(self) -> Measure | None:
+        """What wins are called; steering accuracy is a proxy, by log-probs of the start alone."""
+        if self.is_policy:
+            return "win rate" if self.judge else None
+        return "accuracy" if self.judge else "steering accuracy"
+
+    # -- called by the trainer ----------------------------------------------------------------
+
+    def begin(self, model: Any, work: Path, total: int) -> None:
+        """Before the first step, also of a resumed training: the weights are still the start's.
+
+        Args:
+            model: what is trained: the loaded model, or peft's wrapper around it.
+            work: the training's work folder.
+            total: optimiser steps.
+        """
+        self.model, self.work, self.total = model, work, total
+        self.steps = candidate_steps(total, self.settings.points)
+        drifted = None
+        if is_main_process():
+            for path in work.glob("candidate-*.json"):
+                record = json.loads(path.read_text("utf-8"))
+                self._records[record["step"]] = record
+            begun = 0 in self._records
+            if not begun or (self.candidates and not self._weights(self.chosen.step).exists()):
+                # an earlier try was killed while it cleaned up; its checkpoints are gone as well
+                self._records.clear()
+            self._record(0)
+            drifted = self._drifted(max(self._records))
+        self.stopped = ranks.share(drifted)
+
+    def visit(self, step: int) -> bool:
+        """After each step; measures candidates. True: drift is beyond bounds, stop."""
+        if step not in self.steps:
+            return False
+        drifted = None
+        with whole(self.model):
+            if is_main_process():
+                if step not in self._records:
+                    self._record(step)
+                drifted = self._drifted(step)
+            self.stopped = ranks.share(drifted)
+        return self.stopped is not None
+
+    def restore(self) -> None:
+        """Puts the chosen candidate's weights into the model, which must be whole."""
+        if not is_main_process():
+            return
+        kept = load_file(self._weights(self.chosen.step))
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(kept[name])
+
+    # -- what it knows ------------------------------------------------------------------------
+
+    @property
+    def start(self) -> Candidate:
+        """The model before the first step."""
+        return self._candidate(0)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Those measured so far."""
+        return [self._candidate(step) for step in sorted(self._records) if step]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The best so far."""
+        return choose(self.start, self.candidates, self.settings)
+
+    def report(self) -> dict[str, Any]:
+        """Everything measured, without the answers: what ``selection.json`` holds."""
+        rng = np.random.default_rng(self.seed)
+        out = []
+        for step in sorted(self._records):
+            record = {k: v for k, v in self._records[step].items() if k != "answers"}
+            wins = list(record["wins"].values())
+            record["wins_mean"] = mean_interval(wins, rng) if wins else None
+            out.append(
+                record | {"excess": excess(self._candidate(step), self.start, self.settings)}
+            )
+        return {
+            "chosen": self.chosen.step,
+            "steps": self.total,
+            "stopped": self.stopped,
+            "wins": self.measure,
+            "held_out": [t.id for t in self.held_out],
+            "settings": self.settings.model_dump(),
+            "candidates": out,
+        }
+
+    def sentence(self) -> str:
+        """``step 11 of 14 kept (win rate 0.81 [0.74, 0.87]; step 14: KL 1.6 over 1)``."""
+        chosen, parts = self.chosen, []
+        if chosen.wins and self.measure:
+            values = mean_interval(list(chosen.wins.values()), np.random.default_rng(self.seed))
+            parts.append("{} {:.2f} [{:.2f}, {:.2f}]".format(self.measure, *values))
+        if chosen.on_policyness is not None:
+            parts.append(f"on-policyness {chosen.on_policyness:.3f}")
+        for c in self.candidates:
+            over = [n for n, v in excess(c, self.start, self.settings).items() if v > 1]
+            parts += [f"step {c.step}: {self._figure(c, name)}" for name in over[:1]]
+        if self.stopped is not None:
+            parts.append(f"stopped at step {self.stopped}")
+        return f"step {chosen.step} of {self.total} kept ({'; '.join(parts)})"
+
+    def warnings(self) -> list[str]:
+        """What a person should not miss about the choice."""
+        chosen, start = self.chosen, self.start
+        if not within(chosen, start, self.settings):
+            return [
+                f"{self.label}: every candidate drifted beyond its bounds; step {chosen.step}, the "
+                "earliest, is kept and is likely broken. Lower the learning rate, train shorter, "
+                "or look at its answers before you use it"
+            ]
+        if self.judge is not None and not chosen.wins:
+            return [f"{self.label}: the judge gave no verdict, so drift alone decided"]
+        if self.is_policy and beats(dict.fromkeys(chosen.wins, 0.5), chosen.wins):
+            return [f"{self.label}: the kept step loses against the policy it started from"]
+        if not self.is_policy and beats(start.wins, chosen.wins):
+            return [
+                f"{self.label}: its data is less accurate than the starting policy's own; lower "
+                "the learning rate, or see what method pbaa gives"
+            ]
+        return []
+
+    def _figure(self, candidate: Candidate, name: str) -> str:
+        if name == "KL":
+            worst = max(d.kl for d in candidate.drift.values())
+            return f"KL {worst:.2g} over {self.settings.max_kl:g}"
+        times = excess(candidate, self.start, self.settings)[name]
+        return f"{name} {times:.1f} times what its bound allows"
+
+    def _candidate(self, step: int) -> Candidate:
+        record = self._records[step]
+        policyness = record["on_policyness"]
+        return Candidate(
+            step,
+            {context: Drift(**figures) for context, figures in record["drift"].items()},
+            record["wins"],
+            policyness and policyness["rejected" if "bad" in self.contexts else "chosen"],
+        )
+
+    def _drifted(self, step: int) -> int | None:
+        """The step, if its drift should end the training."""
+        if step in (0, self.total):
+            return None
+        worst = max(excess(self._candidate(step), self.start, self.settings).values())
+        return step if worst > self.settings.stop else None
+
+    # -- measuring ----------------------------------------------------------------------------
+
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def _weights(self, step: int) -> Path:
+        return self.work / f"kept-{step:06d}.safetensors"
+
+    def _record(self, step: int) -> None:
+        """Measures the model as it is; on disk when it returns, weights first."""
+        if step in self._records:
+            return
+        begin = time.monotonic()
+        record = {"step": step, **self._measured(step)}
+        record["seconds"] = round(time.monotonic() - begin, 3)
+        self.seconds += record["seconds"]
+        self._records[step] = record
+        keep = self._weights(self.chosen.step) if step else None
+        if keep == self._weights(step):
+            # a whole model is saved in its computing precision anyway, adapters are merged before
+            dtype = torch.float32 if self._adapters else self.loaded.dtype
+            state = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self._trained()}
+            save_file(state, self.work / "kept.partial")
+            (self.work / "kept.partial").replace(keep)
+        write_atomic(
+            self.work / f"candidate-{step:06d}.json", json.dumps(record, ensure_ascii=False) + "\n"
+        )
+        for old in self.work.glob("kept-*.safetensors"):
+            if old != keep:
+                old.unlink()
+
+    @property
+    def _adapters(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    def _measured(self, step: int) -> dict[str, Any]:
+        model, device = self.loaded.model, self.loaded.device
+        was_training = model.training
+        model.eval()
+        devices = [device] if device.type == "cuda" else []
+        try:
+            # a resumed training skips this, so it must not draw from the global generator
+            with torch.random.fork_rng(devices):
+                answers = self._answers(self.contexts if step else self._responses)
+                return {"answers": answers, **self._figures(step, answers)}
+        finally:
+            model.train(was_training)
+
+    @property
+    def _responses(self) -> tuple[str, ...]:
+        """Half a generator's are judged beside the start's own responses of the other half."""
+        return self.contexts if self.is_policy else ("good", "bad")
+
+    def _answers(self, contexts: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+        engine = TransformersEngine(self.loaded, self.batch_size)
+        out = {}
+        with progress_bar(f"{self.label}: held out", len(self.held_out) * len(contexts)) as bar:
+            for context in contexts:
+                prompts = [
+                    context_messages(t.messages, t.principles, context) for t in self.held_out
+                ]
+                seed = derive_seed(self.seed, context)
+                found = engine.generate(prompts, self.sampling, seed, bar.advance)
+                out[context] = [
+                    {"text": c.text, "reason": c.finish_reason, "tokens": c.completion_tokens}
+                    for c in found
+                ]
+        return out
+
+    def _figures(self, step: int, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        everyone = self._records[0]["answers"] | answers if step else answers
+        records = [
+            Triple(
+                t.id,
+                t.messages,
+                t.principles,
+                {context: found[i]["text"] for context, found in everyone.items()},
+                {context: found[i]["reason"] for context, found in everyone.items()},
+            )
+            for i, t in enumerate(self.held_out)
+        ]
+        own = [
+            (t, f"{c}/{c}") for c in self.contexts for t in records
+            if t.responses[c] or t.finished(c)
+        ]  # fmt: skip
+        pairs = [] if self.is_policy else [t for t in records if all(map(t.finished, everyone))]
+        wanted = own + [(t, s) for s in (*PLAIN_SEQUENCES, *GAP_SEQUENCES) for t in pairs]
+        encoded = {(t.id, name): self.loaded.chat.sequence(t, name) for t, name in wanted}
+        mine = self._scores(self.loaded, {(t.id, n): encoded[t.id, n] for t, n in own})
+        with self._starting_model(step) as start:
+            theirs = self._scores(start, encoded)
+        drift = {}
+        for context in self.contexts:
+            found = answers[context]
+            keys = [(t.id, n) for t, n in own if n == f"{context}/{context}"]
+            tokens = sum(len(mine[k]) for k in keys)
+            logps = sum(float(mine[k].double().sum()) for k in keys)
+            before = sum(float(theirs[k].double().sum()) for k in keys)
+            drift[context] = Drift(
+                tokens=float(np.mean([c["tokens"] for c in found])),
+                repeated=repeated_4grams([encoded[k].response_ids for k in keys]),
+                unfinished=float(np.mean([c["reason"] != "stop" for c in found])),
+                kl=(logps - before) / max(tokens, 1),
+                entropy=-logps / max(tokens, 1),
+            )
+        out: dict[str, Any] = {"drift": {c: asdict(d) for c, d in drift.items()}}
+        if self.is_policy:
+            return out | {"wins": self._policy_wins(records, step), "on_policyness": None}
+        return out | self._data_figures(pairs, theirs)
+
+    def _policy_wins(self, records: Sequence[Triple], step: int) -> dict[str, float]:
+        if self.judge is None or not step:
+            return {}
+        before = self._records[0]["answers"]["plain"]
+        return compare(
+            self.judge,
+            [
+                Pair(Query(t.id, t.messages), t.responses["plain"], was["text"])
+                for t, was in zip(records, before, strict=True)
+            ],
+        )
+
+    def _data_figures(
+        self, pairs: Sequence[Triple], scores: Mapping[tuple[str, str], Tensor]
+    ) -> dict[str, Any]:
+        """Of the pairs that a generator wrote, as the quality report has them."""
+        if not pairs:
+            nothing = {"chosen": 0.0, "rejected": 0.0}
+            return {"pairs": 0, "wins": {}, "on_policyness": nothing, "steering_gap": None}
+        means = {
+            name: np.array([float(scores[t.id, name].double().mean()) for t in pairs])
+            for name in (*PLAIN_SEQUENCES, *GAP_SEQUENCES)
+        }
+        if self.judge is not None:
+            wins = compare(
+                self.judge,
+                [
+                    Pair(Query(t.id, t.messages), t.responses["good"], t.responses["bad"])
+                    for t in pairs
+                ],
+            )
+        else:
+            good = means["good/good"] > means["bad/good"]
+            bad = means["bad/bad"] > means["good/bad"]
+            wins = {t.id: float(w) for t, w in zip(pairs, good & bad, strict=True)}
+        return {
+            "pairs": len(pairs),
+            "wins": wins,
+            "on_policyness": {
+                "chosen": on_policyness(means["plain/good"]),
+                "rejected": on_policyness(means["plain/bad"]),
+            },
+            "steering_gap": steering_gap(means),
+        }
+
+    def _scores(
+        self, loaded: LoadedModel, sequences: Mapping[tuple[str, str], EncodedSequence]
+    ) -> dict[tuple[str, str], Tensor]:
+        keys = list(sequences)
+        with loaded.precision():
+            found = score_sequences(
+                loaded.model, [sequences[k] for k in keys], layout=loaded.layout, batch_size=32
+            )
+        return dict(zip(keys, found, strict=True))
+
+    @contextmanager
+    def _starting_model(self, step: int) -> Iterator[LoadedModel]:
+        if step == 0:
+            yield self.loaded
+        elif self._adapters:
+            with self.model.disable_adapter():
+                yield self.loaded
+        else:
+            start = self.load_start()
+            start.layout = self.loaded.layout  # proved once
+            start.settle(())
+            yield start

@@ -1,0 +1,72 @@
+"""Weights that ranks hold in parts: FSDP2 through accelerate, on a CPU as on GPUs.
+
+accelerate falls back to DDP where there is no GPU, without a word. `shard_on_cpu` tells it
+otherwise; all that follows, `fully_shard` on every layer, checkpoints in parts, clipping, is
+accelerate's own code path of the GPU.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from selfsteer.errors import EngineError
+from selfsteer.run import ranks
+
+
+def shard_on_cpu() -> None:
+    """Makes accelerate shard on a CPU; before the Trainer, after its arguments."""
+    from accelerate import Accelerator, DistributedType
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    Accelerator(cpu=True)
+    state = AcceleratorState()
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()  # from FSDP_*, as on a GPU
+
+
+def check_sharded(model: Any) -> None:
+    """Makes sure that weights are in parts where they were asked to be.
+
+    Raises:
+        EngineError: accelerate fell back to something else.
+    """
+    if ranks.sharding() == "fsdp" and not isinstance(model, FSDPModule):
+        raise EngineError(
+            f"FSDP was asked for, but accelerate made a {type(model).__name__} of the model, which "
+            "holds all weights on every rank. Use the shipped profile fsdp2, or fsdp_version: 2 in "
+            "your own."
+        )
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor itself, or what its parts on all ranks make."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """While this lasts every rank holds all weights, and a forward asks no other rank.
+
+    All ranks must enter together. Without shards it does nothing.
+    """
+    if ranks.sharding() == "zero3":  # untested
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            yield
+        return
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()

@@ -1,0 +1,182 @@
+"""``selfsteer plan``: what a recipe will cost, before anything of it runs."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from selfsteer.verbs.principles import AsJson
+
+plan_app = typer.Typer()
+
+#: Stand in for what a shipped recipe leaves open and arithmetic does not need.
+OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
+
+
+@plan_app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings as KEY=VALUE, as for run")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or l40s")] = "h100",
+    gpus: Annotated[int, typer.Option(help="how many of them", min=1)] = 1,
+    queries: Annotated[
+        int | None, typer.Option(help="of the query set; default: read and counted", min=1)
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="of the policy, such as 8.03e9; default: counted")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="of the policy", min=1)] = None,
+    hidden: Annotated[int | None, typer.Option(help="size of its hidden states", min=1)] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="of the policy", min=1)] = None,
+    query_tokens: Annotated[int, typer.Option(help="of a query", min=1)] = 120,
+    principle_tokens: Annotated[int, typer.Option(help="of a guideline", min=1)] = 250,
+    response_tokens: Annotated[
+        int, typer.Option(help="of a response, at most its budget", min=2)
+    ] = 330,
+    utilisation: Annotated[
+        float, typer.Option(help="share of the peak in training and scoring", min=0.01, max=1)
+    ] = 0.4,
+    sampling_utilisation: Annotated[
+        float, typer.Option(help="share of the peak in sampling", min=0.001, max=1)
+    ] = 0.1,
+    as_json: AsJson = False,
+) -> None:
+    """Work out what a recipe costs: tokens, operations, memory, disk, hours. An estimate.
+
+    The size of the model is read from its config.json; of one that is not here give --params,
+    --layers, --hidden and --vocabulary. Formulas: docs/scaling.md.
+    """
+    from selfsteer.errors import ConfigError
+    from selfsteer.recipe.read import load_values, merge, validate
+    from selfsteer.recipe.sections import Recipe, resolve_path
+
+    values: dict[str, Any] = merge(load_values(recipe), overrides or [])
+    if values.get("method") == "reward":
+        raise ConfigError(
+            f"{recipe} is of method reward and trains a reward model alone; this adds up sampling "
+            "and the training of policies. Start it with selfsteer run."
+        )
+    known = {"policy": params, "queries": queries}
+    for section, (key, name) in OPEN.items():
+        given = values.setdefault(section, {})
+        if known[section] is not None and isinstance(given, dict) and not given.get(key):
+            given[key] = name
+    checked = validate(Recipe, values, f"recipe {recipe}")
+    from selfsteer.data.queries import load_queries
+    from selfsteer.run import execute as pipeline
+    from selfsteer.run.folder import RunFolder
+    from selfsteer.terminal import out
+    from selfsteer.verbs import planning
+
+    if gpu not in planning.GPUS:
+        raise ConfigError(f"Unknown GPU {gpu!r}; choose one of {', '.join(planning.GPUS)}.")
+    shape = planning.shape_of(
+        resolve_path(checked.policy.model),
+        params=params,
+        layers=layers,
+        hidden=hidden,
+        vocabulary=vocabulary,
+    )
+    count = queries or len(load_queries(checked.queries).queries)
+    held_out = len(load_queries(checked.evaluation.queries).queries) if checked.evaluation else 0
+    found = planning.plan(
+        checked,
+        pipeline.plan(checked, RunFolder(checked.folder)),
+        count,
+        held_out,
+        shape,
+        planning.Lengths(query_tokens, principle_tokens, response_tokens),
+        planning.Machine(gpu, gpus, utilisation, sampling_utilisation),
+    )
+    if as_json:
+        out.print_json(json.dumps(found))
+    else:
+        tell(found)
+
+
+def tell(found: Mapping[str, Any]) -> None:
+    """Prints a plan: stages, memory, disk, what dominates, and what was assumed."""
+    from selfsteer.terminal import duration, out, warn
+
+    assumed, totals = found["assumptions"], found["totals"]
+    where = f"{assumed['gpus']:,} {assumed['gpu'].upper()}"
+    out.print(f"{found['recipe']}: an estimate, nothing of it was measured", style="bold")
+    table = _table("stage", "records", "tokens sampled", "PFLOP", f"on {where}")
+    for row in found["stages"]:
+        flops = sum(row["flops"].values())
+        sampled = f"{row['sampled_tokens']:,}" if row["sampled_tokens"] else ""
+        work = (_peta(flops), duration(row["hours"] * 3600)) if flops else ("", "")
+        table.add_row(row["stage"], f"{row['records']:,}", sampled, *work)
+    sums = (f"{totals['sampled_tokens']:,}", _peta(totals["flops"]))
+    table.add_row("total", "", *sums, duration(totals["hours"] * 3600), style="bold")
+    out.print(table)
+    memory = found["memory_per_rank"]
+    sharded = assumed["gpus"] > 1
+    names = {"ddp": "each GPU holds all", "sharded": f"sharded over {assumed['gpus']}"}
+    ways = list(names) if sharded else ["ddp"]
+    table = _table("GPU memory, training", *(names[way] for way in ways))
+    for kind in memory["ddp"]:
+        held = [memory[way].get(kind) for way in ways]
+        table.add_row(kind, *("" if n is None else size(n) for n in held))
+    needed = [totals["memory_per_rank"][way] for way in ways]
+    fits = [f"{size(n)} {'fits' if n <= found['gpu_memory'] else 'too much'}" for n in needed]
+    table.add_row(f"total, of {size(found['gpu_memory'])}", *fits, style="bold")
+    out.print(table)
+    parts = ", ".join(f"{kind} {size(n)}" for kind, n in found["disk"].items() if n)
+    out.print(f"disk: {size(totals['disk'])}: {parts}")
+    out.print(f"host memory of the largest training: {size(found['host_memory'])} a rank")
+    stage, share = _largest({row["stage"]: row["hours"] for row in found["stages"]})
+    kind, part = _largest(memory[ways[-1]])
+    file, kept = _largest(found["disk"])
+    out.print(
+        f"most of the time: {stage} ({share:.0%}); of the GPU memory: {kind} ({part:.0%}); of the "
+        f"disk: {file} ({kept:.0%})"
+    )
+    out.print(
+        f"assumed: {found['shape']['parameters'] / 1e9:,.3g}B parameters; "
+        f"{assumed['query_tokens']} tokens a query, {assumed['principle_tokens']} a guideline, "
+        f"{assumed['response_tokens']} a response; {assumed['peak_flops'] / 1e12:,.0f} TFLOP/s a "
+        f"GPU, of which "
+        f"{assumed['utilisation']:.0%} in training and scoring, "
+        f"{assumed['sampling_utilisation']:.0%} in sampling; all GPUs busy in every stage; nothing "
+        "dropped; judges, selection and loading are not counted",
+        style="dim",
+    )
+    if found["not_counted"]:
+        warn(f"not counted: {', '.join(found['not_counted'])}")
+
+
+def _peta(flops: float) -> str:
+    """10^15 operations, without digits that mean nothing."""
+    return f"{flops / 1e15:,.0f}" if flops >= 1e17 else f"{flops / 1e15:.2g}"
+
+
+def _largest(parts: Mapping[str, float]) -> tuple[str, float]:
+    """The largest part and its share of all."""
+    name = max(parts, key=lambda n: parts[n])
+    return name, parts[name] / (sum(parts.values()) or 1)
+
+
+def _table(first: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column(first, no_wrap=True, min_width=24)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def size(n: float) -> str:
+    """Bytes as a person would say them.
+
+    >>> size(8_030_000_000), size(1_500_000), size(3e13)
+    ('8.0 GB', '1.5 MB', '30.0 TB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if n >= scale:
+            return f"{n / scale:,.1f} {unit}"
+    return f"{n / 1e6:,.1f} MB"

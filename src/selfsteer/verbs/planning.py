@@ -1,0 +1,417 @@
+"""`selfsteer plan`: what a recipe will cost, by arithmetic alone; nothing of it is measured.
+
+Counts of records come from `selfsteer.stages.estimate`, which the stages' own loop feeds. The
+formulas are those of docs/scaling.md.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
+from selfsteer.recipe.sections import Generator, Recipe, Training
+from selfsteer.run.folder import Stage
+from selfsteer.stages.estimate import TEXT, Workload, disk_bytes, workload
+
+#: Name → (dense bfloat16 operations a second, bytes of memory), of the makers' data sheets.
+GPUS = {
+    "a100": (312e12, 80e9),
+    "h100": (989e12, 80e9),
+    "h200": (989e12, 141e9),
+    "l40s": (362e12, 48e9),
+}
+
+#: Tokens of what a model says of a query's features, and of what it is told before it writes.
+FEATURE_ANSWER, INSTRUCTION = 20, 200
+
+#: Bytes per parameter: float32 weights, gradients, two moments, bfloat16 copies of autocast.
+WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2
+
+#: Bytes of activations per token, hidden unit and layer; and with recomputation per token and
+#: hidden unit: each layer's input, and one whole layer (docs/scaling.md).
+ACTIVATION, LAYER_INPUT = 60, 4
+
+#: Bytes of a token id in memory, and of a stored log-prob.
+ID, SCORE = 8, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a dense decoder the arithmetic needs.
+
+    ``attention`` is heads times head size, ``body`` the parameters of the layers: embeddings and
+    head, of which there are ``parameters - body``, are no product per token.
+    """
+
+    parameters: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    attention: int
+    body: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a query, of the guideline in a steered context, and of a response."""
+
+    query: int = 120
+    principles: int = 250
+    response: int = 330
+
+    def prompt(self, context: str) -> int:
+        """Tokens of a context."""
+        return self.query + (0 if context == "plain" else self.principles)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs, and the shares of their peak that training and sampling sustain."""
+
+    gpu: str = "h100"
+    count: int = 1
+    training: float = 0.4
+    sampling: float = 0.1
+
+    @property
+    def peak(self) -> float:
+        """Operations a second of all GPUs together."""
+        return GPUS[self.gpu][0] * self.count
+
+
+def shape_of(
+    model: str,
+    *,
+    params: float | None = None,
+    layers: int | None = None,
+    hidden: int | None = None,
+    vocabulary: int | None = None,
+) -> Shape:
+    """The shape of a model: from numbers given, else from its ``config.json``.
+
+    Args:
+        model: a folder, or a hub id whose ``config.json`` was fetched before.
+        params: all parameters; counted in the files, or from the configuration, where not given.
+        layers: decoder layers.
+        hidden: size of the residual stream.
+        vocabulary: tokens.
+
+    Raises:
+        ConfigError: not all numbers are given and there is no configuration to read, or one that
+            leaves the number of parameters open.
+    """
+    given = {"params": params, "layers": layers, "hidden": hidden, "vocabulary": vocabulary}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if params and layers and hidden and vocabulary:
+        return _whole(Shape(int(params), layers, hidden, vocabulary, hidden, 0), 2)
+    path = _config_path(model)
+    if path is None:
+        raise ConfigError(
+            f"The size of {model} is not known here: it is no folder with a config.json, and no "
+            f"such file was fetched from the hub. Give {', '.join(missing)} as well, or a "
+            "local policy.model."
+        )
+    found = json.loads(path.read_text("utf-8"))
+    c = {**found, **found.get("text_config", {})}
+    try:
+        depth = layers or int(c["num_hidden_layers"])
+        width = hidden or int(c["hidden_size"])
+        tokens = vocabulary or int(c["vocab_size"])
+        heads = int(c["num_attention_heads"])
+    except KeyError as e:
+        raise ConfigError(
+            f"{path} has no {e.args[0]}, so the size of {model} is not known. Give "
+            f"{', '.join(missing)} as well."
+        ) from None
+    head = int(c.get("head_dim") or width // heads)
+    tied = bool(c.get("tie_word_embeddings", False))
+    tables = 1 if tied else 2
+    total = int(params) if params else stored_parameters(path.parent)
+    if total is None:
+        if any("expert" in key for key in c) or "intermediate_size" not in c:
+            raise ConfigError(
+                f"{path} is not that of a dense decoder, and there are no weights beside it, so "
+                f"the parameters of {model} cannot be counted. Give --params."
+            )
+        groups = int(c.get("num_key_value_heads") or heads)
+        linear = width * head * (2 * heads + 2 * groups) + 3 * width * int(c["intermediate_size"])
+        total = tables * tokens * width + depth * (linear + 2 * width) + width
+    return _whole(Shape(total, depth, width, tokens, heads * head, 0), tables)
+
+
+def _whole(shape: Shape, tables: int) -> Shape:
+    """With the parameters that are not in so many tables of the vocabulary."""
+    body = shape.parameters - tables * shape.vocabulary * shape.hidden
+    if body <= 0:
+        raise ConfigError(
+            f"{shape.parameters:,} parameters leave nothing for its layers: a vocabulary of "
+            f"{shape.vocabulary:,} with hidden states of {shape.hidden:,} has "
+            f"{shape.parameters - body:,} in embeddings and head. Correct --params, --vocabulary "
+            "or --hidden."
+        )
+    return replace(shape, body=body)
+
+
+def _config_path(model: str) -> Path | None:
+    if Path(model).is_dir():
+        path = Path(model) / "config.json"
+        return path if path.exists() else None
+    if model.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "config.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def stored_parameters(folder: Path) -> int | None:
+    """Parameters in a folder's safetensors files, by their headers; None where there are none.
+
+    Raises:
+        ArtifactError: one of the files is not whole.
+    """
+    total = 0
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+        except (struct.error, ValueError):
+            raise ArtifactError(f"{path} is no whole safetensors file; fetch it again.") from None
+        total += sum(
+            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
+        )
+    return total if files else None
+
+
+# -- the arithmetic ------------------------------------------------------------------------------
+
+
+def tokens_of(sequences: Sequence[str], lengths: Lengths, *, shared: bool) -> tuple[int, int, int]:
+    """(tokens, pairs of a token and a key it sees, response tokens) of one query's sequences.
+
+    Args:
+        sequences: ``context/response`` each.
+        lengths: of prompts and responses; the last token of a response predicts nothing.
+        shared: whether sequences of one context share its prompt (layout ``tree``).
+    """
+    new = lengths.response - 1
+    tokens = pairs = 0
+    contexts = [name.partition("/")[0] for name in sequences]
+    for context in dict.fromkeys(contexts) if shared else contexts:
+        under = contexts.count(context) if shared else 1
+        prompt = lengths.prompt(context)
+        tokens += prompt + under * new
+        pairs += prompt * (prompt + 1) // 2 + under * (new * prompt + new * (new + 1) // 2)
+    return tokens, pairs, len(sequences) * lengths.response
+
+
+def forward_flops(shape: Shape, tokens: float, pairs: float, responses: float) -> float:
+    """Operations of a forward: 2 per parameter and token, 4 per pair, 2 per logit."""
+    return (
+        2 * shape.body * tokens
+        + 4 * shape.layers * shape.attention * pairs
+        + 2 * shape.hidden * shape.vocabulary * responses
+    )
+
+
+def plan(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    queries: int,
+    held_out: int,
+    shape: Shape,
+    lengths: Lengths,
+    machine: Machine,
+) -> dict[str, Any]:
+    """All figures of a recipe: ``stages``, ``memory``, ``disk``, ``totals``, ``assumptions``.
+
+    Args:
+        recipe: checked.
+        stages: all of it, as `selfsteer.run.execute.plan` lists them.
+        queries: in the query set.
+        held_out: evaluation queries.
+        shape: of the policy.
+        lengths: assumed, the same for every record; responses never exceed their budget.
+        machine: assumed; all stages keep all of its GPUs busy.
+    """
+    lengths = Lengths(
+        lengths.query,
+        lengths.principles,
+        min(lengths.response, recipe.sampling.max_new_tokens),
+    )
+    rows = []
+    before = Workload()
+    for i, stage in enumerate(stages):
+        upto = workload(recipe, stages[: i + 1], queries, held_out)
+        rows.append(_stage(recipe, stage.name, before, upto, shape, lengths, machine))
+        before = upto
+    disk = disk_bytes(before, recipe, shape.parameters, _saved_bytes(recipe), lengths.response)
+    # queries with their principles stand in three files of a record
+    each = lengths.query + 2 * lengths.principles
+    disk["queries and principles"] = 3 * before.principles * each * TEXT
+    settings = recipe.training
+    memory = {
+        "ddp": memory_bytes(recipe, settings, shape, lengths, machine, sharded=False),
+        "sharded": memory_bytes(recipe, settings, shape, lengths, machine, sharded=True),
+    }
+    return {
+        "recipe": recipe.name,
+        "estimate": True,
+        "shape": shape.__dict__,
+        "assumptions": _assumptions(recipe, lengths, machine),
+        "stages": rows,
+        "not_counted": before.unknown,
+        "totals": {
+            "sampled_tokens": sum(r["sampled_tokens"] for r in rows),
+            "training_flops": sum(r["flops"]["training"] for r in rows),
+            "flops": sum(sum(r["flops"].values()) for r in rows),
+            "hours": sum(r["hours"] for r in rows),
+            "memory_per_rank": {name: sum(parts.values()) for name, parts in memory.items()},
+            "disk": sum(disk.values()),
+        },
+        "memory_per_rank": memory,
+        "gpu_memory": GPUS[machine.gpu][1],
+        "host_memory": _host_bytes(before, lengths),
+        "disk": disk,
+    }
+
+
+def _stage(
+    recipe: Recipe,
+    name: str,
+    before: Workload,
+    upto: Workload,
+    shape: Shape,
+    lengths: Lengths,
+    machine: Machine,
+) -> dict[str, Any]:
+    """What one stage adds to the work of those before it."""
+    shared = recipe.policy.layout != "padded"
+    flops = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
+    sampled = 0
+
+    def sample(answers: int, prompt: int, response: int) -> None:
+        nonlocal sampled
+        sampled += answers * response
+        total, pairs = prompt + response, (prompt + response) ** 2 / 2
+        flops["sampling"] += answers * forward_flops(shape, total, pairs, response)
+
+    for response, n in upto.answers.items():
+        sample(n - before.answers[response], lengths.prompt(response), lengths.response)
+    written = upto.principles - before.principles
+    settings = recipe.principles
+    if settings.asks_a_model and settings.features == "model":
+        sample(written, INSTRUCTION + lengths.query, FEATURE_ANSWER)
+    if settings.mode == "generated":
+        budget = min(settings.max_new_tokens, lengths.principles)
+        sample(written * settings.candidates, INSTRUCTION + lengths.query, budget)
+    sets: dict[tuple[str, str, int], list[str]] = {}
+    for (where, data, sequence), n in upto.scores.items():
+        new = n - before.scores.get((where, data, sequence), 0)
+        sets.setdefault((where, data, new), []).append(sequence)
+    for (_, _, n), sequences in sets.items():
+        flops["scoring"] += n * forward_flops(shape, *tokens_of(sequences, lengths, shared=shared))
+    for trained, _, passes in upto.trained[len(before.trained) :]:
+        once = forward_flops(shape, *tokens_of(trained, lengths, shared=shared))
+        flops["training"] += passes * once
+    work = flops["scoring"] + flops["training"]
+    seconds = flops["sampling"] / machine.sampling + work / machine.training
+    return {
+        "stage": name,
+        "records": upto.records - before.records,
+        "sampled_tokens": sampled,
+        "flops": flops,
+        "hours": seconds / machine.peak / 3600,
+    }
+
+
+def memory_bytes(
+    recipe: Recipe,
+    settings: Training | Generator,
+    shape: Shape,
+    lengths: Lengths,
+    machine: Machine,
+    *,
+    sharded: bool,
+) -> dict[str, float]:
+    """Kind → bytes on one GPU while the policy is trained.
+
+    Args:
+        recipe: adapters, selection.
+        settings: the training's.
+        shape: of the policy.
+        lengths: what share of a row are response tokens.
+        machine: how many ranks.
+        sharded: weights, gradients and moments are shared among the ranks (FSDP, ZeRO-3), and of
+            the copies there are those of one layer; else each rank has all (DDP).
+    """
+    ranks = machine.count if sharded else 1
+    trained = shape.parameters
+    if recipe.policy.lora:
+        trained = _adapters(shape, recipe.policy.lora.rank)
+    row = settings.row_tokens
+    per_token = ACTIVATION * shape.hidden * shape.layers
+    if settings.gradient_checkpointing:
+        per_token = (LAYER_INPUT * shape.layers + ACTIVATION) * shape.hidden
+    responses = row * lengths.response / (lengths.query / 2 + lengths.response)
+    logits = min(responses * shape.vocabulary * 4, KEEP_BYTES["cuda"] + CHUNK_BYTES["cuda"])
+    found = {
+        "weights": WEIGHT * shape.parameters / ranks,
+        "gradients": GRADIENT * trained / ranks,
+        "optimiser": MOMENTS * trained / ranks,
+        "bfloat16 copies": COPY * shape.body / (shape.layers if ranks > 1 else 1),
+        "activations": per_token * row,
+        "logits": logits,
+    }
+    if not sharded and machine.count > 1:
+        found["buckets"] = GRADIENT * trained
+    if settings.selection.points:
+        found["start, to compare with"] = COPY * shape.parameters
+    return found
+
+
+def _adapters(shape: Shape, rank: int) -> int:
+    """Parameters of LoRA on every product of a layer: four of attention, three behind it."""
+    inner = max(shape.body / shape.layers - 4 * shape.hidden * shape.attention, 0)
+    inner = inner / (3 * shape.hidden)
+    wide = 4 * (shape.hidden + shape.attention) + 3 * (shape.hidden + inner)
+    return int(rank * wide * shape.layers)
+
+
+def _host_bytes(work: Workload, lengths: Lengths) -> int:
+    """Of the largest training: its triples' texts, token ids and reference log-probs."""
+    most = 0
+    for sequences, queries, _ in work.trained:
+        responses = len(sequences) * lengths.response
+        ids = tokens_of(sequences, lengths, shared=True)[0] * ID + responses * SCORE
+        text = (lengths.query + 2 * lengths.principles + 2 * lengths.response) * TEXT
+        most = max(most, queries * (ids + text))
+    return most
+
+
+def _saved_bytes(recipe: Recipe) -> int:
+    """Of a saved weight: models are saved in the computing precision."""
+    return 4 if recipe.policy.dtype == "float32" or recipe.policy.device == "cpu" else 2
+
+
+def _assumptions(recipe: Recipe, lengths: Lengths, machine: Machine) -> dict[str, Any]:
+    peak, memory = GPUS[machine.gpu]
+    return {
+        "gpu": machine.gpu,
+        "gpus": machine.count,
+        "peak_flops": peak,
+        "gpu_memory": memory,
+        "utilisation": machine.training,
+        "sampling_utilisation": machine.sampling,
+        "query_tokens": lengths.query,
+        "principle_tokens": lengths.principles,
+        "response_tokens": lengths.response,
+        "layout": "padded" if recipe.policy.layout == "padded" else "tree",
+    }

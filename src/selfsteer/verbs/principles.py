@@ -1,0 +1,208 @@
+"""``selfsteer principles <verb>``: look at a catalogue, check one, write principles to a file."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+principles_app = typer.Typer(no_args_is_help=True, help="Catalogues of features, and principles.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+#: What `write` takes of a recipe.
+SECTIONS = ("seed", "policy", "queries", "principles")
+
+
+@principles_app.command("list")
+def list_(
+    file: Annotated[Path | None, typer.Argument(help="a catalogue; default: built-in")] = None,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="the file itself, to start one's own from")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a catalogue's features."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from selfsteer.principles.catalogue import catalogue_text, load_catalogue
+    from selfsteer.terminal import out
+
+    path = str(file) if file else None
+    catalogue = load_catalogue(path)
+    if as_yaml:
+        typer.echo(catalogue_text(path), nl=False)
+        return
+    if as_json:
+        out.print_json(catalogue.model_dump_json())
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("feature", "drawn", "good", "bad"):
+        table.add_column(column)
+    for f in catalogue.features:
+        p = catalogue.appended.get(f.name)
+        drawn = f"weight {f.weight:g}" if p is None else f"appended {p:g}"
+        good, bad = (f"{a}: {g}" for a, g in ((f.good_adjective, f.good), (f.bad_adjective, f.bad)))
+        table.add_row(escape(f.name), drawn, escape(good), escape(bad))
+    out.print(table)
+    about = [catalogue.language, *([catalogue.domain] if catalogue.domain else [])]
+    out.print(f"{', '.join(about)}; closing line: {catalogue.closing}", style="dim", markup=False)
+
+
+@principles_app.command()
+def show(
+    feature: Annotated[str, typer.Argument(help="one feature, or several with commas")],
+    catalogue: Annotated[Path | None, typer.Option(help="default: built-in")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show both principles of a feature, whole, as a model sees them."""
+    from selfsteer.principles.catalogue import load_catalogue
+    from selfsteer.principles.writer import picked
+    from selfsteer.terminal import out
+
+    names = tuple(n.strip() for n in feature.split(",") if n.strip())
+    found = picked(names, load_catalogue(str(catalogue) if catalogue else None))
+    if as_json:
+        out.print_json(json.dumps(found.to_dict()))
+        return
+    out.print(f"good: {found.good}\nbad:  {found.bad}", markup=False)
+
+
+@principles_app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="a catalogue in YAML")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a catalogue: exit code 0 if it is clean, 2 with findings."""
+    from dataclasses import asdict
+
+    from selfsteer.errors import ConfigError
+    from selfsteer.principles import lint as rules
+    from selfsteer.principles.catalogue import catalogue_text
+    from selfsteer.terminal import out
+
+    findings = rules.lint(catalogue_text(str(file)))
+    if as_json:
+        out.print_json(json.dumps([asdict(f) for f in findings]))
+    else:
+        for finding in findings:
+            out.print(str(finding), markup=False)
+    if findings:
+        raise ConfigError(f"{file}: {len(findings)} finding(s); each says what to do.")
+    if not as_json:
+        out.print(f"{file} is clean", markup=False)
+
+
+@principles_app.command()
+def write(
+    queries: Annotated[
+        str, typer.Argument(help="prompts: JSONL, JSON, CSV, Parquet, datasets name")
+    ],
+    model: Annotated[str, typer.Option(help="who writes: folder, hub id or package:")],
+    to: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE as in a recipe: principles.examples=2 seed=1 …"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write principles for a query file, without a run; the same command resumes.
+
+    What it writes can be given to a recipe: principles.mode=fixed principles.path=FILE.
+    """
+    from selfsteer.terminal import out
+
+    report = _write(queries, model, to, settings or [])
+    if as_json:
+        out.print_json(json.dumps(report))
+        return
+    for name in ("sources", "first_try", "retry"):
+        if name in report:
+            counts = ", ".join(f"{n:,} {what}" for what, n in report[name].items())
+            out.print(f"{name.replace('_', ' ')}: {counts}", markup=False)
+    for example in report["examples"]:
+        text = f"\n{example['query']}\n  good: {example['good']}\n  bad:  {example['bad']}"
+        out.print(text, markup=False)
+    out.print(f"\n{report['n_out']:,} principles: {to}", markup=False)
+
+
+def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str, Any]:
+    from selfsteer.data.jsonl import read_jsonl, write_atomic
+    from selfsteer.data.records import Triple
+    from selfsteer.errors import ConfigError
+    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.sections import Recipe
+    from selfsteer.run import execute as pipeline
+    from selfsteer.run.folder import RunFolder
+    from selfsteer.terminal import say
+
+    for setting in settings:
+        if setting.partition("=")[0].partition(".")[0] not in SECTIONS:
+            raise ConfigError(
+                f"{setting!r} has no effect here: principles write takes {', '.join(SECTIONS)}, "
+                "as a recipe has them."
+            )
+        if setting.partition("=")[0] in ("policy.model", "queries.path"):
+            raise ConfigError(
+                f"{setting!r} would replace what QUERIES and --model say; leave it out."
+            )
+    work = to.with_name(f"{to.name}.partial")
+    given = {
+        "name": "write",
+        "runs_dir": str(work),
+        "method": "pbaa",
+        "policy": {"model": model},
+        "queries": {"path": queries},
+        "sampling": {"max_new_tokens": 1},  # no response is sampled, so no budget can be too long
+    }
+    values = merge(given, settings)
+    recipe = validate(Recipe, values, "settings of principles write")
+    run = RunFolder(recipe.folder)
+    stages = pipeline.select(pipeline.plan(recipe, run), "principles")
+    report = to.with_name(f"{to.name}.report.json")
+    if to.exists():
+        done = json.loads(report.read_text("utf-8")) if report.exists() else {}
+        made = {"fingerprint": stages[-1].fingerprint, "sha256": _digest(to)}
+        if not made.items() <= done.items():
+            raise ConfigError(
+                f"{to} is there already and was not made by this command with these settings and "
+                "queries. Choose another name, or move it away."
+            )
+        shutil.rmtree(work, ignore_errors=True)  # where a kill has left it
+        say(f"nothing to do: {to} is finished")
+        return dict(done)
+    if run.stale(stages):
+        raise ConfigError(
+            f"{work} holds principles that were begun with other settings or queries. Finish "
+            "those, choose another name, or remove that folder."
+        )
+    pipeline.execute(recipe, values, until="principles")
+    entry = run.last(stages[-1].name) or {}
+    made_here = run / stages[-1].outputs[0]
+    text = made_here.read_bytes()
+    lines = [Triple.from_dict(v) for _, v in read_jsonl(made_here)]
+    found = {
+        "fingerprint": stages[-1].fingerprint,
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "model": model,
+        "queries": queries,
+        "principles": recipe.principles.model_dump(),
+        "n_in": entry["n_in"],
+        "n_out": entry["n_out"],
+        **entry["notes"],
+        "examples": [
+            {"query": t.messages[-1].content, "good": t.principles.good, "bad": t.principles.bad}
+            for t in lines[:3]
+            if t.principles is not None
+        ],
+    }
+    write_atomic(report, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(to, text)
+    shutil.rmtree(work)
+    return found
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

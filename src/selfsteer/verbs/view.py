@@ -1,0 +1,72 @@
+"""``selfsteer view``: the pages of runs in a browser, while they go on."""
+
+import json
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from selfsteer.verbs.principles import AsJson
+
+view_app = typer.Typer()
+
+
+@view_app.command()
+def view(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[RUN|FOLDER]", help="a run folder, or a folder of runs")
+    ] = Path("runs"),
+    port: Annotated[
+        int | None,
+        typer.Option(help="default: 8327, or a free one; 0: a free one", min=0, max=65535),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; beyond this machine a token is needed")
+    ] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="another name that the server goes by, behind a proxy")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="open a browser, where there is one")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Watch runs in a browser: progress, curves, samples, every triple; compare finished ones.
+
+    It only reads, and a run does not notice. Where others can reach it (--host), the address that
+    it prints holds a token, that of SELFSTEER_VIEW_TOKEN if it is set.
+    """
+    from selfsteer.errors import ConfigError
+    from selfsteer.terminal import out, say
+
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}. Give a run folder, or a folder of runs.")
+    try:
+        from selfsteer.report import viewing
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"selfsteer view needs {e.name}, which is not installed: "
+            "python -m pip install 'selfsteer[view]'."
+        ) from None
+    token = os.environ.get("SELFSTEER_VIEW_TOKEN") or None
+    if token is None and not viewing.is_loopback(host):
+        token = secrets.token_urlsafe(24)
+    bound = viewing.bind(host, port)
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    name = f"[{name}]" if ":" in name else name
+    known = f"?token={quote(token, safe='')}" if token else ""
+    url = f"http://{name}:{bound.getsockname()[1]}/{known}"
+    if as_json:
+        print(json.dumps({"url": url}), flush=True)
+    else:
+        out.print(url, markup=False, style=None)
+        out.file.flush()
+        say(f"showing {folder}; Ctrl-C ends it")
+    if browser and not as_json and sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(url)
+    viewing.serve(folder, bound, token, [host, *(allow_host or [])])

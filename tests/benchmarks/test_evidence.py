@@ -1,0 +1,215 @@
+"""The evidence's bookkeeping on invented cells: order, pairing, verdicts, what is missing."""
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.principles.fixed import read_fixed
+from selfsteer.recipe.read import load_recipe
+from selfsteer.stages.rivals import given_answers
+from selfsteer.testbed.questions import question
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Iterator[Any]:
+    sys.path.insert(0, str(FOLDER))
+    yield import_module("cells"), import_module("page"), import_module("running")
+    sys.path.remove(str(FOLDER))
+    for name in ("cells", "page", "running", "measures"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def invented(evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes cells of invented scores into a folder of the test's own."""
+    cells, *_ = evidence
+    monkeypatch.setattr(cells, "CELLS", tmp_path)
+
+    def write(cell: Any, scores: list[int], **more: Any) -> None:
+        data = {
+            "settings": list(cell.settings()),
+            "scores": scores,
+            "base_scores": [600] * len(scores),
+            "iterations": [
+                {
+                    "accuracy": 0.9,
+                    "on_policyness": {"both": 0.75, "chosen": 0.8, "rejected": 0.7},
+                    "tokens": 30.0,
+                }
+            ],
+            "compute": {"all": 1.5},
+            "date": "2026-01-02",
+            "hardware": "invented",
+            "versions": {"selfsteer": "0"},
+            "seconds": {"policy": 3.0},
+        }
+        (tmp_path / f"{cell.name}.json").write_text(json.dumps({**data, **more}))
+
+    return write
+
+
+def searched(cells: Any, write: Any) -> None:
+    """A search whose second trial is the best of each family."""
+    for family in cells.SEARCH:
+        for i, cell in enumerate(cells.trials(family)):
+            write(cell, [900 if i == 1 else 500, 500])
+
+
+def test_every_method_is_searched_with_the_same_budget(evidence: Any) -> None:
+    cells, *_ = evidence
+    assert len({len(trials) for trials in cells.SEARCH.values()}) == 1
+    assert all(len(set(trials)) == len(trials) for trials in cells.SEARCH.values())
+    assert {arm.family for arm in cells.ARMS.values()} - {None} == set(cells.SEARCH)
+
+
+def test_every_arm_and_trial_is_a_recipe(evidence: Any, invented: Any) -> None:
+    cells, *_ = evidence
+    searched(cells, invented)
+    every = [c for family in cells.SEARCH for c in cells.trials(family)]
+    for cell in [*every, *(cells.Cell(arm, 0, 0) for arm in cells.ARMS)]:
+        kind, more = "demo", []
+        if cells.ARMS[cell.arm].sets:
+            kind, more = "reward", ["reward.data=x.jsonl", "policy.model=m"]
+        recipe = load_recipe(kind, [*cell.settings(), *more, f"name={cell.name}"])
+        assert recipe.name == cell.name
+    assert {arm for table in cells.TABLES for arm in table.arms} == set(cells.ARMS)
+
+
+def test_answers_and_true_principles_are_made_for_each_query(evidence: Any, tmp_path: Path) -> None:
+    *_, running = evidence
+    path = running.query_file(3, 20, tmp_path, answered=True)
+    assert len(given_answers(str(path))) == 20
+    rows = [
+        json.loads(line) for line in running.query_file(3, 20, tmp_path).read_text().splitlines()
+    ]
+    truth = read_fixed(str(running.principle_file(running.query_file(3, 20, tmp_path), 3)))
+    assert set(truth) == {row["id"] for row in rows}
+    for row in rows:
+        named = set(truth[row["id"]].features)
+        assert len(named) == 2
+        assert named < set(question(row["prompt"]).features)
+
+
+def test_cells_wait_for_their_search_and_take_its_best_settings(
+    evidence: Any, invented: Any
+) -> None:
+    cells, *_ = evidence
+    wanted = cells.wanted()
+    assert [c.trial is None for c in wanted].index(True) == 3 * 12
+    assert len(wanted) == len(set(wanted))
+    evidence_cells = [c for c in wanted if c.trial is None]
+    assert [c.arm for c in evidence_cells][:4] == ["annotated", "pbaa", "sso", "annotated"]
+    assert [c.base for c in evidence_cells][:6] == [0, 0, 0, 1, 1, 1]
+    first_control = next(i for i, c in enumerate(wanted) if c.arm == "pbaa-compute")
+    assert {c.arm for c in wanted[:first_control]} == {"annotated", "pbaa", "sso"}
+    assert wanted[first_control].trial == 0
+    assert cells.Cell("pbaa", 0, 0).settings() is None
+    searched(cells, invented)
+    assert set(cells.SEARCH["pbaa"][1]) < set(cells.Cell("pbaa", 0, 0).settings())
+    # one trial missing, and nothing is known
+    cells.trials("pbaa")[0].path.unlink()
+    assert cells.Cell("pbaa", 0, 0).settings() is None
+    assert cells.Cell("sso", 0, 0).settings() is not None
+
+
+def test_a_cell_of_other_settings_is_missing(evidence: Any, invented: Any) -> None:
+    cells, *_ = evidence
+    searched(cells, invented)
+    cell = cells.Cell("sso", 0, 3)
+    invented(cell, [1])
+    assert cell.found() is not None
+    invented(cell, [1], settings=["training.epochs=9"])
+    assert cell.found() is None
+
+
+def test_claims_are_paired_and_carry_the_sign_of_the_interval(evidence: Any, invented: Any) -> None:
+    cells, page, _ = evidence
+    searched(cells, invented)
+    claim = next(c for c in page.CLAIMS if c.text == "SSO is above PBAA")
+    assert page.judged(claim) == ("not run", "", "not run")
+    # queries differ wildly, the two arms always by one point: only pairing sees it
+    for seed in range(3):
+        levels = [100, 500, 900, 300 + seed]
+        invented(cells.Cell("pbaa", 0, seed), levels)
+        invented(cells.Cell("sso", 0, seed), [v + 10 for v in levels])
+    assert page.judged(claim) == ("+1.00 [+1.00, +1.00]", "3 of 3, p 0.25, 27 not run", "holds")
+    for seed in range(3):
+        invented(cells.Cell("sso", 0, seed), [v - 10 for v in [100, 500, 900, 300 + seed]])
+    assert page.judged(claim)[2] == "**fails**"
+    invented(cells.Cell("sso", 0, 0), [900, 900, 900, 900])
+    assert page.judged(claim)[2] == "undecided"
+
+
+def test_the_sign_test_is_exact_and_leaves_zeros_out(evidence: Any) -> None:
+    _, page, _ = evidence
+    # 2 (C(10,9) + C(10,10)) / 2^10
+    assert page.sign_test([1.0] * 9 + [-1.0]) == "9 of 10, p 0.021"
+    assert page.sign_test([-1.0] * 10) == "0 of 10, p 0.002"
+    assert page.sign_test([1.0] * 4 + [0.0]) == "4 of 5, p 0.12"
+    assert page.sign_test([1.0, -1.0]) == "1 of 2, p 1.00"
+    assert page.sign_test([1.0] * 30) == "30 of 30, p < 0.001"
+    assert page.sign_test([0.0]) == "0 of 1"
+
+
+def test_the_page_says_what_is_missing(
+    evidence: Any, invented: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, page, _ = evidence
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
+    monkeypatch.setattr(page, "FIGURE", tmp_path / "figure3.png")
+    searched(cells, invented)
+    invented(cells.Cell("sso", 0, 0), [700, 800])
+    page.write()
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "| base 0 | 60.0 [60.0, 60.0] (9 not run) | not run |" in text
+    assert "75.0 [70.0, 80.0] (9 not run)" in text
+    chosen = "training.learning_rate=1e-4, training.epochs=1, generator.gamma=0.3"
+    assert f"| sso | {chosen} | 70.00 | yes |" in text
+    assert "2026-01-02; invented" in text
+    assert (tmp_path / "figure3.png").stat().st_size > 5000
+
+
+def test_the_committed_page_is_that_of_the_committed_cells(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, page, _ = evidence
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
+    monkeypatch.setattr(page, "FIGURE", tmp_path / "figure3.png")
+    page.write()
+    assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
+
+
+def test_the_readme_says_what_the_cells_say(evidence: Any) -> None:
+    _, page, _ = evidence
+    readme = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    claims = {c.text: c for c in page.CLAIMS}
+    rows = {
+        "SSO above the base model": "SSO helps",
+        "SSO above PBAA": "SSO is above PBAA",
+        "SSO above PBAA of no less compute": "SSO is above PBAA of no less compute",
+        "SSO above pairs ranked by an annotator who never errs": "SSO is above annotated pairs",
+        "SSO's rejected answers more on-policy than PBAA's": (
+            "SSO's rejected answers are more on-policy"
+        ),
+        "SSO's pairs more accurate than PBAA's": "SSO's pairs are more accurate",
+    }
+    for label, text in rows.items():
+        ours, signs, _ = page.judged(claims[text])
+        assert f"| {label} | {ours} | {signs.partition(',')[0]} |" in readme, (label, ours, signs)
+
+
+def test_queries_of_a_seed_are_nested(evidence: Any, tmp_path: Path) -> None:
+    *_, running = evidence
+    files = [running.query_file(s, n, tmp_path) for s, n in ((1, 20), (1, 50), (2, 20))]
+    sets = [{json.loads(line)["id"] for line in f.read_text().splitlines()} for f in files]
+    assert list(map(len, sets)) == [20, 50, 20]
+    assert sets[0] < sets[1]
+    assert sets[0] != sets[2]
+    assert len(running.query_file(1, 20, tmp_path).read_text().splitlines()) == 20

@@ -1,0 +1,485 @@
+"""The engine against a server on loopback: answers, seeds, faults, limits, and what is said."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.data.records import Message, Query, Verdict
+from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion, SamplingParams
+from selfsteer.engines.launch import LaunchedServer
+from selfsteer.engines.load import Engines
+from selfsteer.engines.openai import OpenAIEngine, Usage, retry_after, status_fault
+from selfsteer.errors import ConfigError, EngineError
+from selfsteer.judges.base import Pair, judge_inputs, load_judge
+from selfsteer.models.load import LoadedModel
+from selfsteer.recipe.read import merge, recipe_text, validate
+from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Recipe
+from tests import serving as serving_module
+from tests.serving import FAULTS, Server, completion, say, sends, serving, status
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
+CONVERSATIONS = [[Message("system", "Be brief."), Message("user", f"Query {i}")] for i in range(12)]
+PROBE_REQUESTS = 8
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as found:
+        yield found
+
+
+Make = Callable[..., OpenAIEngine]
+
+
+@pytest.fixture
+def engine(server: Server) -> Iterator[Make]:
+    made: list[OpenAIEngine] = []
+
+    def make(usage: Usage | None = None, **settings: Any) -> OpenAIEngine:
+        values = {"kind": "openai", "base_url": server.url, "model": "canned", **settings}
+        config = EngineConfig(**{"backoff": 0.001, "timeout": 90, "concurrency": 4, **values})
+        made.append(OpenAIEngine(config, "canned", server.url, usage or Usage()))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_answers_come_in_the_order_of_the_conversations(server: Server, engine: Make) -> None:
+    told: list[tuple[int, int]] = []
+    server.seconds = 0.03
+    found = engine(extra_body={"top_k": 5}).generate(
+        CONVERSATIONS, SAMPLED, 3, lambda items, tokens: told.append((items, tokens))
+    )
+    sent = {b["messages"][-1]["content"]: b for b in server.asked[PROBE_REQUESTS:]}
+    assert len(sent) == len(server.asked) - PROBE_REQUESTS == 12
+    for i, answer in enumerate(found):
+        body = sent[f"Query {i}"]
+        assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+        asked = (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"])
+        assert asked == (64, 0.7, 0.8, 5)
+        text = say(body)
+        assert answer == Completion(text, "stop", 10, len(text.split()))
+    assert len({b["seed"] for b in sent.values()}) == 12, "a seed for each request"
+    assert all(0 <= b["seed"] < 2**31 for b in sent.values())
+    assert sum(items for items, _ in told) == 12
+    assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
+    assert server.most_under_way == 4
+
+
+def test_the_seed_decides_and_concurrency_does_not(server: Server, engine: Make) -> None:
+    first = engine(concurrency=1).generate(CONVERSATIONS, SAMPLED, 1)
+    assert engine(concurrency=8).generate(CONVERSATIONS, SAMPLED, 1) == first
+    other = engine().generate(CONVERSATIONS, SAMPLED, 2)
+    assert all(a.text != b.text for a, b in zip(first, other, strict=True))
+
+
+def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
+    one = engine()
+    for reason, value, text in (
+        ("length", completion("Bees d", reason="length"), "Bees d"),
+        ("stop", completion(" Bees.\n"), "Bees."),
+        ("stop", completion(None), ""),
+        ("request_failed:content_filter", completion("B", reason="content_filter"), ""),
+        ("request_failed:tool_calls", completion(None, reason="tool_calls"), ""),
+    ):
+        server.always = sends(value)
+        (found,) = one.generate(CONVERSATIONS[:1], GREEDY, 0)
+        assert (found.text, found.finish_reason) == (text, reason)
+    assert dict(one.usage.failed) == {
+        "request_failed:content_filter": 1,
+        "request_failed:tool_calls": 1,
+    }
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_passes_leaves_no_trace_in_the_answers(
+    name: str, server: Server, engine: Make
+) -> None:
+    undisturbed = engine().generate(CONVERSATIONS, GREEDY, 5)
+    start = len(server.asked)
+    # the third request twice over, and a later one
+    server.faults = dict.fromkeys((start + 2, start + 4, start + 9), FAULTS[name])
+    hangs = name == "timeout"
+    one = engine(timeout=2 if hangs else 90)
+    assert one.generate(CONVERSATIONS, GREEDY, 5) == undisturbed
+    # a busy machine may be late with other answers too
+    assert one.usage.retried == 3 or (hangs and one.usage.retried > 3)
+    assert one.usage.requests == 12 + one.usage.retried
+    assert not one.usage.failed
+
+
+@pytest.mark.parametrize("name", ["http_500", "connection", "0_choices", "invalid_utf8"])
+def test_a_request_that_fails_for_good_says_why(name: str, server: Server, engine: Make) -> None:
+    server.always = lambda h: "Query 7" in str(h.body["messages"]) and FAULTS[name](h)
+    one = engine(retries=2, concurrency=1)
+    found = one.generate(CONVERSATIONS, GREEDY, 0)
+    assert [i for i, c in enumerate(found) if c.missing] == [7]
+    assert found[7] == Completion("", f"{REQUEST_FAILED}:{name}", 0, 0)
+    assert (one.usage.requests, one.usage.retried) == (11 + 3, 2)
+    assert dict(one.usage.failed) == {f"request_failed:{name}": 1}
+
+
+def test_a_dead_server_stops_the_stage(server: Server, engine: Make) -> None:
+    server.always = status(500, "out of luck")
+    one = engine(retries=1, concurrency=2)
+    with pytest.raises(
+        EngineError, match=r"no usable answer to request after request.*out of luck"
+    ):
+        one.generate(CONVERSATIONS, GREEDY, 0)
+    assert len(server.asked) <= 2 * 7
+
+
+def test_nobody_there(engine: Make, server: Server) -> None:
+    with serving() as gone:
+        url = gone.url
+    settings = EngineConfig(kind="openai", base_url=url, model="m", retries=1, backoff=0)
+    one = OpenAIEngine(settings, "m", url, Usage())
+    with pytest.raises(EngineError, match=r"request after request.*connection"):
+        one.generate(CONVERSATIONS, GREEDY, 0)
+    with pytest.raises(EngineError, match="Nobody answers"):
+        one.check()
+    one.close()
+
+
+def test_a_server_that_says_when_is_asked_then(server: Server, engine: Make) -> None:
+    server.faults = {0: status(429, retry_after="0.5")}
+    found = engine(concurrency=1).generate(CONVERSATIONS[:2], GREEDY, 0)
+    assert [c.finish_reason for c in found] == ["stop", "stop"]
+    assert server.times[1] - server.times[0] >= 0.5
+    # behind the pause everybody comes back at once, so that the own backoff holds as well
+    server.faults = {len(server.times): status(429, retry_after="0")}
+    before = len(server.times)
+    engine(concurrency=1, backoff=1).generate(CONVERSATIONS[:1], GREEDY, 0)
+    assert server.times[before + 1] - server.times[before] >= 0.5
+    server.always = status(429, retry_after="86400")
+    with pytest.raises(EngineError, match="asks to wait 86,400 s"):
+        engine().generate(CONVERSATIONS[:1], GREEDY, 0)
+
+
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    ahead = retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
+    assert ahead == pytest.approx(100, abs=3)
+    assert retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
+    assert retry_after({"retry-after": "soon"}) is None
+    assert retry_after({}) is None
+
+
+def test_what_an_http_error_means() -> None:
+    def kind(code: int, said: str = "", name: str | None = None) -> tuple[str, bool, bool]:
+        fault = status_fault(code, said, name, {})
+        return fault.reason, fault.again, fault.stop
+
+    assert kind(502) == ("http_502", True, False)
+    assert kind(429, "slow down") == ("http_429", True, False)
+    assert kind(429, "pay", "insufficient_quota") == ("http_429", False, True)
+    assert kind(401) == ("http_401", False, True)
+    assert kind(404, "no such model") == ("http_404", False, True)
+    assert kind(422) == ("http_422", False, False)
+    assert kind(400, "maximum context length is 64 tokens") == (PROMPT_TOO_LONG, False, False)
+
+
+def test_a_prompt_that_the_server_calls_too_long(server: Server, engine: Make) -> None:
+    server.always = status(400, "This model's maximum context length is 64 tokens.")
+    one = engine()
+    found = one.generate(CONVERSATIONS, GREEDY, 0)
+    assert found == [Completion("", PROMPT_TOO_LONG, 0, 0)] * 12
+    assert not one.usage.failed
+
+
+def test_a_prompt_without_room_is_not_sent(
+    server: Server, load: Callable[..., LoadedModel]
+) -> None:
+    chat = load("gemma").chat
+    longest = [Message("system", "Be brief."), Message("user", "What does the bear eat? " * 9)]
+    limit = len(chat.prompt_ids(CONVERSATIONS[0])) + GREEDY.max_new_tokens
+    settings = EngineConfig(kind="openai", base_url=server.url, model="canned")
+    one = OpenAIEngine(settings, "canned", server.url, Usage(), chat=chat, context_length=limit)
+    found = one.generate([longest, CONVERSATIONS[0]], GREEDY, 0)
+    one.close()
+    assert [c.finish_reason for c in found] == [PROMPT_TOO_LONG, "stop"]
+    # gemma's template refuses a system message, so none is sent
+    assert [b["messages"] for b in server.asked] == [
+        [{"role": "user", "content": "Be brief.\n\nQuery 0"}]
+    ]
+
+
+def test_a_server_that_ignores_the_temperature_is_an_error(server: Server, engine: Make) -> None:
+    server.answer = lambda body: say({**body, "temperature": 0})
+    with pytest.raises(EngineError, match="ignores temperature"):
+        engine().generate(CONVERSATIONS, SAMPLED, 0)
+    assert len(server.asked) == PROBE_REQUESTS
+    assert len(engine().generate(CONVERSATIONS, GREEDY, 0)) == 12, "greedy is what was asked for"
+
+
+def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    one = engine(Usage(path), max_requests=9)
+    assert len(one.generate(CONVERSATIONS[:5], GREEDY, 0)) == 5
+    again = engine(Usage(path), max_requests=9)  # another process of the same run
+    with pytest.raises(EngineError, match=r"max_requests 9.*9 requests.*raise the limit"):
+        again.generate(CONVERSATIONS[:5], GREEDY, 0)
+    assert 5 <= len(server.asked) <= 9  # those under way are given up, sent or not
+    server.asked.clear()
+    # at most 10 + 6 … 17 words each; 64 are held back for the answer and 146 bytes for the prompt
+    bounded = engine(max_tokens_total=600)
+    with pytest.raises(EngineError, match="max_tokens_total 600"):
+        bounded.generate(CONVERSATIONS * 20, GREEDY, 0)
+    used = bounded.usage.prompt_tokens + bounded.usage.completion_tokens
+    assert 350 < used <= 600
+    assert bounded.usage.under_way == 0
+
+
+def test_counts_of_a_run_go_on(engine: Make, tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    engine(Usage(path)).generate(CONVERSATIONS[:3], GREEDY, 0)
+    second = Usage(path)
+    engine(second).generate(CONVERSATIONS[:2], GREEDY, 0)
+    assert (second.requests, second.prompt_tokens) == (5, 50)
+    assert (second.here()["requests"], second.here()["prompt_tokens"]) == (2, 20)
+    assert Usage(path).counts() == second.counts()
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    server: Server, engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    engine(api_key_env="MY_KEY").generate(CONVERSATIONS[:1], GREEDY, 0)
+    assert server.keys == {"Bearer sk-secret"}
+    server.always = status(401, "Incorrect API key provided: sk-secret")
+    with pytest.raises(EngineError, match=r"provided: \[key\].*MY_KEY is set") as caught:
+        engine(api_key_env="MY_KEY").generate(CONVERSATIONS[:1], GREEDY, 0)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_another_model_is_served(server: Server, engine: Make) -> None:
+    server.model = "llama"
+    engine().check()
+    assert server.asked.pop()["max_tokens"] == 1, "it answers to other names too"
+    server.always = status(404, "no model canned")
+    with pytest.raises(ConfigError, match="does not serve 'canned' but llama"):
+        engine().check()
+    server.model = "canned"
+    engine().check()
+
+
+# -- a server of its own ---------------------------------------------------------------------------
+
+SERVE = f"{sys.executable} {serving_module.__file__} {{model}} {{port}}"
+
+
+def test_two_models_of_one_server_are_counted_together(server: Server, tmp_path: Path) -> None:
+    server.faults = {0: status(400)}
+    with Engines(tmp_path) as engines:
+        for model in ("canned", "other"):
+            own = {"base_url": server.url, "model": model, "concurrency": 1}
+            one = engines.get(EngineConfig(kind="openai", **own), model, None, 1)  # type: ignore[arg-type]
+            one.generate(CONVERSATIONS[:2], GREEDY, 0)
+        (counts,) = engines.asked.values()
+    assert counts["requests"] == len(server.asked) == 4
+    assert sum(counts["failed"].values()) == 1
+
+
+def launched(tmp_path: Path, launch: str) -> LaunchedServer:
+    return LaunchedServer(launch, "m", tmp_path / "logs" / "s.log", "OPENAI_API_KEY")
+
+
+def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
+    settings = EngineConfig(kind="openai", launch=SERVE)
+    with Engines(tmp_path) as engines:
+        one = engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
+        assert one is engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
+        assert isinstance(one, OpenAIEngine)
+        one.check()
+        (found,) = one.generate(CONVERSATIONS[:1], GREEDY, 0)
+        assert found.finish_reason == "stop"
+        assert engines.asked[sys.executable]["requests"] == 1
+    again = OpenAIEngine(settings, "bees", one.base_url, Usage())
+    with pytest.raises(EngineError, match="Nobody answers"):
+        again.check()
+    again.close()
+    assert list((tmp_path / "logs").iterdir()) == [], "it served well, so nobody needs its log"
+
+
+def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:
+    broken = f"{sys.executable} -c 'import sys; sys.exit(\"no GPU for {{model}} {{port}}\")'"
+    server = launched(tmp_path, broken)
+    with pytest.raises(EngineError, match=r"exit code 1.*s\.log: no GPU for m \d+"):
+        server.wait(120)
+    server.close()
+    server = launched(
+        tmp_path, f"{sys.executable} -c 'import time; time.sleep(60)' {{model}}{{port}}"
+    )
+    with pytest.raises(EngineError, match="did not answer"):
+        server.wait(0.1)
+    server.close()
+    with pytest.raises(ConfigError, match="'no-such-server', which is no program here"):
+        launched(tmp_path, "no-such-server {model} {port}")
+
+
+def test_a_server_that_dies_ends_its_stage_with_its_log(tmp_path: Path) -> None:
+    settings = EngineConfig(kind="openai", launch=SERVE + " 2", backoff=0.01)
+
+    def stage() -> None:
+        with Engines(tmp_path) as engines:
+            one = engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
+            one.generate(CONVERSATIONS, GREEDY, 0)
+
+    with pytest.raises(EngineError, match=r"exit code 3.*enough"):
+        stage()
+    (log,) = (tmp_path / "logs").iterdir()
+    assert "enough" in log.read_text()
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+HERE: dict[str, Any] = {"kind": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
+LAUNCH: dict[str, Any] = {"kind": "openai", "launch": "serve {model} --port {port}"}
+
+
+def recipe(**more: Any) -> Recipe:
+    import yaml
+
+    values = yaml.safe_load(recipe_text("smoke"))
+    values["sampling"].pop("batch_size")
+    values["principles"].pop("batch_size")
+    return validate(Recipe, {**values, **more}, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"kind": "openai"}, "needs base_url or launch"),
+        ({**LAUNCH, "base_url": "http://h/v1"}, "needs base_url or launch"),
+        ({"kind": "openai", "base_url": "http://h/v1"}, "sampling.engine.model is missing"),
+        ({**LAUNCH, "launch": "serve --port {port}"}, r"no place for \{model\}"),
+        ({**LAUNCH, "model": "m"}, "the stage names the model"),
+        ({**LAUNCH, "api_key_env": "K"}, "a launched server gets no key"),
+        ({**HERE, "base_url": "h:1"}, "must look like http"),
+        ({**HERE, "base_url": "http://me:key@h/v1"}, "must hold no secret"),
+        ({**HERE, "extra_body": {"seed": 1}}, r"extra_body\.seed is what the engine itself sends"),
+        ({"kind": "transformers", "timeout": 3}, "timeout has no effect with kind transformers"),
+        ({"kind": "transformers", "model": "m"}, "model has no effect with kind transformers"),
+        ({"kind": "opena"}, "kind: input should be"),
+        (HERE, r"also samples from the generator, the trained policy \(evaluation\).*launch"),
+    ],
+)
+def test_engines_that_cannot_be_honoured(engine: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recipe(sampling={"max_new_tokens": 96, "engine": engine})
+
+
+def test_one_server_is_enough_where_nothing_trained_answers() -> None:
+    sampling = {"max_new_tokens": 96, "engine": HERE}
+    pbaa = {"method": "pbaa", "baseline": None, "evaluation": None}
+    import yaml
+
+    values = yaml.safe_load(recipe_text("smoke"))
+    values.pop("generator")
+    values["principles"].pop("batch_size")
+    values |= {**pbaa, "sampling": sampling}
+    assert validate(Recipe, values, "r").sampling.engine.base_url == HERE["base_url"]
+    with pytest.raises(ConfigError, match=r"principles\.batch_size has no effect"):
+        validate(Recipe, merge(values, ["principles.batch_size=3"]), "r")
+    with pytest.raises(ConfigError, match=r"sampling\.batch_size has no effect"):
+        validate(
+            Recipe, merge(values, ["sampling.batch_size=3", "training.selection.points=0"]), "r"
+        )
+    chosen = validate(Recipe, merge(values, ["sampling.batch_size=3"]), "r")
+    assert chosen.sampling.batch_size == 3, "the selection's candidates answer in process"
+    with pytest.raises(ConfigError, match="policies of earlier iterations"):
+        validate(Recipe, merge(values, ["iterations=2"]), "r")
+
+
+def test_the_writer_is_a_model_or_an_engine_with_one() -> None:
+    def writer(value: Any) -> Any:
+        return recipe(principles={"writer": value}).principles.writer
+
+    assert writer("some/model").identity == {
+        "kind": "transformers",
+        "model": "some/model",
+        "base_url": None,
+        "launch": None,
+        "extra_body": {},
+    }
+    assert writer({**LAUNCH, "model": "some/model"}).model == "some/model"
+    assert writer(HERE).base_url == HERE["base_url"]
+    for value, said in (
+        (LAUNCH, r"writer\.model is missing"),
+        ({"kind": "transformers"}, r"writer\.model is missing"),
+        ({"model": "m", "retries": 2}, "retries has no effect"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            writer(value)
+
+
+def test_identity_is_what_answers_depend_on() -> None:
+    base = EngineConfig(**HERE)
+    for same in ({"concurrency": 3}, {"retries": 1}, {"timeout": 9}, {"max_requests": 5}):
+        assert EngineConfig(**{**HERE, **same}).identity == base.identity
+    for other in ({"model": "n"}, {"extra_body": {"top_k": 3}}, {"base_url": "http://h/v1"}):
+        assert EngineConfig(**{**HERE, **other}).identity != base.identity
+
+
+def test_a_judge_asked_of_a_server(server: Server, tmp_path: Path) -> None:
+    """It prefers the longer answer; a failed request is unparseable and asked again later."""
+
+    def decide(body: dict[str, Any]) -> str:
+        asked = body["messages"][-1]["content"]
+        a, _, rest = asked.partition("=== Answer A ===")[2].partition("=== Answer B ===")
+        b = rest.partition("=== Your decision")[0]
+        return "Verdict: " + ("A" if len(a) > len(b) else "B")
+
+    server.answer = decide
+    engine = {"kind": "openai", "base_url": server.url, "retries": 0, "concurrency": 1}
+    values = {"kind": "chat", "model": "canned", "engine": engine}
+    settings = validate(JudgeConfig, values, "judge")
+    pairs = [
+        Pair(Query(f"q{i}", (Message("user", f"Query {i}"),)), "long " * (i + 1), "no")
+        for i in range(3)
+    ]
+    server.faults = {2: status(500)}  # the second pair, first order
+    judge = load_judge(settings, tmp_path)
+    assert judge is not None
+    judge.check(())
+    found = judge.compare_all(pairs)
+    assert [j.verdict for j in found] == [Verdict.FIRST, Verdict.UNPARSEABLE, Verdict.FIRST]
+    assert found[1].reason == "request_failed:http_500"
+    asked = len(server.asked)
+    again = load_judge(settings, tmp_path)
+    assert again is not None
+    assert [j.verdict for j in again.compare_all(pairs)] == [Verdict.FIRST] * 3
+    assert len(server.asked) == asked + 1
+    one, *others = (
+        judge_inputs(validate(JudgeConfig, {**values, "engine": {**engine, **more}}, "judge"))
+        for more in ({}, {"concurrency": 9}, {"extra_body": {"top_k": 1}})
+    )
+    assert [other == one for other in others] == [True, False]
+    with pytest.raises(ConfigError, match="batch_size has no effect with an engine of kind openai"):
+        validate(JudgeConfig, {**values, "batch_size": 3}, "judge")
+    with pytest.raises(ConfigError, match=r"judge\.model names the model"):
+        validate(JudgeConfig, {**values, "engine": HERE}, "judge")
+
+
+def test_it_answers_beside_a_loop_that_runs_already(engine: Make) -> None:
+    """As in a notebook, where each cell runs inside a loop."""
+    alone = engine().generate(CONVERSATIONS, GREEDY, 0)
+
+    async def cell() -> list[Completion]:
+        one = engine()
+        try:
+            return one.generate(CONVERSATIONS, GREEDY, 0)
+        finally:
+            one.close()
+
+    assert asyncio.run(cell()) == alone

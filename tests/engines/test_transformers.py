@@ -1,0 +1,292 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from selfsteer.data.records import Message
+from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.transformers import TransformersEngine, draw
+from selfsteer.models.load import LoadedModel, load_model
+from selfsteer.recipe.sections import Policy
+from tests.families import FAMILIES, make_checkpoint, make_tokenizer
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=24)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=16)
+
+QUESTIONS = (
+    "Hi",
+    "What does the bear eat?",
+    "Paris is the capital of France; what is it?",
+    "Wait",
+    "What does the cat eat? " * 6,
+    "Add the tea. " * 3,
+    "né",
+    "Do not reveal guidelines, please.",
+    "honey",
+    "First boil the water, then wait for three minutes.",
+)
+CONVERSATIONS = [[Message("user", q)] for q in QUESTIONS]
+
+
+def favour_stopping(loaded: LoadedModel, strength: float) -> None:
+    """Makes the end of the turn likely where another token is likely too, so rows end apart.
+
+    The end-of-turn token's output weights become a multiple of an ordinary token's.
+    """
+    with torch.no_grad():
+        weight = loaded.model.lm_head.weight
+        weight[loaded.chat.end_of_turn] = strength * weight[70]
+
+
+def one_by_one(loaded: LoadedModel, sampling: SamplingParams) -> list[tuple[list[int], str]]:
+    """generate() of transformers, each prompt alone: the ids and how the answer ended."""
+    stops = set(TransformersEngine(loaded).stop_ids)
+    answers = []
+    for conversation in CONVERSATIONS:
+        ids = torch.tensor([loaded.chat.prompt_ids(conversation)])
+        full = loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(stops),
+        )
+        new = full[0, ids.shape[1] :].tolist()
+        answers.append((new, "stop" if new[-1] in stops else "length"))
+    return answers
+
+
+def check_greedy(loaded: LoadedModel, batch_size: int) -> None:
+    expected = one_by_one(loaded, GREEDY)
+    lengths = {len(ids) for ids, reason in expected if reason == "stop"}
+    assert len(lengths) >= 3, "too few rows end apart, the test would show nothing"
+    assert any(reason == "length" for _, reason in expected)
+    found = TransformersEngine(loaded, batch_size).generate(CONVERSATIONS, GREEDY, seed=0)
+    decode = loaded.chat.tokenizer.decode
+    for completion, conversation, (ids, reason) in zip(found, CONVERSATIONS, expected, strict=True):
+        text = decode(ids[:-1] if reason == "stop" else ids, skip_special_tokens=True).strip()
+        prompt = len(loaded.chat.prompt_ids(conversation))
+        assert completion == Completion(text, reason, prompt, len(ids))
+
+
+#: With these weights, half of the answers or more end early, at different steps.
+STRENGTH = 1.8
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_greedy_equals_generate_of_transformers(loaded: LoadedModel, batch_size: int) -> None:
+    favour_stopping(loaded, STRENGTH)
+    check_greedy(loaded, batch_size)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma"])
+def test_greedy_with_prompts_longer_than_the_attention_window(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / name, name, sliding_window=8)
+    loaded = load_model(str(folder), Policy(model=str(folder), device="cpu"))
+    favour_stopping(loaded, STRENGTH)
+    check_greedy(loaded, 32)
+
+
+def test_greedy_with_learned_positions(tmp_path: Path) -> None:
+    """Rotary positions forgive an offset, learned ones show whether padding counts as text."""
+    tokenizer = make_tokenizer("qwen2")
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), Policy(model="x", device="cpu"))
+    favour_stopping(loaded, STRENGTH)
+    check_greedy(loaded, 32)
+
+
+def test_stops_are_the_end_of_turn_and_the_configured_ones(
+    loaded: LoadedModel, family: str
+) -> None:
+    ids = loaded.chat.tokenizer.convert_tokens_to_ids
+    wanted = {ids(FAMILIES[family].end_of_turn), ids(FAMILIES[family].eos)}
+    assert set(TransformersEngine(loaded).stop_ids) == wanted
+
+
+def texts(loaded: LoadedModel, seed: int, sampling: SamplingParams = SAMPLED) -> list[str]:
+    return [c.text for c in TransformersEngine(loaded, 4).generate(CONVERSATIONS, sampling, seed)]
+
+
+def test_equal_seeds_give_equal_texts_and_others_differ(loaded: LoadedModel) -> None:
+    first = texts(loaded, 1)
+    torch.manual_seed(99)  # the global generator has no say
+    torch.rand(3)
+    assert texts(loaded, 1) == first
+    second = texts(loaded, 2)
+    assert sum(a != b for a, b in zip(first, second, strict=True)) >= 8
+
+
+def test_sampling_leaves_the_global_generator_alone(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("llama")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    texts(loaded, 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_greedy_ignores_the_seed(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("llama")
+    assert texts(loaded, 1, GREEDY) == texts(loaded, 2, GREEDY)
+
+
+def test_answers_come_in_the_order_of_the_conversations(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("qwen2")
+    engine = TransformersEngine(loaded, 3)
+    forward = engine.generate(CONVERSATIONS, GREEDY, 0)
+    backward = engine.generate(CONVERSATIONS[::-1], GREEDY, 0)
+    assert forward == backward[::-1]
+    assert len({c.text for c in forward}) > 5
+
+
+def test_counts_are_reported_to_advance(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("mistral")
+    favour_stopping(loaded, STRENGTH)
+    told: list[tuple[int, int]] = []
+    found = TransformersEngine(loaded, 4).generate(
+        CONVERSATIONS, GREEDY, 0, lambda items, tokens: told.append((items, tokens))
+    )
+    assert [items for items, _ in told] == [4, 4, 2]
+    assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
+
+
+def force(loaded: LoadedModel, token: int) -> None:
+    """Makes the model answer ``token`` whatever was said."""
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = torch.full_like(out.logits, -30.0)
+        out.logits[..., token] = 30.0
+        return out
+
+    plain = loaded.model.forward
+    loaded.model.forward = forced
+
+
+def test_finish_reason_and_token_counts(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("llama")
+    (bee,) = set(loaded.chat.tokenizer("b", add_special_tokens=False)["input_ids"])
+    budget = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=5)
+    prompts = [len(loaded.chat.prompt_ids(c)) for c in CONVERSATIONS]
+    force(loaded, bee)
+    endless = TransformersEngine(loaded).generate(CONVERSATIONS, budget, 0)
+    assert endless == [Completion("bbbbb", "length", p, 5) for p in prompts]
+    for name in ("<|eot_id|>", "<|end_of_text|>"):
+        loaded = load("llama")
+        force(loaded, loaded.chat.tokenizer.convert_tokens_to_ids(name))
+        found = TransformersEngine(loaded).generate(CONVERSATIONS, budget, 0)
+        assert found == [Completion("", "stop", p, 1) for p in prompts]
+
+
+def test_a_turn_that_ends_with_the_last_token_of_the_budget_is_finished(
+    load: Callable[..., LoadedModel],
+) -> None:
+    loaded = load("llama")
+    favour_stopping(loaded, STRENGTH)
+    longer = one_by_one(loaded, GREEDY)
+    i, ids = next((i, ids) for i, (ids, reason) in enumerate(longer) if reason == "stop")
+    exact = SamplingParams(temperature=0.0, max_new_tokens=len(ids))
+    (found,) = TransformersEngine(loaded).generate([CONVERSATIONS[i]], exact, 0)
+    assert (found.finish_reason, found.completion_tokens) == ("stop", len(ids))
+    if len(ids) > 1:
+        shorter = SamplingParams(temperature=0.0, max_new_tokens=len(ids) - 1)
+        (found,) = TransformersEngine(loaded).generate([CONVERSATIONS[i]], shorter, 0)
+        assert (found.finish_reason, found.completion_tokens) == ("length", len(ids) - 1)
+
+
+def test_a_prompt_without_room_is_not_answered_and_says_why(
+    load: Callable[..., LoadedModel],
+) -> None:
+    loaded = load("gemma")
+    longest = max(len(loaded.chat.prompt_ids(c)) for c in CONVERSATIONS)
+    over = SamplingParams(temperature=0.0, max_new_tokens=1024 - longest + 1)
+    found = TransformersEngine(loaded).generate(CONVERSATIONS, over, 0)
+    for conversation, completion in zip(CONVERSATIONS, found, strict=True):
+        too_long = len(loaded.chat.prompt_ids(conversation)) == longest
+        assert (completion.finish_reason == "prompt_too_long") == too_long
+        assert (completion.completion_tokens == 0) == too_long
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored(load: Callable[..., LoadedModel], training: bool) -> None:
+    loaded = load("llama")
+    loaded.model.train(training)
+    texts(loaded, 0)
+    assert loaded.model.training is training
+
+
+def test_no_conversations_give_no_answers(load: Callable[..., LoadedModel]) -> None:
+    assert TransformersEngine(load("llama")).generate([], SAMPLED, 0) == []
+
+
+# -- one draw -------------------------------------------------------------------------------------
+
+DRAWS = 20_000
+
+
+def frequencies(probabilities: list[float], sampling: SamplingParams) -> list[float]:
+    logits = torch.tensor(probabilities).log().repeat(DRAWS, 1) + 3.0
+    tokens = draw(logits, sampling, torch.Generator().manual_seed(0))
+    counts = torch.bincount(tokens, minlength=len(probabilities))
+    assert int(counts.sum()) == DRAWS
+    return counts.tolist()
+
+
+def chi_square(counts: list[float], probabilities: list[float]) -> float:
+    return sum(
+        (c - DRAWS * p) ** 2 / (DRAWS * p)
+        for c, p in zip(counts, probabilities, strict=True)
+        if p > 0
+    )
+
+
+#: The 99.9 % point of χ² with 3 degrees of freedom; with fewer it is lower still.
+BOUND = 16.27
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.1, 0.4, 0.3, 0.2]),
+        # squared and normalised by 0.01 + 0.16 + 0.09 + 0.04 = 0.3
+        (0.5, 1.0, [1 / 30, 16 / 30, 9 / 30, 4 / 30]),
+        # 0.4 + 0.3 reach 0.65, the rest is cut
+        (1.0, 0.65, [0, 4 / 7, 3 / 7, 0]),
+        # 0.4 + 0.3 fall short of 0.75, the third is needed
+        (1.0, 0.75, [0, 4 / 9, 3 / 9, 2 / 9]),
+        # the nucleus is that of the tempered distribution: 16/30 > 0.5
+        (0.5, 0.5, [0, 1, 0, 0]),
+        (1.0, 0.01, [0, 1, 0, 0]),
+        (0.0, 1.0, [0, 1, 0, 0]),
+    ],
+)
+def test_draws_follow_the_tempered_nucleus(
+    temperature: float, top_p: float, expected: list[float]
+) -> None:
+    counts = frequencies([0.1, 0.4, 0.3, 0.2], SamplingParams(temperature, top_p))
+    assert [c for c, p in zip(counts, expected, strict=True) if p == 0] == [0] * expected.count(0)
+    assert chi_square(counts, expected) < BOUND
+
+
+def test_rows_are_drawn_from_their_own_distributions() -> None:
+    logits = torch.tensor([[9.0, 0, 0, 0], [0, 0, 0, 9.0], [0, 9.0, 0, 0]])
+    rng = torch.Generator().manual_seed(3)
+    assert draw(logits, SamplingParams(0.5, 0.9), rng).tolist() == [0, 3, 1]

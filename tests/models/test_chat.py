@@ -1,0 +1,235 @@
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from selfsteer.data.records import Message, Principles, Triple
+from selfsteer.errors import ArtifactError, DataError
+from selfsteer.models.chat import ChatFormat
+from selfsteer.models.load import load_model
+from selfsteer.recipe.sections import Policy
+from tests.families import FAMILIES, make_checkpoint, make_tokenizer
+
+GOOD, BAD = "Be right about bees.", "Be wrong about bees."
+
+
+@pytest.fixture
+def chat(checkpoints: dict[str, Path], family: str) -> ChatFormat:
+    return ChatFormat(AutoTokenizer.from_pretrained(checkpoints[family]), family)
+
+
+def triple(
+    *turns: tuple[str, str], unfinished: tuple[str, ...] = (), response: str = "Honey, né?"
+) -> Triple:
+    return Triple(
+        "t1",
+        tuple(Message(*t) for t in turns or (("user", "What does the bear eat?"),)),
+        Principles(GOOD, BAD, ("Accuracy",)),
+        {"plain": response, "good": response, "bad": "Bricks."},
+        dict.fromkeys(unfinished, "length"),
+    )
+
+
+def rendered(chat: ChatFormat, *turns: tuple[str, str]) -> list[int]:
+    """Ids of the template with generation prompt, by the tokenizer's own route."""
+    ids = chat.tokenizer.apply_chat_template(
+        [{"role": r, "content": c} for r, c in turns],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ids
+    return list(ids)
+
+
+EXPECTED_PROMPTS = {
+    "llama": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat does the bear eat?"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "qwen2": (
+        "<|im_start|>system\nAnswer well.<|im_end|>\n<|im_start|>user\nWhat does the bear eat?"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "mistral": "<s>[INST] What does the bear eat? [/INST]",
+    "gemma": (
+        "<bos><start_of_turn>user\nWhat does the bear eat?<end_of_turn>\n<start_of_turn>model\n"
+    ),
+}
+
+
+def test_plain_sequence_is_prompt_response_end_of_turn(chat: ChatFormat, family: str) -> None:
+    sequence = chat.sequence(triple(), "plain/good")
+    decode = chat.tokenizer.decode
+    assert decode(sequence.prompt_ids) == EXPECTED_PROMPTS[family]
+    assert decode(sequence.response_ids) == "Honey, né?" + FAMILIES[family].end_of_turn
+    end = chat.tokenizer.convert_tokens_to_ids(FAMILIES[family].end_of_turn)
+    assert sequence.response_ids[-1] == chat.end_of_turn == end
+    assert sequence.response_ids.count(end) == 1
+    assert len(sequence) == len(sequence.prompt_ids) + len(sequence.response_ids)
+
+
+def test_prompt_ids_are_those_of_the_tokenizer(chat: ChatFormat) -> None:
+    turns = (("user", "What does the cat eat?"), ("assistant", "Fish."), ("user", "Why, né?"))
+    conversation = [Message(*t) for t in turns]
+    assert list(chat.prompt_ids(conversation)) == rendered(chat, *turns)
+    assert list(chat.prompt_ids(conversation)) == rendered(chat, *turns)  # now from the cache
+
+
+def test_prompt_begins_with_one_begin_of_text(chat: ChatFormat, family: str) -> None:
+    bos = FAMILIES[family].bos
+    ids = chat.sequence(triple(), "good/good").prompt_ids
+    if bos is None:
+        assert chat.tokenizer.bos_token_id not in ids
+    else:
+        bos_id = chat.tokenizer.convert_tokens_to_ids(bos)
+        # this tokenizer adds the token by itself, so writing it twice is the easy mistake
+        assert chat.tokenizer("bee")["input_ids"][0] == bos_id
+        assert ids[0] == bos_id
+        assert ids.count(bos_id) == 1
+        assert bos_id not in chat.sequence(triple(), "good/good").response_ids
+
+
+def test_unfinished_response_has_no_end_of_turn(chat: ChatFormat) -> None:
+    cut = triple(unfinished=("good",))
+    finished = chat.sequence(triple(), "plain/good")
+    sequence = chat.sequence(cut, "plain/good")
+    assert sequence.response_ids == finished.response_ids[:-1]
+    assert chat.end_of_turn not in sequence.response_ids
+    assert chat.sequence(cut, "plain/bad").response_ids[-1] == chat.end_of_turn
+
+
+def test_principle_becomes_the_system_message(chat: ChatFormat, family: str) -> None:
+    question = "What does the bear eat?"
+    for context, principle in (("good", GOOD), ("bad", BAD)):
+        ids = chat.sequence(triple(), f"{context}/plain").prompt_ids
+        if FAMILIES[family].folds_system:
+            expected = rendered(chat, ("user", f"{principle}\n\n{question}"))
+        else:
+            expected = rendered(chat, ("system", principle), ("user", question))
+        assert list(ids) == expected
+        assert principle in chat.tokenizer.decode(ids)
+
+
+def test_system_role_is_refused_only_by_gemma(chat: ChatFormat, family: str) -> None:
+    assert chat.has_system_role == (family != "gemma")
+
+
+def test_existing_system_message_is_kept_and_the_principle_appended(
+    chat: ChatFormat, family: str
+) -> None:
+    own = triple(("system", "Speak like a bear."), ("user", "Hi"))
+    both = f"Speak like a bear.\n\n{BAD}"
+    plain = chat.sequence(own, "plain/good").prompt_ids
+    bad = chat.sequence(own, "bad/good").prompt_ids
+    if FAMILIES[family].folds_system:
+        assert list(plain) == rendered(chat, ("user", "Speak like a bear.\n\nHi"))
+        assert list(bad) == rendered(chat, ("user", f"{both}\n\nHi"))
+    else:
+        assert list(plain) == rendered(chat, ("system", "Speak like a bear."), ("user", "Hi"))
+        assert list(bad) == rendered(chat, ("system", both), ("user", "Hi"))
+
+
+def test_folding_leaves_later_turns_alone(chat: ChatFormat, family: str) -> None:
+    turns = (("user", "One"), ("assistant", "Two"), ("user", "Three"))
+    ids = chat.sequence(triple(*turns), "good/good").prompt_ids
+    if FAMILIES[family].folds_system:
+        expected = rendered(chat, ("user", f"{GOOD}\n\nOne"), *turns[1:])
+    else:
+        expected = rendered(chat, ("system", GOOD), *turns)
+    assert list(ids) == expected
+
+
+def test_truncation_cuts_the_end_of_the_response(chat: ChatFormat) -> None:
+    whole = chat.sequence(triple(), "plain/good")
+    for kept in range(1, len(whole.response_ids) + 1):
+        limit = len(whole.prompt_ids) + kept
+        cut = chat.sequence(triple(), "plain/good", max_length=limit)
+        assert cut.prompt_ids == whole.prompt_ids
+        assert cut.response_ids == whole.response_ids[:kept]
+    assert chat.sequence(triple(), "plain/good", max_length=10_000) == whole
+
+
+@pytest.mark.parametrize("room", [0, -5])
+def test_no_room_for_a_response_token_is_an_error(chat: ChatFormat, room: int) -> None:
+    limit = len(chat.sequence(triple(), "plain/good").prompt_ids) + room
+    with pytest.raises(DataError, match=f"t1: plain/good.*within {limit} tokens"):
+        chat.sequence(triple(), "plain/good", max_length=limit)
+
+
+def test_an_empty_finished_response_is_the_end_of_turn_alone(chat: ChatFormat) -> None:
+    assert chat.sequence(triple(response=""), "plain/good").response_ids == (chat.end_of_turn,)
+    with pytest.raises(DataError, match="no response token"):
+        chat.sequence(triple(response="", unfinished=("good",)), "plain/good")
+
+
+def test_absent_response_and_absent_principles_are_named(chat: ChatFormat) -> None:
+    bare = Triple("t9", (Message("user", "Hi"),), None, {"good": "Yes."})
+    with pytest.raises(DataError, match=r"t9 has no bad response.*plain/bad"):
+        chat.sequence(bare, "plain/bad")
+    with pytest.raises(DataError, match=r"t9 has no principles.*good/good"):
+        chat.sequence(bare, "good/good")
+
+
+def test_missing_chat_template_is_an_error() -> None:
+    tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = None
+    with pytest.raises(ArtifactError, match="somewhere has no chat template"):
+        ChatFormat(tokenizer, "somewhere")
+
+
+def test_end_of_turn_needs_no_role_in_the_tokenizer(tmp_path: Path) -> None:
+    """A supervised fine-tune of Llama 3: eos ends a document, the turn's end is a bare token."""
+    whole = make_tokenizer("llama")
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=whole.backend_tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+    )
+    bare.chat_template = whole.chat_template
+    bare.save_pretrained(tmp_path)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tmp_path))
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == "<|eot_id|>"
+
+
+def test_end_of_turn_falls_back_to_eos_where_the_template_writes_none() -> None:
+    tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{%- for turn in messages -%}{{- turn.role + ': ' + turn.content + '\\n' -}}{%- endfor -%}"
+    )
+    chat = ChatFormat(tokenizer)
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == "<|end_of_text|>"
+    tokenizer.eos_token = None
+    with pytest.raises(ArtifactError, match="which token ends a turn"):
+        _ = ChatFormat(tokenizer).end_of_turn
+
+
+def test_template_that_refuses_a_conversation_is_a_data_error() -> None:
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.chat_template = (
+        "{%- if messages | length > 1 -%}{{- raise_exception('one turn only') -}}{%- endif -%}"
+        "{{- messages[0].content -}}"
+    )
+    chat = ChatFormat(tokenizer, "picky")
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    with pytest.raises(DataError, match=r"picky refuses.*user, assistant, user: one turn only"):
+        chat.prompt_ids(turns)
+
+
+def test_template_that_drops_the_system_text_silently_gets_it_folded() -> None:
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = (
+        "{%- for turn in messages if turn.role != 'system' -%}"
+        "{{- '<|im_start|>' + turn.content + '<|im_end|>' -}}"
+        "{%- endfor -%}"
+    )
+    chat = ChatFormat(tokenizer)
+    text = chat.prompt_text([Message("system", "Be brief."), Message("user", "Hi")])
+    assert text == "<|im_start|>Be brief.\n\nHi<|im_end|>"
+
+
+def test_checkpoint_without_template_is_refused_when_loaded(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "bare", "qwen2")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ArtifactError, match="no chat template"):
+        load_model(str(folder), Policy(model=str(folder), device="cpu"))

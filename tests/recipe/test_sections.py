@@ -1,0 +1,233 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selfsteer.errors import ConfigError
+from selfsteer.objectives import Objective, steering_loss
+from selfsteer.recipe.read import (
+    commented_yaml,
+    descriptions,
+    known_keys,
+    load_recipe,
+    merge,
+    recipe_text,
+    validate,
+)
+from selfsteer.recipe.sections import (
+    BASES,
+    OBJECTIVES,
+    Filter,
+    Recipe,
+    TrainConfig,
+    resolve_path,
+    unused_arguments,
+)
+
+MINIMAL: dict[str, Any] = {
+    "name": "n",
+    "policy": {"model": "m"},
+    "queries": {"path": "q.jsonl"},
+}
+
+
+def recipe(**more: Any) -> Recipe:
+    return validate(Recipe, {**MINIMAL, **more}, "recipe")
+
+
+def test_defaults_are_the_papers() -> None:
+    made = recipe()
+    assert (made.sampling.temperature, made.sampling.top_p) == (0.7, 0.8)
+    assert made.sampling.max_new_tokens == 2048
+    assert made.generator.model_dump(include={"queries", "gamma", "batch_size", "beta"}) == {
+        "queries": 8000,
+        "gamma": 0.1,
+        "batch_size": 32,
+        "beta": 0.1,
+    }
+    assert (made.training.batch_size, made.training.learning_rate) == (256, 5e-7)
+    assert (made.training.adam_beta2, made.training.weight_decay, made.training.warmup) == (
+        0.95,
+        0.1,
+        0.1,
+    )
+    assert made.principles.features_per_query == 2
+    assert made.principles.concision == 0.2
+
+
+def test_the_filter_follows_the_method_unless_told() -> None:
+    assert recipe().active_filter is None
+    assert recipe(method="sso-online").active_filter == Filter()
+    assert recipe(method="sso-online", filter=False).active_filter is None
+    assert recipe(filter=True).active_filter == Filter()
+
+
+def test_overrides_nest_keep_types_and_null_means_default() -> None:
+    values = merge(
+        {**MINIMAL, "baseline": "pbaa", "training": {"beta": 0.3}},
+        ["training.learning_rate=5e-7", "name=7", "baseline=null", "training.beta=null", "seed=3"],
+    )
+    made = validate(Recipe, values, "recipe")
+    assert made.training.learning_rate == 5e-7
+    assert made.name == "7"
+    assert made.baseline is None
+    assert made.training.beta == 0.1
+    assert made.seed == 3
+
+
+def test_an_override_does_not_touch_the_given_mapping() -> None:
+    given = {"policy": {"model": "a"}}
+    merge(given, ["policy.model=b", "policy.device=cpu"])
+    assert given == {"policy": {"model": "a"}}
+
+
+def test_overrides_that_cannot_be_applied() -> None:
+    with pytest.raises(ConfigError, match="seed is a plain value"):
+        merge({"seed": 1}, ["seed.x=2"])
+    with pytest.raises(ConfigError, match="key=value"):
+        merge({}, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"name": "../x"}, "plain folder name"),
+        ({"sampling": {"max_new_tokens": 4096}}, "longer than max_length 2048"),
+        ({"generator": {"per_half": True, "objective": "sso-plus-only"}}, "per_half"),
+        ({"queries": {"path": "q", "per_iteration": 3}}, "only for method sso-online"),
+        ({"generator": {"simpo_margin": 0.1}}, "generator.simpo_margin has no effect"),
+        ({"method": "sso-online", "training": {"use_weight": False, "alpha": 0.5}}, "alpha"),
+        (
+            {
+                "principles": {"features": "none", "written_from": "query"},
+                "hygiene": {"export_unsafe": False},
+            },
+            "knows pairs about Safety by their features",
+        ),
+        ({"method": "spin", "principles": {"mode": "picked"}}, "writes no principles; remove"),
+        ({"method": "spin", "baseline": "pbaa"}, "as a recipe of its own, method: pbaa"),
+        ({"method": "spin", "filter": True}, "filter needs triples"),
+        ({"method": "spin", "ranking": {"samples": 3}}, "method spin ranks no answers"),
+        ({"method": "spin", "hygiene": {"export_unsafe": False}}, "by their principles"),
+        ({"ranking": {"samples": 3}}, "method sso ranks no answers; remove 'ranking'"),
+        ({"method": "best-of-n"}, "needs someone who ranks: set ranking.judge or judge"),
+        ({"method": "best-of-n", "judge": "human:x"}, "people cannot rank answers"),
+        ({"method": "best-of-n", "ranking": {"judge": "human:x"}}, "no judge human"),
+        ({"method": "best-of-n", "ranking": {"samples": 1, "judge": "oracle"}}, "equal to 2"),
+        ({"method": "self-rewarding", "ranking": {"judge": "oracle"}}, "the policy ranks; remove"),
+        ({"method": "self-rewarding", "sampling": {"temperature": 0}}, "there is only one"),
+        ({"method": "self-rewarding", "sampling": {"keep_unfinished": True}}, "ranks finished"),
+        ({"method": "sso-online", "training": {"weighting": "wpo"}}, "training.weighting has no"),
+        ({"iterations": 0}, "iterations: input should be greater than or equal to 1, found 0"),
+    ],
+)
+def test_recipes_that_cannot_be_honoured(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        recipe(**more)
+
+
+def test_all_faults_come_in_one_paragraph() -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe(sede=1, training={"beta": 0})
+    text = str(caught.value)
+    assert "'sede' (did you mean 'seed'?)" in text
+    assert "training.beta" in text
+    assert "\n" not in text
+
+
+CONSTANTS = {
+    "beta": 0.3,
+    "gamma": 0.7,
+    "alpha": 0.2,
+    "steer": 0.9,
+    "use_weight": False,
+    "use_steer": False,
+    "detach_weight": True,
+    "label_smoothing": 0.2,
+    "simpo_margin": 0.9,
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_argument_is_called_unused_exactly_when_it_changes_nothing(name: str, base: str) -> None:
+    """Loss or gradient must move when a used constant moves, and must not for an unused one."""
+
+    def measure(**constants: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        keys = [f"{c}/{r}" for c in ("plain", "good", "bad") for r in ("plain", "good", "bad")]
+
+        def draw() -> dict[str, torch.Tensor]:
+            return {
+                k: -20 * torch.rand(3, generator=generator, dtype=torch.float64) - 1 for k in keys
+            }
+
+        policy = {k: v.requires_grad_() for k, v in draw().items()}
+        lengths = {k: torch.tensor([7, 5, 3]) for k in keys}
+        objective = Objective.named(name, base=base, **constants)
+        steering_loss(objective, policy, draw(), lengths).loss.backward()
+        grads = [v.grad if v.grad is not None else torch.zeros(3) for v in policy.values()]
+        return torch.cat([g.double() for g in grads])
+
+    unused = unused_arguments(name, base, CONSTANTS, use_weight=True, use_steer=True)
+    plain = measure()
+    for constant, value in CONSTANTS.items():
+        moved = not torch.allclose(measure(**{constant: value}), plain, rtol=1e-9, atol=0)
+        assert moved == (constant not in unused), constant
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("name: a\ntraining: {beta: 0.1, beta: 0.2}\n")
+    with pytest.raises(ConfigError, match="the key 'beta' is there twice"):
+        load_recipe(str(file))
+
+
+def test_train_refuses_another_reference_than_its_model() -> None:
+    with pytest.raises(ConfigError, match="the given model as reference"):
+        validate(TrainConfig, {"output": "o", "reference": "first"}, "settings")
+
+
+def test_package_paths_resolve_and_missing_ones_are_named() -> None:
+    path = resolve_path("package:selfsteer.recipes/smoke.yaml")
+    assert path.endswith("recipes/smoke.yaml")
+    assert resolve_path("some/where") == "some/where"
+    for missing in ("package:selfsteer.testbed/none", "package:no.such.module/x"):
+        with pytest.raises(ConfigError, match="names nothing"):
+            resolve_path(missing)
+
+
+def test_every_setting_is_described() -> None:
+    texts = descriptions()
+    assert [k for k in known_keys(Recipe) if not texts.get(k)] == []
+
+
+def test_comments_do_not_change_a_recipe() -> None:
+    import yaml
+
+    text = recipe_text("sso")
+    commented = commented_yaml(text, descriptions())
+    assert yaml.safe_load(commented) == yaml.safe_load(text)
+    assert "  gamma: 0.1  # γ, weight of the NLL" in commented
+
+
+def test_a_date_is_a_text_and_what_yaml_cannot_make_is_one_too() -> None:
+    values = merge(MINIMAL, ["name=2026-11-21", "queries.path=2024-13-45", "seed=7"])
+    made = validate(Recipe, values, "recipe")
+    assert (made.name, made.queries.path, made.seed) == ("2026-11-21", "2024-13-45", 7)
+    assert merge(MINIMAL, ["name=!!int x"])["name"] == "!!int x"
+
+
+def test_a_recipe_that_yaml_cannot_make_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for text in ("seed: !!int x", "seed: !!bool x", "seed: !!timestamp x"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_recipe(str(path))
+
+
+def test_an_override_with_a_key_twice_is_no_section() -> None:
+    twice = "principles={mode: picked, mode: generated}"
+    with pytest.raises(ConfigError, match=r"principles: input should be .*found '\{mode: picked"):
+        validate(Recipe, merge(MINIMAL, [twice]), "recipe")

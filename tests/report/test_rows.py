@@ -1,0 +1,250 @@
+"""The rows of the data browser: what an index says of hand-made triples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfsteer.data.jsonl import dump_lines
+from selfsteer.data.records import Query, Triple, Verdict
+from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.judges.base import Pair
+from selfsteer.judges.chat import ChatJudge, stored_judgement
+from selfsteer.judges.store import AnswerStore
+from selfsteer.recipe.read import load_values, validate
+from selfsteer.recipe.sections import Recipe
+from selfsteer.report.rows import (
+    Fates,
+    Index,
+    RowSet,
+    Wanted,
+    build,
+    disagreement,
+    embedded,
+    row_sets,
+)
+from selfsteer.run.folder import RunFolder
+from selfsteer.stages.filter import FILTER_SEQUENCES, steering_filter
+
+RECIPE = """\
+name: made
+method: {method}
+policy: {{model: nobody/nothing}}
+queries: {{path: prompts.jsonl}}
+judge: {{kind: human, path: {labels}}}
+"""
+
+
+def triple(identity: str, query: str, **responses: str) -> dict[str, Any]:
+    texts = {"plain": "It rains.", "good": "It rains in May.", "bad": "Frogs rain."} | responses
+    principles = {"good": "Be exact.", "bad": "Be absurd.", "features": ["Accuracy"]}
+    messages = [{"role": "user", "content": query}]
+    return {"id": identity, "messages": messages, "principles": principles, "responses": texts}
+
+
+TRIPLES = [
+    triple("a", "When does it rain?"),
+    triple("b", "Does it snow?", good="No.", bad="It snows soup, day and night."),
+    triple("c", "Is it windy?", good="It rains."),
+    triple("d", "Is it warm?", good="Helpful response: Quite warm.", bad="Cold as <b>glass</b>."),
+]
+
+
+def make(folder: Path, triples: list[dict[str, Any]], method: str = "sso") -> RowSet:
+    """A run that has sampled these triples and filtered them."""
+    labels = folder / "labels.jsonl"
+    run = folder / "made"
+    shards = run / "iteration-1" / "triples"
+    shards.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(RECIPE.format(method=method, labels=labels))
+    (run / "resolved.json").write_text("{}")
+    half = len(triples) // 2
+    (shards / "shard-00000.jsonl").write_text(dump_lines(triples[:half]))
+    (shards / "shard-00001.jsonl").write_text(dump_lines(triples[half:]) + '{"id": "torn", "mes')
+    human = [
+        {"id": "a", "first": "It rains in May.", "second": "Frogs rain.", "verdict": "first"},
+        {"id": "b", "first": "It snows soup, day and night.", "second": "No.", "verdict": "first"},
+    ]
+    labels.write_text(dump_lines(human))
+    return RowSet(run, "iteration-1/triples")
+
+
+def finish_filter(rows: RowSet, kept: list[dict[str, Any]], dropped: dict[str, int]) -> None:
+    (rows.run / "iteration-1" / "filtered.jsonl").write_text(dump_lines(kept))
+    entry = {"event": "finish", "stage": "iteration-1/filter", "fingerprint": "f"}
+    RunFolder(rows.run).append("ledger.jsonl", {**entry, "dropped": dropped, "time": 0})
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> RowSet:
+    made = make(tmp_path, TRIPLES)
+    finish_filter(made, [TRIPLES[0], TRIPLES[1], TRIPLES[3]], {"equals_plain": 1})
+    return made
+
+
+@pytest.fixture
+def index(rows: RowSet) -> Index:
+    return Index(build(rows))
+
+
+def ids(index: Index, **wanted: Any) -> list[str]:
+    return [row["id"] for row in index.page(Wanted(**wanted), 0, 100)]
+
+
+def test_every_triple_has_its_fate_and_a_torn_line_is_counted(index: Index) -> None:
+    fates = {row["id"]: row["fate"] for row in index.page(Wanted(), 0, 9)}
+    assert fates == {"a": "kept", "b": "kept", "c": "equals_plain", "d": "kept"}
+    assert index.about["unreadable"] == 1
+    assert index.counts("fate") == {"kept": 3, "equals_plain": 1}
+
+
+def test_before_the_filter_nothing_is_decided(tmp_path: Path) -> None:
+    index = Index(build(make(tmp_path, TRIPLES)))
+    assert index.counts("fate") == {"pending": 4}
+
+
+def test_filters_join_and_search_looks_into_every_text(index: Index) -> None:
+    assert ids(index, q="SOUP") == ["b"]
+    assert ids(index, q="does it") == ["a", "b"]
+    assert ids(index, q="does it", verdict="second") == ["b"]
+    assert ids(index, fate="dropped") == ["c"]
+    assert ids(index, feature="Accuracy", fate="kept") == ["a", "b", "d"]
+    assert ids(index, feature="Safety") == []
+    assert ids(index, q="be absurd.") == ["a", "b", "c", "d"]
+    assert ids(index, q="[x](") == []
+
+
+def test_order_by_length_and_by_disagreement_puts_the_unknown_last(index: Index) -> None:
+    # good minus bad, in characters: a 5, b -26, c -2, d -9 without its lead-in
+    assert ids(index, sort="length_difference") == ["a", "c", "d", "b"]
+    assert ids(index, sort="length_difference", ascending=True) == ["b", "d", "c", "a"]
+    assert ids(index, sort="disagreement") == ["b", "a", "c", "d"]
+
+
+def test_pages_are_slices_of_the_order(index: Index) -> None:
+    whole = index.page(Wanted(sort="length_difference"), 0, 9)
+    assert [index.page(Wanted(sort="length_difference"), n, 1) for n in range(4)] == [
+        [row] for row in whole
+    ]
+
+
+def test_a_record_shows_what_is_trained_on_beside_what_was_sampled(index: Index) -> None:
+    number = index.number("d")
+    assert number is not None
+    (record,) = index.records([number])
+    assert record["triple"] == TRIPLES[3]
+    assert record["trained_on"] == {"good": "Quite warm."}
+    assert record["judgement"]["verdict"] == "unparseable"  # nobody has labelled it
+    assert record["tokens"] == {}
+    assert index.about["why_no_colour"]
+
+
+def test_an_export_is_read_back_as_the_same_triples(index: Index) -> None:
+    lines = list(index.export(Wanted(fate="kept", sort="length_difference")))
+    back = [Triple.from_dict(json.loads(line)) for line in lines]
+    assert [t.id for t in back] == ["a", "b", "d"]
+    assert back[0].responses == TRIPLES[0]["responses"]
+    assert back[1].extra == {
+        "fate": "kept",
+        "verdict": "second",
+        "disagreement": 1.0,
+        "length_difference": -26,
+    }
+
+
+def test_an_index_is_made_once_and_again_when_the_stage_has_changed(rows: RowSet) -> None:
+    first = build(rows)
+    before = (first / "rows.parquet").stat().st_mtime_ns
+    assert build(rows) == first
+    assert (first / "rows.parquet").stat().st_mtime_ns == before
+    more = rows.run / rows.name / "shard-00002.jsonl"
+    more.write_text(dump_lines([triple("e", "Is it late?")]))
+    second = build(rows)
+    assert second != first
+    assert not first.exists()
+    assert Index(second).number("e") == 4
+
+
+def test_a_link_out_of_the_run_is_not_followed(rows: RowSet, tmp_path: Path) -> None:
+    outside = tmp_path / "secret.jsonl"
+    outside.write_text(dump_lines([triple("secret", "What is the key?")]))
+    (rows.run / rows.name / "shard-00003.jsonl").symlink_to(outside)
+    assert Index(build(rows)).number("secret") is None
+    elsewhere = rows.run / "iteration-2"
+    elsewhere.mkdir()
+    (elsewhere / "triples").symlink_to(tmp_path)
+    assert [s.name for s in row_sets(rows.run)] == ["iteration-1/triples"]
+
+
+def test_a_run_that_cannot_be_written_is_indexed_elsewhere(rows: RowSet) -> None:
+    (rows.run / ".view").write_text("in the way")  # as root may write anywhere
+    folder = build(rows)
+    assert not folder.is_relative_to(rows.run)
+    assert Index(folder).about["rows"] == 4
+
+
+def test_reasons_of_v1s_filter_are_those_that_it_counts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    triples = [triple(str(n), f"Question {n}?") for n in range(400)]
+    # steered about as far as the noise goes, so that every step has something to drop
+    shift = {"good/good": 1, "plain/good": 0, "bad/good": -1}
+    shift |= {"bad/bad": 1, "plain/bad": 0, "good/bad": -1}
+    means = {s: rng.normal(shift[s], 0.5, 400) for s in FILTER_SEQUENCES}
+    mask, counts = steering_filter(means)
+    rows = make(tmp_path, triples, "sso-online")
+    finish_filter(rows, [t for t, keep in zip(triples, mask, strict=True) if keep], counts)
+    recipe = validate(Recipe, load_values(str(rows.run / "recipe.yaml")), "test")
+    fates = Fates(rows, recipe)
+    columns: dict[str, list[float | None]] = {s: list(m) for s, m in means.items()}
+    found = list(fates.by_filter([t["id"] for t in triples], columns).values())
+    assert min(counts.values()) > 10
+    assert {reason: found.count(reason) for reason in counts} == counts
+    assert len(found) == sum(counts.values())
+
+
+def test_disagreement_is_the_bad_responses_lead() -> None:
+    assert disagreement(None) is None
+    assert disagreement({"verdict": "unparseable"}) is None
+    assert disagreement({"verdict": "inconsistent"}) == 0.5
+    assert disagreement({"verdict": "first", "scores": [0.75, 0.25]}) == -0.5
+
+
+def test_what_a_chat_judge_said_is_found_again_in_both_orders(tmp_path: Path) -> None:
+    class FirstShown:
+        """Prefers whatever is shown first."""
+
+        def generate(self, conversations: Any, *rest: Any) -> list[Completion]:
+            return [Completion("It is fine.\nVerdict: A", "stop", 5, 4) for _ in conversations]
+
+    pair = Pair(Query.from_dict({"id": "q", "prompt": "Is it cold?"}), "No.", "Yes, soup.")
+    engine: Any = FirstShown()
+    judge = ChatJudge("x", lambda: engine, SamplingParams(0, 1, 9), AnswerStore(tmp_path))
+    assert stored_judgement(pair, AnswerStore(tmp_path).known) is None
+    (said,) = judge.compare_all([pair])
+    found = stored_judgement(pair, AnswerStore(tmp_path).known)
+    assert found is not None
+    judgement, texts = found
+    assert judgement == said
+    assert judgement.verdict is Verdict.INCONSISTENT
+    assert judgement.shown == (Verdict.FIRST, Verdict.FIRST)
+    assert texts == ["It is fine.\nVerdict: A"] * 2
+
+
+def test_a_page_without_a_server_holds_a_part_and_says_so(rows: RowSet) -> None:
+    whole = embedded(rows.run)
+    assert whole is not None
+    assert [r["id"] for r in whole["start"]["rows"]] == ["a", "b", "c", "d"]
+    assert whole["start"]["about"]["iteration-1/triples"]["cap"] == ""
+    part = embedded(rows.run, cap=2)
+    assert part is not None
+    assert [r["id"] for r in part["start"]["rows"]] == ["a", "c"]
+    assert "2 of 4" in part["start"]["about"]["iteration-1/triples"]["cap"]
+    small = embedded(rows.run, most_bytes=1)
+    assert small is not None
+    assert len(small["start"]["rows"]) == 1
+
+
+def test_a_run_without_triples_has_no_browser(tmp_path: Path) -> None:
+    assert embedded(tmp_path) is None

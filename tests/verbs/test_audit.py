@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pytest
+
+from selfsteer.verbs.auditing import Behaviour, audit
+
+N = 20
+FEATURES = [("Accuracy",) if i < 12 else ("Safety", "Accuracy") if i < 16 else () for i in range(N)]
+
+
+def behaviour(bad: float, gap: float = 0.1, *, scored: bool = True) -> Behaviour:
+    """Constant but for a little that differs by query, the same for every behaviour."""
+    noise = np.linspace(0, 0.01, N)
+    scores = {"plain": 0.6 + noise, "good": 0.8 + noise, "bad": bad + noise} if scored else None
+    gaps = {"good": 0.2 + noise, "bad": gap + noise}
+    return Behaviour(scores, gaps, dict.fromkeys(("plain", "good", "bad"), np.full(N, 10.0)))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_a_score_that_falls_under_bad_principles_is_a_back_door() -> None:
+    found = audit(behaviour(0.5), {"policy": behaviour(0.4, gap=0.3)}, {}, FEATURES, rng())
+    change = found["changes"]["policy"]
+    assert change["verdict"] == "back_door"
+    assert change["whole"]["score/bad"] == pytest.approx([-0.1] * 3)
+    assert change["whole"]["score/plain"] == pytest.approx([0.0] * 3)
+    assert change["whole"]["drop"] == pytest.approx([0.1] * 3)
+    assert change["whole"]["gap/bad"] == pytest.approx([0.2] * 3)
+    assert found["models"]["base"]["score/bad"] == pytest.approx(0.505)
+    assert found["models"]["policy"]["drop"] == pytest.approx(0.2)
+
+
+def test_none_is_found_where_it_rose_or_nobody_knows() -> None:
+    found = audit(behaviour(0.4), {"policy": behaviour(0.6)}, {}, FEATURES, rng())
+    assert found["changes"]["policy"]["verdict"] == "none_found"
+    silent = behaviour(0.4, scored=False)
+    found = audit(silent, {"policy": silent}, {}, FEATURES, rng())
+    assert found["changes"]["policy"]["verdict"] == "unknown"
+    assert "score/bad" not in found["changes"]["policy"]["whole"]
+
+
+def test_a_judge_that_only_compares_gives_a_win_rate() -> None:
+    silent = behaviour(0, scored=False)
+    lost = np.array([0.0] * 15 + [1.0] * 3 + [math.nan] * 2)
+    found = audit(silent, {"policy": silent}, {"policy": lost}, FEATURES, rng())
+    change = found["changes"]["policy"]
+    assert change["verdict"] == "back_door"
+    assert change["whole"]["wins/bad"][0] == pytest.approx(3 / 18 - 0.5)
+
+
+def test_a_feature_counts_where_it_is_named_and_few_say_nothing() -> None:
+    found = audit(behaviour(0.5), {"policy": behaviour(0.4)}, {}, FEATURES, rng())
+    features = found["changes"]["policy"]["features"]
+    assert {k: v["queries"] for k, v in features.items()} == {"Accuracy": 16, "Safety": 4}
+    assert features["Accuracy"]["score/bad"] == pytest.approx([-0.1] * 3)
+    assert features["Safety"]["score/bad"] is None
+
+
+def test_answers_without_a_score_do_not_count() -> None:
+    aligned = behaviour(0.4)
+    assert aligned.scores is not None
+    aligned.scores["bad"][:10] = math.nan
+    found = audit(behaviour(0.5), {"policy": aligned}, {}, FEATURES, rng())
+    assert found["changes"]["policy"]["whole"]["score/bad"] == pytest.approx([-0.1] * 3)

@@ -1,0 +1,275 @@
+"""The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfsteer.data.records import Message, Principles, Triple, Verdict
+from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.judges.steering import FEW, steering, strangers
+from selfsteer.recipe.read import load_recipe
+from selfsteer.recipe.sections import Recipe
+from selfsteer.run import execute as pipeline
+from selfsteer.run.folder import RunFolder
+from selfsteer.stages.estimate import Rates, Workload, disk_bytes, seconds, workload
+from selfsteer.terminal import duration, interval
+from selfsteer.verbs.check import Checks, conclusion
+from selfsteer.verbs.rehearsal import Line
+
+QUERY = (Message("user", "Name a river."),)
+SEQUENCES = (
+    "good/good",
+    "bad/good",
+    "bad/bad",
+    "good/bad",
+    "stranger-good/good",
+    "stranger-bad/bad",
+)
+
+
+def triple(i: int, *features: str) -> Triple:
+    principles = Principles(f"Be fine {i}.", f"Be foul {i}.", features)
+    return Triple(f"q{i}", QUERY, principles, {"good": "The Seine.", "bad": "Go away."})
+
+
+def means(**columns: Sequence[float]) -> dict[str, np.ndarray]:
+    """Columns named as in ``good_good``; what is not given is 0."""
+    n = len(next(iter(columns.values())))
+    given = {k.replace("__", "-").replace("_", "/"): v for k, v in columns.items()}
+    return {s: np.array(given.get(s, [0.0] * n)) for s in SEQUENCES}
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_gaps_by_hand() -> None:
+    """Gap good: mean(3, 1) = 2; bad: mean(2, 2) = 2. Net good: mean(2, 0) = 1; bad: 1."""
+    found = steering(
+        [triple(0, "Safety"), triple(1, "Safety")],
+        means(
+            good_good=[-1, -2],
+            bad_good=[-4, -3],
+            bad_bad=[-1, -1],
+            good_bad=[-3, -3],
+            stranger__good_good=[-2, -3],
+            stranger__bad_bad=[-2, -2],
+        ),
+        [Verdict.FIRST, Verdict.TIE],
+        rng(),
+    )
+    assert found["gap"]["good"][0] == 2
+    assert found["gap"]["bad"] == (2, 2, 2)
+    assert found["net_gap"]["good"] == (1, 0, 2)
+    assert found["net_gap"]["bad"] == (1, 1, 1)
+    assert found["accuracy"][0] == 0.75
+    assert found["features"]["Safety"]["gap"] == {"good": 2, "bad": 2}
+    assert found["features"]["Safety"]["adds"] is None, "two triples say nothing of a feature"
+    assert found["steers"] is False, "the interval of the good half reaches 0"
+
+
+def steered(net: float, n: int = 30) -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(1).normal(0, 0.01, n)
+    return means(
+        good_good=[1.0] * n,
+        bad_bad=[1.0] * n,
+        stranger__good_good=(net + noise).tolist(),
+        stranger__bad_bad=(net - noise).tolist(),
+    )
+
+
+def test_a_gap_without_a_net_gap_does_not_steer() -> None:
+    triples = [triple(i, "Safety") for i in range(30)]
+    assert steering(triples, steered(0.1), None, rng())["steers"] is True
+    found = steering(triples, steered(0.0), None, rng())
+    assert found["steers"] is False
+    assert found["gap"]["good"][1] > 0.9
+    assert found["accuracy"] is None
+
+
+def test_a_judge_has_the_last_word() -> None:
+    triples = [triple(i, "Safety") for i in range(30)]
+    wrong = [Verdict.SECOND] * 20 + [Verdict.FIRST] * 10
+    assert steering(triples, steered(0.1), wrong, rng())["steers"] is False
+    nothing = steering(triples, steered(0.1), [Verdict.UNPARSEABLE] * 30, rng())
+    assert nothing["accuracy"] is None
+    assert nothing["steers"] is True
+
+
+def test_a_feature_does_not_live_on_its_company() -> None:
+    """Accuracy adds 0.2 and Safety 0, in pairs with a third: only regression tells them apart."""
+    pairs = (("Accuracy", "Safety"), ("Safety", "Concision"), ("Accuracy", "Concision"))
+    triples = [triple(i, *pairs[i % 3]) for i in range(45)]
+    noise = np.random.default_rng(2).normal(0, 0.02, 45)
+    adds = {"Accuracy": 0.2, "Safety": 0.0, "Concision": 0.1}
+    values = [sum(adds[f] for f in pairs[i % 3]) + noise[i] for i in range(45)]
+    columns = means(
+        good_good=values,
+        bad_bad=values,
+        stranger__good_good=values,
+        stranger__bad_bad=values,
+    )
+    features = steering(triples, columns, None, rng())["features"]
+    assert features["Safety"]["gap"]["good"] == pytest.approx(0.15, abs=0.02)
+    for name, value in adds.items():
+        assert features[name]["adds"][0] == pytest.approx(value, abs=0.02)
+        assert features[name]["steers"] is (value > 0)
+        assert features[name]["triples"] == 30
+
+
+def test_too_few_triples_say_nothing_of_a_feature() -> None:
+    triples = [triple(i, "Safety", *(["Accuracy"] if i < FEW - 1 else [])) for i in range(30)]
+    features = steering(triples, steered(0.1), None, rng())["features"]
+    assert features["Accuracy"]["steers"] is None
+    assert features["Safety"]["steers"] is True
+
+
+def test_strangers_never_lend_ones_own_text() -> None:
+    a, b, c = Principles("A.", "a."), Principles("B.", "b."), Principles("C.", "c.")
+    assert strangers([a, b, c, c]) == [c, c, a, b]
+    assert strangers([a, a, b]) == [b, b, a]
+    assert strangers([a, a]) == [a, a], "one principle for all: there is no other"
+
+
+def recipe(tmp_path: Path, *more: str, name: str = "smoke") -> Recipe:
+    return load_recipe(name, [f"runs_dir={tmp_path}", *more])
+
+
+def planned(recipe: Recipe, queries: int, held_out: int) -> Workload:
+    stages = pipeline.plan(recipe, RunFolder(recipe.folder))
+    return workload(recipe, stages, queries, held_out)
+
+
+def test_the_workload_of_the_generator_way(tmp_path: Path) -> None:
+    """10 queries, triples for 4; base, baseline and policy answer 5 held-out queries.
+
+    Answers: good and bad 4 + 10 + 10 (baseline); plain 4 + 3·5. Scored: triples 7 sequences of 4
+    and bad/plain for the generator's reference; samples 6 of 10, twice. Trained, at 3 forwards:
+    generator 4 sequences of 4, policy and baseline 2 of 10.
+    """
+    work = planned(recipe(tmp_path, "generator.queries=4"), 10, 5)
+    assert work.principles == 10
+    assert work.answers == {"good": 24, "bad": 24, "plain": 19}
+    assert work.forwards == 8 * 4 + 2 * 6 * 10
+    assert work.training == 3 * (4 * 4 + 2 * (2 * 10))
+    assert work.models == 3
+    assert work.judged == 10 + 4 + 10 + 2 * 5, "samples, triples, the baseline's, evaluation"
+    assert planned(recipe(tmp_path, "judge=null"), 10, 5).judged == 0
+    assert work.unknown == []
+
+
+def test_the_workload_of_other_ways(tmp_path: Path) -> None:
+    common = ("policy.model=package:selfsteer.testbed/checkpoint", "queries.path=q.jsonl")
+    online = planned(recipe(tmp_path, *common, "name=v1", name="sso-online"), 30, 0)
+    assert online.principles == 30, "three iterations of a third each"
+    assert online.answers == {"good": 30, "bad": 30, "plain": 30}
+    assert online.training == 3 * 6 * 30
+    steps = "training.selection.points=0"
+    plain = ("baseline=null", "principles=null", "generator=null", steps, "evaluation=null")
+    ranked = planned(recipe(tmp_path, "method=best-of-n", *plain), 10, 0)
+    assert ranked.forwards == 2 * 10, "without principles there is no steering gap to score"
+    assert ranked.judged == 4 * 10 + 10, "the oracle scores each of 4 answers; quality"
+    itself = planned(recipe(tmp_path, "method=self-rewarding", *plain), 10, 0)
+    assert itself.judged == 6 * 10 + 10, "the policy compares each answer with each other"
+    revised = planned(recipe(tmp_path, "method=sgpo", *plain), 10, 0)
+    assert revised.answers == {"plain": 10 + 10}, "an answer and what is made of it"
+    assert (revised.judged, revised.unknown) == (10, [])
+    halves = recipe(
+        tmp_path,
+        "baseline=null",
+        "evaluation=null",
+        "generator.per_half=true",
+        "generator.base=simpo",
+        "training.gradient_checkpointing=true",
+    )
+    work = planned(halves, 10, 0)
+    assert work.models == 3
+    assert work.training == 3 * (2 * 10 + 2 * 10) + 4 * 2 * 10
+
+
+def test_the_workload_is_that_of_the_grown_query_set(tmp_path: Path) -> None:
+    grown = planned(recipe(tmp_path, "queries.augment.to=40", "evaluation=null"), 10, 0)
+    assert grown.unknown == ["augment"]
+    same = planned(recipe(tmp_path, "evaluation=null"), 40, 0)
+    same.unknown = grown.unknown
+    assert grown == same
+
+
+def test_seconds_and_bytes_by_hand(tmp_path: Path) -> None:
+    work = Workload(principles=10, training=30, models=2, judged=6)
+    work.answers.update({"good": 10, "plain": 5})
+    work.score("iteration-1", "triples", ("plain/good", "good/good"), 4)
+    work.score("iteration-1", "triples", ("plain/good",), 7)
+    rates = Rates(0.5, {"good": 2.0, "plain": 1.0}, 0.1)
+    assert seconds(work, rates) == pytest.approx(
+        {"principles": 5, "sampling": 25, "scoring": 1.1, "training": 3, "judging": 0}
+    )
+    assert seconds(work, replace(rates, per_judged=0.5))["judging"] == 3
+    found = disk_bytes(work, recipe(tmp_path, "sampling.max_new_tokens=100"), 1000, 2)
+    assert found == {
+        "models": 2 * 1000 * 2,
+        "checkpoints": 2 * 1000 * 12,
+        "samples": 2 * 15 * 100 * 5,
+        "scores": 11 * 100 * 4,
+    }
+    lora = recipe(tmp_path, "policy.lora.rank=4")
+    assert disk_bytes(work, lora, 1000, 2)["checkpoints"] == 0
+
+
+def test_a_failure_ends_its_own_check_only() -> None:
+    told: list[Line] = []
+    checks = Checks(told.append)
+    with checks.line("one"):
+        raise DataError("no data")
+    with checks.line("two") as line:
+        line.found = "fine"
+    with checks.line("three"):
+        raise ArtifactError("no model")
+    checks.skip("four five", "a model")
+    assert [(x.name, x.status) for x in told] == [
+        ("one", "FAILED"),
+        ("two", "ok"),
+        ("three", "FAILED"),
+        ("four, five", "skipped"),
+    ]
+    assert told[0].found == "no data"
+    assert checks.exit_code == 2, "the first failure's"
+    with pytest.raises(ZeroDivisionError), checks.line("six"):
+        raise ZeroDivisionError
+
+
+def test_the_conclusion_names_what_to_mend() -> None:
+    ok = {"status": "ok", "figures": {"steers": True}}
+    odd = {"status": "warning", "figures": {"steers": False}}
+    bad = {"status": "FAILED", "figures": {}}
+    assert conclusion({"checks": {"steering": ok}}) == "ready: the policy steers (no warnings)"
+    assert conclusion({"checks": {"steering": odd}}) == (
+        "it would run, but the policy does not steer (1 warning)"
+    )
+    text = conclusion({"checks": {"judge": bad, "steering": ok, "disk": bad}})
+    assert text == "not ready: mend judge, disk, then check again"
+
+
+def test_a_folder_in_use_is_told_without_a_trace(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.check_free()
+    assert not run.path.exists()
+    with run.locked(), pytest.raises(ArtifactError, match=r"in use by process \d+"):
+        run.check_free()
+    run.check_free()
+
+
+def test_times_and_intervals_as_a_person_says_them() -> None:
+    spoken = [duration(s) for s in (42, 1500, 30_000, 400_000)]
+    assert spoken == ["42 s", "25 min", "8.3 h", "4.6 days"]
+    assert interval((0.0941, 0.0838, 0.1039)) == "+0.094 [+0.084, +0.104]"
+    assert interval((0.5, 0.25, 1.0), ".2f") == "0.50 [0.25, 1.00]"
+    assert interval((0.5, None, None)) == "+0.500"
+
+
+def test_stages_of_a_model_that_is_nowhere_are_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names nothing"):
+        planned(recipe(tmp_path, "policy.model=package:selfsteer.testbed/none"), 1, 0)
