@@ -359,12 +359,12 @@ def merge(
 ) -> None:
     """Add LoRA adapters to their base: a checkpoint that any program loads."""
     from selfsteer.recipe.read import validate
-    from selfsteer.recipe.sections import Policy, resolve_path
+    from selfsteer.recipe.sections import Loading, resolve_path
     from selfsteer.terminal import out
 
-    values: dict[str, Any] = {"model": base or "", "dtype": dtype, "device": "cpu"}
+    values: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
     values |= {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    settings = validate(Policy, values, "merge")
+    settings = validate(Loading, values, "merge")
     from selfsteer.models.load import merge_adapter
 
     used = merge_adapter(adapter, output, settings, resolve_path(base) if base else None)

@@ -322,7 +322,7 @@ def test_scores_are_the_models_own_whatever_the_batch(reward_model: Path) -> Non
     assert isinstance(judge, ScoringJudge)
     judge.check([])
     scores = judge.score_all([(query(), text) for text in ANSWERS])
-    loaded = load_reward(str(reward_model), reward_config(reward_model))
+    loaded = load_reward(str(reward_model), reward_config(reward_model).loading)
     for text, score in zip(ANSWERS, scores, strict=True):
         rendered = loaded.chat.tokenizer.apply_chat_template(
             [
@@ -394,20 +394,20 @@ def test_what_is_no_reward_model_is_refused(reward_model: Path, tmp_path: Path) 
     tokenizer = json.loads((reward_model / "tokenizer.json").read_text())
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     other = shutil.copytree(reward_model, tmp_path / "other")
-    last = len(load_reward(str(reward_model), reward_config(reward_model)).chat.tokenizer)
+    last = len(load_reward(str(reward_model), reward_config(reward_model).loading).chat.tokenizer)
     tokenizer["added_tokens"] += [
         {"id": last + i, "content": f"<more-{i}>", **dict.fromkeys(flags, False)}
         for i in range(5000)
     ]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ArtifactError, match="do not belong together"):
-        load_reward(str(other), reward_config(other))
+        load_reward(str(other), reward_config(other).loading)
     with pytest.raises(ArtifactError, match=r"lacks the weights score\.weight"):
-        load_reward(str(chat), reward_config(chat))
+        load_reward(str(chat), reward_config(chat).loading)
 
 
 def test_a_score_that_is_no_number_is_an_error(reward_model: Path, tmp_path: Path) -> None:
-    loaded = load_reward(str(reward_model), reward_config(reward_model))
+    loaded = load_reward(str(reward_model), reward_config(reward_model).loading)
     with torch.no_grad():
         loaded.model.score.weight.fill_(math.inf)
     loaded.model.save_pretrained(tmp_path)

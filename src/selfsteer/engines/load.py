@@ -13,8 +13,8 @@ from selfsteer.engines.base import Engine
 from selfsteer.engines.launch import LaunchedServer, check_command
 from selfsteer.engines.openai import OpenAIEngine, Usage
 from selfsteer.errors import ConfigError
-from selfsteer.models.load import LoadedModel, ModelSettings, load_chat, load_context_length
-from selfsteer.recipe.sections import EngineConfig, EngineSettings, Recipe, resolve_path
+from selfsteer.models.load import LoadedModel, load_chat, load_context_length
+from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading, Recipe, resolve_path
 from selfsteer.terminal import say
 
 
@@ -109,7 +109,7 @@ class Engines:
         self,
         settings: EngineSettings,
         source: str,
-        model_settings: ModelSettings,
+        model_settings: Loading,
         batch_size: int,
         *,
         at_hand: bool = False,
@@ -132,7 +132,7 @@ class Engines:
         self,
         settings: EngineSettings,
         source: str,
-        model_settings: ModelSettings,
+        model_settings: Loading,
         batch_size: int,
         at_hand: bool,
     ) -> Engine:

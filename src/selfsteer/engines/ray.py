@@ -22,8 +22,7 @@ from selfsteer.data.records import Message
 from selfsteer.engines.base import Advance, Completion, SamplingParams, no_news
 from selfsteer.engines.shards import Ask
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, SelfsteerError
-from selfsteer.models.load import ModelSettings
-from selfsteer.recipe.sections import EngineConfig, EngineSettings
+from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
 from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say, warn
 
@@ -49,7 +48,7 @@ class Model:
 
     settings: EngineSettings
     source: str
-    model_settings: ModelSettings
+    model_settings: Loading
     batch_size: int
     at_hand: bool
 

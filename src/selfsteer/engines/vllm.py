@@ -24,8 +24,8 @@ from selfsteer.engines.base import (
     probe,
 )
 from selfsteer.errors import EngineError
-from selfsteer.models.load import ModelSettings, load_chat, load_context_length
-from selfsteer.recipe.sections import EngineSettings
+from selfsteer.models.load import load_chat, load_context_length
+from selfsteer.recipe.sections import EngineSettings, Loading
 from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say
 
@@ -46,9 +46,7 @@ class VllmEngine:
         EngineError: vLLM cannot load the model.
     """
 
-    def __init__(
-        self, settings: EngineSettings, source: str, model_settings: ModelSettings
-    ) -> None:
+    def __init__(self, settings: EngineSettings, source: str, model_settings: Loading) -> None:
         self.chat = load_chat(source, model_settings)
         self.context_length = settings.max_model_len or load_context_length(source, model_settings)
         self.stop_ids = sorted({self.chat.end_of_turn, *configured_stops(source, model_settings)})
@@ -152,7 +150,7 @@ class VllmEngine:
         return [out[i] for i in range(len(prompts))]
 
 
-def configured_stops(source: str, settings: ModelSettings) -> list[int]:
+def configured_stops(source: str, settings: Loading) -> list[int]:
     """The end tokens of a checkpoint's generation config, else of its config."""
     try:
         found = GenerationConfig.from_pretrained(source).eos_token_id

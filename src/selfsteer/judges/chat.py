@@ -354,8 +354,8 @@ def chat_judge(settings: JudgeConfig, folder: Path | None) -> ChatJudge:
         check_engine(settings.asked)
         if served:
             return
-        load_chat(source, settings)
-        limit = load_context_length(source, settings)
+        load_chat(source, settings.loading)
+        limit = load_context_length(source, settings.loading)
         if limit is not None and settings.max_new_tokens >= limit:
             raise ConfigError(
                 f"judge.max_new_tokens {settings.max_new_tokens} leaves no room for a question: "
@@ -365,7 +365,7 @@ def chat_judge(settings: JudgeConfig, folder: Path | None) -> ChatJudge:
     engines = Engines(answers)
     judge = ChatJudge(
         f"chat:{settings.model}",
-        lambda: engines.get(settings.asked, source, settings, settings.batch_size),
+        lambda: engines.get(settings.asked, source, settings.loading, settings.batch_size),
         sampling,
         AnswerStore(answers),
         ready,

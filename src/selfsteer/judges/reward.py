@@ -47,7 +47,7 @@ class RewardJudge:
 
     def check(self, queries: Sequence[Query]) -> None:
         """See `Judge.check`."""
-        check_reward(self.source, self.settings)
+        check_reward(self.source, self.settings.loading)
 
     def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
         """See `Scorer.score_all`; None where prompt and response exceed the context."""
@@ -75,7 +75,7 @@ class RewardJudge:
     def _ask(
         self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
     ) -> list[dict[str, Any]]:
-        loaded = self._loaded = self._loaded or load_reward(self.source, self.settings)
+        loaded = self._loaded = self._loaded or load_reward(self.source, self.settings.loading)
         ids = [loaded.chat.exchange_ids(query.messages, text) for query, text in answers]
         limit = loaded.context_length
         order = sorted(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -26,7 +26,7 @@ from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.score import settle_layout
-from selfsteer.recipe.sections import Lora
+from selfsteer.recipe.sections import Loading, Lora
 from selfsteer.terminal import say
 
 #: Where a trained model's folder holds its adapters, beside the weights that they were merged into.
@@ -36,23 +36,6 @@ CPU = torch.device("cpu")
 
 # a bar per checkpoint shard says nothing beside the stage's own
 disable_progress_bar()
-
-
-class ModelSettings(Protocol):
-    """The part of a recipe that says how a model is loaded."""
-
-    @property
-    def dtype(self) -> str: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-    @property
-    def trust_remote_code(self) -> bool: ...  # noqa: D102
-    @property
-    def allow_pickle(self) -> bool: ...  # noqa: D102
-    @property
-    def threads(self) -> int | None: ...  # noqa: D102
-    @property
-    def layout(self) -> str: ...  # noqa: D102
 
 
 @dataclass
@@ -146,7 +129,7 @@ def check_source(source: str) -> None:
         raise ArtifactError(f"There is no model folder {source!r}, and it is not a hub id.")
 
 
-def load_chat(source: str, settings: ModelSettings) -> ChatFormat:
+def load_chat(source: str, settings: Loading) -> ChatFormat:
     """The tokenizer of a checkpoint with its chat template.
 
     Raises:
@@ -163,7 +146,7 @@ def load_chat(source: str, settings: ModelSettings) -> ChatFormat:
 
 
 def load_model(
-    source: str, settings: ModelSettings, *, inference: bool = False, bits: int | None = None
+    source: str, settings: Loading, *, inference: bool = False, bits: int | None = None
 ) -> LoadedModel:
     """A causal language model in eval mode, with float32 weights.
 
@@ -233,7 +216,7 @@ def _quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str,
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_reward(source: str, settings: ModelSettings) -> None:
+def check_reward(source: str, settings: Loading) -> None:
     """Refuses, from its config alone, a checkpoint that is no reward model.
 
     Raises:
@@ -248,7 +231,7 @@ def check_reward(source: str, settings: ModelSettings) -> None:
         )
 
 
-def is_reward_model(source: str, settings: ModelSettings) -> bool:
+def is_reward_model(source: str, settings: Loading) -> bool:
     """Whether a checkpoint's config is that of a classifier with one label.
 
     Raises:
@@ -258,14 +241,14 @@ def is_reward_model(source: str, settings: ModelSettings) -> bool:
     return int(_load_config(source, settings).num_labels) == 1
 
 
-def _load_config(source: str, settings: ModelSettings) -> Any:
+def _load_config(source: str, settings: Loading) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except Exception as e:
         raise _unreadable("config", source, e) from e
 
 
-def load_reward(source: str, settings: ModelSettings) -> LoadedModel:
+def load_reward(source: str, settings: Loading) -> LoadedModel:
     """A reward model in eval mode, weights in the computing precision.
 
     Raises:
@@ -282,7 +265,7 @@ def load_reward(source: str, settings: ModelSettings) -> LoadedModel:
     return loaded
 
 
-def load_reward_start(source: str, settings: ModelSettings, seed: int) -> LoadedModel:
+def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
     """A classifier with one label to train as a reward model, weights float32.
 
     A reward model keeps its head; on a chat model a new one is drawn from the seed. Where the
@@ -306,7 +289,7 @@ def load_reward_start(source: str, settings: ModelSettings, seed: int) -> Loaded
 
 
 def _load_classifier(
-    source: str, settings: ModelSettings, *, inference: bool
+    source: str, settings: Loading, *, inference: bool
 ) -> tuple[LoadedModel, Sequence[str]]:
     """A sequence classifier with one label, and the weights that its checkpoint lacks."""
     chat = load_chat(source, settings)
@@ -475,7 +458,7 @@ def _merged(base: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
 
 
-def merge_adapter(adapter: Path, output: Path, settings: ModelSettings, base: str | None) -> str:
+def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | None) -> str:
     """Adds LoRA adapters to their base and writes a plain checkpoint, on the CPU.
 
     Args:
@@ -535,7 +518,7 @@ def merge_adapter(adapter: Path, output: Path, settings: ModelSettings, base: st
     return base
 
 
-def load_context_length(source: str, settings: ModelSettings) -> int | None:
+def load_context_length(source: str, settings: Loading) -> int | None:
     """The longest sequence a checkpoint was made for, from its config alone.
 
     Raises:

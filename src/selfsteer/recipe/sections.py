@@ -94,19 +94,29 @@ class Lora(Section):
     )
 
 
-class Policy(Section):
-    """The model to align."""
+class Loading(Section):
+    """How a model is loaded: precision, device, layout and permissions."""
 
-    model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
     dtype: Literal["float32", "bfloat16", "auto"] = _f(
         "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
     )
     device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
-    lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged, and beside")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
     allow_pickle: bool = _f(False, "load weights that are not safetensors")
     threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0)
+
+    @property
+    def loading(self) -> "Loading":
+        """These settings alone."""
+        return Loading(**{name: getattr(self, name) for name in Loading.model_fields})
+
+
+class Policy(Loading):
+    """The model to align."""
+
+    model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
+    lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged, and beside")
 
 
 class ReplicaResources(Section):
@@ -569,14 +579,10 @@ class JudgeConfig(Section):
     allow_pickle: bool = _f(False, "as policy.allow_pickle")
 
     @property
-    def layout(self) -> str:
-        """A judge's model is only asked, never scored under a layout."""
-        return "padded"
-
-    @property
-    def threads(self) -> None:
-        """The policy's setting holds for the process."""
-        return
+    def loading(self) -> Loading:
+        """How the judge's own model is loaded; it is only asked, never scored under a layout."""
+        own = ("dtype", "device", "trust_remote_code", "allow_pickle")
+        return Loading(layout="padded", **{name: getattr(self, name) for name in own})
 
     @model_validator(mode="before")
     @classmethod
@@ -1115,7 +1121,7 @@ class Recipe(Section):
         return self
 
 
-class TrainConfig(Optimisation):
+class TrainConfig(Optimisation, Loading):
     """`selfsteer train`: one objective on stored triples, offline."""
 
     objective: ObjectiveName = _f("sso", "any named objective")
@@ -1129,13 +1135,7 @@ class TrainConfig(Optimisation):
     detach_weight: bool = _f(False, "stop the gradient through W")
     weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
     seed: int = _f(0, "order of the data", ge=0)
-    dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
-    device: Device = _f("auto", "as policy.device")
-    layout: Layout = _f("auto", "as policy.layout")
     lora: Lora | None = _f(None, "as policy.lora")
-    trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
-    allow_pickle: bool = _f(False, "as policy.allow_pickle")
-    threads: int | None = _f(None, "as policy.threads", gt=0)
     output: str = _f(..., "folder for the trained model")
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
 
