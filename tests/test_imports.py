@@ -132,7 +132,14 @@ def test_arrows_downwards_sideways_and_outwards_are_fine(source: str) -> None:
 
 LIGHT = tuple(
     f"selfsteer{name}"
-    for name in ("", ".recipe.sections", ".recipe.read", ".data.records", ".run.folder")
+    for name in (
+        "",
+        ".objectives",
+        ".recipe.sections",
+        ".recipe.read",
+        ".data.records",
+        ".run.folder",
+    )
 )
 
 

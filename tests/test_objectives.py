@@ -9,8 +9,7 @@ from torch import Tensor
 
 from selfsteer import Objective, steering_loss
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import wpo_weights
-from selfsteer.recipe.sections import BASES, OBJECTIVES
+from selfsteer.objectives import BASES, OBJECTIVES, wpo_weights
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
 

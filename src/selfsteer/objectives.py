@@ -7,17 +7,26 @@ differ only in that list. Nothing here knows a model.
 Shape legend: B = queries of a batch. A sequence is named ``context/response``.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Self
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.sections import BASES, OBJECTIVES, WEIGHTINGS
+
+if TYPE_CHECKING:  # whoever has tensors has torch; recipes and plans read this module without it
+    from torch import Tensor
+
+ObjectiveName = Literal[
+    "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
+]
+BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
+Weighting = Literal["wpo"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+BASES: tuple[str, ...] = get_args(BaseName)
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 #: Bases whose log-probs are means per token (SimPO, ORPO, IPO), and those that need no reference.
 LENGTH_NORMALISED = frozenset({"ipo", "simpo", "orpo"})
@@ -82,23 +91,25 @@ class BaseLoss:
             ref_chosen_B: the same under the reference; None where the base needs none.
             ref_rejected_B: the same of the dispreferred response.
         """
+        from torch.nn.functional import logsigmoid
+
         gap_B = chosen_B - rejected_B
         if self.name == "simpo":  # arXiv 2405.14734, eq. 6
-            return -F.logsigmoid(self.beta * gap_B - self.simpo_margin)
+            return -logsigmoid(self.beta * gap_B - self.simpo_margin)
         if self.name == "orpo":  # arXiv 2403.07691, eq. 6-7
             log_odds_B = gap_B - (_log1mexp(chosen_B) - _log1mexp(rejected_B))
-            return -chosen_B - self.beta * F.logsigmoid(log_odds_B)
+            return -chosen_B - self.beta * logsigmoid(log_odds_B)
         assert ref_chosen_B is not None
         assert ref_rejected_B is not None
         h_B = gap_B - (ref_chosen_B - ref_rejected_B)
         if self.name == "sigmoid":  # arXiv 2305.18290, eq. 7; smoothing as in cDPO
             return (
-                -F.logsigmoid(self.beta * h_B) * (1 - self.label_smoothing)
-                - F.logsigmoid(-self.beta * h_B) * self.label_smoothing
+                -logsigmoid(self.beta * h_B) * (1 - self.label_smoothing)
+                - logsigmoid(-self.beta * h_B) * self.label_smoothing
             )
         if self.name == "ipo":  # arXiv 2310.12036, eq. 17
             return (h_B - 1 / (2 * self.beta)) ** 2
-        return torch.relu(1 - self.beta * h_B)  # hinge: SLiC, arXiv 2305.10425
+        return (1 - self.beta * h_B).relu()  # hinge: SLiC, arXiv 2305.10425
 
 
 def _log1mexp(mean_logp_B: Tensor) -> Tensor:
@@ -106,11 +117,8 @@ def _log1mexp(mean_logp_B: Tensor) -> Tensor:
     m = mean_logp_B.clamp(max=-1e-7)
     # both branches must stay finite in backward, where() would spread the nan of the unused one
     near = m > -0.693
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, m, torch.full_like(m, -0.5)))),
-        torch.log1p(-torch.exp(torch.where(near, torch.full_like(m, -1.0), m))),
-    )
+    small, large = m.masked_fill(~near, -0.5), m.masked_fill(near, -1.0)
+    return (-small.expm1()).log().where(near, (-large.exp()).log1p())
 
 
 @dataclass(frozen=True)
@@ -169,50 +177,43 @@ class Objective:
         Raises:
             ConfigError: unknown name or base, or a constant outside its range.
         """
-        if name not in OBJECTIVES:
-            raise ConfigError(f"Unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}.")
-        if base not in BASES:
-            raise ConfigError(f"Unknown base loss {base!r}; choose from {', '.join(BASES)}.")
-        if not 0 < beta < math.inf:
-            raise ConfigError(f"beta must be above 0 and finite, found {beta}.")
-        if not 0 <= alpha <= 1:
-            raise ConfigError(f"alpha must be in [0, 1], found {alpha}.")
-        for label, value in (("gamma", gamma), ("steer", steer)):
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{label} must be 0 or above and finite, found {value}.")
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}.")
-        if weighting not in (None, *WEIGHTINGS):
-            raise ConfigError(
-                f"Unknown weighting {weighting!r}; choose from {', '.join(WEIGHTINGS)}, or none."
-            )
-        pair = Term("plain", "good", "bad")
+        for label, given, known in (
+            ("objective", name, OBJECTIVES),
+            ("base loss", base, BASES),
+            ("weighting", WEIGHTINGS[0] if weighting is None else weighting, WEIGHTINGS),
+        ):
+            if given not in known:
+                raise ConfigError(f"Unknown {label} {given!r}; choose from {', '.join(known)}.")
+        for label, value, holds, bounds in (
+            ("beta", beta, 0 < beta < math.inf, "above 0 and finite"),
+            ("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]"),
+            ("gamma", gamma, 0 <= gamma < math.inf, "0 or above and finite"),
+            ("steer", steer, 0 <= steer < math.inf, "0 or above and finite"),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "in [0, 0.5)"),
+        ):
+            if not holds:
+                raise ConfigError(f"{label} must be {bounds}, found {value}.")
+        gated = name == "sso-online" and use_weight
+        pair = Term("plain", "good", "bad", gated=gated and not use_steer)
         plus = Term("good", "good", "bad", sft=gamma)
         minus = Term("bad", "plain", "good", sft=gamma)
-        gate = None
-        if name == "pbaa":
-            terms: tuple[Term, ...] = (pair,)
-        elif name == "sso":
-            terms = (plus, minus)
-        elif name == "sso-plus-only":
-            terms = (plus,)
-        elif name == "sso-minus-only":
-            terms = (minus,)
-        elif name == "sso-direct-minus":
-            terms = (plus, Term("bad", "bad", "good", sft=gamma))
-        else:
-            gate = Gate(alpha, detach_weight) if use_weight else None
-            if use_steer:
-                terms = (
-                    pair,
-                    Term("good", "good", "bad", weight=steer, gated=use_weight),
-                    Term("bad", "plain", "good", weight=steer, gated=use_weight),
-                )
-            else:
-                terms = (Term("plain", "good", "bad", gated=use_weight),)
-        weighting = weighting if name == "pbaa" else None
+        steering = tuple(
+            replace(term, weight=steer, sft=0.0, gated=use_weight) for term in (plus, minus)
+        )
+        terms: dict[str, tuple[Term, ...]] = {
+            "pbaa": (pair,),
+            "sso": (plus, minus),
+            "sso-plus-only": (plus,),
+            "sso-minus-only": (minus,),
+            "sso-direct-minus": (plus, Term("bad", "bad", "good", sft=gamma)),
+            "sso-online": (pair, *steering) if use_steer else (pair,),
+        }
         return cls(
-            name, BaseLoss(base, beta, label_smoothing, simpo_margin), terms, gate, weighting
+            name,
+            BaseLoss(base, beta, label_smoothing, simpo_margin),
+            terms[name],
+            Gate(alpha, detach_weight) if gated else None,
+            weighting if name == "pbaa" else None,
         )
 
 
@@ -273,18 +274,13 @@ def steering_loss(
         raise ValueError(f"the weighting {objective.weighting} needs weights")
     if reference is None and base.needs_reference:
         raise ValueError(f"the {base.name} base needs reference log-probs")
-    _check(objective.sequences, policy, "policy", None)
-    shape = policy[objective.sequences[0]].shape
-    _check(objective.sequences, policy, "policy", shape)
-    _check(objective.sequences, lengths, "lengths", shape)
-    if reference is not None:
-        _check(objective.sequences, reference, "reference", shape)
+    given = {"policy": policy, "lengths": lengths}
+    shape = _check(objective.sequences, given | ({"reference": reference} if reference else {}))
     for name in objective.sequences:
         if bool((lengths[name] < 1).any()):
             raise ValueError(f"lengths[{name!r}] has a response without tokens")
-
-    if weights is not None and weights.shape != shape:
-        raise ValueError(f"weights have shape {tuple(weights.shape)}, others {tuple(shape)}")
+    if weights is not None and tuple(weights.shape) != shape:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, others {shape}")
 
     sums = {s: policy[s] for s in objective.sequences}
     tokens = {s: lengths[s].to(sums[s].dtype) for s in objective.sequences}
@@ -301,12 +297,12 @@ def steering_loss(
     gate_B: Tensor | float = 1.0
     if objective.gate is not None:
         alpha = objective.gate.alpha
-        gate_B = torch.sigmoid(-(alpha * means["plain/good"] + (1 - alpha) * means["plain/bad"]))
+        gate_B = (-(alpha * means["plain/good"] + (1 - alpha) * means["plain/bad"])).sigmoid()
         if objective.gate.detach:
             gate_B = gate_B.detach()
         metrics["weight"] = gate_B.detach().mean()
 
-    per_query = torch.zeros_like(sums[objective.sequences[0]])
+    per_query = sums[objective.sequences[0]].new_zeros(shape)
     for term in objective.terms:
         a, b = term.sequences
         loss_B = base(logps[a], logps[b], ref_logps.get(a), ref_logps.get(b))
@@ -315,40 +311,40 @@ def steering_loss(
         per_query = per_query + scale * loss_B + term.sft * nll_B
 
         suffix = f"/{term.context}" if len(objective.terms) > 1 else ""
-        with torch.no_grad():
-            chosen_B, rejected_B = sums[a], sums[b]
-            metrics[f"logps/chosen{suffix}"] = chosen_B.mean()
-            metrics[f"logps/rejected{suffix}"] = rejected_B.mean()
-            if reference is not None:
-                chosen_B, rejected_B = chosen_B - reference[a], rejected_B - reference[b]
-            chosen_B, rejected_B = base.beta * chosen_B, base.beta * rejected_B
-            metrics[f"rewards/chosen{suffix}"] = chosen_B.mean()
-            metrics[f"rewards/rejected{suffix}"] = rejected_B.mean()
-            metrics[f"rewards/margins{suffix}"] = (chosen_B - rejected_B).mean()
-            metrics[f"rewards/accuracies{suffix}"] = (chosen_B > rejected_B).to(loss_B.dtype).mean()
-            metrics[f"nll_loss{suffix}"] = nll_B.mean()
-            if suffix:
-                metrics[f"loss{suffix}"] = loss_B.mean()
+        chosen_B, rejected_B = sums[a].detach(), sums[b].detach()
+        found = {"logps/chosen": chosen_B, "logps/rejected": rejected_B}
+        if reference is not None:
+            chosen_B, rejected_B = chosen_B - reference[a], rejected_B - reference[b]
+        chosen_B, rejected_B = base.beta * chosen_B, base.beta * rejected_B
+        found |= {
+            "rewards/chosen": chosen_B,
+            "rewards/rejected": rejected_B,
+            "rewards/margins": chosen_B - rejected_B,
+            "rewards/accuracies": (chosen_B > rejected_B).to(loss_B.dtype),
+            "nll_loss": nll_B.detach(),
+        }
+        found |= {"loss": loss_B.detach()} if suffix else {}
+        metrics |= {f"{name}{suffix}": value_B.mean() for name, value_B in found.items()}
     if weights is not None:
         metrics["weight/query"] = weights.detach().mean()
         per_query = per_query * weights
     return SteeringLoss(per_query.mean(), per_query, metrics)
 
 
-def _check(
-    names: tuple[str, ...],
-    given: Mapping[str, Tensor],
-    kind: str,
-    shape: torch.Size | None,
-) -> None:
-    for name in names:
-        if name not in given:
-            raise ValueError(
-                f"{kind} lacks the sequence {name!r}; given are {', '.join(given) or 'none'}"
-            )
-        if given[name].dim() != 1:
-            raise ValueError(f"{kind}[{name!r}] must be (B,), found {tuple(given[name].shape)}")
-        if shape is not None and given[name].shape != shape:
-            raise ValueError(
-                f"{kind}[{name!r}] has shape {tuple(given[name].shape)}, others {tuple(shape)}"
-            )
+def _check(names: tuple[str, ...], given: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, ...]:
+    """The shape that all of them have."""
+    shape: tuple[int, ...] | None = None
+    for kind, tensors in given.items():
+        for name in names:
+            if name not in tensors:
+                raise ValueError(
+                    f"{kind} lacks the sequence {name!r}; given are {', '.join(tensors) or 'none'}"
+                )
+            found = tuple(tensors[name].shape)
+            if len(found) != 1:
+                raise ValueError(f"{kind}[{name!r}] must be (B,), found {found}")
+            shape = found if shape is None else shape
+            if found != shape:
+                raise ValueError(f"{kind}[{name!r}] has shape {found}, others {shape}")
+    assert shape is not None
+    return shape

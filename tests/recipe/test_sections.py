@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import Objective, steering_loss
+from selfsteer.objectives import BASES, OBJECTIVES, Objective, steering_loss
 from selfsteer.recipe.read import (
     commented_yaml,
     descriptions,
@@ -16,8 +16,6 @@ from selfsteer.recipe.read import (
     validate,
 )
 from selfsteer.recipe.sections import (
-    BASES,
-    OBJECTIVES,
     Filter,
     Recipe,
     TrainConfig,

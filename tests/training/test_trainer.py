@@ -14,8 +14,8 @@ from selfsteer.data.records import Message, Principles, Triple
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError
 from selfsteer.models.load import LoadedModel, add_lora, load_model, merge_adapter, save_model
 from selfsteer.models.score import score_sequences
-from selfsteer.objectives import Objective
-from selfsteer.recipe.sections import BASES, OBJECTIVES, Lora, Optimisation, Policy, resolve_path
+from selfsteer.objectives import BASES, OBJECTIVES, Objective
+from selfsteer.recipe.sections import Lora, Optimisation, Policy, resolve_path
 from selfsteer.stages.train import encode
 from selfsteer.training.trainer import (
     COMPLETE_MARK,

@@ -16,10 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from selfsteer.errors import ConfigError
+from selfsteer.objectives import BaseName, ObjectiveName, Weighting
 
-ObjectiveName = Literal[
-    "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
-]
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
 Method = Literal[
     "sso", "sso-online", "pbaa", "best-of-n", "self-rewarding", "sgpo", "spin", "reward"
@@ -30,11 +28,6 @@ PLAIN_METHODS = ("best-of-n", "self-rewarding", "sgpo", "spin")
 RANKED_METHODS = ("best-of-n", "self-rewarding")
 Device = Literal["auto", "cpu", "cuda"]
 Layout = Literal["auto", "tree", "padded"]
-BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
-OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
-BASES: tuple[str, ...] = get_args(BaseName)
-Weighting = Literal["wpo"]
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 #: The constants of `Objective.named`, as settings are called that give them.
