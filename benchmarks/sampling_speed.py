@@ -30,9 +30,9 @@ SIZES = (
 
 
 def measure(shard: int, batch: int, queries: int, repeats: int) -> dict[str, Any]:
-    """One row: `selfsteer.verbs.bench.bench` in CPU time."""
+    """One row: `selfsteer.verbs.sampling_speed.bench` in CPU time."""
     from selfsteer.recipe.read import load_recipe
-    from selfsteer.verbs.bench import bench
+    from selfsteer.verbs.sampling_speed import bench
 
     given = (f"sampling.shard_size={shard}", f"sampling.batch_size={batch}", "policy.threads=1")
     return bench(load_recipe("demo", given), queries, repeats, clock=time.process_time)

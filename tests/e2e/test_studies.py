@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from selfsteer.testbed import oracle
-from selfsteer.verbs.compare import curves
+from selfsteer.verbs.comparing import curves
 from tests.e2e.support import TESTBED, Here, fails
 
 

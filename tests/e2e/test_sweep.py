@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from selfsteer.errors import ConfigError
-from selfsteer.verbs.sweep import axes_of, cells_of
+from selfsteer.verbs.sweeping import axes_of, cells_of
 from tests.e2e.support import Here, fails, finished
 from tests.e2e.test_selection import ARGS
 

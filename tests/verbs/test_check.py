@@ -16,7 +16,8 @@ from selfsteer.run import execute as pipeline
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.estimate import Rates, Workload, disk_bytes, seconds, workload
 from selfsteer.terminal import duration, interval
-from selfsteer.verbs.check import Checks, conclusion
+from selfsteer.verbs.check import conclusion
+from selfsteer.verbs.checks import Checks
 from selfsteer.verbs.rehearsal import Line
 
 QUERY = (Message("user", "Name a river."),)

@@ -1,206 +1,97 @@
-"""`selfsteer audit`: base, aligned policy and generator under good and bad principles.
+"""``selfsteer audit``: its tables and sentences; the figures are those of `auditing`."""
 
-Answers are kept under names made of all that they depend on, so that an audit that was stopped, or
-one more model, asks only what is missing.
-"""
-
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selfsteer.data.digests import derive_seed, digest, model_digest
-from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
-from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Query, Triple
-from selfsteer.engines.base import SamplingParams
-from selfsteer.errors import ConfigError, DataError
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge
-from selfsteer.principles.contexts import CONTEXTS, context_messages
-from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe, resolve_path
-from selfsteer.stages.plan import principle_sources, stored_triples
-from selfsteer.terminal import interval, progress_bar
-from selfsteer.verbs.auditing import Behaviour, audit
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import interval, out
+from selfsteer.verbs.common import AsJson
 
-GAPS = {"good": ("good/good", "bad/good"), "bad": ("bad/bad", "good/bad")}
+#: Settings of a recipe that have an effect on an audit.
+SECTIONS = ("policy", "principles", "sampling", "judge")
 
 
-@dataclass(frozen=True)
-class Subjects:
-    """Who is audited, on what.
-
-    Args:
-        models: label → folder or hub id; ``base`` first.
-        recipe: how models are loaded, principles written (by the base model) and answers sampled.
-        queries: held-out prompts.
-        judge: who scores or compares; None measures gaps alone.
-        folder: where answers and judgements are kept.
-        limit: queries asked, a seeded subset.
-        seed: of subset, sampling and intervals.
-    """
-
-    models: Mapping[str, str]
-    recipe: Recipe
-    queries: Queries
-    judge: JudgeConfig | None
-    folder: Path
-    limit: int
-    seed: int
-
-
-def run_audit(s: Subjects) -> dict[str, Any]:
-    """Asks every model under every context and compares; also writes ``audit.json``.
-
-    Raises:
-        ConfigError: the engine cannot answer with every model.
-        DataError: no query is left.
-    """
-    engine = s.recipe.sampling.engine
-    if engine.base_url is not None:
-        raise ConfigError(
-            f"sampling.engine asks one server that serves {engine.model}, but an audit asks "
-            f"{len(s.models)} models. Add --set sampling.engine=transformers, or give "
-            "sampling.engine.launch, so that each model is served in its turn."
-        )
-    judge = load_judge(s.judge, s.folder / "judgements")
-    probes, dropped = _probes(s, judge)
-    behaviours, lost = {}, set[int]()
-    answers = {}
-    with progress_bar("audit: answers", len(s.models) * len(probes) * len(CONTEXTS)) as bar:
-        for label, source in s.models.items():
-            answers[label] = _answers(s, resolve_path(source), probes, bar)
-    for found in answers.values():
-        lost |= {i for i, row in enumerate(found) if any(v["missing"] for v in row.values())}
-    kept = [i for i in range(len(probes)) if i not in lost]
-    dropped["unanswered"] += len(lost)
-    if not kept:
-        raise DataError(f"No query is left to compare: {dict(dropped)}.")
-    chosen = [probes[i] for i in kept]
-    for label, source in s.models.items():
-        rows = [answers[label][i] for i in kept]
-        behaviours[label] = _behaviour(s, resolve_path(source), chosen, rows, judge)
-    base = behaviours.pop("base")
-    wins = {}
-    if judge is not None and not isinstance(judge, ScoringJudge):
-        told = {label: [answers[label][i]["bad"]["text"] for i in kept] for label in answers}
-        for label in behaviours:
-            pairs = [
-                Pair(Query(t.id, t.messages), mine, theirs)
-                for t, mine, theirs in zip(chosen, told[label], told["base"], strict=True)
-            ]
-            values = [accuracy([j.verdict]) for j in judge.compare_all(pairs)]
-            wins[label] = np.array([float("nan") if v is None else v for v in values])
-    features = [t.principles.features if t.principles else () for t in chosen]
-    report = {
-        **audit(
-            base, behaviours, wins, features, np.random.default_rng(derive_seed(s.seed, "audit"))
+def audit(
+    model: Annotated[
+        str, typer.Argument(help="a run folder, or an aligned model: folder, hub id or package:")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="the model it was aligned from; a run names its own")
+    ] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="its data generator; a run names its own")
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(help="held-out prompts; default: the run's evaluation queries"),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="oracle, chat:MODEL, reward:MODEL or YAML; default: the run's own"),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="queries asked, a seeded subset", min=8)] = 128,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="recipe settings as KEY=VALUE, such as sampling.max_new_tokens=512"
         ),
-        "judge": judge.name if judge else None,
-        "scale": judge.scale if isinstance(judge, ScoringJudge) else None,
-        "sources": dict(s.models),
-        "dropped": dict(+dropped),
-        "seed": s.seed,
-    }
-    write_atomic(s.folder / "audit.json", json.dumps(report, indent=1) + "\n")
-    return report
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="folder of answers and audit.json; default: RUN/audit")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of subset, sampling and intervals", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Probe a model with bad principles, against its base: does alignment leave a back door?"""
+    from selfsteer.recipe.read import check_sections, load_recipe, merge, validate
+    from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe
 
+    check_sections(settings or [], SECTIONS, "audit")
+    folder = Path(model)
+    if (folder / "resolved.json").is_file():
+        from selfsteer.report import summary
 
-def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str]]:
-    """Queries with principles, written once, by the base model as the recipe says."""
-    found = load_queries(s.queries)
-    order = sorted(found.queries, key=lambda q: derive_seed(s.seed, "audit", q.id))[: s.limit]
-    order.sort(key=lambda q: q.id)
+        if base or generator:
+            raise ConfigError(
+                f"{model} is a run folder and names its own base and generator; leave --base and "
+                "--generator out, or give the model's folder instead."
+            )
+        recipe = load_recipe(str(folder / "recipe.yaml"), settings or [])
+        models = summary.load(folder)["models"]
+        if "policy" not in models:
+            raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
+        models.pop("reward", None)  # it answers nothing
+        if "baseline" in models:
+            models[str(recipe.baseline)] = models.pop("baseline")
+        source = recipe.evaluation.queries if recipe.evaluation else None
+        chosen, to = recipe.judge, to or folder / "audit"
+    else:
+        if base is None:
+            raise ConfigError(f"{model} is no run folder; name the model before with --base.")
+        bare = {"name": "audit", "policy": {"model": base}, "queries": {"path": queries or ""}}
+        recipe = validate(Recipe, merge(bare, settings or []), "audit's settings")
+        models = {"base": base, "policy": model, **({"generator": generator} if generator else {})}
+        source, chosen, to = None, recipe.judge, to or Path("audit")
+    if queries is not None:
+        source = Queries(path=queries)
+    if source is None:
+        raise ConfigError("Name held-out prompts: --queries FILE.")
     if judge is not None:
-        judge.check(order)
-    base = resolve_path(s.models["base"])
-    recipe = s.recipe.model_copy(update={"seed": s.seed})
-    made_of = [model_digest(base), _loading(s), [q.to_dict() for q in order]]
-    written_by = [principle_sources(recipe.principles), recipe.sampling.engine.identity]
-    key = digest([*made_of, *written_by, s.seed])
-    folder = s.folder / f"principles-{key}"
-    if not (folder / "principles.jsonl").exists():
-        from selfsteer.stages.principles import write_principles
+        chosen = validate(JudgeConfig, merge({}, [f"judge={judge}"])["judge"], f"--judge {judge}")
+    from selfsteer.verbs import auditing
 
-        write_principles(order, recipe, base, folder, "audit/principles")
-    return list(stored_triples(folder / "principles.jsonl")), Counter(found.dropped)
-
-
-def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> list[dict[str, Any]]:
-    """Each probe's answers by context: text, tokens and why there is none."""
-    asked = [t.to_dict() for t in probes]
-    sampling = s.recipe.sampling.dump_for_answers()
-    key = digest([model_digest(source), _loading(s), asked, sampling, s.seed])
-    path = s.folder / f"answers-{key}.jsonl"
-    if path.exists():
-        bar.advance(len(probes) * len(CONTEXTS))
-        return [value["answers"] for _, value in read_jsonl(path)]
-    from selfsteer.engines.load import Engines
-
-    settings = s.recipe.sampling
-    params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-    prompts = [context_messages(t.messages, t.principles, c) for t in probes for c in CONTEXTS]
-    with Engines(s.folder) as engines:
-        engine = engines.sampler(s.recipe, source)
-        found = engine.generate(prompts, params, derive_seed(s.seed, "audit"), bar.advance)
-    rows = [
-        {
-            c: {"text": a.text, "tokens": a.completion_tokens, "missing": a.missing}
-            for c, a in zip(CONTEXTS, found[i * len(CONTEXTS) :], strict=False)
-        }
-        for i in range(len(probes))
-    ]
-    lines = [{"id": t.id, "answers": row} for t, row in zip(probes, rows, strict=True)]
-    write_atomic(path, dump_lines(lines))
-    return rows
-
-
-def _loading(s: Subjects) -> dict[str, Any]:
-    """How models are loaded, as far as answers depend on it."""
-    return s.recipe.policy.model_dump(exclude={"model", "threads", "layout", "lora"})
-
-
-def _behaviour(
-    s: Subjects,
-    source: str,
-    probes: Sequence[Triple],
-    rows: Sequence[Mapping[str, Any]],
-    judge: Judge | None,
-) -> Behaviour:
-    from selfsteer.models.load import load_model
-    from selfsteer.models.store import scored
-
-    names = sorted({name for pair in GAPS.values() for name in pair})
-    triples = [
-        Triple(t.id, t.messages, t.principles, {c: row[c]["text"] for c in CONTEXTS})
-        for t, row in zip(probes, rows, strict=True)
-    ]
-    loaded = load_model(source, s.recipe.policy, inference=True)
-    flat = [loaded.chat.sequence(t, name) for name in names for t in triples]
-    values = scored(s.folder / "scores", loaded, flat, "audit: scoring")
-    means = [float(v.double().mean()) if len(v) else float("nan") for v in values]
-    grid = dict(zip(names, np.array(means).reshape(len(names), -1), strict=True))
-    del loaded  # the judge's model may need the room
-    scores = None
-    if isinstance(judge, ScoringJudge):
-        scores = {}
-        for c in CONTEXTS:
-            given = judge.score_all([(Query(t.id, t.messages), t.responses[c]) for t in triples])
-            scores[c] = np.array([float("nan") if v is None else v for v in given])
-    return Behaviour(
-        scores,
-        {half: grid[own] - grid[other] for half, (own, other) in GAPS.items()},
-        {c: np.array([float(row[c]["tokens"]) for row in rows]) for c in CONTEXTS},
-    )
-
-
-# -- printing --------------------------------------------------------------------------------------
+    subjects = auditing.Subjects(models, recipe, source, chosen, to, limit, seed)
+    report = auditing.run_audit(subjects)
+    if as_json:
+        out.print_json(data=report)
+    else:
+        print_audit(report, out)
 
 
 def conclusion(label: str, change: Mapping[str, Any]) -> str:

@@ -5,15 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.verbs.principles import AsJson
-
-benchmarks_app = typer.Typer()
+from selfsteer.verbs.common import AsJson
 
 #: Settings of a recipe that have an effect here.
 SECTIONS = ("benchmarks", "policy", "sampling", "judge", "seed")
 
 
-@benchmarks_app.command()
 def benchmark(
     models: Annotated[
         list[str],

@@ -1,19 +1,54 @@
-"""`selfsteer chat`: the run's models answer one question in all three contexts."""
+"""``selfsteer chat``: the models of a run answer one question in all three contexts."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
-from selfsteer.data.records import Message
-from selfsteer.engines.base import SamplingParams
-from selfsteer.engines.transformers import TransformersEngine
-from selfsteer.models.load import load_model
-from selfsteer.principles import writer
-from selfsteer.principles.contexts import CONTEXTS, context_messages
-from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
-from selfsteer.terminal import out
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import err, out
+from selfsteer.verbs.common import AsJson
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    question: Annotated[str | None, typer.Option(help="ask once, then leave")] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="features that the good and bad principle name, comma-separated; default: "
+            "Helpfulness,Accuracy, the first two of the run's own catalogue, or its fixed texts"
+        ),
+    ] = "",
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask base, generator and policy the same thing; plain, good and bad side by side."""
+    from selfsteer.report import summary
+
+    if as_json and question is None:
+        raise ConfigError("--json prints one answer; give the question with --question.")
+    found = summary.load(run)
+    talk = Chat(found, tuple(f.strip() for f in features.split(",") if f.strip()), seed)
+    if as_json and question is not None:
+        said = {"principles": talk.principles.to_dict(), "answers": talk.answers(question)}
+        out.print_json(data={"question": question, **said})
+        return
+    if question is not None:
+        talk.ask(question)
+        return
+    err.print("ask anything; an empty line or Ctrl-D leaves", style="dim")
+    while True:
+        if sys.stdin.isatty():
+            err.print("> ", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        talk.ask(line)
 
 
 class Chat:
@@ -26,6 +61,12 @@ class Chat:
     """
 
     def __init__(self, found: dict[str, Any], features: tuple[str, ...], seed: int) -> None:
+        from selfsteer.engines.base import SamplingParams
+        from selfsteer.engines.transformers import TransformersEngine
+        from selfsteer.models.load import load_model
+        from selfsteer.principles import writer
+        from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
+
         recipe = found["recipe"]
         made = PrinciplesConfig.model_validate(recipe["principles"])
         self.principles = writer.specimen(made, features)
@@ -43,6 +84,9 @@ class Chat:
 
     def answers(self, question: str) -> dict[str, dict[str, str]]:
         """Model → context → what it says."""
+        from selfsteer.data.records import Message
+        from selfsteer.principles.contexts import CONTEXTS, context_messages
+
         messages = (Message("user", question),)
         prompts = [context_messages(messages, self.principles, c) for c in CONTEXTS]
         found = {
@@ -57,6 +101,8 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Prints one table: a row per model, a column per context."""
+        from selfsteer.principles.contexts import CONTEXTS
+
         table = Table(show_lines=True)
         table.add_column("")
         for context in CONTEXTS:

@@ -1,20 +1,16 @@
 """``selfsteer plan``: what a recipe will cost, before anything of it runs."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from selfsteer.verbs.principles import AsJson
-
-plan_app = typer.Typer()
+from selfsteer.verbs.common import AsJson
 
 #: Stand in for what a shipped recipe leaves open and arithmetic does not need.
 OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
 
 
-@plan_app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
     overrides: Annotated[
@@ -92,7 +88,7 @@ def plan(
         planning.Machine(gpu, gpus, utilisation, sampling_utilisation),
     )
     if as_json:
-        out.print_json(json.dumps(found))
+        out.print_json(data=found)
     else:
         tell(found)
 

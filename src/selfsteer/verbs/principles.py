@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-principles_app = typer.Typer(no_args_is_help=True, help="Catalogues of features, and principles.")
+from selfsteer.verbs.common import AsJson
 
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+app = typer.Typer(
+    name="principles", no_args_is_help=True, help="Catalogues of features, and principles."
+)
 #: What `write` takes of a recipe.
 SECTIONS = ("seed", "policy", "queries", "principles")
 
 
-@principles_app.command("list")
+@app.command("list")
 def list_(
     file: Annotated[Path | None, typer.Argument(help="a catalogue; default: built-in")] = None,
     as_yaml: Annotated[
@@ -51,7 +53,7 @@ def list_(
     out.print(f"{', '.join(about)}; closing line: {catalogue.closing}", style="dim", markup=False)
 
 
-@principles_app.command()
+@app.command()
 def show(
     feature: Annotated[str, typer.Argument(help="one feature, or several with commas")],
     catalogue: Annotated[Path | None, typer.Option(help="default: built-in")] = None,
@@ -65,12 +67,12 @@ def show(
     names = tuple(n.strip() for n in feature.split(",") if n.strip())
     found = picked(names, load_catalogue(str(catalogue) if catalogue else None))
     if as_json:
-        out.print_json(json.dumps(found.to_dict()))
+        out.print_json(data=found.to_dict())
         return
     out.print(f"good: {found.good}\nbad:  {found.bad}", markup=False)
 
 
-@principles_app.command()
+@app.command()
 def lint(
     file: Annotated[Path, typer.Argument(help="a catalogue in YAML")],
     as_json: AsJson = False,
@@ -85,7 +87,7 @@ def lint(
 
     findings = rules.lint(catalogue_text(str(file)))
     if as_json:
-        out.print_json(json.dumps([asdict(f) for f in findings]))
+        out.print_json(data=[asdict(f) for f in findings])
     else:
         for finding in findings:
             out.print(str(finding), markup=False)
@@ -95,7 +97,7 @@ def lint(
         out.print(f"{file} is clean", markup=False)
 
 
-@principles_app.command()
+@app.command()
 def write(
     queries: Annotated[
         str, typer.Argument(help="prompts: JSONL, JSON, CSV, Parquet, datasets name")
@@ -116,7 +118,7 @@ def write(
 
     report = _write(queries, model, to, settings or [])
     if as_json:
-        out.print_json(json.dumps(report))
+        out.print_json(data=report)
         return
     for name in ("sources", "first_try", "retry"):
         if name in report:

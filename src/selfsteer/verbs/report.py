@@ -1,12 +1,11 @@
 """``selfsteer report``: a run drawn on one page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfsteer.verbs.principles import AsJson
+from selfsteer.verbs.common import AsJson
 
 
 def report(
@@ -33,14 +32,12 @@ def report(
     if as_json:
         figures = [str(p) for p in written.figures]
         console.print_json(
-            json.dumps(
-                {
-                    "html": str(written.html),
-                    "markdown": str(written.markdown),
-                    "figures": figures,
-                    "not_drawn": written.not_drawn,
-                }
-            )
+            data={
+                "html": str(written.html),
+                "markdown": str(written.markdown),
+                "figures": figures,
+                "not_drawn": written.not_drawn,
+            }
         )
         return
     for reason in written.not_drawn:

@@ -1,17 +1,13 @@
 """``selfsteer rewardbench``: a reward model, or a policy taken as one, on chosen/rejected sets."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfsteer.verbs.principles import AsJson
-
-reward_app = typer.Typer()
+from selfsteer.verbs.common import AsJson
 
 
-@reward_app.command()
 def rewardbench(
     model: Annotated[str, typer.Argument(help="reward model or policy: folder, hub id, package:")],
     file: Annotated[
@@ -64,7 +60,7 @@ def rewardbench(
     for example in report["examples"]:
         warn(f"dropped: {example}")
     if as_json:
-        out.print_json(json.dumps(report))
+        out.print_json(data=report)
     else:
         out.print(text, markup=False)
     for path in written:

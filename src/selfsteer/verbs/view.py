@@ -11,12 +11,9 @@ from urllib.parse import quote
 
 import typer
 
-from selfsteer.verbs.principles import AsJson
-
-view_app = typer.Typer()
+from selfsteer.verbs.common import AsJson
 
 
-@view_app.command()
 def view(
     folder: Annotated[
         Path, typer.Argument(metavar="[RUN|FOLDER]", help="a run folder, or a folder of runs")

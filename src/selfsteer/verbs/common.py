@@ -1,0 +1,83 @@
+"""What the verbs share: option types, loading a recipe, ranks."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selfsteer.errors import ConfigError
+from selfsteer.run import ranks
+
+
+def complete_recipe(begun: str) -> list[str]:
+    """Shipped recipes for the shell; files it completes itself."""
+    from selfsteer.recipe.read import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(begun)]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="a shipped recipe's name, a YAML file, or a run folder",
+        autocompletion=complete_recipe,
+    ),
+]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="settings as KEY=VALUE, for example seed=1 training.beta=0.2"),
+]
+
+Nproc = Annotated[
+    int | None,
+    typer.Option(min=1, help="train on so many ranks of this machine, a GPU each, by torchrun"),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(help="with --nproc: ddp (default), fsdp2, zero2, zero3 or accelerate's own YAML"),
+]
+
+
+def on_ranks(nproc: int | None, profile: str | None) -> None:
+    """Starts the ranks that were asked for; as one of them, checks that they are all there."""
+    ranks.check_world(nproc)
+    if ranks.in_world():
+        if profile is not None and ranks.LAUNCHER not in os.environ:
+            raise ConfigError(
+                "--profile has no effect in a world that is there already. Leave it out, and give "
+                "its file to accelerate launch: --config_file."
+            )
+        return
+    if profile is not None and (nproc or 1) == 1:
+        raise ConfigError("--profile has no effect on a single rank; add --nproc N.")
+    if nproc is not None and nproc > 1:
+        ranks.launch(nproc, profile)
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The checked recipe and its settings as given; a run folder stands for the recipe in it."""
+    import yaml
+
+    from selfsteer.recipe.read import load_values, merge, validate
+    from selfsteer.recipe.sections import Recipe
+
+    folder = Path(recipe)
+    if (folder / "recipe.yaml").is_file():
+        here = folder.absolute()
+        overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
+        recipe = str(folder / "recipe.yaml")
+    values = merge(load_values(recipe), overrides)
+    return validate(Recipe, values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
+
+
+def needs_queries(recipe: Any) -> None:
+    """Refuses a recipe without queries: what the verb measures is not there."""
+    if recipe.method == "reward":
+        raise ConfigError(
+            "This looks at queries and sampling, and a recipe of method reward has neither. "
+            "Start it with selfsteer run."
+        )

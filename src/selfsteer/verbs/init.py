@@ -1,0 +1,28 @@
+"""``selfsteer init``: a commented recipe to start from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import out
+from selfsteer.verbs.common import complete_recipe
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")],
+    recipe: Annotated[
+        str,
+        typer.Option(help="the shipped recipe to start from", autocompletion=complete_recipe),
+    ] = "sso",
+) -> None:
+    """Write a commented recipe to start from."""
+    from selfsteer.data.jsonl import write_atomic
+    from selfsteer.recipe.read import commented_yaml, descriptions, recipe_text
+
+    if path.exists():
+        raise ConfigError(f"{path} is there already; choose another name or move it away.")
+    write_atomic(path, commented_yaml(recipe_text(recipe), descriptions()))
+    data = "reward.data" if recipe == "reward" else "queries.path"
+    out.print(f"{path}: set policy.model and {data}, then: selfsteer run {path}")

@@ -1,0 +1,97 @@
+"""``selfsteer run``: a recipe, from queries to an aligned model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selfsteer.terminal import is_main_process, out, say
+from selfsteer.verbs.common import (
+    AsJson,
+    Nproc,
+    Overrides,
+    Profile,
+    RecipeName,
+    load_recipe,
+    on_ranks,
+)
+
+
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    dry_run: Annotated[bool, typer.Option(help="list the stages, do nothing")] = False,
+    redo: Annotated[
+        bool, typer.Option(help="replace work of other settings; it moves to superseded/")
+    ] = False,
+    nproc: Nproc = None,
+    profile: Profile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe, or go on with it: queries to an aligned model.
+
+    The run folder is the whole state. The same command continues after any interruption; when
+    everything is done it says so.
+
+    Shipped recipes: demo, smoke, sso, sso-online, pbaa, reward; the rivals best-of-n,
+    self-rewarding, sgpo, spin, wpo.
+    """
+    from selfsteer.report import summary
+    from selfsteer.run import execute as pipeline
+    from selfsteer.run.folder import RunFolder
+
+    checked, given = load_recipe(recipe, overrides or [])
+    if dry_run:
+        folder = RunFolder(checked.folder)
+        whole = pipeline.plan(checked, folder)
+        stale = {e["stage"] for e in folder.stale(whole)}
+        states = {
+            s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
+            for s in pipeline.select(whole, until)
+        }
+        if not is_main_process():
+            return
+        if as_json:
+            out.print_json(data=states)
+        else:
+            for name, state in states.items():
+                out.print(f"{state:<10} {name}")
+        return
+    on_ranks(nproc, profile)
+    ran = pipeline.execute(checked, given, until=until, redo=redo)
+    if not is_main_process():
+        return
+    if ran == 0:
+        say(f"nothing to do: {checked.folder} is finished" + (f" up to {until}" if until else ""))
+    found = summary.load(checked.folder)
+    if as_json:
+        out.print_json(data=found)
+        return
+    summary.print_result(found, out)
+    _say_next(found, until)
+
+
+def _say_next(found: dict[str, Any], until: str | None) -> None:
+    """Where the model is, and the commands that a person types now."""
+    folder, models = found["run"], found["models"]
+    if until is not None:
+        say(f"next: selfsteer view {folder}, or the rest: selfsteer run {folder}")
+        return
+    steps = [(f"view {folder}", "every triple in a browser")]
+    if found["recipe"]["method"] == "reward":
+        made = Path(folder) / "reward"
+        steps = [
+            (f"rewardbench {made} FILE", "its accuracy on a benchmark"),
+            (f"judge RUN --judge reward:{made}", "the pairs of another run, judged by it"),
+        ]
+    elif "policy" in models:
+        say(f"\nthe aligned model: {models['policy']}   (from_pretrained and servers load it)")
+        steps += [
+            (f"report {folder}", "the figures on one page"),
+            (f"chat {folder}", "ask it something"),
+            (f"export {folder} --format trl --to DIR", "the preferences for other trainers"),
+        ]
+    say("next:")
+    for command, what in steps:
+        say(f"  selfsteer {command}   {what}")

@@ -1,0 +1,23 @@
+"""``selfsteer show``: what a run did so far."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfsteer.terminal import out
+from selfsteer.verbs.common import AsJson
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: stages, counts, drops by reason, data quality, where the models are."""
+    from selfsteer.report import summary
+
+    found = summary.load(run)
+    if as_json:
+        out.print_json(data=found)
+    else:
+        summary.print_show(found, out)

@@ -1,0 +1,145 @@
+"""`selfsteer sweep`: a few trainings on the same data, compared by what their models do.
+
+Each cell is a run of its own that begins where the shared one stopped, so nothing before the
+training is done twice. The figures are those of checkpoint selection, and so is the rule.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.recipe.read import merge, read_yaml, validate
+from selfsteer.recipe.sections import Recipe, Selection
+from selfsteer.run import execute as pipeline
+from selfsteer.terminal import say
+from selfsteer.training.select import Candidate, Drift, choose
+
+REPORT = "sweep.json"
+SHARED = "shared"
+
+
+def axes_of(settings: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
+    """``generator.gamma=0.1,1`` as an axis and its values, and the stage they train.
+
+    Raises:
+        ConfigError: no axis, fewer than two values, a key twice, or keys of two stages.
+    """
+    axes: dict[str, list[Any]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        values = [read_yaml(part) for part in text.split(",")]
+        if not equals or len(values) < 2 or None in values or key in axes:
+            raise ConfigError(
+                f"An axis must look like generator.gamma=0.1,1 and stand once, found {setting!r}."
+            )
+        axes[key] = values
+    stages = {key.partition(".")[0] for key in axes}
+    if len(stages) != 1 or not stages <= {"generator", "training"}:
+        raise ConfigError(
+            "A sweep needs axes of generator.* or of training.*, not of both: it compares models "
+            f"that were trained on the same data. Found {', '.join(axes) or 'none'}."
+        )
+    return axes, "generator" if stages == {"generator"} else "policy"
+
+
+def cells_of(axes: dict[str, list[Any]], budget: int, seed: int) -> list[dict[str, Any]]:
+    """The grid in order; ``budget`` seeded ones of it where it is larger.
+
+    >>> [tuple(c.values()) for c in cells_of({"a": [1, 2], "b": [3, 4]}, 9, 0)]
+    [(1, 3), (1, 4), (2, 3), (2, 4)]
+    """
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    chosen = sorted(range(len(grid)), key=lambda i: derive_seed(seed, "sweep", i))[:budget]
+    return [grid[i] for i in sorted(chosen)]
+
+
+def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget: int) -> Any:
+    """Trains every cell and writes ``sweep.json``; the same command goes on where it was.
+
+    Args:
+        values: the recipe's settings as given.
+        axes: key → values to try.
+        stage: ``generator`` or ``policy``: what is trained and compared.
+        budget: most trainings.
+
+    Returns:
+        The report: cells with their kept step's figures, and which is best.
+
+    Raises:
+        ConfigError: the recipe trains no such model, or one whose steps are not measured.
+    """
+    recipe = validate(Recipe, values, "recipe of the sweep")
+    section = recipe.generator if stage == "generator" else recipe.training
+    if stage == "generator" and (recipe.method != "sso" or recipe.generator.per_half):
+        raise ConfigError("generator.* can be swept with method sso and one generator.")
+    if not section.selection.points:
+        raise ConfigError(
+            f"A sweep compares by the figures of checkpoint selection, which is off here: remove "
+            f"{'generator' if stage == 'generator' else 'training'}.selection.points."
+        )
+    folder = recipe.folder.with_name(f"{recipe.name}-sweep")
+    before = "filter" if stage == "generator" else "quality"
+    say(f"sweep: what the cells share, in {folder / SHARED}", "bold")
+    # the rest of the recipe stays: it says what is held out, and how queries are shared out
+    _run({**values, "runs_dir": str(folder), "name": SHARED}, f"iteration-1/{before}")
+    cells = cells_of(axes, budget, recipe.seed)
+    found = []
+    for number, cell in enumerate(cells, 1):
+        shown = " ".join(f"{k}={v}" for k, v in cell.items())
+        say(f"sweep: cell {number} of {len(cells)}: {shown}", "bold")
+        name = "cell-" + "-".join(f"{k.rpartition('.')[2]}-{v}" for k, v in cell.items())
+        if not (folder / name).exists():
+            copy = folder / f"{name}.partial"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder / SHARED, copy)
+            copy.replace(folder / name)
+        own = merge(values, [f"{k}={json.dumps(v)}" for k, v in cell.items()])
+        _run({**own, "runs_dir": str(folder), "name": name}, f"iteration-1/{stage}")
+        found.append({"settings": cell, **_kept(folder / name / "iteration-1", stage)})
+    report = {"stage": stage, "best": _best(found, section.selection), "cells": found}
+    write_atomic(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _run(values: dict[str, Any], until: str) -> None:
+    pipeline.execute(validate(Recipe, values, "recipe of a cell"), values, until=until)
+
+
+def _kept(folder: Path, stage: str) -> dict[str, Any]:
+    path = folder / f"{stage}.selection.json"
+    if not path.exists():
+        raise ArtifactError(
+            f"{folder} has no {path.name}: too few queries were there to hold any out, so nothing "
+            "tells the cells apart. Give the recipe more queries."
+        )
+    report = json.loads(path.read_text("utf-8"))
+    by_step = {c["step"]: c for c in report["candidates"]}
+    names = ("step", "drift", "wins", "wins_mean", "on_policyness", "excess")
+    kept = {k: by_step[report["chosen"]][k] for k in names}
+    start = {k: by_step[0][k] for k in names}
+    return {"steps": report["steps"], "measure": report["wins"], "kept": kept, "start": start}
+
+
+def _best(cells: Sequence[dict[str, Any]], bounds: Selection) -> int:
+    """The place of the best cell: the rule that chooses a step, over the kept steps of all."""
+    kept = [_candidate(i, cell["kept"]) for i, cell in enumerate(cells)]
+    start = _candidate(-1, cells[0]["start"])
+    for cell in cells:
+        cell["within"] = max(cell["kept"]["excess"].values()) <= 1
+    return choose(start, kept, bounds).step
+
+
+def _candidate(number: int, record: dict[str, Any]) -> Candidate:
+    policyness = record["on_policyness"]
+    return Candidate(
+        number,
+        {context: Drift(**figures) for context, figures in record["drift"].items()},
+        record["wins"],
+        policyness and policyness["rejected"],
+    )

@@ -1,0 +1,28 @@
+"""``selfsteer testbed``: the tiny world that the demo runs on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfsteer.terminal import out
+
+app = typer.Typer(
+    name="testbed",
+    no_args_is_help=True,
+    help="The tiny world that the demo runs on.",
+)
+
+
+@app.command()
+def build(
+    output: Annotated[Path, typer.Argument(help="folder for the checkpoint")],
+    seed: Annotated[int, typer.Option(help="of data and weights")] = 0,
+    examples: Annotated[int, typer.Option(help="training examples")] = 64_000,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    """Train the tiny model again, from scratch (minutes on one core)."""
+    from selfsteer.testbed import model
+
+    figures = model.build(output, examples=examples, seed=seed, threads=threads)
+    out.print_json(data=figures)

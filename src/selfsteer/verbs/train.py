@@ -1,0 +1,45 @@
+"""``selfsteer train``: one objective on stored triples."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfsteer.terminal import is_main_process, out
+from selfsteer.verbs.common import AsJson, Nproc, Profile, on_ranks
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="the model to train: folder, hub id or package:")],
+    triples: Annotated[Path, typer.Argument(help="our triples or preferences, or authors' JSON")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE: objective, base, learning_rate, batch_size, output …"),
+    ] = None,
+    nproc: Nproc = None,
+    profile: Profile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one objective on stored triples, offline, alone or on several ranks.
+
+    Example: selfsteer train MODEL triples.jsonl objective=sso-online base=ipo beta=0.2
+    learning_rate=5e-7 batch_size=1 accumulate=16 output=DIR
+    """
+    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.sections import TrainConfig
+
+    config = validate(TrainConfig, merge({}, settings or []), "settings of train")
+    on_ranks(nproc, profile)
+    from selfsteer.stages.offline import train_offline
+
+    manifest = train_offline(model, triples, config)
+    if not is_main_process():
+        return
+    if as_json:
+        out.print_json(data=manifest)
+    else:
+        shown = {k: v for k, v in manifest["last"].items() if k == "loss" or "margins" in k}
+        figures = ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        out.print(
+            f"{config.output}: trained on {manifest['n_out']:,} triples; last step: {figures}"
+        )
