@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from selfsteer import cli
-from selfsteer.run import folder as runs
+from selfsteer.data import jsonl
 
 TESTBED = "package:selfsteer.testbed/checkpoint"
 
@@ -88,7 +88,7 @@ def full_for(name: str) -> Any:
         full = Path(path).name == f".{name}.partial"
         return open("/dev/full" if full else path, *args, **kwargs)
 
-    return mock.patch.object(runs, "open", opened, create=True)
+    return mock.patch.object(jsonl, "open", opened, create=True)
 
 
 def artefacts(run: Path) -> dict[str, bytes]:
