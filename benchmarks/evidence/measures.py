@@ -9,7 +9,7 @@ from typing import Any
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Query, Triple
-from selfsteer.judges.base import OracleJudge
+from selfsteer.judges.oracle import OracleJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from selfsteer.data.records import Query
-from selfsteer.judges.base import Judgement, OracleJudge, Pair
+from selfsteer.judges.base import Judgement, Pair
+from selfsteer.judges.oracle import OracleJudge
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
 from selfsteer.stages import rivals
 from tests.e2e.support import TINY, Here, fails, finished

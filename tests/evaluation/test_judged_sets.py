@@ -20,11 +20,12 @@ from selfsteer.evaluation.judged_sets import (
     read_baseline,
     read_questions,
 )
-from selfsteer.judges.base import OracleJudge, Pair
-from selfsteer.judges.chat import ChatJudge
-from selfsteer.judges.rating import Exchange, extract_rating, margin, play, rate
-from selfsteer.judges.store import AnswerStore
-from selfsteer.recipe.sections import JudgedSet
+from selfsteer.judges.base import Pair
+from selfsteer.judges.chat import ChatJudge, Exchange, rate
+from selfsteer.judges.oracle import OracleJudge
+from selfsteer.judges.reading import extract_margin, extract_rating
+from selfsteer.judges.stats import game
+from selfsteer.recipe.sections import JudgeConfig, JudgedSet
 
 BEE = Query("bee", (Message("user", "What does the bee eat?"),))
 
@@ -50,7 +51,8 @@ class Canned:
 
 def chat_judge(say: Callable[[str], str]) -> tuple[ChatJudge, Canned]:
     engine = Canned(say)
-    return ChatJudge("chat:canned", lambda: engine, SamplingParams(), AnswerStore(None)), engine
+    settings = JudgeConfig(kind="chat", model="canned", device="cpu")
+    return ChatJudge(settings, engine=engine), engine
 
 
 def shown_first(text: str) -> str:
@@ -94,7 +96,7 @@ def test_a_rating_is_read_strictly(text: str, rating: float | None, reason: str)
     ],
 )
 def test_a_margin_is_read_strictly(text: str, found: str | None) -> None:
-    assert margin(text) == found
+    assert extract_margin(text) == found
 
 
 def test_large_margins_count_threefold_and_both_orders_count() -> None:
@@ -109,30 +111,29 @@ def test_large_margins_count_threefold_and_both_orders_count() -> None:
         )
 
     judge, engine = chat_judge(say)
-    games = play(
-        judge,
+    found = judge.compare_all(
         [
             Pair(BEE, "Nectar.", "It eats bricks."),
             Pair(BEE, "It eats bricks.", "Nectar."),
             Pair(BEE, "Nectar.", "Pollen."),
             Pair(BEE, "Same.", "Same."),
         ],
+        margins=True,
     )
-    assert [(g.won, g.stake) for g in games] == [(4.0, 4.0), (0.0, 4.0), (3.0, 4.0), (1.0, 2.0)]
+    assert [game(j) for j in found] == [(4.0, 4.0), (0.0, 4.0), (3.0, 4.0), (1.0, 2.0)]
     assert len(engine.asked) == 4  # the first two pairs are the same showings
 
 
 def test_a_pair_with_one_unparseable_showing_is_not_judged() -> None:
     judge, _ = chat_judge(lambda t: "Verdict: A" if shown_first(t) == "x" else "Who knows.")
-    (game,) = play(judge, [Pair(BEE, "x", "y")])
-    assert (game.stake, game.reason) == (0.0, "no_verdict")
+    (found,) = judge.compare_all([Pair(BEE, "x", "y")], margins=True)
+    assert (game(found), found.reason) == ((0.0, 0.0), "no_verdict")
 
 
 def test_judges_without_margins_count_each_showing_once() -> None:
     """The oracle's verdict, or a tie of equal texts."""
     pairs = [Pair(BEE, "The bee eats nectar.", "Purple."), Pair(BEE, "Purple.", "Purple.")]
-    games = play(OracleJudge(), pairs)
-    assert [(g.won, g.stake) for g in games] == [(2.0, 2.0), (1.0, 2.0)]
+    assert list(map(game, OracleJudge().compare_all(pairs))) == [(2.0, 2.0), (1.0, 2.0)]
 
 
 def test_a_rating_is_asked_with_conversation_and_reference() -> None:

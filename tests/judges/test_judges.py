@@ -17,27 +17,12 @@ from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.errors import ArtifactError, ConfigError, DataError, NumericsError
 from selfsteer.judges import store
-from selfsteer.judges.agreement import (
-    CLASSES,
-    agreement,
-    agreement_table,
-    cohen_kappa,
-    judge_report,
-    position_bias,
-)
-from selfsteer.judges.base import (
-    HumanJudge,
-    Judgement,
-    Pair,
-    ScoringJudge,
-    combine,
-    judge_inputs,
-    load_judge,
-    pair_digest,
-)
-from selfsteer.judges.chat import ChatJudge, extract_verdict, question
+from selfsteer.judges.base import Judgement, Pair, ScoringJudge, judge_inputs, load_judge
+from selfsteer.judges.chat import ChatJudge, combine, question
+from selfsteer.judges.people import HumanJudge, pair_digest
+from selfsteer.judges.reading import extract_verdict
 from selfsteer.judges.reward import RewardJudge
-from selfsteer.judges.store import AnswerStore
+from selfsteer.judges.stats import CLASSES, agreement, cohen_kappa, judge_report, position_bias
 from selfsteer.models.load import load_reward
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig
@@ -133,9 +118,7 @@ def query(number: int = 0, text: str = "What does the bee eat?") -> Query:
         ("A > B", LOST),
         # other scripts
         ("Ｖｅｒｄｉｃｔ：Ｂ", B),
-        ("答案：A", A),
-        ("Вердикт: B", B),
-        ("Вердикт: В", LOST),  # a Cyrillic letter that only looks like B
+        ("Verdict: В", LOST),  # a Cyrillic letter that only looks like B
         ("निर्णय: ए", LOST),
         # thinking aloud
         ("<think>Surely [[A]].</think>\nVerdict: B", B),
@@ -188,7 +171,7 @@ class Scripted:
 
 
 def judge_of(engine: Scripted, folder: Path | None = None) -> ChatJudge:
-    return ChatJudge("scripted", lambda: engine, SamplingParams(), AnswerStore(folder))
+    return ChatJudge(JudgeConfig(kind="chat", model="scripted", device="cpu"), folder, engine)
 
 
 def longer_wins(a: str, b: str) -> str:
@@ -275,7 +258,7 @@ def test_a_killed_judge_goes_on_behind_its_last_chunk_and_ends_the_same(
     again = judge_of(engine, tmp_path / "cut").compare_all(pairs)
     assert engine.calls == 14 - 8
     assert [j.verdict for j in again] == [j.verdict for j in whole]
-    names = sorted(p.name for p in (tmp_path / "cut").iterdir())
+    names = sorted(p.name for p in (tmp_path / "cut").glob("*/*"))
     assert names == [f"answers-{i:05d}.jsonl" for i in range(4)]
     engine = Scripted(longer_wins)
     judge_of(engine, tmp_path / "cut").compare_all(pairs)
@@ -285,12 +268,12 @@ def test_a_killed_judge_goes_on_behind_its_last_chunk_and_ends_the_same(
 def test_a_torn_file_of_answers_is_asked_again(tmp_path: Path) -> None:
     pairs = [Pair(query(), "xx", "y")]
     judge_of(Scripted(longer_wins), tmp_path).compare_all(pairs)
-    path = tmp_path / "answers-00000.jsonl"
+    (path,) = tmp_path.glob("*/answers-00000.jsonl")
     path.write_text(path.read_text()[:-30])
     engine = Scripted(longer_wins)
     assert judge_of(engine, tmp_path).compare_all(pairs)[0].verdict is A
     assert engine.calls == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(path.parent.iterdir())) == 2
 
 
 # -- a reward model --------------------------------------------------------------------------------
@@ -458,8 +441,8 @@ def test_a_label_counts_for_its_two_texts_in_either_order_and_for_no_others(tmp_
     ("line", "said"),
     [
         ({"first": "a", "second": "b", "verdict": "first"}, "needs the id"),
-        ({"id": "q", "first": "a", "second": "b", "verdict": "better"}, "must be first, second"),
-        ({"id": "q", "first": "a", "second": "b", "verdict": ["first"]}, "must be first, second"),
+        ({"id": "q", "first": "a", "second": "b", "verdict": "better"}, "is not first, second"),
+        ({"id": "q", "first": "a", "second": "b", "verdict": ["first"]}, "is not first, second"),
         ({"id": "q", "first": "a", "second": "a", "verdict": "first"}, "two equal responses"),
         ({"id": "q", "first": "a", "verdict": "first"}, "is no label"),
         ({"id": "q", "pair": "0" * 16, "verdict": "first"}, "needs the preferred response"),
@@ -576,7 +559,6 @@ def test_agreement_shows_every_class_and_kappa_with_and_without_the_lost() -> No
     assert found["parsed"]["kappa"][0] == pytest.approx(17 / 33)
     again = agreement(first, second, np.random.default_rng(0), 300)
     assert again == found
-    assert agreement_table([A], [B])[0, 1] == 1
 
 
 def test_agreement_that_is_undefined_is_none() -> None:

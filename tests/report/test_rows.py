@@ -9,12 +9,12 @@ import pytest
 
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Query, Triple, Verdict
-from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
 from selfsteer.recipe.read import load_values, validate
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import JudgeConfig, Recipe
 from selfsteer.report.rows import (
     Fates,
     Index,
@@ -220,10 +220,10 @@ def test_what_a_chat_judge_said_is_found_again_in_both_orders(tmp_path: Path) ->
 
     pair = Pair(Query.from_dict({"id": "q", "prompt": "Is it cold?"}), "No.", "Yes, soup.")
     engine: Any = FirstShown()
-    judge = ChatJudge("x", lambda: engine, SamplingParams(0, 1, 9), AnswerStore(tmp_path))
-    assert stored_judgement(pair, AnswerStore(tmp_path).known) is None
+    judge = ChatJudge(JudgeConfig(kind="chat", model="x", device="cpu"), tmp_path, engine)
+    assert stored_judgement(pair, AnswerStore(None).known) is None
     (said,) = judge.compare_all([pair])
-    found = stored_judgement(pair, AnswerStore(tmp_path).known)
+    found = stored_judgement(pair, AnswerStore(next(tmp_path.iterdir())).known)
     assert found is not None
     judgement, texts = found
     assert judgement == said

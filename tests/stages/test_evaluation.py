@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 
 from selfsteer.data.records import Message, Query, Triple, Verdict
-from selfsteer.judges.base import OracleJudge, Pair, accuracy, load_judge, verdict_counts
+from selfsteer.judges.base import Pair, load_judge
+from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import on_policyness, quality, steering_gap
-from selfsteer.judges.stats import above, mean_interval, statistic_interval
+from selfsteer.judges.stats import (
+    above,
+    accuracy,
+    mean_interval,
+    statistic_interval,
+    verdict_counts,
+)
 
 
 def test_accuracy_counts_ties_and_inconsistent_half_and_leaves_unparseable_out() -> None:

@@ -11,7 +11,7 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Message, Preference, Query
 from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError
-from selfsteer.judges.base import OracleJudge
+from selfsteer.judges.oracle import OracleJudge
 from selfsteer.recipe.read import load_recipe
 from selfsteer.recipe.sections import Recipe, resolve_path
 from selfsteer.run.folder import StageResult, read_shards

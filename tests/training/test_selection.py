@@ -13,7 +13,8 @@ from torch import Tensor
 from selfsteer.data.records import Message, Query, Triple, Verdict
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import ConfigError
-from selfsteer.judges.base import Judgement, OracleJudge, Pair
+from selfsteer.judges.base import Judgement, Pair
+from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import score_records

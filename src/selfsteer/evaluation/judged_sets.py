@@ -24,9 +24,16 @@ from selfsteer.data.records import Message, Query, Verdict, content_id
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
 from selfsteer.errors import DataError
 from selfsteer.evaluation.length_control import Compared, difficulties, length_controlled
-from selfsteer.judges.base import Judge, Pair, accuracy, verdict_counts
-from selfsteer.judges.rating import Exchange, play, rate
-from selfsteer.judges.stats import Interval, mean_interval, statistic_interval
+from selfsteer.judges.base import Judge, Pair
+from selfsteer.judges.chat import ChatJudge, Exchange, rate
+from selfsteer.judges.stats import (
+    Interval,
+    game,
+    mean_interval,
+    statistic_interval,
+    verdict_counts,
+    worth,
+)
 from selfsteer.recipe.sections import JudgedSet, resolve_path
 
 _IDS = ("id", "question_id", "uid")
@@ -281,18 +288,19 @@ def _verdicts(
     style: str, judge: Judge, pairs: Sequence[Pair], out: dict[str, Any], dropped: Counter[str]
 ) -> tuple[list[float], list[float]]:
     """What was won and what was at stake of each pair; stake 0 where it could not be judged."""
-    if style == "arena-hard":
-        games = play(judge, pairs)
-        dropped.update(g.reason for g in games if not g.stake)
-        return [g.won for g in games], [g.stake for g in games]
-    judgements = judge.compare_all(pairs)
-    verdicts = [j.verdict for j in judgements]
-    out["verdicts"] = verdict_counts(verdicts)
+    hard = style == "arena-hard"
+    if hard and isinstance(judge, ChatJudge):
+        judgements = judge.compare_all(pairs, margins=True)
+    else:
+        judgements = judge.compare_all(pairs)
+    out["verdicts"] = verdict_counts(j.verdict for j in judgements)
     lost = [j for j in judgements if j.verdict is Verdict.UNPARSEABLE]
     dropped.update(j.reason or "unparseable" for j in lost)
-    return [accuracy([v]) or 0.0 for v in verdicts], [
-        float(v is not Verdict.UNPARSEABLE) for v in verdicts
-    ]
+    if hard:
+        games = [game(j) for j in judgements]
+        return [won for won, _ in games], [stake for _, stake in games]
+    values = [worth(j.verdict) for j in judgements]
+    return [w or 0.0 for w in values], [float(w is not None) for w in values]
 
 
 def _ratio(won: np.ndarray, stake: np.ndarray, rng: np.random.Generator) -> Interval:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.records import Query, Triple
-from selfsteer.judges.base import Judge, Pair, accuracy, verdict_counts
+from selfsteer.judges.base import Judge, Pair
+from selfsteer.judges.stats import accuracy, verdict_counts
 
 PLAIN_SEQUENCES = ("plain/good", "plain/bad")
 GAP_SEQUENCES = ("good/good", "bad/good", "bad/bad", "good/bad")

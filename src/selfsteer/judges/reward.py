@@ -9,19 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.digests import digest, model_digest
+from selfsteer.data.digests import digest
 from selfsteer.data.records import Query
 from selfsteer.errors import NumericsError
-from selfsteer.judges.base import Judgement, Pair, by_scores
+from selfsteer.judges.base import Judgement, Pair, by_scores, judge_source
 from selfsteer.judges.store import Advance, AnswerStore
-from selfsteer.models.load import (
-    LoadedModel,
-    check_reward,
-    load_reward,
-    resolve_device,
-    resolve_dtype,
-)
-from selfsteer.recipe.sections import JudgeConfig, resolve_path
+from selfsteer.models.load import LoadedModel, check_reward, load_reward
+from selfsteer.recipe.sections import JudgeConfig
 
 
 class RewardJudge:
@@ -34,15 +28,11 @@ class RewardJudge:
 
     scale = "raw output of a reward model: no unit, no zero; only differences count"
 
-    def __init__(self, settings: JudgeConfig, folder: Path | None) -> None:
-        assert settings.model is not None
+    def __init__(self, settings: JudgeConfig, folder: Path | None = None) -> None:
         self.settings = settings
         self.name = f"reward:{settings.model}"
-        self.source = resolve_path(settings.model)
-        device = resolve_device(settings.device)
-        precision = [str(resolve_dtype(settings.dtype, device)), device.type]
-        identity = digest(["reward", model_digest(self.source), *precision])
-        self._store = AnswerStore(folder / identity if folder else None)
+        self.source = judge_source(settings)
+        self._store = AnswerStore.of(settings, folder)
         self._loaded: LoadedModel | None = None
 
     def check(self, queries: Sequence[Query]) -> None:
@@ -89,13 +79,13 @@ class RewardJudge:
         size = self.settings.batch_size if loaded.model.config.pad_token_id is not None else 1
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            scores.update(zip(rows, _forward(loaded, [ids[i] for i in rows]), strict=True))
+            scores |= zip(rows, _forward(loaded, [ids[i] for i in rows]), strict=True)
             advance(len(rows), sum(len(ids[i]) for i in rows))
         return [{"score": scores.get(i), "tokens": len(s)} for i, s in enumerate(ids)]
 
 
 def score_key(query: Query, text: str) -> str:
-    """Under which the score of a response is stored."""
+    """The key under which the score of a response is stored."""
     return digest([[list(m) for m in query.messages], text])
 
 
@@ -107,14 +97,12 @@ def _forward(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[float
     """
     import torch
 
-    width = max(map(len, rows))
     pad = loaded.model.config.pad_token_id or 0
-    ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rows])
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    tokens = [torch.tensor(r, device=loaded.device) for r in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in tokens], batch_first=True)
     with torch.no_grad(), loaded.precision():
-        logits = loaded.model(
-            input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
-        ).logits
+        logits = loaded.model(input_ids=ids, attention_mask=mask).logits
     scores = [float(x) for x in logits[:, 0]]
     if not all(map(math.isfinite, scores)):
         raise NumericsError(

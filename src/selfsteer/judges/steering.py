@@ -15,8 +15,15 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.records import Principles, Triple, Verdict
-from selfsteer.judges.base import accuracy
-from selfsteer.judges.stats import Interval, above, mean_interval
+from selfsteer.judges.stats import (
+    Interval,
+    above,
+    accuracy,
+    known_interval,
+    mean_interval,
+    resampled,
+    worth,
+)
 
 #: Fewer triples than this say nothing about a feature.
 FEW = 8
@@ -70,7 +77,7 @@ def steering(
         "triples": len(triples),
         "gap": {k: mean_interval(v.tolist(), rng) for k, v in gaps.items()},
         "net_gap": {k: mean_interval(v.tolist(), rng) for k, v in net.items()},
-        "accuracy": _accuracy(verdicts, rng),
+        "accuracy": known_interval(map(worth, verdicts or ()), rng),
     }
     bounds = [above(interval, 0) for interval in out["net_gap"].values()]
     bounds += [above(out["accuracy"], 0.5)] if out["accuracy"] else []
@@ -94,12 +101,6 @@ def steering(
     return out
 
 
-def _accuracy(verdicts: Sequence[Verdict] | None, rng: np.random.Generator) -> Interval | None:
-    judged = [v for v in verdicts or () if v is not Verdict.UNPARSEABLE]
-    values = [a for a in (accuracy([v]) for v in judged) if a is not None]
-    return mean_interval(values, rng) if len(values) > 1 else None
-
-
 def _contributions(
     member_NF: np.ndarray, values: np.ndarray, rng: np.random.Generator, resamples: int = 1000
 ) -> list[Interval]:
@@ -111,8 +112,6 @@ def _contributions(
     def fit(rows: np.ndarray) -> np.ndarray:
         return np.asarray(np.linalg.lstsq(member_NF[rows], values[rows], rcond=None)[0])
 
-    n = len(values)
-    means = fit(np.arange(n))
-    draws = np.stack([fit(rng.integers(0, n, n)) for _ in range(resamples)])
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    means = fit(np.arange(len(values)))
+    low, high = np.quantile(resampled(fit, len(values), rng, resamples), [0.025, 0.975], axis=0)
     return [(float(m), float(a), float(b)) for m, a, b in zip(means, low, high, strict=True)]

@@ -1,17 +1,20 @@
-"""Answers of judges on disk: each question is asked once per judge, whoever needs it.
+"""Answers of judges on disk: each question is asked once per judge, whichever stage asks it.
 
 Addressed by content, like the log-probs in ``scores/``: the folder by what the judge is, each line
-by what it was asked. A run killed while judging goes on behind its last finished chunk.
+by what it was asked. A run killed while judging resumes after its last finished chunk.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from selfsteer.data.digests import digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.engines.base import REQUEST_FAILED
 from selfsteer.errors import DataError
+from selfsteer.judges.base import judge_source
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.terminal import progress_bar
 
 #: Questions per file, the unit of resumption.
@@ -32,10 +35,28 @@ class AnswerStore:
             try:
                 self._values |= {row["key"]: row["answer"] for _, row in read_jsonl(path)}
             except (DataError, KeyError):
-                continue  # not whole, so not used: its questions are asked again
+                continue  # torn, so not used: its questions are asked again
+
+    @classmethod
+    def of(cls, settings: JudgeConfig, folder: Path | None, *asked: Any) -> Self:
+        """The store of a judge with a model, in a subfolder named after what its answers depend on.
+
+        Args:
+            settings: of kind ``chat`` or ``reward``.
+            folder: None keeps the answers in memory.
+            asked: what they depend on beside model, engine and precision.
+        """
+        from selfsteer.models.load import resolve_device, resolve_dtype
+
+        model, engine = model_digest(judge_source(settings)), settings.engine
+        made_of: list[Any] = [settings.kind, model, engine.identity, *asked]
+        if engine.kind != "openai":
+            device = resolve_device(settings.device)
+            made_of += [str(resolve_dtype(settings.dtype, device)), device.type]
+        return cls(folder and folder / digest(made_of))
 
     def known(self, key: str) -> dict[str, Any] | None:
-        """The stored answer to a question; nobody is asked."""
+        """The stored answer to a question, if there is one."""
         return self._values.get(key)
 
     def fetch(

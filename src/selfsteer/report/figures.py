@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.stats import WORTH, mean_interval
 from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report.gather import Gathered, Likelihoods
 from selfsteer.report.page import asset
@@ -230,7 +230,6 @@ def results(g: Gathered, c: dict[str, str]) -> Drawing:
 def accuracy(g: Gathered, c: dict[str, str]) -> Drawing:
     """Accuracy of the pairs by on-policyness: SSO v2, figure 3."""
     points: list[tuple[str, int, str, dict[str, Any], float | None, float | None]] = []
-    worth = {"first": 1.0, "second": 0.0, "tie": 0.5, "inconsistent": 0.5}
     for method, iterations in g.found["quality"].items():
         for k, measured in enumerate(iterations, 1):
             for kind in ("triples", "preferences"):
@@ -239,7 +238,7 @@ def accuracy(g: Gathered, c: dict[str, str]) -> Drawing:
                     continue
                 if kind == "triples" and g.recipe["method"] == "sso-online":
                     continue  # the same records as its preferences
-                wins = [w for name, w in worth.items() for _ in range(figures["verdicts"][name])]
+                wins = [w for v, w in WORTH.items() for _ in range(figures["verdicts"][v])]
                 _, low, high = mean_interval(wins, np.random.default_rng(0), 1000)
                 points.append((method, k, kind, figures, low, high))
     if not points:

@@ -12,12 +12,12 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, at, dump_lines, read_jsonl, write_atomic
-from selfsteer.data.records import Preference, Query, Triple, Verdict
+from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge, verdict_counts
+from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.stats import known_interval, mean_interval, verdict_counts, worth
 from selfsteer.models.load import load_model
 from selfsteer.models.store import scored
 from selfsteer.principles import writer
@@ -216,10 +216,9 @@ def _figures(
         ]
         verdicts = [j.verdict for j in judge.compare_all(pairs)]
         out["verdicts"] = verdict_counts(verdicts)
-        judged = [v for v in verdicts if v is not Verdict.UNPARSEABLE]
-        if judged:
-            wins = [accuracy([v]) or 0.0 for v in judged]
-            out["win_rate"] = mean_interval(wins, rng, settings.bootstrap)
+        rate = known_interval(map(worth, verdicts), rng, settings.bootstrap)
+        if rate is not None:
+            out["win_rate"] = rate
     return out
 
 

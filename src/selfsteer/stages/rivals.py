@@ -17,7 +17,8 @@ from selfsteer.engines.base import Engine, SamplingParams
 from selfsteer.engines.shards import Ask, Work, at_once
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.formats import import_records
-from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, accuracy, load_judge
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge
+from selfsteer.judges.stats import accuracy
 from selfsteer.recipe.sections import JudgeConfig, Recipe, resolve_path
 from selfsteer.run.folder import StageResult, run_shards
 from selfsteer.terminal import progress_bar

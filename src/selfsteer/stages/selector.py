@@ -18,12 +18,12 @@ from torch import Tensor
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.data.records import Query, Triple, Verdict
+from selfsteer.data.records import Query, Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.stats import mean_interval, worths
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import score_sequences
@@ -41,9 +41,6 @@ from selfsteer.training.select import (
     within,
 )
 from selfsteer.training.sharding import whole
-
-#: What a verdict is worth; `unparseable` ones are left out.
-WORTH = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5, Verdict.INCONSISTENT: 0.5}
 
 #: What the wins of a candidate are called: see `Selector.measure`.
 Measure = Literal["accuracy", "steering accuracy", "win rate"]
@@ -65,11 +62,8 @@ def repeated_4grams(answers: Sequence[Sequence[int]]) -> float:
 
 def compare(judge: Judge, asked: Sequence[Pair]) -> dict[str, float]:
     """Query id → what the first response's verdict is worth; unparseable ones are absent."""
-    return {
-        pair.query.id: WORTH[judgement.verdict]
-        for pair, judgement in zip(asked, judge.compare_all(asked), strict=True)
-        if judgement.verdict is not Verdict.UNPARSEABLE
-    }
+    found = zip(asked, worths(judge, asked), strict=True)
+    return {pair.query.id: win for pair, win in found if win is not None}
 
 
 class Selector:

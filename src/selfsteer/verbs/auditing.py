@@ -26,8 +26,8 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Query, Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.stats import known_interval, worths
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe, resolve_path
 from selfsteer.stages.plan import principle_sources, stored_triples
@@ -88,7 +88,7 @@ def audit(
         gone = {k: v - figures["base"][k] for k, v in figures[label].items()}
         if label in wins:
             gone["wins/bad"] = wins[label] - 0.5
-        whole = {k: _interval(v, rng) for k, v in gone.items()}
+        whole = {k: known_interval(v, rng) for k, v in gone.items()}
         by_feature = {}
         for feature in sorted({f for named in features for f in named}):
             rows = np.array([feature in named for named in features])
@@ -97,7 +97,9 @@ def audit(
             by_feature[feature] = {
                 "queries": int(rows.sum()),
                 **{
-                    k: _interval(gone[k][rows], rng) if enough else None for k in shown if k in gone
+                    k: known_interval(gone[k][rows], rng) if enough else None
+                    for k in shown
+                    if k in gone
                 },
             }
         score = whole.get("score/bad") or whole.get("wins/bad")
@@ -121,11 +123,6 @@ def _figures(b: Behaviour) -> dict[str, np.ndarray]:
 def _mean(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None
-
-
-def _interval(values: np.ndarray, rng: np.random.Generator) -> Any:
-    known = values[~np.isnan(values)]
-    return mean_interval(known.tolist(), rng) if known.size else None
 
 
 @dataclass(frozen=True)
@@ -191,8 +188,7 @@ def run_audit(s: Subjects) -> dict[str, Any]:
                 Pair(Query(t.id, t.messages), mine, theirs)
                 for t, mine, theirs in zip(chosen, told[label], told["base"], strict=True)
             ]
-            values = [accuracy([j.verdict]) for j in judge.compare_all(pairs)]
-            wins[label] = np.array([float("nan") if v is None else v for v in values])
+            wins[label] = np.array(worths(judge, pairs), dtype=np.float64)
     features = [t.principles.features if t.principles else () for t in chosen]
     report = {
         **audit(

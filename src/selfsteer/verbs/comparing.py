@@ -15,8 +15,8 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Preference, Query
 from selfsteer.errors import ArtifactError, DataError
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge, verdict_counts
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.stats import known_interval, verdict_counts, worth
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report import summary
 from selfsteer.run.folder import read_shards
@@ -148,7 +148,7 @@ def compare(
         scores = {k: _scores(judge, queries, v) for k, v in texts.items()}
         for label, values in scores.items():
             rng = np.random.default_rng(seed)
-            report["entrants"][label]["score"] = _interval(values, rng)
+            report["entrants"][label]["score"] = known_interval(values, rng)
     for other in found[1:]:
         report["differences"][other.label] = _difference(
             queries,
@@ -186,11 +186,6 @@ def query_classes(queries: Sequence[Query], by: str | None) -> tuple[str, list[s
 def _scores(judge: ScoringJudge, queries: Sequence[Query], texts: Sequence[str]) -> np.ndarray:
     given = judge.score_all(list(zip(queries, texts, strict=True)))
     return np.array([float("nan") if v is None else v for v in given])
-
-
-def _interval(values: np.ndarray, rng: np.random.Generator) -> Any:
-    known = values[~np.isnan(values)]
-    return mean_interval(known.tolist(), rng) if known.size else None
 
 
 def _own(e: Entrant, tokens: np.ndarray) -> dict[str, Any]:
@@ -242,24 +237,24 @@ def _difference(
     seed: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    out: dict[str, Any] = {"tokens": _interval(tokens[other] - tokens[first], rng)}
+    out: dict[str, Any] = {"tokens": known_interval(tokens[other] - tokens[first], rng)}
     if judge is None:
         return out
     pairs = [Pair(q, a, b) for q, a, b in zip(queries, texts[other], texts[first], strict=True)]
     verdicts = [j.verdict for j in judge.compare_all(pairs)]
-    wins = np.array([accuracy([v]) if accuracy([v]) is not None else np.nan for v in verdicts])
+    wins = np.array([worth(v) for v in verdicts], dtype=np.float64)
     out["verdicts"] = verdict_counts(verdicts)
-    out["win_rate"] = _interval(wins.astype(float), rng)
-    gaps = wins.astype(float) - 0.5 if scores is None else scores[other] - scores[first]
+    out["win_rate"] = known_interval(wins, rng)
+    gaps = wins - 0.5 if scores is None else scores[other] - scores[first]
     if scores is not None:
-        out["score"] = _interval(gaps, rng)
+        out["score"] = known_interval(gaps, rng)
     out["by_class"] = {}
     for name in sorted(set(classes)):
         rows = np.array([c == name for c in classes])
         enough = int(rows.sum()) >= FEW
         out["by_class"][name] = {
             "queries": int(rows.sum()),
-            "difference": _interval(gaps[rows], rng) if enough else None,
+            "difference": known_interval(gaps[rows], rng) if enough else None,
         }
     order = [int(i) for i in np.argsort(np.nan_to_num(gaps), kind="stable")]
     worst, best = order[:examples], order[::-1][:examples]
@@ -293,14 +288,11 @@ def _features(e: Entrant, settings: JudgeConfig | None, seed: int) -> dict[str, 
     out = {}
     for feature in sorted({f for names in named for f in names}):
         values = [
-            accuracy([j.verdict])
-            for j, names in zip(judged, named, strict=True)
-            if feature in names
+            worth(j.verdict) for j, names in zip(judged, named, strict=True) if feature in names
         ]
-        known = np.array([v for v in values if v is not None])
-        enough = known.size >= FEW
+        enough = sum(v is not None for v in values) >= FEW
         out[feature] = {
             "pairs": len(values),
-            "accuracy": _interval(known, np.random.default_rng(seed)) if enough else None,
+            "accuracy": known_interval(values, np.random.default_rng(seed)) if enough else None,
         }
     return out

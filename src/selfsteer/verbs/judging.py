@@ -10,8 +10,8 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.data.records import Preference, Query
 from selfsteer.errors import ArtifactError, DataError
-from selfsteer.judges.agreement import agreement, judge_report
 from selfsteer.judges.base import Pair, load_judge
+from selfsteer.judges.stats import agreement, judge_report
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.stages.plan import stored_preferences
 

@@ -19,9 +19,9 @@ from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.engines.shards import do
 from selfsteer.errors import ArtifactError, DataError, EngineError
-from selfsteer.judges.base import Judge, Pair, verdict_counts
+from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
-from selfsteer.judges.stats import above
+from selfsteer.judges.stats import above, verdict_counts
 from selfsteer.judges.steering import steering, strangers
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
