@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/tiny_world.py
 
 docs: $(VENV)/.ready
+	$(BIN)/python docs/commands.py > docs/commands.md
 	$(BIN)/mkdocs build
 	@echo "site/index.html is the documentation"
 

@@ -81,6 +81,12 @@ def test_the_make_targets_that_readme_names_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_page_of_commands_is_what_the_program_says() -> None:
+    written = [sys.executable, str(ROOT / "docs/commands.py")]
+    ended = subprocess.run(written, capture_output=True, text=True, check=True)
+    assert ended.stdout == (ROOT / "docs/commands.md").read_text(), "run make docs"
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """No dead link or anchor, and every page is in the navigation."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

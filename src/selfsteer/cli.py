@@ -60,12 +60,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Align a language model with nothing but prompts: Self-Steering Optimization.\n\n"
-    "Start with [bold]selfsteer run demo[/bold], then [bold]selfsteer init mine.yaml[/bold]. A run "
-    "can be stopped at any time; the same command goes on where it was. "
-    "[bold]selfsteer view[/bold] shows it in a browser meanwhile.",
-    epilog="Results go to stdout, all else to stderr; --json is for machines, NO_COLOR=1 for no "
-    "colours. Exit codes: 0 done; 2 usage, recipe or data; 3 model, engine, disk or a run in use; "
-    "130 interrupted.",
+    "Start with [bold]selfsteer run demo[/bold], then [bold]selfsteer init mine.yaml[/bold]. You "
+    "can stop a run at any time; the same command resumes it. [bold]selfsteer view[/bold] shows it "
+    "in a browser.",
+    epilog="Results go to stdout, everything else to stderr. --json prints results for programs; "
+    "NO_COLOR=1 turns colours off. Exit codes: 0 done; 2 usage, recipe or data; 3 model, engine, "
+    "disk or a run in use; 130 interrupted.",
 )
 
 for panel, verbs in PANELS.items():
@@ -77,7 +77,7 @@ for panel, verbs in PANELS.items():
 
 
 def version(value: bool) -> None:
-    """Prints the version and leaves."""
+    """Prints the version and exits."""
     if value:
         from selfsteer import __version__
 

@@ -19,13 +19,14 @@ SECTIONS = ("policy", "principles", "sampling", "judge")
 
 def audit(
     model: Annotated[
-        str, typer.Argument(help="a run folder, or an aligned model: folder, hub id or package:")
+        str,
+        typer.Argument(help="a run folder, or an aligned model: folder, hub id or package:NAME"),
     ],
     base: Annotated[
-        str | None, typer.Option(help="the model it was aligned from; a run names its own")
+        str | None, typer.Option(help="model before alignment; a run folder names its own")
     ] = None,
     generator: Annotated[
-        str | None, typer.Option(help="its data generator; a run names its own")
+        str | None, typer.Option(help="data generator; a run folder names its own")
     ] = None,
     queries: Annotated[
         str | None,
@@ -33,22 +34,25 @@ def audit(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="oracle, chat:MODEL, reward:MODEL or YAML; default: the run's own"),
+        typer.Option(help="oracle, chat:MODEL, reward:MODEL or YAML; default: the run's judge"),
     ] = None,
-    limit: Annotated[int, typer.Option(help="queries asked, a seeded subset", min=8)] = 128,
+    limit: Annotated[int, typer.Option(help="number of queries, a random subset", min=8)] = 128,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="recipe settings as KEY=VALUE, such as sampling.max_new_tokens=512"
+            "--set",
+            help="recipe setting as KEY=VALUE, such as sampling.max_new_tokens=512; repeatable",
         ),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(help="folder of answers and audit.json; default: RUN/audit")
+        Path | None, typer.Option(help="folder for answers and audit.json; default: RUN/audit")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of subset, sampling and intervals", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="seed of the subset, the sampling and the intervals", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Probe a model with bad principles, against its base: does alignment leave a back door?"""
+    """Test a model under bad principles, against its base: did alignment open a back door?"""
     from selfsteer.recipe.read import check_sections, load_recipe, merge, validate
     from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe
 

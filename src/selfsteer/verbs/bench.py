@@ -16,13 +16,16 @@ def sampling(
     recipe: RecipeName,
     overrides: Overrides = None,
     engine: Annotated[
-        str | None, typer.Option(help="sampling.engine instead of the recipe's: a kind or YAML")
+        str | None,
+        typer.Option(help="sampling.engine to use instead of the recipe's: a kind or YAML"),
     ] = None,
-    queries: Annotated[int, typer.Option(help="queries asked, two answers each", min=1)] = 256,
-    repeats: Annotated[int, typer.Option(help="of each way; the median counts", min=1)] = 3,
+    queries: Annotated[int, typer.Option(help="number of queries, two answers each", min=1)] = 256,
+    repeats: Annotated[
+        int, typer.Option(help="how often each is measured; the median counts", min=1)
+    ] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Measure tokens per second of an engine, and what the pipeline keeps of them."""
+    """Measure an engine's tokens per second, asked directly and through the pipeline."""
     chosen = [] if engine is None else [f"sampling.engine={engine}"]
     checked, _ = load_recipe(recipe, [*(overrides or []), *chosen])
     needs_queries(checked)

@@ -15,13 +15,13 @@ def benchmark(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="folders, hub ids, package: or run folders; the first is what the others are "
-            "held against"
+            help="folders, hub ids, package:NAME or run folders; the others are compared with "
+            "the first"
         ),
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="of lm-evaluation-harness: a name, or YAML; repeatable"),
+        typer.Option(help="task of lm-evaluation-harness: a name or YAML; repeatable"),
     ] = None,
     task_folder: Annotated[
         list[str] | None, typer.Option(help="folder with tasks of your own; repeatable")
@@ -29,26 +29,30 @@ def benchmark(
     judged: Annotated[
         list[str] | None,
         typer.Option(
-            help="questions to judge: alpaca-eval:FILE, arena-hard:FILE or mt-bench:FILE, or YAML "
-            "with a baseline; repeatable"
+            help="questions to judge: alpaca-eval:FILE, arena-hard:FILE or mt-bench:FILE, or "
+            "YAML with a baseline; repeatable"
         ),
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="chat:MODEL, reward:MODEL or oracle")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="judge of those questions: chat:MODEL, reward:MODEL or oracle"),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="only the first so many questions of each", min=1)
+        int | None, typer.Option(help="only the first N questions of each", min=1)
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="recipe settings as KEY=VALUE, such as benchmarks.chat_template=false"
+            "--set",
+            help="recipe setting as KEY=VALUE, such as benchmarks.chat_template=false; repeatable",
         ),
     ] = None,
-    to: Annotated[Path, typer.Option(help="folder for results; the same resumes")] = Path(
+    to: Annotated[Path, typer.Option(help="folder for results; the same folder resumes")] = Path(
         "benchmarks"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Benchmark models side by side: public tasks, own tasks, judged question sets.
+    """Benchmark models side by side: public tasks, your own tasks, judged question sets.
 
     Example: selfsteer benchmark BASE runs/mine/iteration-1/policy --task ifeval --task gsm8k
     """

@@ -15,19 +15,20 @@ from selfsteer.verbs.common import AsJson
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
-    question: Annotated[str | None, typer.Option(help="ask once, then leave")] = None,
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    question: Annotated[str | None, typer.Option(help="ask one question, then exit")] = None,
     features: Annotated[
         str,
         typer.Option(
-            help="features that the good and bad principle name, comma-separated; default: "
-            "Helpfulness,Accuracy, the first two of the run's own catalogue, or its fixed texts"
+            help="features of the good and the bad principle, comma-separated; default: "
+            "Helpfulness,Accuracy, the first two of the run's own catalogue, or its fixed "
+            "texts"
         ),
     ] = "",
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Ask base, generator and policy the same thing; plain, good and bad side by side."""
+    """Ask base, generator and policy the same question; plain, good and bad side by side."""
     from selfsteer.report import summary
 
     if as_json and question is None:

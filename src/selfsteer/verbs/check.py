@@ -18,13 +18,16 @@ STYLES = {"ok": "green", "warning": "yellow", "FAILED": "bold red", "skipped": "
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
-    queries: Annotated[int, typer.Option(help="queries of the steering check", min=2)] = 64,
+    queries: Annotated[
+        int, typer.Option(help="number of queries to measure steering on", min=2)
+    ] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """See what a run would meet, before a night of sampling; nothing is written.
+    """Check whether a run can start and the policy can be steered; writes nothing.
 
-    Folder, queries, model, template, budgets, disk and engine; and whether the policy follows the
-    principles at all, on a few queries. Exit code 0 if a run can start, warnings or not.
+    Checks folder, queries, model, template, budgets, disk and engine, then measures on a few
+    queries whether the policy follows the principles. Exits with 0 if a run can start, even with
+    warnings.
     """
     checked, _ = load_recipe(recipe, overrides or [])
     needs_queries(checked)

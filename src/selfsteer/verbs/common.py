@@ -17,28 +17,32 @@ def complete_recipe(begun: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(begun)]
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 
 RecipeName = Annotated[
     str,
     typer.Argument(
-        help="a shipped recipe's name, a YAML file, or a run folder",
+        help="name of a shipped recipe, a YAML file, or a run folder",
         autocompletion=complete_recipe,
     ),
 ]
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="settings as KEY=VALUE, for example seed=1 training.beta=0.2"),
+    typer.Argument(help="settings as KEY=VALUE, such as seed=1 training.beta=0.2"),
 ]
 
 Nproc = Annotated[
     int | None,
-    typer.Option(min=1, help="train on so many ranks of this machine, a GPU each, by torchrun"),
+    typer.Option(
+        min=1, help="ranks to train on, one GPU each, started on this machine by torchrun"
+    ),
 ]
 Profile = Annotated[
     str | None,
-    typer.Option(help="with --nproc: ddp (default), fsdp2, zero2, zero3 or accelerate's own YAML"),
+    typer.Option(
+        help="with --nproc: ddp (default), fsdp2, zero2, zero3 or an accelerate YAML file"
+    ),
 ]
 
 

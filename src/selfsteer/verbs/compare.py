@@ -15,20 +15,28 @@ from selfsteer.verbs.common import AsJson
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="run folders; one alone: its own models")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="run folders; of a single one, its own models are compared")
+    ],
     judge: Annotated[
         str | None,
-        typer.Option(help="oracle, chat:MODEL, reward:MODEL or YAML; default: the first run's own"),
+        typer.Option(
+            help="oracle, chat:MODEL, reward:MODEL or YAML; default: the first run's judge"
+        ),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="field beside the evaluation queries that names their class")
+        str | None, typer.Option(help="field of the evaluation queries that names their class")
     ] = None,
-    examples: Annotated[int, typer.Option(help="shown where answers differ most", min=0)] = 3,
-    baselines: Annotated[bool, typer.Option(help="also base and baseline of each run")] = False,
-    seed: Annotated[int, typer.Option(help="of the intervals", min=0)] = 0,
+    examples: Annotated[
+        int, typer.Option(help="number of queries to show where the answers differ most", min=0)
+    ] = 3,
+    baselines: Annotated[
+        bool, typer.Option(help="also compare the base model and the baseline of each run")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="seed of the intervals", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs: quality, curves, wins by feature and query class, where they differ most."""
+    """Compare runs: quality, curves, wins by feature and query class, largest differences."""
     from selfsteer.recipe.read import load_recipe, merge, validate
     from selfsteer.recipe.sections import JudgeConfig
     from selfsteer.verbs import comparing

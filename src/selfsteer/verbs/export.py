@@ -11,8 +11,8 @@ from selfsteer.verbs.common import AsJson
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
-    to: Annotated[Path, typer.Option(help="folder to write into")],
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    to: Annotated[Path, typer.Option(help="folder to write to")],
     fmt: Annotated[
         str | None,
         typer.Option(
@@ -22,16 +22,18 @@ def export(
         ),
     ] = None,
     model: Annotated[
-        bool, typer.Option("--model", help="the trained policy with its card")
+        bool, typer.Option("--model", help="export the trained policy with its card")
     ] = False,
-    iteration: Annotated[int | None, typer.Option(help="default: the last one")] = None,
-    baseline: Annotated[bool, typer.Option(help="the baseline's data or policy instead")] = False,
+    iteration: Annotated[
+        int | None, typer.Option(help="iteration to export; default: the last one")
+    ] = None,
+    baseline: Annotated[bool, typer.Option(help="export the baseline's data or policy")] = False,
     queries_license: Annotated[
         str | None, typer.Option(help="licence of the queries, for the card of --format parquet")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's preferences for other trainers, or its policy, each with a card."""
+    """Export a run's preferences for other trainers, or its policy, each with a card."""
     from selfsteer.report import summary
 
     if model and (fmt is not None or queries_license is not None):

@@ -12,12 +12,15 @@ from selfsteer.verbs.common import AsJson
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="JSON, JSONL, Parquet or CSV; a folder of shards")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="JSON, JSONL, Parquet or CSV file, or a folder of shards"
+        ),
     ],
     to: Annotated[Path, typer.Option(help="JSONL file to write")],
     as_json: AsJson = False,
 ) -> None:
-    """Turn other programs' preferences, triples or prompts into ours; the shape is recognised."""
+    """Convert other programs' preferences, triples or prompts; the format is recognised."""
     from selfsteer.data.jsonl import dump_line, write_atomic
     from selfsteer.formats import import_records
 

@@ -11,10 +11,10 @@ from selfsteer.verbs.common import complete_recipe
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="the file to write")],
+    path: Annotated[Path, typer.Argument(help="file to write")],
     recipe: Annotated[
         str,
-        typer.Option(help="the shipped recipe to start from", autocompletion=complete_recipe),
+        typer.Option(help="shipped recipe to start from", autocompletion=complete_recipe),
     ] = "sso",
 ) -> None:
     """Write a commented recipe to start from."""

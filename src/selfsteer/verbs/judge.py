@@ -17,31 +17,34 @@ from selfsteer.verbs.common import AsJson, load_recipe
 def judge(
     preferences: Annotated[
         Path,
-        typer.Argument(help="a run folder, or preferences: a JSONL file or a folder of shards"),
+        typer.Argument(help="a run folder, or preferences in a JSONL file or a folder of shards"),
     ],
     judges: Annotated[
         list[str] | None,
         typer.Option(
             "--judge",
-            help="oracle, chat:MODEL, reward:MODEL, human:PATH or a YAML mapping; one or two; "
-            "default: the run's own",
+            help="oracle, chat:MODEL, reward:MODEL, human:FILE or YAML; one or two; default: "
+            "the run's judge",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="judge a seeded subset of so many", min=1)
+        int | None, typer.Option(help="judge a random subset of this size", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the subset and the intervals")] = 0,
-    iteration: Annotated[int | None, typer.Option(help="of a run; default: the last one")] = None,
-    baseline: Annotated[bool, typer.Option(help="the baseline's preferences instead")] = False,
+    seed: Annotated[int, typer.Option(help="seed of the subset and of the intervals")] = 0,
+    iteration: Annotated[
+        int | None, typer.Option(help="iteration of the run; default: the last one")
+    ] = None,
+    baseline: Annotated[bool, typer.Option(help="judge the baseline's preferences")] = False,
     store: Annotated[
-        Path | None, typer.Option(help="folder of the judges' answers; default: the run's own")
+        Path | None, typer.Option(help="folder for the judges' answers; default: that of the run")
     ] = None,
     label_sheet: Annotated[
-        Path | None, typer.Option(help="judge nothing: write the pairs for people to label")
+        Path | None,
+        typer.Option(help="judge nothing: write the pairs to a file, to label them by hand"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge preferences: verdicts, accuracy, position bias, cost; agreement of two judges."""
+    """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
     from selfsteer.recipe.read import merge, validate
     from selfsteer.recipe.sections import JudgeConfig
     from selfsteer.run.folder import RunFolder

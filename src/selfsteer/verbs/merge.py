@@ -9,18 +9,22 @@ from selfsteer.terminal import out
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="a folder of LoRA adapters, as peft writes them")],
-    output: Annotated[Path, typer.Argument(help="folder of the plain checkpoint to make")],
+    adapter: Annotated[Path, typer.Argument(help="folder of LoRA adapters, as peft writes them")],
+    output: Annotated[Path, typer.Argument(help="folder to write the merged checkpoint to")],
     base: Annotated[
-        str | None, typer.Option(help="the model under them; default: the one they name")
+        str | None, typer.Option(help="base model; default: the one that the adapters name")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, or auto: as the base is stored")
+        str, typer.Option(help="float32, bfloat16, or auto for that of the base model")
     ] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="run code that comes with it")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="load weights not in safetensors")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="run Python code that comes with the checkpoint")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="load weights that are not in safetensors format")
+    ] = False,
 ) -> None:
-    """Add LoRA adapters to their base: a checkpoint that any program loads."""
+    """Merge LoRA adapters into their base: a checkpoint that any program can load."""
     from selfsteer.recipe.read import validate
     from selfsteer.recipe.sections import Loading, resolve_path
 

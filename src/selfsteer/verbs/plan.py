@@ -12,38 +12,45 @@ OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe or a YAML file")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="settings as KEY=VALUE, as for run")
+        list[str] | None,
+        typer.Argument(help="settings as KEY=VALUE, such as training.batch_size=64"),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or l40s")] = "h100",
-    gpus: Annotated[int, typer.Option(help="how many of them", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200 or l40s")] = "h100",
+    gpus: Annotated[int, typer.Option(help="number of GPUs", min=1)] = 1,
     queries: Annotated[
-        int | None, typer.Option(help="of the query set; default: read and counted", min=1)
+        int | None, typer.Option(help="number of queries; default: counted in the query set", min=1)
     ] = None,
     params: Annotated[
-        float | None, typer.Option(help="of the policy, such as 8.03e9; default: counted")
+        float | None,
+        typer.Option(help="parameters of the policy, such as 8.03e9; default: counted"),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="of the policy", min=1)] = None,
-    hidden: Annotated[int | None, typer.Option(help="size of its hidden states", min=1)] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="of the policy", min=1)] = None,
-    query_tokens: Annotated[int, typer.Option(help="of a query", min=1)] = 120,
-    principle_tokens: Annotated[int, typer.Option(help="of a guideline", min=1)] = 250,
+    layers: Annotated[int | None, typer.Option(help="layers of the policy", min=1)] = None,
+    hidden: Annotated[int | None, typer.Option(help="hidden size of the policy", min=1)] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="vocabulary size of the policy", min=1)
+    ] = None,
+    query_tokens: Annotated[int, typer.Option(help="tokens per query", min=1)] = 120,
+    principle_tokens: Annotated[int, typer.Option(help="tokens per principle", min=1)] = 250,
     response_tokens: Annotated[
-        int, typer.Option(help="of a response, at most its budget", min=2)
+        int, typer.Option(help="tokens per response, at most sampling.max_new_tokens", min=2)
     ] = 330,
     utilisation: Annotated[
-        float, typer.Option(help="share of the peak in training and scoring", min=0.01, max=1)
+        float,
+        typer.Option(
+            help="share of the GPU's peak that training and scoring reach", min=0.01, max=1
+        ),
     ] = 0.4,
     sampling_utilisation: Annotated[
-        float, typer.Option(help="share of the peak in sampling", min=0.001, max=1)
+        float, typer.Option(help="share of the GPU's peak that sampling reaches", min=0.001, max=1)
     ] = 0.1,
     as_json: AsJson = False,
 ) -> None:
-    """Work out what a recipe costs: tokens, operations, memory, disk, hours. An estimate.
+    """Estimate what a recipe costs: tokens, operations, memory, disk and hours.
 
-    The size of the model is read from its config.json; of one that is not here give --params,
-    --layers, --hidden and --vocabulary. Formulas: docs/scaling.md.
+    Reads the size of the model from its config.json; for a model that is not on this machine, give
+    --params, --layers, --hidden and --vocabulary. The formulas are in docs/scaling.md.
     """
     from selfsteer.errors import ConfigError
     from selfsteer.recipe.read import load_values, merge, validate

@@ -11,7 +11,9 @@ import typer
 from selfsteer.verbs.common import AsJson
 
 app = typer.Typer(
-    name="principles", no_args_is_help=True, help="Catalogues of features, and principles."
+    name="principles",
+    no_args_is_help=True,
+    help="Catalogues of features, and the principles made from them.",
 )
 #: What `write` takes of a recipe.
 SECTIONS = ("seed", "policy", "queries", "principles")
@@ -19,9 +21,11 @@ SECTIONS = ("seed", "policy", "queries", "principles")
 
 @app.command("list")
 def list_(
-    file: Annotated[Path | None, typer.Argument(help="a catalogue; default: built-in")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="catalogue in YAML; default: the built-in one")
+    ] = None,
     as_yaml: Annotated[
-        bool, typer.Option("--yaml", help="the file itself, to start one's own from")
+        bool, typer.Option("--yaml", help="print the file itself, to start your own from")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,11 +59,13 @@ def list_(
 
 @app.command()
 def show(
-    feature: Annotated[str, typer.Argument(help="one feature, or several with commas")],
-    catalogue: Annotated[Path | None, typer.Option(help="default: built-in")] = None,
+    feature: Annotated[str, typer.Argument(help="one feature, or several separated by commas")],
+    catalogue: Annotated[
+        Path | None, typer.Option(help="catalogue in YAML; default: the built-in one")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show both principles of a feature, whole, as a model sees them."""
+    """Show both principles of a feature, in full, as a model sees them."""
     from selfsteer.principles.catalogue import load_catalogue
     from selfsteer.principles.writer import picked
     from selfsteer.terminal import out
@@ -74,10 +80,10 @@ def show(
 
 @app.command()
 def lint(
-    file: Annotated[Path, typer.Argument(help="a catalogue in YAML")],
+    file: Annotated[Path, typer.Argument(help="catalogue in YAML")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a catalogue: exit code 0 if it is clean, 2 with findings."""
+    """Check a catalogue; exits with 0 if it is clean, with 2 if there are findings."""
     from dataclasses import asdict
 
     from selfsteer.errors import ConfigError
@@ -100,19 +106,24 @@ def lint(
 @app.command()
 def write(
     queries: Annotated[
-        str, typer.Argument(help="prompts: JSONL, JSON, CSV, Parquet, datasets name")
+        str,
+        typer.Argument(
+            help="prompts: JSONL, JSON, CSV, Parquet or the name of a Hugging Face dataset"
+        ),
     ],
-    model: Annotated[str, typer.Option(help="who writes: folder, hub id or package:")],
-    to: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    model: Annotated[
+        str, typer.Option(help="model that writes them: folder, hub id or package:NAME")
+    ],
+    to: Annotated[Path, typer.Option(help="JSONL file to write")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="KEY=VALUE as in a recipe: principles.examples=2 seed=1 …"),
+        typer.Argument(help="recipe settings as KEY=VALUE, such as principles.examples=2 seed=1"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write principles for a query file, without a run; the same command resumes.
 
-    What it writes can be given to a recipe: principles.mode=fixed principles.path=FILE.
+    A recipe can use the result: principles.mode=fixed principles.path=FILE.
     """
     from selfsteer.terminal import out
 

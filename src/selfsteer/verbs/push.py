@@ -10,13 +10,17 @@ from selfsteer.verbs.common import AsJson
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what selfsteer export wrote")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub")],
-    yes: Annotated[bool, typer.Option("--yes", help="upload; without it, only say what")] = False,
-    private: Annotated[bool, typer.Option("--private", help="for nobody else to see")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="folder that selfsteer export wrote")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="repository on the hub, OWNER/NAME")],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="upload; without it, only list what would be uploaded")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an exported data set or model on the Hugging Face hub."""
+    """Publish an exported dataset or model on the Hugging Face hub."""
     from selfsteer.formats import hub
 
     upload = hub.plan_upload(folder, repo, private=private)

@@ -10,29 +10,38 @@ from selfsteer.verbs.common import AsJson
 
 
 def queries(
-    path: Annotated[str, typer.Argument(help="a query file, a folder of shards, a datasets name")],
-    to: Annotated[Path, typer.Option(help="the JSONL file to write")],
-    min_chars: Annotated[int | None, typer.Option(help="fewest characters")] = None,
-    max_chars: Annotated[int | None, typer.Option(help="most characters")] = None,
+    path: Annotated[
+        str, typer.Argument(help="query file, folder of shards, or name of a Hugging Face dataset")
+    ],
+    to: Annotated[Path, typer.Option(help="JSONL file to write")],
+    min_chars: Annotated[int | None, typer.Option(help="drop queries of fewer characters")] = None,
+    max_chars: Annotated[int | None, typer.Option(help="drop queries of more characters")] = None,
     script: Annotated[
-        list[str] | None, typer.Option(help="script of half the letters, such as Latin; repeatable")
+        list[str] | None,
+        typer.Option(help="script that half of the letters must be in, such as Latin; repeatable"),
     ] = None,
     near_duplicates: Annotated[
-        float | None, typer.Option(help="drop at this similarity, such as 0.8")
+        float | None,
+        typer.Option(help="drop queries that are this similar to an earlier one, such as 0.8"),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="evaluation set to keep out; repeatable")
+        list[str] | None, typer.Option(help="evaluation set whose queries to keep out; repeatable")
     ] = None,
-    ngram: Annotated[int | None, typer.Option(help="shared words that count, 8")] = None,
+    ngram: Annotated[
+        int | None,
+        typer.Option(
+            help="number of words in a row that count as overlap with --against; default: 8"
+        ),
+    ] = None,
     holdout: Annotated[float | None, typer.Option(help="share to hold out, such as 0.05")] = None,
-    limit: Annotated[int | None, typer.Option(help="use only the first so many")] = None,
-    split: Annotated[str | None, typer.Option(help="of a datasets name")] = None,
+    limit: Annotated[int | None, typer.Option(help="use only the first N queries")] = None,
+    split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Clean a query set: bounds, duplicates, near-duplicates, evaluation sets kept out, a hold-out.
+    """Clean a query set: length bounds, (near-)duplicates, evaluation sets kept out, a hold-out.
 
-    Rows of our own, UltraFeedback's, ShareGPT's and Alpaca's shape are read. Beside OUT.jsonl come
-    OUT.holdout.jsonl and OUT.contaminated.jsonl, where asked for.
+    Reads selfsteer's own rows and those of UltraFeedback, ShareGPT and Alpaca. Where asked for,
+    OUT.holdout.jsonl and OUT.contaminated.jsonl are written beside OUT.jsonl.
     """
     from selfsteer.data.queries import write_curated
     from selfsteer.recipe.read import validate

@@ -9,16 +9,16 @@ from selfsteer.verbs.common import AsJson
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
+    run: Annotated[Path, typer.Argument(help="run folder, finished or not")],
     out: Annotated[
         Path | None,
-        typer.Option(help="the HTML file; default: report.html in the run folder"),
+        typer.Option(help="HTML file to write; default: report.html in the run folder"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a run: report.html for people, report.md for a repository, figures as SVG and PNG.
+    """Draw a run: one page (report.html), its text (report.md), figures as SVG and PNG.
 
-    The page is one file that loads nothing from anywhere. Only the run folder is read.
+    The page is a single file that loads nothing from the network. Only the run folder is read.
     """
     from selfsteer.errors import ConfigError
 

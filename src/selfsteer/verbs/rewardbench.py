@@ -9,38 +9,45 @@ from selfsteer.verbs.common import AsJson
 
 
 def rewardbench(
-    model: Annotated[str, typer.Argument(help="reward model or policy: folder, hub id, package:")],
+    model: Annotated[
+        str, typer.Argument(help="reward model or policy: folder, hub id or package:NAME")
+    ],
     file: Annotated[
-        Path, typer.Argument(help="JSONL, JSON, Parquet or CSV: prompt, chosen, rejected, subset")
+        Path,
+        typer.Argument(help="JSONL, JSON, Parquet or CSV with prompt, chosen, rejected and subset"),
     ],
     ref: Annotated[
-        str | None, typer.Option(help="of a policy: what it was trained from; default: none")
+        str | None, typer.Option(help="for a policy: the model it was trained from; default: none")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="of a policy: scales its rewards; 0.1")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="for a policy: scale of its rewards; default: 0.1")
+    ] = None,
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="of a policy: divide by the answer's length")
+        bool, typer.Option("--per-token", help="for a policy: divide by the length of the answer")
     ] = False,
     out_file: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="JSON file to write; default: in the model's run folder, if any"
+            "--out",
+            help="JSON file to write; default: in the run folder that the model is part of, if any",
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="of a reward model: sequences together; 32", min=1)
+        int | None, typer.Option(help="for a reward model: sequences per batch; default: 32", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")
+        bool,
+        typer.Option("--trust-remote-code", help="run Python code that comes with the checkpoint"),
     ] = False,
-    seed: Annotated[int, typer.Option(help="of the intervals")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the intervals")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Score a reward model, or a policy by its implicit reward, as RewardBench does.
+    """Score a reward model, or a policy by its implicit reward, on RewardBench or a file like it.
 
-    Reads RewardBench's and RewardBench 2's columns; sections are weighted as on the leaderboard,
-    other subsets stand under their own names. A policy's reward is beta * (log p - log p_ref).
+    Reads the columns of RewardBench and RewardBench 2. Sections are weighted as on the leaderboard;
+    other subsets are listed by name. The reward of a policy is beta * (log p - log p_ref).
     """
     from selfsteer.stages.benchmark_rewards import benchmark_rewards
     from selfsteer.terminal import out, say, warn

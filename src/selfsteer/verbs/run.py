@@ -21,18 +21,21 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
-    dry_run: Annotated[bool, typer.Option(help="list the stages, do nothing")] = False,
+    dry_run: Annotated[bool, typer.Option(help="list the stages without running them")] = False,
     redo: Annotated[
-        bool, typer.Option(help="replace work of other settings; it moves to superseded/")
+        bool,
+        typer.Option(
+            help="redo stages whose settings changed; their old results move to superseded/"
+        ),
     ] = False,
     nproc: Nproc = None,
     profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe, or go on with it: queries to an aligned model.
+    """Run a recipe, or resume it: from queries to an aligned model.
 
-    The run folder is the whole state. The same command continues after any interruption; when
-    everything is done it says so.
+    The run folder holds the whole state. After any interruption, the same command resumes; once
+    everything is done, it does nothing.
 
     Shipped recipes: demo, smoke, sso, sso-online, pbaa, reward; the rivals best-of-n,
     self-rewarding, sgpo, spin, wpo.

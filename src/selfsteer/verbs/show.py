@@ -10,10 +10,10 @@ from selfsteer.verbs.common import AsJson
 
 
 def show(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: AsJson = False,
 ) -> None:
-    """Show a run: stages, counts, drops by reason, data quality, where the models are."""
+    """Show a run: stages, counts, drops by reason, data quality, paths of the models."""
     from selfsteer.report import summary
 
     found = summary.load(run)

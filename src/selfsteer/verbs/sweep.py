@@ -15,25 +15,25 @@ def sweep(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="a shipped recipe's name or a YAML file", autocompletion=complete_recipe
+            help="name of a shipped recipe or a YAML file", autocompletion=complete_recipe
         ),
     ],
     settings: Annotated[
         list[str],
         typer.Argument(
-            help="KEY=VALUE, and axes KEY=V1,V2… of generator.* or of training.*, for example "
+            help="KEY=VALUE, and axes KEY=V1,V2 of generator.* or of training.*, such as "
             "generator.learning_rate=5e-7,1e-6"
         ),
     ],
     budget: Annotated[
-        int, typer.Option(help="most trainings; a seeded part of the grid", min=1)
+        int, typer.Option(help="most trainings; of a larger grid, a random part is trained", min=1)
     ] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Try a few settings of one training on the same data; say which made the best model.
+    """Try a few settings of one training on the same data, and report the best.
 
-    Cells are run folders under NAME-sweep. They share all that comes before the training, and are
-    compared by what checkpoint selection measures on held-out queries (docs/selection.md).
+    Each combination is a run folder in NAME-sweep. They share all stages before the training and
+    are compared by what checkpoint selection measures on held-out queries (docs/selection.md).
     """
     from selfsteer.verbs import sweeping
 

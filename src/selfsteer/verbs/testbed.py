@@ -16,12 +16,12 @@ app = typer.Typer(
 
 @app.command()
 def build(
-    output: Annotated[Path, typer.Argument(help="folder for the checkpoint")],
-    seed: Annotated[int, typer.Option(help="of data and weights")] = 0,
+    output: Annotated[Path, typer.Argument(help="folder to write the checkpoint to")],
+    seed: Annotated[int, typer.Option(help="seed of data and weights")] = 0,
     examples: Annotated[int, typer.Option(help="training examples")] = 64_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
-    """Train the tiny model again, from scratch (minutes on one core)."""
+    """Train the tiny model again, from scratch; takes minutes on one core."""
     from selfsteer.testbed import model
 
     figures = model.build(output, examples=examples, seed=seed, threads=threads)

@@ -10,17 +10,21 @@ from selfsteer.verbs.common import AsJson, Nproc, Profile, on_ranks
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="the model to train: folder, hub id or package:")],
-    triples: Annotated[Path, typer.Argument(help="our triples or preferences, or authors' JSON")],
+    model: Annotated[str, typer.Argument(help="model to train: folder, hub id or package:NAME")],
+    triples: Annotated[
+        Path, typer.Argument(help="triples or preferences of selfsteer, or the authors' JSON")
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="KEY=VALUE: objective, base, learning_rate, batch_size, output …"),
+        typer.Argument(
+            help="KEY=VALUE: objective, base, learning_rate, batch_size, output and others"
+        ),
     ] = None,
     nproc: Nproc = None,
     profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train one objective on stored triples, offline, alone or on several ranks.
+    """Train one objective on stored triples, offline, on one or several ranks.
 
     Example: selfsteer train MODEL triples.jsonl objective=sso-online base=ipo beta=0.2
     learning_rate=5e-7 batch_size=1 accumulate=16 output=DIR

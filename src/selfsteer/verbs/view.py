@@ -15,26 +15,34 @@ from selfsteer.verbs.common import AsJson
 
 
 def view(
-    folder: Annotated[
-        Path, typer.Argument(metavar="[RUN|FOLDER]", help="a run folder, or a folder of runs")
-    ] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="a run folder, or a folder of runs")] = Path(
+        "runs"
+    ),
     port: Annotated[
         int | None,
-        typer.Option(help="default: 8327, or a free one; 0: a free one", min=0, max=65535),
+        typer.Option(
+            help="port to listen on; default: 8327 or, if it is taken, a free one; 0: a free one",
+            min=0,
+            max=65535,
+        ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="address to listen on; beyond this machine a token is needed")
+        str,
+        typer.Option(
+            help="address to listen on; any other than this machine's own requires a token"
+        ),
     ] = "127.0.0.1",
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="another name that the server goes by, behind a proxy")
+        list[str] | None,
+        typer.Option(help="another host name to accept, such as that of a proxy; repeatable"),
     ] = None,
-    browser: Annotated[bool, typer.Option(help="open a browser, where there is one")] = True,
+    browser: Annotated[bool, typer.Option(help="open a browser, if there is one")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Watch runs in a browser: progress, curves, samples, every triple; compare finished ones.
+    """Watch runs in a browser: progress, curves, samples, every triple; compare finished runs.
 
-    It only reads, and a run does not notice. Where others can reach it (--host), the address that
-    it prints holds a token, that of SELFSTEER_VIEW_TOKEN if it is set.
+    Reads run folders and never changes them. On any address other than this machine's own (--host),
+    access requires the token in the printed URL; SELFSTEER_VIEW_TOKEN sets that token.
     """
     from selfsteer.errors import ConfigError
     from selfsteer.terminal import out, say
