@@ -1,0 +1,735 @@
+"""Everything that reads a run reads it here: one typed view of its folder.
+
+    run = RunView.open(Path("runs/mine"))
+    run.rounds[-1].quality.preferences.accuracy
+
+Opening reads ``resolved.json`` and ``ledger.jsonl``; everything else is read when it is asked for.
+The run may be unfinished, under way or killed in the middle of a line. Nothing is locked, nothing
+is written and no model is asked.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+from pydantic_core import to_jsonable_python
+
+from selfsteer.data.jsonl import Records, read_jsonl
+from selfsteer.data.records import Preference, Query, Triple
+from selfsteer.data.stored import Stored
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.judges.stats import Interval
+from selfsteer.recipe.read import subsections, validate
+from selfsteer.recipe.sections import Recipe, Section, resolve_path
+from selfsteer.run.progress import progress_of
+
+T = TypeVar("T")
+
+# -- figures that stages wrote ---------------------------------------------------------------------
+
+
+@checked(frozen=True)
+class SetFigures:
+    """Quality of one set of pairs, under the policy at the start of the round.
+
+    Mappings are by ``chosen``, ``rejected`` and, where it was sampled, ``plain``; on-policyness has
+    ``both`` beside them, the steering gap is by ``good`` and ``bad``. ``of`` counts the records of
+    the set, ``pairs`` those that were measured.
+    """
+
+    of: int
+    pairs: int
+    accuracy: float | None
+    verdicts: dict[str, int] | None
+    on_policyness: dict[str, float]
+    logps: dict[str, float]
+    steering_gap: dict[str, float] | None
+    tokens: dict[str, float]
+
+
+@checked(frozen=True)
+class Quality:
+    """``quality.json`` of a round: the pairs, and the policy's own triples where it has some."""
+
+    judge: str | None
+    preferences: SetFigures
+    triples: SetFigures | None = None
+
+
+@checked(frozen=True)
+class Answers:
+    """What one model answered to the evaluation queries."""
+
+    tokens: float
+    unfinished: int
+    score: Interval | None = None
+    win_rate: Interval | None = None
+    verdicts: dict[str, int] | None = None
+
+
+@checked(frozen=True)
+class Difference:
+    """Score of the first method minus that of the second, paired by query."""
+
+    of: str
+    score: Interval
+
+
+@checked(frozen=True)
+class Evaluation:
+    """``evaluation.json``: ``models`` is by label, ``finals`` names each method's last label."""
+
+    queries: int
+    judge: str | None
+    score_scale: str | None
+    finals: dict[str, str]
+    models: dict[str, Answers]
+    difference: Difference | None = None
+
+
+@checked(frozen=True)
+class Exhibit:
+    """One query, answered by policy and generator in each context."""
+
+    query: str
+    principles: dict[str, Any]
+    responses: dict[str, dict[str, str]]
+
+
+@checked(frozen=True)
+class RewardSource:
+    """What became of one preference set of a reward model."""
+
+    read: int
+    weight: float
+    trained: int
+    dropped: dict[str, int]
+
+
+@checked(frozen=True)
+class RewardPart:
+    """Accuracy on a part of the held-out pairs."""
+
+    pairs: int
+    accuracy: Interval | None = None
+
+
+@checked(frozen=True)
+class Calibration:
+    """Calibration error, and bins with ``from``, ``to``, ``pairs``, ``stated`` and ``right``."""
+
+    ece: float
+    bins: list[dict[str, float | None]]
+
+
+@checked(frozen=True)
+class HeldOut(RewardPart):
+    """A reward model on the pairs that it was not trained on; without any, ``pairs`` is 0."""
+
+    longer_is_chosen: Interval | None = None
+    by_source: dict[str, RewardPart] = field(default_factory=dict)
+    by_length: dict[str, RewardPart] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+
+@checked(frozen=True)
+class Reward:
+    """``reward.json``."""
+
+    sources: dict[str, RewardSource]
+    held_out: HeldOut
+
+
+@checked(frozen=True)
+class Candidate:
+    """A step of a training that was measured, see docs/selection.md."""
+
+    step: int
+    wins_mean: Interval | None = None
+    on_policyness: dict[str, float] | None = None
+    excess: dict[str, float] | None = None
+
+
+@checked(frozen=True)
+class Selection:
+    """``*.selection.json``: the candidates of a training, and the step that was kept."""
+
+    chosen: int
+    steps: int
+    wins: str | None
+    candidates: list[Candidate]
+
+
+@checked(frozen=True)
+class Usage:
+    """What servers were asked, over all tries."""
+
+    requests: int = 0
+    retried: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Dropped(NamedTuple):
+    """A record that a stage dropped, as the stage saw it."""
+
+    id: str
+    reason: str
+    record: Mapping[str, Any] | None
+
+
+class Answer(NamedTuple):
+    """One model's answer to an evaluation query."""
+
+    query: Query
+    text: str
+    tokens: int
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a log; a line that is none, or not whole yet, is left out."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return
+    yield from objects(data)
+
+
+def objects(data: bytes) -> Iterator[dict[str, Any]]:
+    """As `lines`, of what was read already."""
+    for line in data.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _read(kind: type[T], path: Path) -> T | None:
+    """A JSON file as what it holds; None where it is not there.
+
+    Raises:
+        ArtifactError: it holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as e:
+        fault = e.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ArtifactError(f"{path} cannot be read: {where} {fault['msg']}.") from None
+
+
+def _asked(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved section is not the default: no other setting can have been in its way."""
+    out = {}
+    for name, value in values.items():
+        known = section.model_fields.get(name)
+        if known and not known.is_required() and to_jsonable_python(known.get_default()) == value:
+            continue
+        inner = subsections(known.annotation) if known else []
+        out[name] = _asked(inner[0], value) if inner and isinstance(value, dict) else value
+    return out
+
+
+@lru_cache(maxsize=16)
+def _metrics(path: Path, size: int, modified_ns: int) -> dict[str, list[dict[str, Any]]]:
+    out: dict[str, list[dict[str, Any]]] = {}
+    for entry in lines(path):
+        if isinstance(entry.get("stage"), str) and isinstance(entry.get("step"), int):
+            out.setdefault(entry["stage"], []).append(entry)
+    return out
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a figure of a log can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_KINDS = {
+    "queries": "Queries",
+    "augment": "Augment",
+    "principles": "WritePrinciples",
+    "triples": "Sample",
+    "samples": "Sample",
+    "ranked": "Rank",
+    "opponents": "Oppose",
+    "improved": "Improve",
+    "filter": "Filter",
+    "preferences": "Pair",
+    "quality": "Quality",
+    "generator": "Train",
+    "plus": "Train",
+    "minus": "Train",
+    "policy": "Train",
+    "train_reward": "TrainReward",
+    "evaluation": "Evaluate",
+    "benchmarks": "Benchmark",
+}
+
+
+def _identity(name: str, recipe: Recipe) -> tuple[str, str | None, int | None]:
+    """Kind, method and round of a stage, by its name."""
+    kind = _KINDS.get(name.rpartition("/")[2], "")
+    found = re.match(r"(baseline/)?iteration-(\d+)/", name)
+    if found is None:
+        return kind, recipe.method if kind == "TrainReward" else None, None
+    shared = kind == "WritePrinciples" and recipe.baseline is not None
+    method = recipe.baseline if found[1] else None if shared else recipe.method
+    return kind, method, int(found[2])
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage as the ledger knows it; counts and seconds are 0 until it is ``done``.
+
+    ``method`` is None where it serves every method of the run, ``round`` where it belongs to none.
+    ``step`` is its name without the round's folder: ``triples``, ``generator/plus``.
+    """
+
+    run: Path
+    name: str
+    kind: str
+    method: str | None
+    round: int | None
+    step: str
+    fingerprint: str
+    done: bool
+    began: float
+    time: float
+    versions: Mapping[str, str]
+    outputs: tuple[str, ...]
+    n_in: int = 0
+    n_out: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """Of a training: what was measured while it went on."""
+        return _read(Selection, self.run / f"{self.name}.selection.json")
+
+    def dropped_records(self) -> Iterator[Dropped]:
+        """What it dropped; fewer than ``dropped`` counts where the run kept no record of them."""
+        for line in lines(self.run / f"{self.name}.dropped.jsonl"):
+            yield Dropped(line["id"], line["reason"], line.get("record"))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The triples that a stage sampled, in finished shards, and the stages they then go through."""
+
+    name: str
+    shards: tuple[Path, ...]
+    round: "RoundView"
+    takers: tuple[StageView, ...]
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """One iteration of one method."""
+
+    run: "RunView" = field(repr=False)
+    method: str
+    k: int
+    folder: Path
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is of the recipe's baseline."""
+        return self.method != self.run.recipe.method
+
+    @cached_property
+    def stages(self) -> tuple[StageView, ...]:
+        """Its stages, those that it shares with another method included."""
+        mine = (self.method, None)
+        return tuple(s for s in self.run.stages if s.round == self.k and s.method in mine)
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether a generator writes its preferences; else its triples, if any, are the pairs."""
+        return any(s.step.partition("/")[0] == "generator" for s in self.stages)
+
+    @cached_property
+    def quality(self) -> Quality | None:
+        """Figures of its pairs."""
+        return _read(Quality, self.folder / "quality.json")
+
+    @property
+    def measured(self) -> dict[str, SetFigures]:
+        """``triples`` and ``preferences`` with their figures, as far as they were measured."""
+        if self.quality is None:
+            return {}
+        both = {"triples": self.quality.triples, "preferences": self.quality.preferences}
+        return {kind: figures for kind, figures in both.items() if figures}
+
+    @property
+    def models(self) -> dict[str, str]:
+        """``generator`` (``generator/plus``, ``generator/minus``) and ``policy``, with weights."""
+        labels = ("generator", "generator/plus", "generator/minus", "policy")
+        return {x: str(self.folder / x) for x in labels if _has_weights(self.folder / x)}
+
+    @property
+    def principles(self) -> Records[Triple]:
+        """The queries of the round with their principles."""
+        return self._stored(self.run.folder / f"iteration-{self.k}" / "principles.jsonl", Triple)
+
+    @property
+    def triples(self) -> Records[Triple]:
+        """The policy's own triples that were worth training on."""
+        return self._stored(self.folder / "filtered.jsonl", Triple)
+
+    @property
+    def samples(self) -> Records[Triple]:
+        """What was sampled for the preferences, before any of it was dropped."""
+        return self._stored(self.folder / "samples", Triple)
+
+    @property
+    def preferences(self) -> Records[Preference]:
+        """The pairs that the policy was trained on."""
+        return self._stored(self.folder / "preferences", Preference)
+
+    def _stored(self, path: Path, kind: Any) -> Any:
+        """Records that are there and the run's own."""
+        files = self.run.shards(path) if path.is_dir() else [path]
+        whole = files and all(p.exists() and self.run.owns(p) for p in files)
+        return Stored(path, kind.from_dict) if whole else ()
+
+    @property
+    def sampled(self) -> list[Sampled]:
+        """What its stages sampled, in their order."""
+        out = []
+        for i, stage in enumerate(self.stages):
+            if stage.kind != "Sample":
+                continue
+            shards = self.run.shards(self.run.folder / stage.outputs[0])
+            takers = []
+            for later in self.stages[i + 1 :]:
+                if later.kind in ("Sample", "Train", "Quality"):
+                    break
+                takers.append(later)
+            if shards:
+                out.append(Sampled(stage.name, tuple(shards), self, tuple(takers)))
+        return out
+
+    @property
+    def scores(self) -> Path | None:
+        """The folder with log-probs under the policy at the start of the round, if any are kept."""
+        for stage in reversed(self.stages):
+            if "scores" in stage.notes:
+                return self.run.folder / "scores" / str(stage.notes["scores"]["folder"])
+        return _scores(self)
+
+
+def _scores(of: RoundView) -> Path | None:
+    """The log-probs of the model that a round starts from, by what their folder says of itself."""
+    for about in sorted((of.run.folder / "scores").glob("*/model.json")):
+        model = Path(str(next(lines(about), {}).get("model"))).parts
+        if of.k == 1:
+            same = model[-2:] == Path(resolve_path(of.run.recipe.policy.model)).parts[-2:]
+        else:
+            same = model[-2:] == (f"iteration-{of.k - 1}", "policy")
+            same &= (model[-3:-2] == ("baseline",)) == of.is_baseline
+        if same:
+            return about.parent
+    return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run folder: its recipe, its stages in the order in which they began, and what they made."""
+
+    folder: Path
+    recipe: Recipe
+    stages: tuple[StageView, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> "RunView":
+        """Opens a run, finished or not.
+
+        Raises:
+            ArtifactError: it is not a run folder.
+            ConfigError: its recipe is not one that this version knows.
+        """
+        resolved = folder / "resolved.json"
+        if not resolved.exists():
+            raise ArtifactError(
+                f"{folder} is not a run folder: it has no resolved.json. Give the folder that "
+                "'selfsteer run' wrote, for example runs/demo."
+            )
+        values = _read(dict[str, Any], resolved) or {}
+        recipe = validate(Recipe, _asked(Recipe, values), f"recipe of {folder}")
+        return cls(folder, recipe, tuple(_stages(folder, recipe)))
+
+    # -- what it consists of ----------------------------------------------------------------------
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The recipe's method, then its baseline."""
+        return tuple(filter(None, (self.recipe.method, self.recipe.baseline)))
+
+    @cached_property
+    def rounds(self) -> tuple[RoundView, ...]:
+        """The iterations that have begun, the method's before the baseline's."""
+        homes = (self.folder, self.folder / "baseline")
+        found = (
+            RoundView(self, method, k, home / f"iteration-{k}")
+            for method, home in zip(self.methods, homes, strict=False)
+            for k in range(1, self.recipe.iterations + 1)
+        )
+        return tuple(r for r in found if r.folder.is_dir())
+
+    def rounds_of(self, method: str) -> list[RoundView]:
+        """One method's rounds."""
+        return [r for r in self.rounds if r.method == method]
+
+    def round(self, number: int | None = None, *, baseline: bool = False) -> RoundView:
+        """One round, by default the last one that the recipe asks for.
+
+        Raises:
+            ConfigError: the run has no baseline.
+            ArtifactError: the run has no such round, or none yet.
+        """
+        if baseline and not self.recipe.baseline:
+            raise ConfigError(f"{self.folder} has no baseline.")
+        found = {r.k: r for r in self.rounds_of(self.methods[baseline])}
+        wanted = self.recipe.iterations if number is None else number
+        if wanted not in found:
+            begun = ", ".join(f"iteration-{k}" for k in found) or "there is none"
+            raise ArtifactError(
+                f"{self.folder}: iteration-{wanted} is not there: the run has no such iteration, "
+                f"or has not come that far ({begun})."
+            )
+        return found[wanted]
+
+    def stage(self, kind: str) -> StageView | None:
+        """The newest stage of a kind."""
+        return next((s for s in reversed(self.stages) if s.kind == kind), None)
+
+    @property
+    def measured(self) -> list[tuple[RoundView, str, SetFigures]]:
+        """Every measured set of pairs with its round and its kind."""
+        return [(r, kind, figures) for r in self.rounds for kind, figures in r.measured.items()]
+
+    @property
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Stage → the lines that its training logged, in their order."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return {}
+        found = path.stat()
+        return _metrics(path, found.st_size, found.st_mtime_ns)
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The models on held-out queries."""
+        return _read(Evaluation, self.folder / "evaluation.json")
+
+    def answers(self, label: str) -> dict[str, Answer]:
+        """A model's answers to the evaluation queries by query id; failed requests are left out."""
+        path = self.folder / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+        return {
+            v["id"]: Answer(Query.from_dict(v), v["response"], v["completion_tokens"])
+            for _, v in read_jsonl(path)
+            if v["finish_reason"] in ("stop", "length")
+        }
+
+    @cached_property
+    def exhibit(self) -> Exhibit | None:
+        """An example of steering."""
+        path = self.folder / "evaluation" / "exhibit.json"
+        return _read(Exhibit, path) if self.owns(path) else None
+
+    @cached_property
+    def reward(self) -> Reward | None:
+        """The run's reward model."""
+        return _read(Reward, self.folder / "reward.json")
+
+    @cached_property
+    def benchmarks(self) -> dict[str, Any] | None:
+        """What `selfsteer.evaluation.benchmark_table` shows."""
+        return _read(dict[str, Any], self.folder / "benchmarks.json")
+
+    @cached_property
+    def usage(self) -> Usage | None:
+        """What servers were asked; None where none was."""
+        found = [_read(Usage, p) or Usage() for p in sorted((self.folder / "usage").glob("*.json"))]
+        names = Usage.__dataclass_fields__
+        return Usage(**{n: sum(getattr(u, n) for u in found) for n in names}) if found else None
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Label → folder or hub id: base; generator and policy of the last round; baseline; reward."""
+        found = {"base": self.recipe.policy.model}
+        for r in self.rounds:
+            own = r.models
+            if r.is_baseline:
+                own = {"baseline": own["policy"]} if "policy" in own else {}
+            found |= own
+        if _has_weights(self.folder / "reward"):
+            found["reward"] = str(self.folder / "reward")
+        return found
+
+    def seconds_of(self, method: str) -> float | None:
+        """Time that a method's policy took, what all methods share included; None: unfinished."""
+        if not all(s.done for s in self.stages):
+            return None
+        after = ("Evaluate", "Benchmark")
+        mine = (s for s in self.stages if s.method in (method, None) and s.kind not in after)
+        return sum(s.seconds for s in mine)
+
+    # -- where it stands --------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What its last or present process says of itself (`selfsteer.run.progress`)."""
+        return progress_of(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to what its recipe wants last, and nothing is half done."""
+        names = {s.name for s in self.stages}
+        return all(s.done for s in self.stages) and names.issuperset(_wanted(self.recipe))
+
+    @property
+    def state(self) -> str:
+        """As `progress_of` says, but ``finished`` or ``stopped`` where no process works.
+
+        A process that ended well has finished the run unless it was told to stop after a stage.
+        """
+        now = self.progress
+        if now is not None and now["state"] != "ended":
+            return str(now["state"])
+        return "finished" if self.finished else "stopped"
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def owns(self, path: Path) -> bool:
+        """Whether a file is the run's own; what a link brings in from elsewhere is not shown."""
+        return path.resolve().is_relative_to(self.folder.resolve())
+
+    def shards(self, folder: Path) -> list[Path]:
+        """Finished shards of a folder, in order; a link that leads out of the run is left out."""
+        return [p for p in sorted(folder.glob("shard-*.jsonl")) if self.owns(p)]
+
+    @property
+    def foreign(self) -> list[str]:
+        """What would be shown, did it not lead out of the run by a link."""
+        shown = [
+            self.folder / "evaluation" / "exhibit.json",
+            *(r.folder / "preferences" for r in self.rounds),
+        ]
+        return [str(p.relative_to(self.folder)) for p in shown if not self.owns(p)]
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe as it was given.
+
+        Raises:
+            ArtifactError: it is a link that leads out of the run.
+        """
+        path = self.folder / "recipe.yaml"
+        if not self.owns(path):
+            raise ArtifactError(
+                f"{path} is a link that leads out of the run folder, and what it leads to may not "
+                "be meant for a page. Put the recipe itself there."
+            )
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``show --json`` prints: the files of the run that are JSON, as they are."""
+
+        def read(*names: str) -> Any:
+            return _read(dict[str, Any], self.folder.joinpath(*names))
+
+        return {
+            "run": str(self.folder),
+            "recipe": read("resolved.json"),
+            "stages": _newest(self.folder)[1],
+            "quality": {
+                method: [
+                    _read(dict[str, Any], r.folder / "quality.json")
+                    for r in self.rounds_of(method)
+                    if r.quality
+                ]
+                for method in self.methods
+            },
+            "evaluation": read("evaluation.json"),
+            "benchmarks": read("benchmarks.json"),
+            "exhibit": read("evaluation", "exhibit.json"),
+            "reward": read("reward.json"),
+            "models": self.models,
+        }
+
+
+def _newest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Each stage's newest beginning and its newest entry in the ledger; none once superseded."""
+    began, last = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    for entry in lines(folder / "ledger.jsonl"):
+        name = entry.get("stage")
+        if name is None:
+            continue
+        if entry["event"] == "begin":
+            began[name] = entry
+        if entry["event"] == "superseded":
+            last.pop(name, None)
+        else:
+            last[name] = entry
+    return began, last
+
+
+def _stages(folder: Path, recipe: Recipe) -> Iterator[StageView]:
+    began, last = _newest(folder)
+    for name, entry in last.items():
+        kind, method, k = _identity(name, recipe)
+        home = "baseline/" if method is not None and method == recipe.baseline else ""
+        first = began.get(name, entry)
+        counts = ("n_in", "n_out", "dropped", "seconds", "notes")
+        yield StageView(
+            folder,
+            name,
+            kind,
+            method,
+            k,
+            name.removeprefix(f"{home}iteration-{k}/"),
+            entry["fingerprint"],
+            entry["event"] == "finish",
+            first["time"],
+            entry["time"],
+            first.get("versions", {}),
+            tuple(entry["outputs"]),
+            **{n: entry[n] for n in counts if n in entry},
+        )
+
+
+def _wanted(recipe: Recipe) -> set[str]:
+    """The stages that a recipe comes to last."""
+    last = f"iteration-{recipe.iterations}/policy"
+    asked = {
+        last: recipe.method != "reward",
+        f"baseline/{last}": recipe.baseline,
+        "train_reward": recipe.reward,
+        "evaluation": recipe.evaluation,
+        "benchmarks": recipe.benchmarks,
+    }
+    return {name for name, wanted in asked.items() if wanted}

@@ -1,0 +1,128 @@
+"""A run's typed view: unfinished, torn, superseded, and what is no run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.recipe.read import load_recipe, recipe_names
+from selfsteer.view import Dropped, RunView
+
+FIGURES = {
+    "of": 4,
+    "pairs": 4,
+    "accuracy": 0.75,
+    "verdicts": {"first": 3, "second": 1},
+    "on_policyness": {"both": 0.5, "chosen": 0.6, "rejected": 0.4},
+    "logps": {"chosen": -3.0, "rejected": -4.0},
+    "steering_gap": None,
+    "tokens": {"chosen": 5.0, "rejected": 6.0},
+}
+
+
+def entry(event: str, stage: str, time: float = 0.0, **more: Any) -> str:
+    made = {"fingerprint": f"of {stage}", "outputs": [stage], "time": time, **more}
+    return json.dumps({"event": event, "stage": stage, **made}) + "\n"
+
+
+def finish(stage: str, time: float = 0.0, **more: Any) -> str:
+    counts = {"n_in": 4, "n_out": 4, "dropped": {}, "seconds": 2.0, "notes": {}, **more}
+    return entry("finish", stage, time, **counts)
+
+
+def make(folder: Path, ledger: str, *settings: str) -> Path:
+    given = ("policy.model=nobody/nothing", "queries.path=prompts.jsonl", "name=made", *settings)
+    recipe = load_recipe("sso", given)
+    (folder / "iteration-1").mkdir()
+    (folder / "resolved.json").write_text(recipe.model_dump_json())
+    (folder / "ledger.jsonl").write_text(ledger)
+    return folder
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_resolved_recipe_is_the_recipe(tmp_path: Path, name: str) -> None:
+    """Also where a default would be refused if somebody had set it."""
+    data = {"reward": ["reward.data=y.jsonl"]}.get(name, ["queries.path=x.jsonl", "judge=oracle"])
+    recipe = load_recipe(name, ["policy.model=a/b", "name=n", *data])
+    (tmp_path / "resolved.json").write_text(recipe.model_dump_json())
+    assert RunView.open(tmp_path).recipe == recipe
+
+
+def test_the_newest_entry_of_a_stage_counts_and_a_torn_line_does_not(tmp_path: Path) -> None:
+    ledger = entry("begin", "queries", 1.0, versions={"torch": "2"}) + finish("queries", 2.0)
+    ledger += entry("begin", "iteration-1/triples", 3.0)
+    run = RunView.open(make(tmp_path, ledger + '{"event": "finish", "stage": "iter'))
+    queries, triples = run.stages
+    assert (queries.done, queries.began, queries.time, queries.n_in) == (True, 1.0, 2.0, 4)
+    assert queries.versions == {"torch": "2"}
+    assert (triples.done, triples.n_in, triples.method, triples.round) == (False, 0, "sso", 1)
+    assert run.rounds[0].stages == (triples,)
+    assert run.seconds_of("sso") is None
+    assert not run.finished
+    assert run.state == "stopped"
+
+
+def test_what_was_superseded_is_gone_until_it_is_made_again(tmp_path: Path) -> None:
+    ledger = finish("queries") + finish("iteration-1/policy") + entry("superseded", "queries")
+    run = RunView.open(make(tmp_path, ledger))
+    assert [s.name for s in run.stages] == ["iteration-1/policy"]
+    (tmp_path / "ledger.jsonl").write_text(ledger + finish("queries", n_in=9))
+    again = RunView.open(tmp_path)
+    assert {s.name: s.n_in for s in again.stages} == {"iteration-1/policy": 4, "queries": 9}
+
+
+def test_a_run_is_finished_when_all_that_was_asked_for_is(tmp_path: Path) -> None:
+    ledger = finish("queries") + finish("iteration-1/policy")
+    run = make(tmp_path, ledger, "evaluation.queries.path=held-out.jsonl")
+    assert not RunView.open(run).finished
+    (run / "ledger.jsonl").write_text(ledger + finish("evaluation", seconds=100.0))
+    assert RunView.open(run).finished
+    assert RunView.open(run).seconds_of("sso") == 4.0  # the evaluation is not the method's
+
+
+def test_quality_is_of_its_round(tmp_path: Path) -> None:
+    run = RunView.open(make(tmp_path, "", "iterations=2"))
+    (tmp_path / "iteration-2").mkdir()
+    (tmp_path / "iteration-2/quality.json").write_text(
+        json.dumps({"judge": "oracle", "preferences": FIGURES, "scored_under": "x"})
+    )
+    first, second = run.rounds
+    assert first.quality is None
+    assert second.quality is not None
+    assert second.quality.preferences.tokens == {"chosen": 5.0, "rejected": 6.0}
+    assert [(r.k, kind) for r, kind, _ in run.measured] == [(2, "preferences")]
+    (tmp_path / "iteration-1/quality.json").write_text('{"judge": 1}')
+    with pytest.raises(ArtifactError, match=r"quality\.json cannot be read"):
+        _ = RunView.open(tmp_path).rounds[0].quality
+
+
+def test_what_a_stage_dropped_is_what_it_wrote_down(tmp_path: Path) -> None:
+    ledger = finish("iteration-1/filter", dropped={"empty": 2})
+    (stage,) = RunView.open(make(tmp_path, ledger)).stages
+    assert list(stage.dropped_records()) == []
+    lines = [{"id": "a", "reason": "empty"}, {"id": "b", "reason": "empty", "record": {"id": "b"}}]
+    text = "".join(json.dumps(x) + "\n" for x in lines)
+    (tmp_path / "iteration-1/filter.dropped.jsonl").write_text(text + '{"id": "c"')
+    assert list(stage.dropped_records()) == [
+        Dropped("a", "empty", None),
+        Dropped("b", "empty", {"id": "b"}),
+    ]
+
+
+def test_a_round_that_is_not_there_is_named(tmp_path: Path) -> None:
+    run = RunView.open(make(tmp_path, ""))
+    assert run.round().k == 1
+    with pytest.raises(ArtifactError, match="iteration-3 is not there"):
+        run.round(3)
+    with pytest.raises(ConfigError, match="no baseline"):
+        run.round(baseline=True)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a run folder"):
+        RunView.open(tmp_path)
+    (tmp_path / "resolved.json").write_text('{"method"')
+    with pytest.raises(ArtifactError, match=r"resolved\.json cannot be read"):
+        RunView.open(tmp_path)
