@@ -45,6 +45,7 @@ def make(folder: Path, ledger: str, *settings: str) -> Path:
 def test_a_resolved_recipe_is_the_recipe(tmp_path: Path, name: str) -> None:
     """Also where a default would be refused if somebody had set it."""
     data = {"reward": ["reward.data=y.jsonl"]}.get(name, ["queries.path=x.jsonl", "judge=oracle"])
+    data += ["ranking.judge=oracle"] if name == "best-of-n" else []
     recipe = load_recipe(name, ["policy.model=a/b", "name=n", *data])
     (tmp_path / "resolved.json").write_text(recipe.model_dump_json())
     assert RunView.open(tmp_path).recipe == recipe

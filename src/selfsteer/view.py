@@ -579,7 +579,7 @@ class RunView:
 
     @property
     def models(self) -> dict[str, str]:
-        """Label → folder or hub id: base; generator and policy of the last round; baseline; reward."""
+        """By label: base; generator, policy and baseline of the last rounds; reward."""
         found = {"base": self.recipe.policy.model}
         for r in self.rounds:
             own = r.models
