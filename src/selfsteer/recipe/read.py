@@ -1,8 +1,8 @@
-"""Settings as people give them: YAML, shipped recipes, ``KEY=VALUE``; faults said in words."""
+"""Settings as users write them: YAML, shipped recipes, ``KEY=VALUE``; faults in words."""
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.sections import Recipe, Section
+from selfsteer.recipe.sections import Section
 
 
 def recipe_names() -> list[str]:
@@ -90,15 +90,6 @@ def load_values(name_or_path: str) -> dict[str, Any]:
     return values
 
 
-def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads and checks a recipe; ``overrides`` are ``a.b=value`` with YAML values.
-
-    Raises:
-        ConfigError: anything the recipe says that cannot be honoured.
-    """
-    return validate(Recipe, merge(load_values(name_or_path), overrides), f"recipe {name_or_path}")
-
-
 def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Applies ``a.b=c`` overrides to nested mappings; ``a.b=null`` goes back to the default.
 
@@ -148,18 +139,56 @@ def check_sections(settings: Iterable[str], sections: Collection[str], verb: str
             )
 
 
-def validate(model: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Checks ``values`` against a section; every fault becomes one ConfigError paragraph."""
+def choose(family: Sequence[type[S]], values: Mapping[str, Any], where: str) -> type[S]:
+    """The class of recipes that ``method`` names; without one the first.
+
+    Raises:
+        ConfigError: no class has that method.
+    """
+    by_name = {method_of(model): model for model in family}
+    name = values.get("method", method_of(family[0]))
+    if name in by_name:
+        return by_name[name]
+    near = difflib.get_close_matches(str(name), list(by_name), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"The {where} cannot be used: unknown method {name!r}; methods are "
+        f"{', '.join(by_name)}.{hint}"
+    )
+
+
+def method_of(model: type[Section]) -> str:
+    """The name of a recipe class's method."""
+    return str(model.model_fields["method"].default)
+
+
+def validate(
+    model: type[S], values: Mapping[str, Any], where: str, family: Sequence[type[Section]] = ()
+) -> S:
+    """Checks ``values`` against a section; every fault becomes one ConfigError paragraph.
+
+    Args:
+        model: the section.
+        values: its settings.
+        where: for the message.
+        family: the recipe classes of all methods, to say which one has a setting.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        faults = [_fault(model, fault) for fault in e.errors()]
+        faults = [_fault(model, fault, family) for fault in e.errors()]
         raise ConfigError(f"The {where} cannot be used: {'; '.join(faults)}.") from None
 
 
-def _fault(model: type[Section], fault: Any) -> str:
+def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) -> str:
     path = ".".join(str(p) for p in fault["loc"])
     if fault["type"] == "extra_forbidden":
+        others = [method_of(m) for m in family if path in known_keys(m)]
+        if others:
+            return (
+                f"{path} has no effect with method {method_of(model)}; remove it (it is a setting "
+                f"of {', '.join(others)})"
+            )
         near = _nearest(model, fault["loc"])
         return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
     if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):
@@ -167,6 +196,10 @@ def _fault(model: type[Section], fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if not path:
         return message
+    if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
+        # the section says what is wrong with it, often beginning with the setting's name
+        setting = message.split()[0].rstrip(":") in fault["input"]
+        return f"{path}.{message}" if setting else f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r}"
 
 
@@ -214,7 +247,7 @@ def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def descriptions(model: type[Section] = Recipe, prefix: str = "") -> dict[str, str]:
+def descriptions(model: type[Section], prefix: str = "") -> dict[str, str]:
     """Each dotted key's description, sections included."""
     out = {}
     for name, info in model.model_fields.items():

@@ -1,12 +1,11 @@
-"""The recipe: one pydantic model per stage, checked before anything loads.
+"""Settings: the sections that recipes of all methods are made of, checked before anything loads.
 
-A field is documented once, in its description, with the source of its default. Unknown keys are
-refused; settings that the chosen method has no use for are refused too, so that nothing is accepted
-and then ignored. How a recipe is read from YAML and `KEY=VALUE` is `selfsteer.recipe.read`.
+A field is documented once, in its description, with the source of its default. A field that only
+costs time, memory or disk is marked ``costs_only`` where it is declared; every other field is part
+of the fingerprint of the stages that take its section. Recipes themselves are in `selfsteer.methods`.
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +18,6 @@ from selfsteer.errors import ConfigError
 from selfsteer.objectives import BaseName, ObjectiveName, Weighting
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
-Method = Literal[
-    "sso", "sso-online", "pbaa", "best-of-n", "self-rewarding", "sgpo", "spin", "reward"
-]
-#: Methods that need no principles: their answers are plain ones.
-PLAIN_METHODS = ("best-of-n", "self-rewarding", "sgpo", "spin")
-#: Those of them whose pairs are the best and the worst of several answers.
-RANKED_METHODS = ("best-of-n", "self-rewarding")
 Device = Literal["auto", "cpu", "cuda"]
 Layout = Literal["auto", "tree", "padded"]
 
@@ -34,10 +26,6 @@ Layout = Literal["auto", "tree", "padded"]
 CONSTANTS = frozenset(
     "beta gamma alpha steer use_weight use_steer detach_weight label_smoothing simpo_margin weighting".split()  # noqa: SIM905, E501
 )
-
-
-#: Settings of training that spend memory or time and change results only by rounding.
-NOT_RESULTS = {"save_every_steps", "row_tokens", "gradient_checkpointing"}
 
 
 def unused_arguments(
@@ -72,8 +60,25 @@ class Section(BaseModel):
     )
 
 
-def _f(default: Any, description: str, **bounds: Any) -> Any:
-    return Field(default, description=description, **bounds)
+def _f(
+    default: Any,
+    description: str,
+    *,
+    costs_only: bool = False,
+    content: Literal["file", "model"] | None = None,
+    **bounds: Any,
+) -> Any:
+    """A field.
+
+    Args:
+        default: ``...`` where it must be given.
+        description: with the source of the default.
+        costs_only: it bears on time, memory or disk and on no result.
+        content: it names a file (or folder), or a model, whose content bears on results.
+        bounds: what values are allowed.
+    """
+    extra = {"costs_only": costs_only, "content": content}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 class Lora(Section):
@@ -97,7 +102,7 @@ class Loading(Section):
     layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
     allow_pickle: bool = _f(False, "load weights that are not safetensors")
-    threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0)
+    threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0, costs_only=True)
 
     @property
     def loading(self) -> "Loading":
@@ -353,9 +358,6 @@ class Queries(Section):
     path: str = _f(..., "JSONL, JSON, CSV or Parquet: file, folder, datasets name or package:")
     split: str = _f("train", "which split, where the path is a datasets name")
     limit: int | None = _f(None, "use only the first so many", gt=0)
-    per_iteration: int | None = _f(
-        None, "online way: new queries per iteration; null: an equal share", gt=0
-    )
     min_chars: int | None = _f(None, "fewest characters of the user turns", gt=0)
     max_chars: int | None = _f(None, "most characters of the user turns", gt=0)
     scripts: tuple[str, ...] | None = _f(None, "scripts of half the letters: [Latin]", min_length=1)
@@ -364,7 +366,6 @@ class Queries(Section):
     )
     against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
     ngram: int = _f(8, "words shared with one of them that make a query contaminated", gt=0)
-    augment: Augment | None = _f(None, "grow the set with the policy; null: take it as it is")
 
     @model_validator(mode="after")
     def _curation(self) -> Self:
@@ -375,13 +376,27 @@ class Queries(Section):
                 near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}")
-        if "ngram" in self.model_fields_set and not self.against and self.augment is None:
+        if "ngram" in self.model_fields_set and not self.against and not self._grows():
             raise ValueError("ngram has no effect without 'against' or 'augment'; remove it")
         return self
 
+    def _grows(self) -> bool:
+        return False
 
-#: Stands where a recipe has none, because its method asks none.
-NO_QUERIES = Queries(path="none")
+
+class GrownQueries(Queries):
+    """Queries that the policy may add to before anything else."""
+
+    augment: Augment | None = _f(None, "grow the set with the policy; null: take it as it is")
+
+    def _grows(self) -> bool:
+        return self.augment is not None
+
+
+class OnlineQueries(GrownQueries):
+    """Queries of which every iteration takes a slice of its own (SSO v1)."""
+
+    per_iteration: int | None = _f(None, "new queries per iteration; null: an equal share", gt=0)
 
 
 class PrinciplesConfig(Section):
@@ -414,7 +429,9 @@ class PrinciplesConfig(Section):
     good: str | None = _f(None, "mode fixed: the whole good principle, the same for every query")
     bad: str | None = _f(None, "mode fixed: the whole bad principle")
     path: str | None = _f(
-        None, "mode fixed: JSONL of principles by query id; good and bad stand in for missing ids"
+        None,
+        "mode fixed: JSONL of principles by query id; good and bad stand in for missing ids",
+        content="file",
     )
     max_new_tokens: int = _f(256, "budget of a written answer", gt=0)
     temperature: float = _f(0.7, "of the writer", ge=0)
@@ -427,16 +444,16 @@ class PrinciplesConfig(Section):
         """Whether anything is asked of a model at all."""
         return self.mode == "generated" or (self.mode == "picked" and self.features == "model")
 
-    def faults(self) -> list[str]:
-        """What contradicts itself, and settings that have no effect beside the others."""
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         found = []
         if self.mode == "fixed":
             if (self.good is None) != (self.bad is None):
-                found.append("principles.good and principles.bad come together; give both")
+                found.append("good and bad come together; give both")
             elif self.good is None and self.path is None:
-                found.append("mode fixed needs principles.good and principles.bad, or .path")
+                found.append("mode fixed needs good and bad, or path")
             elif self.good is not None and self.good == self.bad:
-                found.append("principles.good and principles.bad are the same text")
+                found.append("good and bad are the same text")
             idle = set(type(self).model_fields) - {"mode", "good", "bad", "path", "shard_size"}
         else:
             idle = {"good", "bad", "path"}
@@ -447,13 +464,14 @@ class PrinciplesConfig(Section):
             if not self.asks_a_model:
                 idle |= {"max_new_tokens", "temperature", "top_p", "batch_size"}
             if self.temperature == 0 and self.candidates > 1:
-                found.append("at temperature 0 all principles.candidates are the same answer")
+                found.append("candidates: at temperature 0 all of them are the same answer")
         found += [
-            f"principles.{name} has no effect with mode {self.mode} and features {self.features}; "
-            "remove it"
+            f"{name} has no effect with mode {self.mode} and features {self.features}; remove it"
             for name in sorted(idle & self.model_fields_set)
         ]
-        return found
+        if found:
+            raise ValueError("; ".join(found))
+        return self
 
 
 class Sampling(Section):
@@ -466,10 +484,6 @@ class Sampling(Section):
     batch_size: int = _f(32, "conversations decoded together", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
     keep_unfinished: bool = _f(False, "keep responses cut off by the budget")
-
-    def dump_for_answers(self) -> dict[str, Any]:
-        """What answers depend on."""
-        return {**self.model_dump(exclude={"engine"}), "engine": self.engine.identity}
 
 
 class Hygiene(Section):
@@ -486,18 +500,21 @@ class Hygiene(Section):
     match_lengths: bool = _f(
         False, "keep as many pairs whose chosen response is the longer as the shorter one"
     )
-    export_unsafe: bool = _f(
-        True, "export pairs whose principles name Safety: their rejected text is meant to harm"
-    )
 
     @property
     def capped(self) -> bool:
         """Whether some difference in length is too much."""
         return self.max_length_ratio is not None or self.max_length_difference is not None
 
-    def dump_for_pairs(self) -> dict[str, Any]:
-        """What decides which pairs a run trains on: all but the export's setting."""
-        return self.model_dump(exclude={"export_unsafe"})
+
+class PrincipledHygiene(Hygiene):
+    """Hygiene of pairs that were written under principles."""
+
+    export_unsafe: bool = _f(
+        True,
+        "export pairs whose principles name Safety: their rejected text is meant to harm",
+        costs_only=True,
+    )
 
 
 class Bound(Section):
@@ -559,9 +576,11 @@ class JudgeConfig(Section):
     """Who compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
 
     kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
-    model: str | None = _f(None, "chat, reward: a folder, a hub id, or package:MODULE/PATH")
+    model: str | None = _f(
+        None, "chat, reward: a folder, a hub id, or package:MODULE/PATH", content="model"
+    )
     engine: EngineConfig = _f(EngineConfig(), "chat: who answers, as in sampling.engine")
-    path: str | None = _f(None, "human: JSONL of labels, see docs/judges.md")
+    path: str | None = _f(None, "human: JSONL of labels, see docs/judges.md", content="file")
     temperature: float = _f(0.0, "chat: 0 is greedy, as in MT-Bench (arXiv 2306.05685)", ge=0)
     max_new_tokens: int = _f(512, "chat: budget of reasons and verdict", gt=0)
     tie_margin: float = _f(0.0, "reward: scores that differ by no more are a tie", ge=0)
@@ -627,8 +646,10 @@ class Schedule(Section):
     adam_beta2: float = _f(0.95, "AdamW (SSO v2)", gt=0, lt=1)
     max_grad_norm: float = _f(1.0, "gradient clipping", gt=0)
     max_length: int = _f(2048, "longest prompt + response, tokens (SSO v2)", gt=0)
-    gradient_checkpointing: bool = _f(False, "recompute activations to save memory")
-    save_every_steps: int = _f(100, "steps between resumable checkpoints", gt=0)
+    gradient_checkpointing: bool = _f(
+        False, "recompute activations to save memory", costs_only=True
+    )
+    save_every_steps: int = _f(100, "steps between resumable checkpoints", gt=0, costs_only=True)
 
 
 class Optimisation(Schedule):
@@ -639,11 +660,29 @@ class Optimisation(Schedule):
     label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
     row_tokens: int = _f(
-        16_384, "tokens of one forward and rank; a full GPU halves it and says so", gt=0
+        16_384,
+        "tokens of one forward and rank; a full GPU halves it and says so",
+        gt=0,
+        costs_only=True,
     )
     reference: Literal["iteration", "first"] = _f(
         "iteration", "frozen reference: this iteration's start, or the very first policy"
     )
+
+    def _refuse_unused(self, objective: str) -> None:
+        """Refuses the constants that an objective and this base would ignore."""
+        unused = unused_arguments(
+            objective,
+            self.base,
+            sorted(self.model_fields_set),
+            use_weight=getattr(self, "use_weight", True),
+            use_steer=getattr(self, "use_steer", True),
+        )
+        if unused:
+            raise ValueError(
+                f"{unused[0]} has no effect with objective {objective} and base {self.base}; "
+                "remove it"
+            )
 
 
 class Selection(Section):
@@ -675,20 +714,47 @@ class Generator(Optimisation):
     per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
     selection: Selection = Selection()
 
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        self._refuse_unused(self.objective)
+        if self.per_half and self.objective != "sso":
+            raise ValueError("per_half splits objective sso; leave objective unset")
+        return self
 
-class Training(Optimisation):
-    """The policy stage; with method sso-online also v1's loss."""
+
+class PolicyTraining(Optimisation):
+    """The policy stage, whatever its objective."""
 
     batch_size: int = _f(256, "queries per optimiser step (SSO v2)", gt=0)
+    selection: Selection = Selection()
+
+
+class Training(PolicyTraining):
+    """The policy stage: one plain pair per query."""
+
+    weighting: Weighting | None = _f(
+        None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        self._refuse_unused("pbaa")
+        return self
+
+
+class OnlineTraining(PolicyTraining):
+    """The policy stage of the online way: v1's loss on triples."""
+
     alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
     steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
     use_weight: bool = _f(True, "v1's W; false: W = 1")
     use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
     detach_weight: bool = _f(False, "stop the gradient through W")
-    weighting: Weighting | None = _f(
-        None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
-    )
-    selection: Selection = Selection()
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        self._refuse_unused("sso-online")
+        return self
 
 
 class RewardData(Section):
@@ -746,12 +812,15 @@ class Reward(Schedule):
 
 
 class Ranking(Section):
-    """Methods best-of-n and self-rewarding: plain answers, the best against the worst."""
+    """Plain answers, the best against the worst."""
 
     samples: int = _f(4, "answers per query; self-rewarding: 4 (arXiv 2401.10020, §3.1)", ge=2)
-    judge: JudgeConfig | None = _f(
-        None, "who ranks them; null: the recipe's judge, with self-rewarding the policy itself"
-    )
+
+
+class JudgedRanking(Ranking):
+    """Plain answers that a judge ranks."""
+
+    judge: JudgeConfig | None = _f(None, "who ranks them; null: the recipe's judge")
 
     @model_validator(mode="after")
     def _can_rank(self) -> Self:
@@ -766,13 +835,6 @@ class Evaluation(Section):
     queries: Queries = _f(..., "held-out prompts, never used above")
     temperature: float | None = _f(None, "null: as in sampling", ge=0)
     bootstrap: int = _f(2000, "resamples for the 95 % intervals", ge=100)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name in sorted({"augment", "per_iteration"} & self.queries.model_fields_set):
-            if getattr(self.queries, name) is not None:
-                raise ValueError(f"queries.{name} has no effect on evaluation queries; remove it")
-        return self
 
 
 class HarnessTask(Section):
@@ -796,9 +858,13 @@ class JudgedSet(Section):
     style: Literal["alpaca-eval", "arena-hard", "mt-bench"] = _f(
         ..., "alpaca-eval, arena-hard: against a baseline; mt-bench: each answer rated 1 to 10"
     )
-    questions: str = _f(..., "JSONL: id, and prompt, messages, instruction or turns")
+    questions: str = _f(
+        ..., "JSONL: id, and prompt, messages, instruction or turns", content="file"
+    )
     baseline: str | None = _f(
-        None, "JSONL of answers to beat, by id or equal question; null: the first model's own"
+        None,
+        "JSONL of answers to beat, by id or equal question; null: the first model's own",
+        content="file",
     )
     label: str | None = _f(None, "its column's name; null: the questions' file name")
 
@@ -830,7 +896,7 @@ class Benchmarks(Section):
     tasks: tuple[HarnessTask, ...] = _f((), "of lm-evaluation-harness: [ifeval, gsm8k, mmlu]")
     task_folders: tuple[str, ...] = _f((), "folders with tasks of your own, in its YAML")
     chat_template: bool = _f(True, "tasks are asked through the model's chat template")
-    batch_size: int = _f(16, "tasks: requests computed together", gt=0)
+    batch_size: int = _f(16, "tasks: requests computed together", gt=0, costs_only=True)
     judged: tuple[JudgedSet, ...] = _f((), "question sets whose answers are judged")
     judge: JudgeConfig | None = _f(None, "of the judged sets; null: the recipe's")
     temperature: float = _f(0.0, "of answers to judged sets; greedy as in Arena-Hard", ge=0)
@@ -865,255 +931,6 @@ class Keep(Section):
     checkpoints: int = _f(1, "resumable checkpoints kept while training", ge=1)
 
 
-class Recipe(Section):
-    """Everything a run needs to know."""
-
-    name: str = _f(..., "runs_dir/name is the run folder")
-    runs_dir: str = _f("runs", "where run folders live")
-    seed: int = _f(0, "of everything", ge=0, lt=2**31)
-    method: Method = _f(
-        "sso",
-        "sso (v2), sso-online (v1), pbaa, a rival of docs/methods.md, or reward: a reward model on "
-        "given preferences",
-    )
-    baseline: Literal["pbaa"] | None = _f(None, "also run PBAA: same queries and principles")
-    iterations: int = _f(1, "rounds, each from the last policy; v1 runs 3", ge=1)
-    policy: Policy
-    queries: Queries = NO_QUERIES
-    principles: PrinciplesConfig = PrinciplesConfig()
-    sampling: Sampling = Sampling()
-    hygiene: Hygiene = Hygiene()
-    filter: Filter | None = _f(
-        None, "v1's log-prob filter on triples; null: on for sso-online, else off"
-    )
-    generator: Generator = Generator()
-    training: Training = Training()
-    reward: Reward | None = _f(None, "null: no reward model, but with method reward")
-    ranking: Ranking = Ranking()
-    improver: WriterConfig | None = _f(
-        None, "method sgpo: who rewrites the policy's answers; null: the policy of that iteration"
-    )
-    judge: JudgeConfig | None = _f(
-        None, "who compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; null: nobody"
-    )
-    evaluation: Evaluation | None = _f(None, "null: no evaluation")
-    benchmarks: Benchmarks | None = _f(None, "null: no benchmarks")
-    keep: Keep = Keep()
-    tracking: tuple[Tracker, ...] = _f((), "trackers beside the run folder: [wandb], [tensorboard]")
-
-    @property
-    def active_filter(self) -> Filter | None:
-        """v1's filter with its settings; None where triples do not pass it."""
-        if self.filter is None:
-            return Filter() if self.method == "sso-online" else None
-        return self.filter if self.filter.enabled else None
-
-    def _engine_faults(self) -> list[str]:
-        """Engines that contradict themselves or cannot answer with every model of this recipe."""
-        engine, writer, principles = self.sampling.engine, self.principles.writer, self.principles
-        found = engine.faults("sampling.engine")
-        for where, other in (("principles.writer", writer), ("improver", self.improver)):
-            if other is not None:
-                found += other.faults(where, named=True)
-                if other.model is None:
-                    found.append(f"{where}.model is missing")
-        longest = engine.answering.max_model_len
-        if longest is not None and longest <= self.sampling.max_new_tokens:
-            found.append(
-                f"sampling.engine: max_model_len {longest} leaves no room for a prompt beside "
-                f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
-            )
-        clusters = {e.address for e in (engine, writer) if e is not None and e.kind == "ray"}
-        if len(clusters) > 1:
-            found.append(
-                "sampling.engine and principles.writer are on different Ray clusters, and a stage "
-                "can join one: give both the same address"
-            )
-        if engine.answering.kind == "transformers":
-            return found
-        # a selection's candidates answer in process, and a policy that judges does
-        here = (
-            self.training.selection.points
-            or (self.method == "sso" and self.generator.selection.points)
-            or self.method == "self-rewarding"
-            or (self.improver and self.improver.answering.kind == "transformers")
-        )
-        if "batch_size" in self.sampling.model_fields_set and not here:
-            found.append(
-                "sampling.batch_size has no effect with an engine of kind "
-                f"{engine.answering.kind}; unset it"
-            )
-        batched = writer is not None and writer.answering.kind == "transformers"
-        if "batch_size" in principles.model_fields_set and not batched:
-            found.append(
-                "principles.batch_size has no effect: no engine of kind transformers is asked; "
-                "unset it"
-            )
-        if engine.base_url is not None:
-            trained = {
-                "the generator": self.method == "sso",
-                "the policies of earlier iterations": self.iterations > 1,
-                "the trained policy (evaluation)": self.evaluation is not None,
-                "the trained policy (benchmarks)": bool(self.benchmarks and self.benchmarks.judged),
-            }
-            asked = ", ".join(name for name, is_asked in trained.items() if is_asked)
-            if asked:
-                found.append(
-                    f"sampling.engine asks one server that serves {engine.model}, the policy as it "
-                    f"is now, but this recipe also samples from {asked}. Give "
-                    "sampling.engine.launch, so that each model is served in its turn, or set "
-                    "sampling.engine: transformers"
-                )
-        return found
-
-    @property
-    def own_set(self) -> str:
-        """What tables call the run's own preferences."""
-        return self.method
-
-    def _only_a_reward_model(self, given: set[str]) -> Self:
-        own = {"name", "runs_dir", "seed", "method", "policy", "reward", "keep"}
-        for name in sorted(given - own):
-            raise ValueError(f"{name} has no effect with method reward; remove it")
-        if self.reward is None or not self.reward.data:
-            raise ValueError("method reward needs reward.data: preference sets, or run folders")
-        for name in sorted({"own_weight"} & self.reward.model_fields_set):
-            raise ValueError(f"reward.{name} has no effect: the run has no preferences of its own")
-        if "layout" in self.policy.model_fields_set:
-            raise ValueError("policy.layout has no effect with method reward; remove it")
-        return self
-
-    @property
-    def benchmark_judge(self) -> JudgeConfig | None:
-        """Who judges the judged sets."""
-        return (self.benchmarks and self.benchmarks.judge) or self.judge
-
-    @property
-    def ranker(self) -> JudgeConfig | None:
-        """Who ranks the answers of method best-of-n."""
-        return self.ranking.judge or self.judge
-
-    @property
-    def judges(self) -> tuple[JudgeConfig, ...]:
-        """Who judges or ranks answers to the queries; the judged sets' is not among them."""
-        return tuple(j for j in (self.judge, self.ranking.judge) if j is not None)
-
-    def _plain_faults(self) -> list[str]:
-        """Settings that contradict a method without principles, or that only such a one uses."""
-        method, found = self.method, []
-        if method in PLAIN_METHODS:
-            if "principles" in self.model_fields_set:
-                found.append(f"method {method} writes no principles; remove 'principles'")
-            if self.baseline:
-                found.append(
-                    f"baseline: {self.baseline} needs principles, which method {method} does not "
-                    "write; run it as a recipe of its own, method: pbaa"
-                )
-            if not self.hygiene.export_unsafe:
-                found.append(
-                    "hygiene.export_unsafe: false knows pairs about Safety by their principles, "
-                    f"which method {method} does not write"
-                )
-        if method == "spin" and self.queries.augment is not None:
-            found.append(
-                "method spin needs an answer to each query, and queries.augment adds queries "
-                "without; remove it"
-            )
-        if method != "sgpo" and "improver" in self.model_fields_set:
-            found.append(f"method {method} rewrites no answers; remove 'improver'")
-        if method not in RANKED_METHODS:
-            if "ranking" in self.model_fields_set:
-                found.append(f"method {method} ranks no answers; remove 'ranking'")
-        elif self.sampling.temperature == 0:
-            found.append(
-                f"method {method} needs answers that differ, and at sampling.temperature 0 there "
-                "is only one"
-            )
-        elif method == "self-rewarding" and self.ranking.judge is not None:
-            found.append("with method self-rewarding the policy ranks; remove ranking.judge")
-        elif method == "best-of-n" and self.ranker is None:
-            found.append("method best-of-n needs someone who ranks: set ranking.judge or judge")
-        elif method == "best-of-n" and self.ranker and self.ranker.kind == "human":
-            found.append("people cannot rank answers that are sampled now; set ranking.judge")
-        if method in RANKED_METHODS and self.sampling.keep_unfinished:
-            found.append(f"method {method} ranks finished answers; unset sampling.keep_unfinished")
-        return found
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.runs_dir) / self.name
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name must be a plain folder name, found {self.name!r}")
-        if self.method == "pbaa" and self.baseline:
-            raise ValueError("baseline: pbaa beside method: pbaa would run the same thing twice")
-        set_here = {n for n in self.model_fields_set if n in type(self).model_fields}
-        if self.method == "reward":
-            return self._only_a_reward_model(set_here)
-        if "queries" not in set_here:
-            raise ValueError("queries is missing")
-        if self.reward and self.own_set in {d.label for d in self.reward.data}:
-            raise ValueError(f"a set of reward.data is called {self.own_set!r}, as the run's own")
-        if self.method != "sso" and "generator" in set_here:
-            raise ValueError(f"method {self.method} trains no generator; remove 'generator'")
-        faults = self.principles.faults()
-        if faults:
-            raise ValueError("; ".join(faults))
-        if self.principles.features == "none" and not self.hygiene.export_unsafe:
-            raise ValueError(
-                "hygiene.export_unsafe: false knows pairs about Safety by their features, and "
-                "principles.features none names none"
-            )
-        if self.benchmarks and self.benchmarks.judged:
-            rated = any(s.style == "mt-bench" for s in self.benchmarks.judged)
-            if self.benchmark_judge is None:
-                raise ValueError("benchmarks.judged needs a judge; set benchmarks.judge or judge")
-            if rated and self.benchmark_judge.kind == "human":
-                raise ValueError(
-                    "benchmarks.judged of style mt-bench needs a judge that rates; people's "
-                    "labels compare. Set benchmarks.judge to chat:MODEL"
-                )
-        faults = self._engine_faults()
-        if faults:
-            raise ValueError("; ".join(faults))
-        if self.method not in ("sso", "sso-online") and self.active_filter:
-            raise ValueError(f"filter needs triples, which method {self.method} does not sample")
-        for fault in self._plain_faults():
-            raise ValueError(fault)
-        if self.method != "sso-online" and self.queries.per_iteration is not None:
-            raise ValueError("queries.per_iteration is only for method sso-online")
-        if self.generator.per_half and self.generator.objective != "sso":
-            raise ValueError("generator.per_half splits objective sso; leave objective unset")
-        stage = "sso-online" if self.method == "sso-online" else "pbaa"
-        for label, section, objective in (
-            ("training", self.training, stage),
-            ("generator", self.generator, self.generator.objective),
-        ):
-            unused = unused_arguments(
-                objective,
-                section.base,
-                sorted(section.model_fields_set),
-                use_weight=getattr(section, "use_weight", True),
-                use_steer=getattr(section, "use_steer", True),
-            )
-            if unused:
-                raise ValueError(
-                    f"{label}.{unused[0]} has no effect with objective {objective} and base "
-                    f"{section.base}; remove it"
-                )
-        budget = self.sampling.max_new_tokens
-        shortest = min(self.training.max_length, self.generator.max_length)
-        if budget > shortest:
-            raise ValueError(
-                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
-                "sampled responses could not be trained on"
-            )
-        return self
-
-
 class TrainConfig(Optimisation, Loading):
     """`selfsteer train`: one objective on stored triples, offline."""
 
@@ -1134,18 +951,7 @@ class TrainConfig(Optimisation, Loading):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        unused = unused_arguments(
-            self.objective,
-            self.base,
-            sorted(self.model_fields_set),
-            use_weight=self.use_weight,
-            use_steer=self.use_steer,
-        )
-        if unused:
-            raise ValueError(
-                f"{unused[0]} has no effect with objective {self.objective} and base {self.base}; "
-                "remove it"
-            )
+        self._refuse_unused(self.objective)
         if self.reference == "first":
             raise ValueError("train takes the given model as reference")
         return self

@@ -18,20 +18,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import (
+    Record,
     Records,
     T,
     batched,
     disk_errors,
+    dump_line,
     dump_lines,
     read_jsonl,
     write_atomic,
 )
-from selfsteer.data.records import SCHEMA_VERSION
 from selfsteer.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from selfsteer.run.stage import Stage
 
 
 def versions() -> dict[str, str]:
@@ -62,27 +65,50 @@ class StageResult:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One arrow of the data flow.
+class Dropped(NamedTuple):
+    """A record that a stage left out, with as much of it as there was."""
 
-    ``name`` is its path in the run folder (``iteration-1/triples``), ``outputs`` the files and
-    folders it makes, ``inputs`` whatever its result depends on (settings, digests, the
-    fingerprints of stages before it), ``scratch`` what it resumes from until it is finished. With
-    ``on_ranks`` all ranks do the work together, where there are several.
-    """
+    id: str
+    reason: str
+    record: Record | Mapping[str, Any] | None = None
 
-    name: str
-    outputs: tuple[str, ...]
-    inputs: Mapping[str, Any]
-    work: Callable[[], StageResult]
-    scratch: tuple[str, ...] = ()
-    on_ranks: bool = False
+    def to_dict(self) -> dict[str, Any]:
+        """One line of a stage's ``.dropped.jsonl``."""
+        out: dict[str, Any] = {"id": self.id, "reason": self.reason}
+        if self.record is not None:
+            own = self.record if isinstance(self.record, Mapping) else self.record.to_dict()
+            out["record"] = dict(own)
+        return out
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes when, and only when, the stage would have to be done again."""
-        return digest([self.name, SCHEMA_VERSION, self.inputs])
+
+class Drops:
+    """What a stage drops, counted by reason and written down as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.counts: Counter[str] = Counter()
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._file: TextIO | None = None
+
+    def add(self, dropped: Dropped) -> None:
+        """Counts one and writes it down."""
+        self.counts[dropped.reason] += 1
+        with disk_errors(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
+            self._file.write(dump_line(dropped))
+
+    def close(self, *, keep: bool) -> None:
+        """Puts the file in its place; without a drop there is none."""
+        self._path.unlink(missing_ok=True)
+        if self._file is not None:
+            with disk_errors(self._path):
+                self._file.close()
+            if keep:
+                self._partial.replace(self._path)
+            else:
+                self._partial.unlink()
 
 
 class RunFolder:
@@ -207,7 +233,18 @@ class RunFolder:
         entries = [e for e in self.ledger() if e.get("stage") == stage]
         return entries[-1] if entries else None
 
-    def is_done(self, stage: Stage) -> bool:
+    @contextmanager
+    def drops(self, stage: str) -> Iterator[Drops]:
+        """Where a stage of this name writes down what it drops."""
+        drops = Drops(self / f"{stage}.dropped.jsonl")
+        try:
+            yield drops
+        except BaseException:
+            drops.close(keep=False)
+            raise
+        drops.close(keep=True)
+
+    def is_done(self, stage: "Stage") -> bool:
         """Whether the ledger says so and what it made is still there."""
         last = self.last(stage.name)
         return (
@@ -217,7 +254,7 @@ class RunFolder:
             and all((self / o).exists() for o in stage.outputs)
         )
 
-    def stale(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    def stale(self, stages: Sequence["Stage"]) -> list[dict[str, Any]]:
         """Newest entries of work that these stages, the whole plan, would not make like that."""
         newest = {e["stage"]: e for e in self.ledger() if "stage" in e}
         wanted = {s.name: s.fingerprint for s in stages}
@@ -227,23 +264,24 @@ class RunFolder:
             if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
         ]
 
-    def execute(self, stage: Stage) -> StageResult:
+    def execute(self, stage: "Stage") -> StageResult:
         """Runs a stage, with its entries in the ledger.
 
         Raises:
             ArtifactError: nothing is left after it, or its counts do not add up.
         """
-        begin = {
-            "event": "begin",
+        known = {
             "stage": stage.name,
+            "kind": type(stage).__name__,
+            "method": stage.where.method,
+            "round": stage.where.round,
             "fingerprint": stage.fingerprint,
-            "time": time.time(),
-            "outputs": [*stage.outputs, *stage.scratch],
-            "versions": versions(),
+            "outputs": list(stage.files),
         }
+        begin = {"event": "begin", **known, "time": time.time(), "versions": versions()}
         self.append("ledger.jsonl", begin)
         start = time.monotonic()
-        result = stage.work()
+        result = stage.run(self)
         lost = sum(result.dropped.values())
         if result.one_to_one and result.n_in != result.n_out + lost:
             raise ArtifactError(
@@ -260,15 +298,13 @@ class RunFolder:
             "ledger.jsonl",
             {
                 "event": "finish",
-                "stage": stage.name,
-                "fingerprint": stage.fingerprint,
+                **known,
                 "time": time.time(),
                 "seconds": round(time.monotonic() - start, 3),
                 "n_in": result.n_in,
                 "n_out": result.n_out,
                 "dropped": dict(sorted(result.dropped.items())),
                 "notes": result.notes,
-                "outputs": [*stage.outputs, *stage.scratch],
             },
         )
         return result
@@ -310,62 +346,48 @@ def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
 # -- shards --------------------------------------------------------------------------------------
 
 
-def in_turn(
-    work: Callable[[int, Sequence[T]], Any], shards: Iterable[tuple[int, Sequence[T]]]
-) -> Iterator[tuple[int, Any]]:
-    """Number and result of each shard, one after the other."""
-    for number, part in shards:
-        yield number, work(number, part)
-
-
 def run_shards(
     folder: Path,
     items: Records[T],
     shard_size: int,
-    work: Callable[[int, Sequence[T]], Any],
+    work: Callable[[int, Sequence[T]], tuple[Sequence[Record], Sequence[Dropped]]],
     skipped: Callable[[int], None] = lambda n: None,
-    spread: Callable[..., Iterator[tuple[int, Any]]] = in_turn,
 ) -> StageResult:
     """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
 
     Args:
-        folder: gets ``shard-00000.jsonl`` … and beside each a mark with its counts and digest.
+        folder: gets ``shard-00000.jsonl`` … and beside each a mark with its counts, its digest and
+            what was dropped, which all together makes ``folder.dropped.jsonl``.
         items: what goes in, in a fixed order; only one shard of it is in memory.
         shard_size: items per shard.
-        work: (shard number, items) → (records, drops by reason), or whatever ``spread`` makes
-            that of; deterministic in its arguments.
+        work: (shard number, items) → records and drops; deterministic in its arguments.
         skipped: told the number of items of each shard that was already there.
-        spread: (work, shards to do) → number and result of each, in any order.
     """
     result = StageResult(len(items), 0)
-    sizes: dict[int, int] = {}
-
-    def count(counts: Mapping[str, Any]) -> None:
-        result.n_out += counts["n_out"]
-        result.dropped.update(counts["dropped"])
-
-    def todo() -> Iterator[tuple[int, Sequence[T]]]:
-        for number, part in enumerate(batched(items, shard_size)):
-            counts = _finished_shard(*_shard_files(folder, number), len(part))
-            if counts is None:
-                sizes[number] = len(part)
-                yield number, part
-            else:
-                skipped(len(part))
-                count(counts)
-
-    for number, (records, dropped) in spread(work, todo()):
+    drops = Drops(folder.with_name(f"{folder.name}.dropped.jsonl"))
+    for number, part in enumerate(batched(items, shard_size)):
         shard, mark = _shard_files(folder, number)
-        text = dump_lines(records).encode()
-        write_atomic(shard, text)
-        counts = {
-            "n_in": sizes.pop(number),
-            "n_out": len(records),
-            "dropped": dict(sorted(dropped.items())),
-            "sha256": hashlib.sha256(text).hexdigest(),
-        }
-        write_atomic(mark, json.dumps(counts) + "\n")
-        count(counts)
+        done = _finished_shard(shard, mark, len(part))
+        if done is None:
+            records, dropped = work(number, part)
+            text = dump_lines(records).encode()
+            write_atomic(shard, text)
+            done = {
+                "n_in": len(part),
+                "n_out": len(records),
+                "dropped": [d.to_dict() for d in dropped],
+                "sha256": hashlib.sha256(text).hexdigest(),
+            }
+            write_atomic(mark, dump_line(done))
+        else:
+            skipped(len(part))
+        for waiting in folder.glob(f"answers-{number:05d}.*"):  # all of them are in the shard
+            waiting.unlink()
+        result.n_out += done["n_out"]
+        for one in done["dropped"]:
+            drops.add(Dropped(one["id"], one["reason"], one.get("record")))
+    drops.close(keep=True)
+    result.dropped = drops.counts
     return result
 
 
@@ -390,3 +412,10 @@ def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
     for shard in sorted(folder.glob("shard-*.jsonl")):
         for _, value in read_jsonl(shard):
             yield value
+
+
+def read_dropped(path: Path) -> Iterator[Dropped]:
+    """What a stage dropped; nothing where it dropped nothing."""
+    if path.exists():
+        for _, value in read_jsonl(path):
+            yield Dropped(value["id"], value["reason"], value.get("record"))

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,13 +20,24 @@ from typing import Any
 from selfsteer.data import curate
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, write_atomic
-from selfsteer.data.queries import contamination
+from selfsteer.data.queries import contamination, load_queries
 from selfsteer.data.records import Message, Query, content_id
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Engine, SamplingParams
-from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import (
+    PROMPT_TOO_LONG,
+    REQUEST_FAILED,
+    Engine,
+    Request,
+    SamplingParams,
+)
 from selfsteer.errors import DataError
-from selfsteer.recipe.sections import Queries
-from selfsteer.run.folder import StageResult, read_shards, run_shards
+from selfsteer.judges.base import load_judges
+from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
+from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.folder import Dropped, RunFolder, StageResult, read_shards, run_shards
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.sample import check_budget, check_sampler
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: Bounds and likeness where the recipe sets none: a query of 3 characters is no query.
@@ -147,7 +158,7 @@ class Reply:
 class _Pool:
     """The growing set, and all that a new query is held against."""
 
-    settings: Queries
+    settings: GrownQueries
     check: Callable[[Query], None]
     queries: dict[str, Query] = field(default_factory=dict)
 
@@ -203,7 +214,7 @@ class _Pool:
 
 def augment(
     seeds: Sequence[Query],
-    settings: Queries,
+    settings: GrownQueries,
     engine: Engine,
     path: Path,
     *,
@@ -211,6 +222,7 @@ def augment(
     shard_size: int,
     evaluation: Sequence[Query] = (),
     check: Callable[[Query], None] = lambda query: None,
+    drop: Callable[[Dropped], None] = lambda dropped: None,
 ) -> StageResult:
     """Writes the seeds and the new queries, each with its lineage in ``augmented``, in id order.
 
@@ -228,6 +240,7 @@ def augment(
         shard_size: replies per shard.
         evaluation: queries that must stay held out, beside the sets of ``against``.
         check: raises DataError on a query that the judge has no use for.
+        drop: told every reply that is not taken.
 
     Returns:
         Records in are seeds and replies; drops by reason. The notes say what each way yielded and
@@ -264,6 +277,7 @@ def augment(
                     bar.advance(1)
                 else:
                     dropped[reason] += 1
+                    drop(Dropped(f"round-{rounds}/{sum(asked.values())}", reason, reply))
     queries = [pool.queries[i] for i in sorted(pool.queries)]
     write_atomic(path, dump_lines(queries))
     if len(queries) < wanted.to:
@@ -308,21 +322,109 @@ def _round(
         asks.append(Reply(how, tuple(rng.sample(ids, count))))
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
 
-    def work(shard: int, part: Sequence[Reply]) -> Work[tuple[list[Reply], Counter[str]]]:
-        prompts = [prompt(a.how, [pool.queries[i] for i in a.sources]) for a in part]
-        shard_seed = derive_seed(seed, number, shard)
-        found = yield Ask(
-            engine, prompts, params, shard_seed, lambda n, tokens: bar.advance(0, tokens)
+    folder = scratch / f"round-{number:03d}"
+
+    def work(shard: int, part: Sequence[Reply]) -> tuple[list[Reply], list[Dropped]]:
+        asked = [
+            Request(
+                str(k),
+                tuple(prompt(a.how, [pool.queries[i] for i in a.sources])),
+                derive_seed(seed, number, shard * shard_size + k),
+            )
+            for k, a in enumerate(part)
+        ]
+        found = answers(
+            engine,
+            asked,
+            params,
+            store=folder / f"answers-{shard:05d}.queries.jsonl",
+            advance=lambda n, tokens: bar.advance(0, tokens),
         )
+        said = [found[str(k)] for k in range(len(part))]
         replies = [
             Reply(a.how, a.sources, c.text, c.finish_reason)
-            for a, c in zip(part, found, strict=True)
+            for a, c in zip(part, said, strict=True)
         ]
-        return replies, Counter()
+        return replies, []
 
-    folder = scratch / f"round-{number:03d}"
-    run_shards(folder, asks, shard_size, work, spread=at_once)
+    run_shards(folder, asks, shard_size, work)
     return [
         Reply(v["how"], tuple(v["from"]), v["text"], v["finish_reason"])
         for v in read_shards(folder)
     ]
+
+
+@dataclass(frozen=True)
+class GrowQueries(Stage):
+    """The queries, and what the policy adds to them.
+
+    Args:
+        queries: those given.
+        policy: who writes.
+        settings: how many, and what they must be like.
+        sampling: who answers, and in which batches.
+        held_out: evaluation queries, which nothing like may be added.
+        judges: who will judge answers; a query that one of them has no use for is not taken.
+    """
+
+    queries: Artifact
+    policy: Artifact
+    settings: GrownQueries
+    sampling: Sampling
+    held_out: Queries | None = None
+    judges: tuple[JudgeConfig, ...] = field(
+        default=(), metadata={"identity": lambda judges: [j.kind for j in judges]}
+    )
+
+    title = "augment"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `Stage.outputs`."""
+        return ("augmented.jsonl",)
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """See `Stage.scratch`."""
+        return ("augment",)
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        assert self.settings.augment is not None
+        return max(self.queries.records(scale), self.settings.augment.to)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`; how many replies are of use is not known before."""
+        return Cost(unknown=(self.name,))
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        assert self.settings.augment is not None
+        yield from check_sampler(self.sampling, (), self.loading)
+        budget = {"queries.augment.max_new_tokens": self.settings.augment.max_new_tokens}
+        yield from check_budget(str(self.policy.path), self.loading, budget)
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        from selfsteer.engines.load import Engines
+
+        judges, s = load_judges(self.judges), self.sampling
+
+        def check(query: Query) -> None:
+            for judge in judges:
+                judge.check([query])
+
+        with Engines(run.path) as engines, run.drops(self.name) as drops:
+            result = augment(
+                list(stored_queries(self.queries.path)),
+                self.settings,
+                engines.sampler(s.engine, str(self.policy.path), self.loading, s.batch_size),
+                run / self.outputs[0],
+                seed=derive_seed(self.seed, "augment"),
+                shard_size=s.shard_size,
+                evaluation=load_queries(self.held_out).queries if self.held_out else (),
+                check=check,
+                drop=drops.add,
+            )
+        result.notes |= engines.notes
+        return result

@@ -1,13 +1,12 @@
-"""Triples to the triples worth training on: hygiene always, v1's log-prob filter if asked for.
+"""Triples to the triples worth training on, and those to preferences.
 
-Hygiene looks at texts and at their lengths in tokens, on triples and on preferences alike; v1's
-filter looks at log-probs and needs plain responses, so only triples pass it.
+Hygiene looks at texts and at their lengths in tokens, on triples and on pairs alike; v1's filter
+looks at log-probs and needs plain responses, so only triples pass it.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import compress
 from pathlib import Path
@@ -19,12 +18,12 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
 from selfsteer.data.records import Preference, Triple
 from selfsteer.errors import ArtifactError
-from selfsteer.models.chat import ChatFormat
-from selfsteer.models.load import load_chat, load_model
-from selfsteer.models.store import CHUNK, open_scores
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
-from selfsteer.recipe.sections import Bound, Filter, Hygiene, Recipe, resolve_path
-from selfsteer.run.folder import StageResult
+from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
+from selfsteer.run.cost import Cost, Scale, scoring
+from selfsteer.run.folder import Dropped, Drops, RunFolder, StageResult
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar
 
 #: v1's filter with the bounds of the authors' release.
@@ -57,90 +56,97 @@ def strip_lead_in(text: str, catalogue: Catalogue = BUILT_IN) -> str:
     return _lead_in(catalogue.words).sub("", text)
 
 
-def clean(
-    triples: Sequence[Triple], hygiene: Hygiene, catalogue: Catalogue = BUILT_IN
-) -> tuple[list[Triple], Counter[str], int]:
-    """Hygiene on the good and bad response of each triple.
-
-    Returns:
-        What is kept, drops by reason (the first that applies), and how many responses had a
-        lead-in cut off.
-    """
-    left, dropped, stripped = sift(triples, hygiene, catalogue)
-    return list(left), dropped, stripped
-
-
 class Left:
-    """The triples of a set that are left so far, read anew at each pass: a byte of memory each."""
+    """The triples of a set that are left so far, read anew at each pass: a byte of memory each.
 
-    def __init__(self, triples: Records[Triple], tidied: Callable[[Triple], Triple]) -> None:
-        """All of the set; ``tidied`` makes of each what is trained on."""
-        self._triples = triples
-        self._tidied = tidied
-        self._mask = np.ones(len(triples), dtype=bool)
+    Args:
+        triples: the whole set.
+        hygiene: lead-ins are cut off where it asks for that.
+        catalogue: knows the words that lead-ins are made of.
+    """
 
-    def keep(self, mask: np.ndarray) -> None:
-        """Leaves those for which a mask over what was left, (len(self),), is true."""
-        self._mask[self._mask] = mask
+    def __init__(
+        self, triples: Records[Triple], hygiene: Hygiene, catalogue: Catalogue = BUILT_IN
+    ) -> None:
+        self._triples, self._hygiene, self._catalogue = triples, hygiene, catalogue
+        self._reasons: list[str] = [""]  # the first is that of what is left
+        self._why = np.zeros(len(triples), dtype=np.uint8)
+        #: Responses that had a lead-in cut off.
+        self.stripped = 0
+
+    def tidied(self, triple: Triple) -> Triple:
+        """What is trained on of a triple."""
+        if not self._hygiene.strip_lead_ins:
+            return triple
+        texts = {n: strip_lead_in(x, self._catalogue) for n, x in triple.responses.items()}
+        return triple if texts == triple.responses else replace(triple, responses=texts)
+
+    def sift(self) -> "Left":
+        """Leaves out what hygiene does not let pass; the first reason counts."""
+        lost: dict[str, list[int]] = {}
+        for i, triple in enumerate(self._triples):
+            tidied = self.tidied(triple)
+            self.stripped += sum(x != triple.responses[n] for n, x in tidied.responses.items())
+            if reason := unfit(tidied, self._hygiene):
+                lost.setdefault(reason, []).append(i)
+        for reason, places in lost.items():
+            self._why[places] = self._code(reason)
+        return self
+
+    def drop(self, mask: np.ndarray, reason: str) -> None:
+        """Leaves out those for which a mask over what was left, (len(self),), is true."""
+        if mask.any():
+            self._why[np.flatnonzero(self._why == 0)[mask]] = self._code(reason)
+
+    def _code(self, reason: str) -> int:
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return self._reasons.index(reason)
 
     def __len__(self) -> int:
-        return int(self._mask.sum())
+        return int((self._why == 0).sum())
 
     def __iter__(self) -> Iterator[Triple]:
-        return map(self._tidied, compress(self._triples, self._mask))
+        return map(self.tidied, compress(self._triples, self._why == 0))
+
+    def write_drops(self, drops: Drops) -> None:
+        """Tells what was left out, and why."""
+        if self._why.any():
+            for triple, code in zip(self._triples, self._why.tolist(), strict=True):
+                if code:
+                    drops.add(Dropped(triple.id, self._reasons[code], self.tidied(triple)))
 
 
-def sift(
-    triples: Records[Triple], hygiene: Hygiene, catalogue: Catalogue
-) -> tuple[Left, Counter[str], int]:
-    """See `clean`, of which this is the form for sets that are not in memory."""
-
-    def tidied(triple: Triple) -> Triple:
-        if not hygiene.strip_lead_ins:
-            return triple
-        stripped = {n: strip_lead_in(text, catalogue) for n, text in triple.responses.items()}
-        return triple if stripped == triple.responses else replace(triple, responses=stripped)
-
-    left, dropped, stripped = Left(triples, tidied), Counter[str](), 0
-    keep = np.ones(len(triples), dtype=bool)
-    for i, triple in enumerate(triples):
-        responses = tidied(triple).responses
-        stripped += sum(text != triple.responses[name] for name, text in responses.items())
-        good, bad, plain = responses["good"], responses["bad"], responses.get("plain")
-        reason = None
-        if not all(text.strip() for text in responses.values()):
-            reason = "empty"
-        elif min(map(len, responses.values())) < hygiene.min_chars:
-            reason = "too_short"
-        elif good == bad:
-            reason = "good_equals_bad"
-        elif plain in (good, bad):
-            reason = "equals_plain"
-        if reason is not None:
-            dropped[reason] += 1
-            keep[i] = False
-    left.keep(keep)
-    return left, dropped, stripped
+def unfit(triple: Triple, hygiene: Hygiene) -> str | None:
+    """Why a triple, or a pair, teaches nothing; None where it may teach something."""
+    texts = triple.responses
+    good, bad, plain = texts["good"], texts["bad"], texts.get("plain")
+    if not all(text.strip() for text in texts.values()):
+        return "empty"
+    if min(map(len, texts.values())) < hygiene.min_chars:
+        return "too_short"
+    if good == bad:
+        return "good_equals_bad"
+    return "equals_plain" if plain in (good, bad) else None
 
 
 def steering_filter(
     means: Mapping[str, np.ndarray], settings: Filter = AS_RELEASED
-) -> tuple[np.ndarray, dict[str, int]]:
-    """v1's filter on mean log-probs per token m(response|context).
+) -> Iterator[tuple[str, np.ndarray]]:
+    """v1's filter on mean log-probs per token m(response|context), step by step.
 
     Args:
         means: the six `FILTER_SEQUENCES` → (N,) float64, nats per token.
         settings: which steps there are, and their bounds; by default the release's.
 
-    Returns:
-        A (N,) mask of what is kept, and how many each step dropped: ``steering_order`` (the good
-        response must be likelier the better its context, the bad one the worse), ``off_policy``
-        (both at or above their bound under the plain context), ``small_gap`` (both steering gaps
-        above their mean, or at or above another bound). Means and quantiles are over what the
-        step before kept, and each of the two figures has its own.
+    Yields:
+        Reason and mask of what the step drops, over what the steps before it left:
+        ``steering_order`` (the good response must be likelier the better its context, the bad one
+        the worse), ``off_policy`` (both at or above their bound under the plain context),
+        ``small_gap`` (both steering gaps above their mean, or at or above another bound). Means and
+        quantiles are over what the step before left, and each of the two figures has its own.
     """
-    m = means
-    keep = np.ones(len(m["good/good"]), dtype=bool)
+    m = {name: np.asarray(values) for name, values in means.items()}
     if settings.steering_order:
         keep = (
             (m["good/good"] > m["plain/good"])
@@ -148,19 +154,22 @@ def steering_filter(
             & (m["bad/bad"] > m["plain/bad"])
             & (m["plain/bad"] > m["good/bad"])
         )
-    counts = {"steering_order": int((~keep).sum())}
-    gaps = (m["good/good"] - m["bad/good"], m["bad/bad"] - m["good/bad"])
-    for reason, values, bound, strict in (
-        ("off_policy", (m["plain/good"], m["plain/bad"]), settings.near_on_policy, False),
-        ("small_gap", gaps, settings.gap, settings.gap.rule == "mean"),
-    ):
-        before = keep
-        if before.any() and bound.rule != "off":
-            for v in values:
-                least = _least(v[before], bound)
-                keep = keep & ((v > least) if strict else (v >= least))
-        counts[reason] = int(before.sum() - keep.sum())
-    return keep, counts
+        yield "steering_order", ~keep
+        m = {name: values[keep] for name, values in m.items()}
+    for reason, bound in (("off_policy", settings.near_on_policy), ("small_gap", settings.gap)):
+        if bound.rule == "off":
+            continue
+        if reason == "off_policy":
+            figures = (m["plain/good"], m["plain/bad"])
+        else:
+            figures = (m["good/good"] - m["bad/good"], m["bad/bad"] - m["good/bad"])
+        strict = reason == "small_gap" and bound.rule == "mean"
+        keep = np.ones(len(figures[0]), dtype=bool)
+        for v in figures if len(keep) else ():
+            least = _least(v, bound)
+            keep &= (v > least) if strict else (v >= least)
+        yield reason, ~keep
+        m = {name: values[keep] for name, values in m.items()}
 
 
 def _least(values: np.ndarray, bound: Bound) -> float:
@@ -174,7 +183,7 @@ def _least(values: np.ndarray, bound: Bound) -> float:
 # -- lengths -------------------------------------------------------------------------------------
 
 
-def response_lengths(chat: ChatFormat, triples: Records[Triple]) -> np.ndarray:
+def response_lengths(chat: Any, triples: Records[Triple]) -> np.ndarray:
     """(N, 2) tokens of the good and the bad response, the end-of-turn token included."""
     out = np.zeros((len(triples), 2), dtype=np.int64)
     with progress_bar("lengths", len(triples)) as bar:
@@ -244,95 +253,124 @@ def matched_lengths(lengths: np.ndarray, ids: Sequence[str], seed: int) -> np.nd
 
 
 def even_lengths(
-    triples: Records[Triple],
+    left: Left,
     hygiene: Hygiene,
-    chat: ChatFormat,
+    tokenizer: Callable[[], Any],
     seed: int,
-    result: StageResult,
     *,
     match: bool,
-) -> np.ndarray:
-    """Applies hygiene's length settings to pairs; drops and figures go into ``result``.
+) -> dict[str, Any]:
+    """Leaves out pairs that hygiene's length settings do not let pass.
 
     Memory holds 16 bytes a pair, and the ids where lengths are matched.
 
     Args:
-        triples: N pairs; the good response is the chosen one.
+        left: N pairs; the good response is the chosen one.
         hygiene: caps, and whether lengths are matched.
-        chat: whose tokens count.
+        tokenizer: loads the chat format whose tokens count.
         seed: of the matching.
-        result: gets ``length_gap`` and ``length_unmatched``, and the note ``lengths``.
         match: whether these are the pairs that the policy is trained on; only they are matched.
 
     Returns:
-        A (N,) mask of the pairs to keep.
+        Figures of the lengths before and after.
     """
-    lengths = response_lengths(chat, triples)
+    lengths = response_lengths(tokenizer(), left)
+    before = length_figures(lengths)
     keep = within_caps(lengths, hygiene)
-    result.dropped.update({"length_gap": int((~keep).sum())} if not keep.all() else {})
+    left.drop(~keep, "length_gap")
+    lengths = lengths[keep]
     if hygiene.match_lengths and match:
-        left = np.flatnonzero(keep)
-        ids = [t.id for t in compress(triples, keep)]
-        matched = matched_lengths(lengths[left], ids, seed)
-        if not matched.all():
-            result.dropped["length_unmatched"] += int((~matched).sum())
-        keep[left[~matched]] = False
-    figures = {"before": length_figures(lengths), "after": length_figures(lengths[keep])}
-    result.notes["lengths"] = figures
-    return keep
+        keep = matched_lengths(lengths, [t.id for t in left], seed)
+        left.drop(~keep, "length_unmatched")
+        lengths = lengths[keep]
+    return {"before": before, "after": length_figures(lengths)}
 
 
 # -- the stages ----------------------------------------------------------------------------------
 
 
-def filter_triples(
-    triples: Records[Triple],
-    recipe: Recipe,
-    policy: str,
-    folder: Path,
-    scores: Path,
-    *,
-    trained_on: bool = False,
-) -> StageResult:
-    """Writes ``filtered.jsonl`` in ``folder``; scores are under ``policy``.
+@dataclass(frozen=True)
+class FilterTriples(Stage):
+    """Hygiene, and v1's filter where there are settings for it; scores are under the policy.
 
-    ``trained_on`` says that the policy itself is trained on these triples, not only a generator:
-    then their lengths are matched where the recipe asks for it. The note ``survivors`` says how
-    many were left after each step.
+    Args:
+        triples: with all three responses.
+        policy: at the start of the iteration.
+        hygiene: of texts and lengths.
+        filter: v1's; None: off.
+        catalogue: YAML file of features, whose words lead-ins are made of; None: the built-in one.
+        trained_on: the policy itself is trained on these triples, not only a generator: then their
+            lengths are matched where hygiene asks for it.
     """
-    result = StageResult(len(triples), 0)
-    left, result.dropped, stripped = sift(
-        triples, recipe.hygiene, load_catalogue(recipe.principles.catalogue)
-    )
-    result.notes["lead_ins_stripped"] = stripped
-    survivors = {"in": len(triples), "hygiene": len(left)}
-    settings = recipe.active_filter
-    if settings and len(left):
-        mask, counts = steering_filter(mean_logps(left, policy, recipe, scores), settings)
-        result.dropped.update({k: n for k, n in counts.items() if n})
-        count = len(left)
-        for step, n in counts.items():
-            survivors[step] = count = count - n
-        left.keep(mask)
-    if len(left):
-        chat = load_chat(policy, recipe.policy)
-        left.keep(even_lengths(left, recipe.hygiene, chat, recipe.seed, result, match=trained_on))
-        survivors["lengths"] = len(left)
-    result.notes["survivors"] = survivors
-    result.n_out = len(left)
-    write_atomic(folder / "filtered.jsonl", map(dump_line, left))
-    return result
+
+    triples: Artifact
+    policy: Artifact
+    hygiene: Hygiene
+    filter: Filter | None = None
+    catalogue: str | None = None
+    trained_on: bool = False
+
+    title = "filter"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `Stage.outputs`."""
+        return (f"{self.where.folder}/filtered.jsonl",)
+
+    @property
+    def texts(self) -> str:
+        """See `Stage.texts`."""
+        return self.triples.texts
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        return self.triples.records(scale)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        n = self.records(scale)
+        return Cost(n, scores=scoring(self.texts, FILTER_SEQUENCES if self.filter else (), n))
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`; the note ``survivors`` says how many were left after each step."""
+        from selfsteer.models.load import load_chat
+
+        triples, policy = stored_triples(self.triples.path), str(self.policy.path)
+        left = Left(triples, self.hygiene, load_catalogue(self.catalogue)).sift()
+        survivors = {"in": len(triples), "hygiene": len(left)}
+        notes: dict[str, Any] = {"lead_ins_stripped": left.stripped, "survivors": survivors}
+        if self.filter and len(left):
+            means = mean_logps(left, policy, self.loading, run / "scores")
+            for reason, lost in steering_filter(means, self.filter):
+                left.drop(lost, reason)
+                survivors[reason] = len(left)
+        if len(left):
+            notes["lengths"] = even_lengths(
+                left,
+                self.hygiene,
+                lambda: load_chat(policy, self.loading),
+                self.seed,
+                match=self.trained_on,
+            )
+            survivors["lengths"] = len(left)
+        write_atomic(run / self.outputs[0], map(dump_line, left))
+        with run.drops(self.name) as drops:
+            left.write_drops(drops)
+        return StageResult(len(triples), len(left), drops.counts, notes=notes)
 
 
 def mean_logps(
-    triples: Records[Triple], policy: str, recipe: Recipe, scores: Path
+    triples: Records[Triple], policy: str, loading: Loading, scores: Path
 ) -> dict[str, np.ndarray]:
     """`FILTER_SEQUENCES` → (N,) mean log-probs per token under ``policy``, in nats.
 
     Scores are kept in the folder ``scores``; memory holds 48 bytes a triple, and of each sequence
     that was ever scored where its log-probs lie (`ScoreStore`).
     """
-    loaded = load_model(policy, recipe.policy)
+    from selfsteer.models.load import load_model
+    from selfsteer.models.store import CHUNK, open_scores
+
+    loaded = load_model(policy, loading)
     size = CHUNK // len(FILTER_SEQUENCES)
     means = np.empty((len(FILTER_SEQUENCES), len(triples)))
     store = None
@@ -348,35 +386,66 @@ def mean_logps(
     return dict(zip(FILTER_SEQUENCES, means, strict=True))
 
 
-def to_preferences(
-    triples: Records[Triple], recipe: Recipe, folder: Path, *, cleaned: bool
-) -> StageResult:
-    """Writes the plain preferences (x; y+ ≻ y-) as shards, principles removed.
+@dataclass(frozen=True)
+class WritePairs(Stage):
+    """The plain preferences (x; y+ ≻ y-), principles removed, as shards.
 
     Args:
-        triples: good and bad response of each query.
-        recipe: hygiene, seed, size of the shards.
-        folder: gets the shards.
-        cleaned: the triples are those of `filter_triples`, with nothing left to drop.
+        samples: good and bad response of each query.
+        policy: the recipe's; its tokens count where lengths are bounded.
+        hygiene: of texts and lengths.
+        shard_size: pairs per shard.
+        catalogue: see `FilterTriples`.
+        cleaned: the samples are those of `FilterTriples`, with nothing left to drop.
     """
-    result = StageResult(len(triples), 0)
-    kept = triples
-    if not cleaned:
-        catalogue = load_catalogue(recipe.principles.catalogue)
-        left, result.dropped, stripped = sift(triples, recipe.hygiene, catalogue)
-        result.notes["lead_ins_stripped"] = stripped
-        chat = load_chat(resolve_path(recipe.policy.model), recipe.policy)
-        left.keep(even_lengths(left, recipe.hygiene, chat, recipe.seed, result, match=True))
-        kept = left
-    result.n_out = len(kept)
-    about_safety = 0
-    for number, part in enumerate(batched(kept, recipe.sampling.shard_size)):
-        about_safety += sum(map(names_safety, part))
-        shard = [to_preference(t) for t in part]
-        refuse_bad_as_chosen(part, shard)
-        write_atomic(folder / f"shard-{number:05d}.jsonl", dump_lines(shard))
-    result.notes["about_safety"] = about_safety
-    return result
+
+    samples: Artifact
+    policy: Artifact
+    hygiene: Hygiene
+    shard_size: int
+    catalogue: str | None = None
+    cleaned: bool = False
+
+    title = "preferences"
+
+    @property
+    def texts(self) -> str:
+        """See `Stage.texts`."""
+        return self.samples.texts
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        return self.samples.records(scale)
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        from selfsteer.models.load import load_chat
+
+        triples = stored_pairs(self.samples.path)
+        kept: Records[Triple] = triples
+        notes: dict[str, Any] = {}
+        with run.drops(self.name) as drops:
+            if not self.cleaned:
+                left = Left(triples, self.hygiene, load_catalogue(self.catalogue)).sift()
+                notes["lead_ins_stripped"] = left.stripped
+                notes["lengths"] = even_lengths(
+                    left,
+                    self.hygiene,
+                    lambda: load_chat(str(self.policy.path), self.loading),
+                    self.seed,
+                    match=True,
+                )
+                left.write_drops(drops)
+                kept = left
+            about_safety = 0
+            for number, part in enumerate(batched(kept, self.shard_size)):
+                about_safety += sum(map(names_safety, part))
+                shard = [to_preference(t) for t in part]
+                refuse_bad_as_chosen(part, shard)
+                path = run / self.name / f"shard-{number:05d}.jsonl"
+                write_atomic(path, dump_lines(shard))
+        notes["about_safety"] = about_safety
+        return StageResult(len(triples), len(kept), drops.counts, notes=notes)
 
 
 def to_preference(triple: Triple) -> Preference:

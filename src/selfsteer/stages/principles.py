@@ -3,103 +3,193 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, dump_line, write_atomic
-from selfsteer.data.records import Query, Triple
+from selfsteer.data.records import Message, Query, Triple
 from selfsteer.data.stored import Stored
-from selfsteer.engines.base import Engine, SamplingParams
-from selfsteer.engines.load import Engines, writer_source
-from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Completion, Engine, Request, SamplingParams
 from selfsteer.principles import writer
 from selfsteer.principles.catalogue import Catalogue, catalogue_of, catalogue_text
 from selfsteer.principles.fixed import Fixed
 from selfsteer.principles.lint import lint
 from selfsteer.principles.writer import Outcome
-from selfsteer.recipe.sections import Recipe
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, resolve_path
+from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.folder import Dropped, RunFolder, StageResult, run_shards
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.sample import check_budget
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: The writer is asked again, once, where nothing of its first answer can be used.
 TRIES = ("first_try", "retry")
 
 
-def write_principles(
-    queries: Records[Query],
-    recipe: Recipe,
-    policy: str,
-    folder: Path,
-    stage: str,
-    *,
-    home: Path | None = None,
-) -> StageResult:
-    """Writes ``principles.jsonl``: one triple without responses per query.
+class Share(NamedTuple):
+    """A slice of the queries: that of an iteration, of a fixed size or one of equal ones."""
+
+    iteration: int
+    #: queries per iteration; None: an equal share of all iterations
+    size: int | None
+    #: iterations that share; None with a size, so that a run can be given more of them later
+    of: int | None
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Start and size among ``count`` queries in id order; it may reach beyond the last."""
+        if self.size is not None:
+            return (self.iteration - 1) * self.size, self.size
+        assert self.of is not None
+        start, end = (count * k // self.of for k in (self.iteration - 1, self.iteration))
+        return start, max(end - start, 1)
+
+    def take(self, queries: Stored[Query]) -> Records[Query]:
+        """The slice; queries are used again where there are too few."""
+        start, size = self.bounds(len(queries))
+        if start + size > len(queries):
+            warn(
+                f"iteration {self.iteration} needs queries {start + 1:,} to {start + size:,} of "
+                f"{len(queries):,}; earlier ones are used again"
+            )
+        places = ((start + i) % len(queries) for i in range(min(size, len(queries))))
+        return queries.take(sorted(places))
+
+
+@dataclass(frozen=True)
+class WritePrinciples(Stage):
+    """One triple without responses per query: its features, p+ and p-.
 
     Each line says where its principles come from. ``source`` is ``picked``, ``generated``,
     ``fixed`` (``fixed:default`` where the file of principles lacks the query), or
     ``fallback:REASON`` where no answer of the writer could be used; ``outcomes`` are those of all
-    its answers. What was asked of servers is counted in ``home``, the run folder.
+    its answers.
+
+    Args:
+        queries: of the run.
+        policy: names the features, and writes where the settings name no other writer.
+        settings: how.
+        engine: who answers for the policy.
+        share: of the queries; None: all.
     """
-    with Engines(home) as engines:
-        result = _write(queries, recipe, policy, folder, stage, engines)
-        result.notes |= engines.notes
-    return result
 
+    queries: Artifact
+    policy: Artifact
+    settings: PrinciplesConfig
+    engine: EngineConfig
+    share: Share | None = None
 
-def _write(
-    queries: Records[Query],
-    recipe: Recipe,
-    policy: str,
-    folder: Path,
-    stage: str,
-    engines: Engines,
-) -> StageResult:
-    settings, seed = recipe.principles, derive_seed(recipe.seed, stage)
-    notes: dict[str, Any] = {}
-    author: Author | None = None
-    given: Fixed | None = None
-    if settings.mode == "fixed":
-        given = Fixed(settings)
-        notes["unused_in_file"] = given.check(queries)
-    else:
-        author = Author(recipe, policy, engines)
-    passes = author.passes if author else 1
-    with progress_bar("principles", len(queries) * passes) as bar:
+    title = "principles"
 
-        def work(shard: int, part: Sequence[Query]) -> Work[tuple[list[Triple], Counter[str]]]:
-            if author:
-                found = yield from author.write(part, derive_seed(seed, shard), bar)
-                return found, Counter()
-            assert given
-            return [given.triple(q) for q in part], Counter()
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `Stage.outputs`."""
+        return (f"{self.name}.jsonl",)
 
-        result = run_shards(
-            folder / "principles",
-            queries,
-            settings.shard_size,
-            work,
-            lambda n: bar.skip(n * passes),
-            at_once,
-        )
-    seen = Tally()
-    lines = map(seen.note, Stored(folder / "principles", Triple.from_dict))
-    write_atomic(folder / "principles.jsonl", map(dump_line, lines))
-    shutil.rmtree(folder / "principles")
-    result.notes = {**seen.counts(), **notes}
-    if author:
-        result.notes |= seen.feature_counts(author.catalogue)
-    sources: Counter[str] = Counter(result.notes["sources"])
-    failed = sum(n for source, n in sources.items() if source.startswith("fallback"))
-    if failed:
-        say(
-            f"  {failed:,} of {result.n_out:,} written principles could not be used "
-            "and fell back to the catalogue's text"
-        )
-    return result
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """See `Stage.scratch`."""
+        return (self.name,)
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        n = self.queries.records(scale)
+        if self.share is None:
+            return n
+        return min(self.share.size or -(-n // (self.share.of or 1)), n)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        n, s = self.records(scale), self.settings
+        asked = Counter(features=n) if s.features == "model" and s.asks_a_model else Counter()
+        if s.mode == "generated":
+            asked["principles"] = n * s.candidates
+        return Cost(records=n, principles=n, answers=asked)
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        from selfsteer.engines.load import check_engine
+
+        if not self.settings.asks_a_model:
+            return
+        budget = {"principles.max_new_tokens": self.settings.max_new_tokens}
+        if self.policy.maker is None:
+            yield from check_budget(str(self.policy.path), self.loading, budget)
+        author = self.settings.writer
+        if self.settings.mode == "generated" and author is not None:
+            check_engine(author)
+            if author.base_url is None:
+                yield from check_budget(resolve_path(str(author.model)), self.loading, budget)
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        queries = stored_queries(self.queries.path)
+        mine = queries if self.share is None else self.share.take(queries)
+        return self.write(mine, run)
+
+    def write(self, queries: Records[Query], run: RunFolder) -> StageResult:
+        """Writes the principles of these queries, whatever the share is."""
+        from selfsteer.engines.load import Engines
+
+        settings, folder, seed = self.settings, run / self.name, derive_seed(self.seed, self.name)
+        notes: dict[str, Any] = {}
+        author: Author | None = None
+        given: Fixed | None = None
+        with Engines(run.path) as engines:
+            if settings.mode == "fixed":
+                given = Fixed(settings)
+                notes["unused_in_file"] = given.check(queries)
+            else:
+                author = self._author(engines)
+            passes = author.passes if author else 1
+            with progress_bar("principles", len(queries) * passes) as bar:
+
+                def work(shard: int, part: Sequence[Query]) -> tuple[list[Triple], list[Dropped]]:
+                    if author:
+                        return author.write(part, seed, folder / f"answers-{shard:05d}", bar), []
+                    assert given
+                    return [given.triple(q) for q in part], []
+
+                result = run_shards(
+                    folder, queries, settings.shard_size, work, lambda n: bar.skip(n * passes)
+                )
+            notes |= engines.notes
+        seen = Tally()
+        lines = map(seen.note, Stored(folder, Triple.from_dict))
+        write_atomic(run / self.outputs[0], map(dump_line, lines))
+        shutil.rmtree(folder)
+        result.notes = {**seen.counts(), **notes}
+        if author:
+            result.notes |= seen.feature_counts(author.catalogue)
+        sources: Counter[str] = Counter(result.notes["sources"])
+        failed = sum(n for source, n in sources.items() if source.startswith("fallback"))
+        if failed:
+            say(
+                f"  {failed:,} of {result.n_out:,} written principles could not be used "
+                "and fell back to the catalogue's text"
+            )
+        return result
+
+    def _author(self, engines: Any) -> "Author":
+        """Who names the features (the policy), and who writes; None where nobody is asked."""
+        settings, size = self.settings, self.settings.batch_size
+
+        def policy() -> Engine:
+            found: Engine = engines.sampler(self.engine, str(self.policy.path), self.loading, size)
+            return found
+
+        chooser = policy() if settings.features == "model" else None
+        if settings.mode != "generated":
+            return Author(settings, chooser, None)
+        own = settings.writer
+        if own is not None:
+            source = str(own.model) if own.base_url else resolve_path(str(own.model))
+            return Author(settings, chooser, engines.get(own, source, self.loading, size))
+        return Author(settings, chooser, chooser or policy())
 
 
 class Tally:
@@ -161,86 +251,107 @@ class Draft:
 
 
 class Author:
-    """Chooses features and writes principles with the recipe's models, loaded once."""
+    """Chooses features and writes principles.
 
-    def __init__(self, recipe: Recipe, policy: str, engines: Engines) -> None:
-        self.settings = recipe.principles
-        self.catalogue = catalogue_of(self.settings)
-        findings = lint(catalogue_text(self.settings.catalogue))
+    Args:
+        settings: how.
+        chooser: who names the features; None: they are filled at random.
+        author: who writes; None: the catalogue's texts are picked.
+    """
+
+    def __init__(
+        self, settings: PrinciplesConfig, chooser: Engine | None, author: Engine | None
+    ) -> None:
+        self.settings, self.chooser, self.author = settings, chooser, author
+        self.catalogue = catalogue_of(settings)
+        findings = lint(catalogue_text(settings.catalogue))
         if findings:
             warn(
-                f"{self.settings.catalogue}, {findings[0]}; {len(findings)} in all, see: "
-                f"selfsteer principles lint {self.settings.catalogue}"
+                f"{settings.catalogue}, {findings[0]}; {len(findings)} in all, see: "
+                f"selfsteer principles lint {settings.catalogue}"
             )
-        self.params = SamplingParams(
-            self.settings.temperature, self.settings.top_p, self.settings.max_new_tokens
-        )
-        self.chooser, self.writer = _engines(recipe, policy, engines)
+        self.params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
 
     @property
     def passes(self) -> int:
         """How many answers are asked for per query, retries aside."""
-        return (self.chooser is not None) + (self.writer is not None) * self.settings.candidates
+        return (self.chooser is not None) + (self.author is not None) * self.settings.candidates
 
-    def write(self, part: Sequence[Query], seed: int, bar: Bar) -> Work[list[Triple]]:
-        """Principles for one shard of queries; equal arguments give equal principles."""
-        drafts = yield from self._choose(part, seed, bar)
-        if self.writer is not None:
+    def write(self, part: Sequence[Query], seed: int, store: Path, bar: Bar) -> list[Triple]:
+        """Principles for one shard of queries; equal arguments give equal principles.
+
+        Args:
+            part: the queries.
+            seed: of the stage.
+            store: where answers wait until the shard is written; this name in front.
+            bar: told the answers as they finish.
+        """
+        drafts = self._choose(part, seed, store, bar)
+        if self.author is not None:
             for name in TRIES:
                 todo = [d for d in drafts if name == TRIES[0] or d.open]
                 if todo:
-                    yield from self._ask(self.writer, todo, name, seed, bar)
+                    self._ask(todo, name, seed, store, bar)
                 if self.params.temperature == 0:  # the same answer again
                     break
-        return [self._triple(d, seed) for d in drafts]
+        return [self._triple(d) for d in drafts]
 
-    def _choose(self, part: Sequence[Query], seed: int, bar: Bar) -> Work[list[Draft]]:
-        count = self.settings.features_per_query
-        answers = [""] * len(part)
+    def _answers(
+        self, engine: Engine, asked: list[Request], store: Path, kind: str, bar: Bar, counted: bool
+    ) -> dict[str, Completion]:
+        return answers(
+            engine,
+            asked,
+            self.params,
+            store=store.with_name(f"{store.name}.{kind}.jsonl"),
+            advance=lambda items, tokens: bar.advance(items * counted, tokens),
+        )
+
+    def _choose(self, part: Sequence[Query], seed: int, store: Path, bar: Bar) -> list[Draft]:
+        count, found = self.settings.features_per_query, {}
         if self.chooser is not None:
-            prompts = [writer.feature_prompt(q, count, self.catalogue) for q in part]
-            found = yield Ask(
-                self.chooser, prompts, self.params, derive_seed(seed, "features"), bar.advance
-            )
-            answers = [c.text for c in found]
+            asked = [
+                _request(
+                    q.id,
+                    writer.feature_prompt(q, count, self.catalogue),
+                    derive_seed(seed, q.id, "features", 0),
+                )
+                for q in part
+            ]
+            found = self._answers(self.chooser, asked, store, "features", bar, True)
         drafts = []
-        for query, answer in zip(part, answers, strict=True):
-            named = writer.parse_features(answer, self.catalogue)[:count]
-            features = self._complete(query, named, seed)
+        for query in part:
+            said = found[query.id].text if found else ""
+            named = writer.parse_features(said, self.catalogue)[:count]
+            rng = random.Random(derive_seed(seed, query.id))
+            features = writer.complete_features(named, count, rng, self.catalogue)
             drafts.append(Draft(query, features, len(named)))
         return drafts
 
-    def _complete(self, query: Query, named: tuple[str, ...], seed: int) -> tuple[str, ...]:
-        rng = random.Random(derive_seed(seed, query.id))
-        count = self.settings.features_per_query
-        return writer.complete_features(named, count, rng, self.catalogue)
-
-    def _ask(
-        self, engine: Engine, drafts: Sequence[Draft], name: str, seed: int, bar: Bar
-    ) -> Work[None]:
-        settings, first = self.settings, name == TRIES[0]
-        prompts = [
-            writer.principle_prompt(
+    def _ask(self, drafts: Sequence[Draft], name: str, seed: int, store: Path, bar: Bar) -> None:
+        assert self.author is not None
+        settings = self.settings
+        asked = []
+        for d in drafts:
+            prompt = writer.principle_prompt(
                 d.query,
                 d.features if settings.written_from == "features" else (),
                 self.catalogue,
                 settings.examples,
             )
-            for d in drafts
-        ]
-        each = settings.candidates
-        found = yield Ask(
-            engine,
-            [p for p in prompts for _ in range(each)],
-            self.params,
-            derive_seed(seed, "principles", *(() if first else (name,))),
-            lambda items, tokens: bar.advance(items if first else 0, tokens),
-        )
-        read = [writer.read_answer(c, settings.examples) for c in found]
-        for i, draft in enumerate(drafts):
-            draft.take(name, read[i * each : (i + 1) * each])
+            asked += [
+                _request(f"{d.query.id}/{k}", prompt, derive_seed(seed, d.query.id, name, k))
+                for k in range(settings.candidates)
+            ]
+        found = self._answers(self.author, asked, store, name, bar, name == TRIES[0])
+        for d in drafts:
+            said = [found[f"{d.query.id}/{k}"] for k in range(settings.candidates)]
+            d.take(
+                name,
+                [writer.read_answer(c.text, c.finish_reason, settings.examples) for c in said],
+            )
 
-    def _triple(self, draft: Draft, seed: int) -> Triple:
+    def _triple(self, draft: Draft) -> Triple:
         """The principles: written where an answer could be used, the catalogue's text elsewhere."""
         features = draft.features
         if draft.best is not None:
@@ -259,13 +370,5 @@ class Author:
         return Triple(draft.query.id, draft.query.messages, principles, extra=extra)
 
 
-def _engines(recipe: Recipe, policy: str, engines: Engines) -> tuple[Engine | None, Engine | None]:
-    """Who names the features (the policy), and who writes; None where nobody is asked."""
-    settings, size = recipe.principles, recipe.principles.batch_size
-    chooser = engines.sampler(recipe, policy, size) if settings.features == "model" else None
-    if settings.mode != "generated":
-        return chooser, None
-    writer = settings.writer
-    if writer is not None:
-        return chooser, engines.get(writer, writer_source(writer), recipe.policy, size)
-    return chooser, chooser or engines.sampler(recipe, policy, size)
+def _request(identity: str, messages: Sequence[Message], seed: int) -> Request:
+    return Request(identity, tuple(messages), seed)

@@ -1,4 +1,4 @@
-"""Best of n: sample n answers per query, score them, keep the best and the worst as a pair.
+"""Plain answers, ranked: sample n per query, score them, keep the best and the worst as a pair.
 
 Ranking is apart from sampling: `rank` scores answers that exist, `to_preference` makes a pair of
 them. The sampled answers are kept beside the pairs. One candidates record::
@@ -9,23 +9,27 @@ them. The sampled answers are kept beside the pairs. One candidates record::
 and the preference made of it carries ``"scores": [1.9, 0.4, -2.1]``, one per answer.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records
-from selfsteer.data.records import Preference, Query
+from selfsteer.data.records import Preference, Query, Verdict
 from selfsteer.data.stored import Stored
-from selfsteer.engines.base import SamplingParams
-from selfsteer.engines.load import Engines
-from selfsteer.engines.shards import Ask, Work, at_once
-from selfsteer.errors import ConfigError
-from selfsteer.judges.base import Scorer
-from selfsteer.recipe.sections import Recipe
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge
+from selfsteer.judges.stats import accuracy
+from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
+from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.folder import Dropped, RunFolder, StageResult, read_dropped, run_shards
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.sample import check_sampler, params_of
 from selfsteer.terminal import progress_bar
 
 #: Sums of the same parts in another order differ by this at most.
@@ -96,98 +100,180 @@ def to_preference(
     return Preference(found.query.id, found.query.messages, chosen, rejected, extra=extra)
 
 
-def best_of_n(
-    queries: Records[Query],
-    n: int,
-    recipe: Recipe,
-    source: str,
-    judge: Callable[[], Scorer],
-    folder: Path,
-    stage: str,
-    home: Path,
-    tie_margin: float = 0.0,
-) -> StageResult:
-    """Samples n answers per query and writes shards of preferences, best over worst.
+#: What a verdict says of the second of two answers.
+TURNED = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}
 
-    The answers come first, into ``folder``/candidates, so that the sampling model has left memory
-    when the judge's is loaded. Both halves go on behind their last finished shard.
+
+class Tournament:
+    """A judge that only compares, as one that scores: each answer of a query meets each other.
+
+    A score is the share of comparisons won, ties and inconsistent verdicts half (Copeland's
+    count). Scores of different queries mean nothing beside each other.
+    """
+
+    scale = "share of comparisons won among the answers to one query"
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.name = judge.name
+
+    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+        """See `Scorer.score_all`; None where no comparison of the answer could be read."""
+        meetings = list(_meetings([query.id for query, _ in answers]))
+        pairs = [Pair(answers[i][0], answers[i][1], answers[j][1]) for i, j in meetings]
+        said: defaultdict[int, list[Verdict]] = defaultdict(list)
+        for (i, j), judgement in zip(meetings, self.judge.compare_all(pairs), strict=True):
+            verdict = judgement.verdict
+            said[i].append(verdict)
+            said[j].append(TURNED.get(verdict, verdict))
+        return [accuracy(said[i]) for i in range(len(answers))]
+
+
+def _meetings(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of places whose query is the same; answers to one query stand together.
+
+    >>> list(_meetings(["a", "a", "a", "b", "b"]))
+    [(0, 1), (0, 2), (1, 2), (3, 4)]
+    """
+    for _, group in groupby(range(len(ids)), key=lambda i: ids[i]):
+        yield from combinations(list(group), 2)
+
+
+def ranker(settings: JudgeConfig, folder: Path) -> Scorer:
+    """Who scores the answers to a query; a judge that only compares holds a tournament."""
+    judge = load_judge(settings, folder)
+    assert judge is not None
+    return judge if isinstance(judge, ScoringJudge) else Tournament(judge)
+
+
+def policy_as_judge(policy: str, loading: Loading, batch_size: int) -> JudgeConfig:
+    """The policy, asked with the chat judge's question (self-rewarding, arXiv 2401.10020).
+
+    The paper's own prompt adds up five points for one answer; ours compares two in both orders.
+    The policy answers in process, whoever samples.
+    """
+    own = ("dtype", "device", "trust_remote_code", "allow_pickle")
+    return JudgeConfig(
+        kind="chat",
+        model=policy,
+        batch_size=batch_size,
+        **{name: getattr(loading, name) for name in own},
+    )
+
+
+@dataclass(frozen=True)
+class RankAnswers(Stage):
+    """n plain answers per query, the best over the worst as a preference.
+
+    The answers come first, into ``candidates``, so that the sampling model has left memory when the
+    judge's is loaded. Both halves go on behind their last finished shard. Dropped are
+    ``too_few_answers`` (fewer than two different answers that ended by themselves),
+    ``prompt_too_long`` and ``request_failed:REASON`` where answers are missing for that reason,
+    ``no_score`` and ``all_equal``.
 
     Args:
-        queries: in a fixed order.
-        n: answers per query, 2 or more.
-        recipe: sampling settings and seed.
-        source: the model that answers.
-        judge: makes who scores; called once all answers are there.
-        folder: where the shards of preferences go.
-        stage: the stage's name, part of every seed.
-        home: the run folder, for counts and logs of engines.
-        tie_margin: scores that differ by no more are equal.
-
-    Returns:
-        Counts; dropped are ``too_few_answers`` (fewer than two different answers that ended by
-        themselves), ``prompt_too_long`` and ``request_failed:REASON`` where that is for want of
-        answers, ``no_score`` and ``all_equal``.
-
-    Raises:
-        ConfigError: n answers would be the same answer.
+        queries: of the run.
+        policy: who answers.
+        samples: answers per query, 2 or more.
+        judge: who scores them; None: the policy itself.
+        sampling: how.
     """
-    if n < 2 or recipe.sampling.temperature == 0:
-        raise ConfigError(
-            f"Best of n needs n answers that differ; with n {n} and sampling.temperature "
-            f"{recipe.sampling.temperature:g} there is only one. Raise them."
+
+    queries: Artifact
+    policy: Artifact
+    samples: int
+    judge: JudgeConfig | None
+    sampling: Sampling
+
+    title = "ranked"
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        return self.queries.records(scale)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        n = self.records(scale)
+        judged = self.samples
+        if self.judge is None or self.judge.kind == "chat":  # who only compares holds a tournament
+            judged = self.samples * (self.samples - 1) // 2
+        return Cost(n, answers=Counter(plain=self.samples * n), judged=judged * n)
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        yield from check_sampler(self.sampling, (self.policy,), self.loading)
+        if self.judge is not None and (judge := load_judge(self.judge)):
+            judge.check(())
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        queries, folder, size = (
+            stored_queries(self.queries.path),
+            run / self.name,
+            self.sampling.shard_size,
         )
-    label = stage.rpartition("/")[2]
-    with Engines(home) as engines:
-        sampled = _sample(queries, n, recipe, source, folder / "candidates", stage, engines)
-    found = Stored(folder / "candidates", Candidates.from_dict)
-    if not len(found):
-        return StageResult(len(queries), 0, sampled.dropped, notes=sampled.notes)
-    scoring = judge()
+        sampled = self._sample(queries, run, folder / "candidates")
+        found = Stored(folder / "candidates", Candidates.from_dict)
+        if not len(found):
+            return StageResult(len(queries), 0, sampled.dropped, notes=sampled.notes)
+        settings = self.judge or policy_as_judge(
+            str(self.policy.path), self.loading, self.sampling.batch_size
+        )
+        scoring = ranker(settings, run / "judgements")
+        with progress_bar(f"{self.title}: ranking", len(found)) as bar:
 
-    with progress_bar(f"{label}: ranking", len(found)) as bar:
+            def work(
+                shard: int, part: Sequence[Candidates]
+            ) -> tuple[list[Preference], list[Dropped]]:
+                kept, dropped = [], []
+                for c, s in zip(part, rank_all(scoring, part), strict=True):
+                    made = to_preference(c, s, settings.tie_margin)
+                    if isinstance(made, Preference):
+                        kept.append(made)
+                    else:
+                        dropped.append(Dropped(c.query.id, made, c))
+                bar.advance(len(part))
+                return kept, dropped
 
-        def work(shard: int, part: Sequence[Candidates]) -> tuple[list[Preference], Counter[str]]:
-            scores = rank_all(scoring, part)
-            made = [to_preference(c, s, tie_margin) for c, s in zip(part, scores, strict=True)]
-            bar.advance(len(part))
-            kept = [p for p in made if isinstance(p, Preference)]
-            return kept, Counter(p for p in made if isinstance(p, str))
+            ranked = run_shards(folder, found, size, work, bar.skip)
+        # one file of drops for both halves
+        with run.drops(self.name) as drops:
+            for half in (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl"):
+                for one in read_dropped(half):
+                    drops.add(one)
+        notes = {**sampled.notes, "answers": sum(len(c.answers) for c in found)}
+        return StageResult(len(queries), ranked.n_out, drops.counts, notes=notes)
 
-        ranked = run_shards(folder, found, recipe.sampling.shard_size, work, bar.skip)
-    notes = {**sampled.notes, "answers": sum(len(c.answers) for c in found)}
-    return StageResult(len(queries), ranked.n_out, sampled.dropped + ranked.dropped, notes=notes)
+    def _sample(self, queries: Records[Query], run: RunFolder, folder: Path) -> StageResult:
+        """Shards of candidates; the n answers of a query are asked for together."""
+        from selfsteer.engines.load import Engines
 
+        s, n, seed = self.sampling, self.samples, derive_seed(self.seed, self.name)
+        with Engines(run.path) as engines, progress_bar(self.title, len(queries) * n) as bar:
 
-def _sample(
-    queries: Records[Query],
-    n: int,
-    recipe: Recipe,
-    source: str,
-    folder: Path,
-    stage: str,
-    engines: Engines,
-) -> StageResult:
-    """Shards of candidates; the n answers of a query are decoded together."""
-    s = recipe.sampling
-    params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
-    with progress_bar(stage.rpartition("/")[2], len(queries) * n) as bar:
+            def work(shard: int, part: Sequence[Query]) -> tuple[list[Candidates], list[Dropped]]:
+                engine = engines.sampler(
+                    s.engine, str(self.policy.path), self.loading, s.batch_size
+                )
+                asked = [
+                    Request(f"{q.id}/{k}", q.messages, derive_seed(seed, q.id, "plain", k))
+                    for q in part
+                    for k in range(n)
+                ]
+                store = folder / f"answers-{shard:05d}.plain.jsonl"
+                found = answers(engine, asked, params_of(s), store=store, advance=bar.advance)
+                kept, dropped = [], []
+                for query in part:
+                    mine = [found[f"{query.id}/{k}"] for k in range(n)]
+                    texts = dict.fromkeys(c.text for c in mine if c.finish_reason == "stop")
+                    made = Candidates(query, tuple(texts))
+                    if len(texts) > 1:
+                        kept.append(made)
+                    else:
+                        missing = next((c.missing for c in mine if c.missing), None)
+                        dropped.append(Dropped(query.id, missing or "too_few_answers", made))
+                return kept, dropped
 
-        def work(shard: int, part: Sequence[Query]) -> Work[tuple[list[Candidates], Counter[str]]]:
-            engine = engines.sampler(recipe, source)
-            prompts = [q.messages for q in part for _ in range(n)]
-            seed = derive_seed(recipe.seed, stage, shard, "candidates")
-            answers = iter((yield Ask(engine, prompts, params, seed, bar.advance)))
-            kept, dropped = [], Counter[str]()
-            for query in part:
-                mine = [next(answers) for _ in range(n)]
-                texts = dict.fromkeys(c.text for c in mine if c.finish_reason == "stop")
-                if len(texts) > 1:
-                    kept.append(Candidates(query, tuple(texts)))
-                else:
-                    missing = next((c.missing for c in mine if c.missing), None)
-                    dropped[missing or "too_few_answers"] += 1
-            return kept, dropped
-
-        done = run_shards(folder, queries, s.shard_size, work, lambda m: bar.skip(m * n), at_once)
-    done.notes |= engines.notes
-    return done
+            done = run_shards(folder, queries, s.shard_size, work, lambda m: bar.skip(m * n))
+        done.notes |= engines.notes
+        return done

@@ -1,0 +1,452 @@
+"""What every method has: its recipe's common sections, and the loop around its rounds.
+
+A method is a file of this folder: its recipe class with its settings, its objectives and its round,
+on one screen. `Plan` collects the stages that a recipe comes to; nothing runs while it does.
+"""
+
+import re
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from selfsteer.objectives import Objective
+from selfsteer.recipe.sections import (
+    CONSTANTS,
+    Benchmarks,
+    EngineConfig,
+    Evaluation,
+    Generator,
+    GrownQueries,
+    Hygiene,
+    JudgeConfig,
+    Keep,
+    Policy,
+    PolicyTraining,
+    PrincipledHygiene,
+    PrinciplesConfig,
+    Queries,
+    Reward,
+    Sampling,
+    Section,
+    Tracker,
+    resolve_path,
+)
+from selfsteer.run.stage import Artifact, Stage, Where
+from selfsteer.stages.augment import GrowQueries
+from selfsteer.stages.benchmark import RunBenchmarks
+from selfsteer.stages.evaluate import Evaluate, Exhibit
+from selfsteer.stages.filter import WritePairs
+from selfsteer.stages.measure import MeasureQuality
+from selfsteer.stages.principles import Share, WritePrinciples
+from selfsteer.stages.queries import ReadQueries
+from selfsteer.stages.train import Train
+from selfsteer.stages.train_reward import RewardSet, TrainReward
+
+
+class Plan:
+    """The stages of a recipe, in the order they run; called with a stage it adds it.
+
+    Args:
+        recipe: whose seed, model settings and folder hold for all stages.
+    """
+
+    def __init__(self, recipe: "Recipe") -> None:
+        self.stages: list[Stage] = []
+        self.folder = recipe.folder
+        self.base = Artifact(Path(resolve_path(recipe.policy.model)))
+        #: Method → the policy after each round.
+        self.policies: defaultdict[str, list[Artifact]] = defaultdict(list)
+        #: The principles of each round, which a baseline uses as well.
+        self.asked: list[Artifact] = []
+        #: The newest preferences of the recipe's own method.
+        self.pairs: Artifact | None = None
+        self.exhibit: Exhibit | None = None
+        #: The queries of the run, once they are planned.
+        self.queries = self.base
+        self._common: dict[str, Any] = {"seed": recipe.seed, "loading": recipe.policy.loading}
+        self._where = Where()
+
+    @contextmanager
+    def at(self, method: str, k: int, folder: str) -> Iterator[None]:
+        """Places what is planned in this block in a round of a method."""
+        before, self._where = self._where, Where(method, k, folder)
+        yield
+        self._where = before
+
+    def __call__(self, stage: Stage) -> Artifact:
+        """Adds a stage; returns what it will have made."""
+        placed = replace(stage, where=self._where, **self._common)
+        self.stages.append(placed)
+        return Artifact(self.folder / placed.outputs[0], placed)
+
+
+class Recipe(Section):
+    """Everything a run needs to know, whatever its method."""
+
+    name: str = Field(..., description="runs_dir/name is the run folder")
+    runs_dir: str = Field("runs", description="where run folders live")
+    seed: int = Field(0, description="of everything", ge=0, lt=2**31)
+    policy: Policy
+    keep: Keep = Keep()
+    tracking: tuple[Tracker, ...] = Field(
+        (), description="trackers beside the run folder: [wandb], [tensorboard]"
+    )
+
+    #: The method's name, as users write it.
+    method: str
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / self.name
+
+    @abstractmethod
+    def plan(self) -> list[Stage]:
+        """All stages, in the order they run; nothing is read or loaded for it."""
+
+    @property
+    def judges(self) -> tuple[JudgeConfig, ...]:
+        """Who judges or ranks answers to the queries."""
+        return ()
+
+    @model_validator(mode="after")
+    def _plain_name(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name must be a plain folder name, found {self.name!r}")
+        return self
+
+
+class Aligning(Recipe):
+    """A method that trains a policy in rounds, each from the policy of the one before."""
+
+    iterations: int = Field(1, description="rounds, each from the last policy; v1 runs 3", ge=1)
+    queries: Queries
+    sampling: Sampling = Sampling()
+    hygiene: Hygiene = Hygiene()
+    training: PolicyTraining = PolicyTraining()
+    reward: Reward | None = Field(None, description="null: no reward model of the pairs")
+    judge: JudgeConfig | None = Field(
+        None,
+        description="who compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; "
+        "null: no judge",
+    )
+    evaluation: Evaluation | None = Field(None, description="null: no evaluation")
+    benchmarks: Benchmarks | None = Field(None, description="null: no benchmarks")
+
+    #: Whether an answer must stand beside each query.
+    needs_answers: ClassVar[bool] = False
+
+    @abstractmethod
+    def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
+        """Plans one round.
+
+        Args:
+            plan: gets the stages.
+            k: which round, counted from 1.
+            policy: at its start.
+
+        Returns:
+            The trained policy.
+        """
+
+    def plan(self) -> list[Stage]:
+        """See `Recipe.plan`: queries, rounds, reward model, baseline, evaluation, benchmarks."""
+        plan = Plan(self)
+        plan.queries = self._queries(plan)
+        policy = plan.base
+        for k in range(1, self.iterations + 1):
+            with plan.at(self.method, k, f"iteration-{k}"):
+                policy = self.round(plan, k, policy)
+            plan.policies[self.method].append(policy)
+        if self.reward is not None:
+            assert plan.pairs is not None
+            plan(reward_stage(self, self.reward, own=(self.method, plan.pairs)))
+        self.baseline_rounds(plan)
+        self._evaluation(plan)
+        return plan.stages
+
+    def baseline_rounds(self, plan: Plan) -> None:
+        """Plans what the method is to be compared with; nothing, unless a class says otherwise."""
+
+    # -- the parts that rounds are made of ---------------------------------------------------------
+
+    def pairs(
+        self,
+        plan: Plan,
+        samples: Artifact,
+        policy: Artifact,
+        *,
+        principled: Artifact | None = None,
+        triples: Artifact | None = None,
+        cleaned: bool = False,
+    ) -> Artifact:
+        """Preferences of good and bad responses, and their quality."""
+        catalogue = self.principles.catalogue if isinstance(self, Principled) else None
+        pairs = plan(
+            WritePairs(
+                samples,
+                plan.base,
+                self.hygiene,
+                self.sampling.shard_size,
+                catalogue=catalogue,
+                cleaned=cleaned,
+            )
+        )
+        plan(MeasureQuality(pairs, policy, self.judge, principled, triples))
+        plan.pairs = pairs
+        return pairs
+
+    def train(
+        self,
+        plan: Plan,
+        data: Artifact,
+        policy: Artifact,
+        objective: Objective,
+        settings: Generator | PolicyTraining,
+        *,
+        contexts: tuple[str, ...] = ("plain",),
+        title: str = "policy",
+    ) -> Artifact:
+        """The policy of the next round, or a generator, trained from this one's start."""
+        measured = settings.selection.points > 0
+        # candidates answer in process, whoever else samples
+        sampling = self.sampling.model_copy(update={"engine": EngineConfig()})
+        return plan(
+            Train(
+                data,
+                start=policy,
+                reference=plan.base if settings.reference == "first" else policy,
+                objective=objective,
+                settings=settings,
+                contexts=contexts,
+                sampling=sampling if measured else None,
+                judge=self.judge if measured else None,
+                lora=self.policy.lora,
+                keep_checkpoints=self.keep.checkpoints,
+                title=title,
+            )
+        )
+
+    def _queries(self, plan: Plan) -> Artifact:
+        queries = plan(ReadQueries(plain_queries(self.queries), self.judges, self.needs_answers))
+        if not isinstance(self.queries, GrownQueries) or self.queries.augment is None:
+            return queries
+        settings = GrownQueries(
+            **{name: getattr(self.queries, name) for name in GrownQueries.model_fields}
+        )
+        held_out = self.evaluation.queries if self.evaluation else None
+        return plan(GrowQueries(queries, plan.base, settings, self.sampling, held_out, self.judges))
+
+    def _evaluation(self, plan: Plan) -> None:
+        models = {"base": plan.base}
+        finals = {}
+        for method, made in plan.policies.items():
+            for k, policy in enumerate(made, 1):
+                finals[method] = f"{method}/iteration-{k}"
+                models[finals[method]] = policy
+        if self.evaluation is not None:
+            plan(
+                Evaluate(
+                    plan.queries,
+                    models,
+                    finals,
+                    self.evaluation,
+                    self.sampling,
+                    self.judge,
+                    plan.exhibit,
+                )
+            )
+        if self.benchmarks is not None:
+            last = {method: made[-1] for method, made in reversed(plan.policies.items())}
+            judge = self.benchmarks.judge or self.judge
+            plan(RunBenchmarks({"base": plan.base, **last}, self.benchmarks, judge, self.sampling))
+
+    @property
+    def judges(self) -> tuple[JudgeConfig, ...]:
+        """See `Recipe.judges`."""
+        return () if self.judge is None else (self.judge,)
+
+    # -- what contradicts itself -------------------------------------------------------------------
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for fault in self.faults():
+            raise ValueError(fault)
+        return self
+
+    def faults(self) -> Iterator[str]:
+        """What contradicts itself, the first one counts."""
+        if self.reward and self.method in {d.label for d in self.reward.data}:
+            yield f"a set of reward.data is called {self.method!r}, as the run's own"
+        if self.benchmarks and self.benchmarks.judged:
+            judge = self.benchmarks.judge or self.judge
+            rated = any(s.style == "mt-bench" for s in self.benchmarks.judged)
+            if judge is None:
+                yield "benchmarks.judged needs a judge; set benchmarks.judge or judge"
+            elif rated and judge.kind == "human":
+                yield (
+                    "benchmarks.judged of style mt-bench needs a judge that rates; people's "
+                    "labels compare. Set benchmarks.judge to chat:MODEL"
+                )
+        yield from self.engine_faults()
+        budget, shortest = self.sampling.max_new_tokens, self.shortest
+        if budget > shortest:
+            yield (
+                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
+                "sampled responses could not be trained on"
+            )
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the longest sequence that every training of the method takes."""
+        return self.training.max_length
+
+    def engines(self) -> dict[str, EngineConfig]:
+        """Setting → an engine that brings its own model."""
+        return {}
+
+    def sampled_models(self) -> dict[str, bool]:
+        """Trained models, and whether the recipe samples from them."""
+        return {
+            "the policies of earlier iterations": self.iterations > 1,
+            "the trained policy (evaluation)": self.evaluation is not None,
+            "the trained policy (benchmarks)": bool(self.benchmarks and self.benchmarks.judged),
+        }
+
+    def answers_in_process(self) -> bool:
+        """Whether anything answers with transformers, whatever sampling.engine is."""
+        return self.training.selection.points > 0
+
+    def engine_faults(self) -> Iterator[str]:
+        """Engines that contradict themselves or cannot answer with every model of this recipe."""
+        engine = self.sampling.engine
+        yield from engine.faults("sampling.engine")
+        clusters = {engine.address} if engine.kind == "ray" else set()
+        for where, other in self.engines().items():
+            yield from other.faults(where, named=True)
+            if other.model is None:
+                yield f"{where}.model is missing"
+            if other.kind == "ray":
+                clusters.add(other.address)
+        if len(clusters) > 1:
+            yield (
+                f"sampling.engine and {', '.join(self.engines())} are on different Ray clusters, "
+                "and a stage can join one: give both the same address"
+            )
+        longest = engine.answering.max_model_len
+        if longest is not None and longest <= self.sampling.max_new_tokens:
+            yield (
+                f"sampling.engine: max_model_len {longest} leaves no room for a prompt beside "
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
+            )
+        if engine.answering.kind == "transformers":
+            return
+        if "batch_size" in self.sampling.model_fields_set and not self.answers_in_process():
+            yield (
+                "sampling.batch_size has no effect with an engine of kind "
+                f"{engine.answering.kind}; unset it"
+            )
+        if engine.base_url is not None:
+            asked = ", ".join(name for name, sampled in self.sampled_models().items() if sampled)
+            if asked:
+                yield (
+                    f"sampling.engine asks one server that serves {engine.model}, the policy as it "
+                    f"is now, but this recipe also samples from {asked}. Give "
+                    "sampling.engine.launch, so that each model is served in its turn, or set "
+                    "sampling.engine: transformers"
+                )
+
+
+class Principled(Aligning):
+    """A method whose responses are written under principles."""
+
+    principles: PrinciplesConfig = PrinciplesConfig()
+    queries: GrownQueries
+    hygiene: PrincipledHygiene = PrincipledHygiene()
+
+    def ask(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
+        """Features, p+ and p- for the queries of a round."""
+        engine = self.sampling.engine if self.principles.asks_a_model else EngineConfig()
+        asked = plan(WritePrinciples(plan.queries, policy, self.principles, engine, share))
+        plan.asked.append(asked)
+        return asked
+
+    def engines(self) -> dict[str, EngineConfig]:
+        """See `Aligning.engines`."""
+        writer = self.principles.writer
+        return {} if writer is None else {"principles.writer": writer}
+
+    def faults(self) -> Iterator[str]:
+        """See `Aligning.faults`."""
+        if self.principles.features == "none" and not self.hygiene.export_unsafe:
+            yield (
+                "hygiene.export_unsafe: false knows pairs about Safety by their features, and "
+                "principles.features none names none"
+            )
+        yield from super().faults()
+        engine, writer = self.sampling.engine, self.principles.writer
+        batched = writer is not None and writer.answering.kind == "transformers"
+        here = engine.answering.kind == "transformers" or batched
+        if "batch_size" in self.principles.model_fields_set and not here:
+            yield (
+                "principles.batch_size has no effect: no engine of kind transformers is asked; "
+                "unset it"
+            )
+
+
+class WithBaseline(Principled):
+    """A method that PBAA can be run beside, on the same queries and principles."""
+
+    baseline: Literal["pbaa"] | None = Field(
+        None, description="also run PBAA: same queries and principles"
+    )
+
+    def baseline_rounds(self, plan: Plan) -> None:
+        """See `Aligning.baseline_rounds`."""
+        from selfsteer.methods.pbaa import pbaa_round
+
+        if self.baseline is None:
+            return
+        policy = plan.base
+        for k, asked in enumerate(plan.asked, 1):
+            with plan.at(self.baseline, k, f"baseline/iteration-{k}"):
+                policy = pbaa_round(self, plan, asked, policy)
+            plan.policies[self.baseline].append(policy)
+
+
+def plain_pair(settings: PolicyTraining) -> Objective:
+    """L(x; y+ ≻ y-): what every policy is trained on whose pairs are plain."""
+    return named("pbaa", settings)
+
+
+def named(name: str, settings: Generator | PolicyTraining) -> Objective:
+    """The named objective with the constants that the settings hold."""
+    return Objective.named(name, **settings.model_dump(include={"base", *CONSTANTS}))
+
+
+def plain_queries(settings: Queries) -> Queries:
+    """What of the settings decides which queries are read."""
+    chosen = {
+        n: getattr(settings, n) for n in Queries.model_fields if n in settings.model_fields_set
+    }
+    return Queries(**{n: v for n, v in chosen.items() if n != "ngram" or settings.against})
+
+
+def reward_stage(recipe: Recipe, settings: Reward, own: tuple[str, Artifact] | None) -> TrainReward:
+    """A reward model on the run's own preferences and on given ones."""
+    given = tuple(RewardSet.given(d.label, d.path, d.weight) for d in settings.data)
+    mine = (RewardSet(own[0], own[1], settings.own_weight),) if own else ()
+    start = Artifact(Path(resolve_path(settings.model or recipe.policy.model)))
+    return TrainReward(
+        (*mine, *given),
+        start,
+        settings.model_copy(update={"data": (), "model": None, "own_weight": 1.0}),
+        lora=recipe.policy.lora,
+        keep_checkpoints=recipe.keep.checkpoints,
+    )

@@ -1,0 +1,50 @@
+"""Best of n: a judge ranks plain answers; the best against the worst."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from selfsteer.methods.base import Plan
+from selfsteer.methods.plain import Plain
+from selfsteer.recipe.sections import GrownQueries, JudgeConfig, JudgedRanking
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.rank import RankAnswers
+
+
+class BestOfN(Plain):
+    """n plain answers per query, ranked by a judge."""
+
+    method: Literal["best-of-n"] = "best-of-n"
+    queries: GrownQueries
+    ranking: JudgedRanking = JudgedRanking()
+
+    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
+        """See `Plain.opposed`."""
+        judge = self.ranking.judge or self.judge
+        return plan(RankAnswers(plan.queries, policy, self.ranking.samples, judge, self.sampling))
+
+    @property
+    def judges(self) -> tuple[JudgeConfig, ...]:
+        """See `Recipe.judges`."""
+        return (*super().judges, *([self.ranking.judge] if self.ranking.judge else []))
+
+    def faults(self) -> Iterator[str]:
+        """See `Aligning.faults`."""
+        ranker = self.ranking.judge or self.judge
+        if ranker is None:
+            yield "method best-of-n needs someone who ranks: set ranking.judge or judge"
+        elif ranker.kind == "human":
+            yield "people cannot rank answers that are sampled now; set ranking.judge"
+        yield from answers_must_differ(self)
+        yield from super().faults()
+
+
+def answers_must_differ(recipe: Plain) -> Iterator[str]:
+    """Settings under which there is nothing to rank."""
+    method, sampling = recipe.method, recipe.sampling
+    if sampling.temperature == 0:
+        yield (
+            f"method {method} needs answers that differ, and at sampling.temperature 0 there is "
+            "only one"
+        )
+    if sampling.keep_unfinished:
+        yield f"method {method} ranks finished answers; unset sampling.keep_unfinished"

@@ -1,0 +1,30 @@
+"""PBAA, principle-based automated alignment: the policy itself writes the preferences.
+
+The baseline that SSO is measured against (SSO v2, §4): SSO without its generator.
+"""
+
+from typing import Literal
+
+from selfsteer.methods.base import Plan, Principled, plain_pair
+from selfsteer.recipe.sections import Training
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.sample import Sample
+
+
+def pbaa_round(recipe: Principled, plan: Plan, asked: Artifact, policy: Artifact) -> Artifact:
+    """Pairs of the policy's own good and bad answers, then one plain term."""
+    samples = plan(Sample(asked, {"good": policy, "bad": policy}, recipe.sampling))
+    pairs = recipe.pairs(plan, samples, policy, principled=asked)
+    objective = plain_pair(recipe.training)
+    return recipe.train(plan, pairs, policy, objective, recipe.training)
+
+
+class PBAA(Principled):
+    """Pairs of answers under the good and the bad principle (SSO v2's baseline)."""
+
+    method: Literal["pbaa"] = "pbaa"
+    training: Training = Training()
+
+    def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
+        """See `Aligning.round`."""
+        return pbaa_round(self, plan, self.ask(plan, policy), policy)

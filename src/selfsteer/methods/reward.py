@@ -1,0 +1,32 @@
+"""A Bradley-Terry reward model on given preferences, and nothing else."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from selfsteer.methods.base import Plan, Recipe, reward_stage
+from selfsteer.recipe.sections import Reward
+from selfsteer.run.stage import Stage
+
+
+class RewardModel(Recipe):
+    """Preference sets to a reward model; no policy is trained."""
+
+    method: Literal["reward"] = "reward"
+    reward: Reward
+
+    def plan(self) -> list[Stage]:
+        """See `Recipe.plan`."""
+        plan = Plan(self)
+        plan(reward_stage(self, self.reward, own=None))
+        return plan.stages
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.reward.data:
+            raise ValueError("method reward needs reward.data: preference sets, or run folders")
+        if "own_weight" in self.reward.model_fields_set:
+            raise ValueError("reward.own_weight has no effect: the run has no pairs of its own")
+        if "layout" in self.policy.model_fields_set:
+            raise ValueError("policy.layout has no effect with method reward; remove it")
+        return self

@@ -1,0 +1,40 @@
+"""SGPO (arXiv 2507.20181): the policy's answers, written again, against what they were.
+
+Less than the paper: it trains policy and improver as one model first; here nothing is trained for
+the rewriting.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from selfsteer.methods.base import Plan
+from selfsteer.methods.plain import Plain
+from selfsteer.recipe.sections import EngineConfig, GrownQueries, WriterConfig
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.oppose import Improve
+from selfsteer.stages.sample import Sample
+
+
+class SGPO(Plain):
+    """An improver rewrites the policy's answers; the new ones are preferred."""
+
+    method: Literal["sgpo"] = "sgpo"
+    queries: GrownQueries
+    improver: WriterConfig | None = Field(
+        None, description="who rewrites the policy's answers; null: the policy of that iteration"
+    )
+
+    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
+        """See `Plain.opposed`."""
+        samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
+        return plan(Improve(samples, policy, self.improver, self.sampling))
+
+    def engines(self) -> dict[str, EngineConfig]:
+        """See `Aligning.engines`."""
+        return {} if self.improver is None else {"improver": self.improver}
+
+    def answers_in_process(self) -> bool:
+        """See `Aligning.answers_in_process`."""
+        here = self.improver is not None and self.improver.answering.kind == "transformers"
+        return super().answers_in_process() or here

@@ -1,0 +1,24 @@
+"""SPIN (arXiv 2401.01335): given answers against the policy's own."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from selfsteer.methods.base import Plan
+from selfsteer.methods.plain import Plain
+from selfsteer.recipe.sections import resolve_path
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.oppose import OpposeGiven
+from selfsteer.stages.sample import Sample
+
+
+class SPIN(Plain):
+    """Answers that stand beside the queries are preferred to the policy's own."""
+
+    method: Literal["spin"] = "spin"
+
+    needs_answers: ClassVar[bool] = True
+
+    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
+        """See `Plain.opposed`."""
+        samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
+        return plan(OpposeGiven(samples, Artifact(Path(resolve_path(self.queries.path)))))

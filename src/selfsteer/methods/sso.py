@@ -1,0 +1,80 @@
+"""SSO v2, the generator way: a generator trained from the policy writes the preferences."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from selfsteer.methods.base import Plan, WithBaseline, named, plain_pair
+from selfsteer.recipe.sections import Filter, Generator, Training
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.evaluate import Exhibit
+from selfsteer.stages.filter import FilterTriples
+from selfsteer.stages.sample import Sample
+
+
+class SSO(WithBaseline):
+    """Triples train a generator, the generator writes the pairs (SSO v2, arXiv 2410.17131)."""
+
+    method: Literal["sso"] = "sso"
+    generator: Generator = Generator()
+    training: Training = Training()
+    filter: Filter | None = Field(None, description="v1's log-prob filter on triples; null: off")
+
+    def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
+        """See `Aligning.round`."""
+        asked = self.ask(plan, policy)
+        everyone = {"plain": policy, "good": policy, "bad": policy}
+        limit = self.generator.queries
+        triples = plan(Sample(asked, everyone, self.sampling, limit, title="triples"))
+        kept = plan(
+            FilterTriples(
+                triples, policy, self.hygiene, active(self.filter), self.principles.catalogue
+            )
+        )
+        good, bad = self.generators(plan, kept, policy)
+        samples = plan(Sample(asked, {"good": good, "bad": bad}, self.sampling))
+        pairs = self.pairs(plan, samples, policy, principled=asked, triples=kept)
+        return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
+
+    def generators(
+        self, plan: Plan, triples: Artifact, policy: Artifact
+    ) -> tuple[Artifact, Artifact]:
+        """Who writes the good and the bad responses: one generator, or one per half of the loss."""
+        settings = self.generator
+        if settings.per_half:
+            plus, minus = (named(f"sso-{half}-only", settings) for half in ("plus", "minus"))
+            return (
+                self.train(
+                    plan, triples, policy, plus, settings,
+                    contexts=("good",), title="generator/plus",
+                ),
+                self.train(
+                    plan, triples, policy, minus, settings,
+                    contexts=("bad",), title="generator/minus",
+                ),
+            )  # fmt: skip
+        objective = named(settings.objective, settings)
+        made = self.train(
+            plan, triples, policy, objective, settings,
+            contexts=("good", "bad"), title="generator",
+        )  # fmt: skip
+        plan.exhibit = Exhibit({"policy": policy, "generator": made}, self.principles)
+        return made, made
+
+    @property
+    def shortest(self) -> int:
+        """See `Aligning.shortest`."""
+        return min(self.training.max_length, self.generator.max_length)
+
+    def sampled_models(self) -> dict[str, bool]:
+        """See `Aligning.sampled_models`."""
+        return {"the generator": True, **super().sampled_models()}
+
+    def answers_in_process(self) -> bool:
+        """See `Aligning.answers_in_process`."""
+        return super().answers_in_process() or self.generator.selection.points > 0
+
+
+def active(settings: Filter | None) -> Filter | None:
+    """v1's filter; None where it is off."""
+    return settings if settings is not None and settings.enabled else None

@@ -1,0 +1,276 @@
+"""What the models answer to held-out queries, and what the judge says of it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
+from selfsteer.data.queries import load_queries
+from selfsteer.data.records import Query, Verdict
+from selfsteer.engines.answers import answers as ask
+from selfsteer.engines.base import Completion, Request
+from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.stats import accuracy, mean_interval, verdict_counts
+from selfsteer.principles import writer
+from selfsteer.principles.contexts import CONTEXTS, context_messages
+from selfsteer.recipe.sections import Evaluation, JudgeConfig, PrinciplesConfig, Sampling
+from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.queries import reading_notes
+from selfsteer.stages.sample import check_sampler, params_of
+from selfsteer.terminal import progress_bar, warn
+
+#: What is kept of an answer beside its text.
+COUNTS = ("finish_reason", "prompt_tokens", "completion_tokens")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What steering looks like: one query under all contexts, before and after the generator.
+
+    Args:
+        models: name → model; the policy and the generator trained from it.
+        principles: whose specimen is shown.
+    """
+
+    models: Mapping[str, Artifact]
+    principles: PrinciplesConfig
+
+
+@dataclass(frozen=True)
+class Evaluate(Stage):
+    """Base, baseline and policies answer held-out queries; the judge compares them with the base.
+
+    Writes ``evaluation.json`` and each model's answers under ``evaluation/``. A query that one of
+    the models did not answer (its prompt is too long, or a request failed) has no answer to judge:
+    it is dropped.
+
+    Args:
+        queries: those of the run, which the held-out ones should not be among.
+        models: label → model; ``base`` first, then ``METHOD/iteration-K``.
+        finals: method → the label of its last policy.
+        settings: held-out queries, intervals.
+        sampling: how the models answer.
+        judge: who compares; None: nobody.
+        exhibit: shown in ``exhibit.json``; may be None.
+    """
+
+    queries: Artifact
+    models: Mapping[str, Artifact]
+    finals: Mapping[str, str]
+    settings: Evaluation
+    sampling: Sampling
+    judge: JudgeConfig | None
+    exhibit: Exhibit | None = field(default=None, metadata={"costs_only": True})
+
+    title = "evaluation"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `Stage.outputs`."""
+        return ("evaluation.json", "evaluation")
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        return scale.held_out
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        n, models = scale.held_out, len(self.models)
+        judged = (models - 1) * n if self.judge else 0
+        return Cost(n, answers=Counter(plain=models * n), judged=judged)
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        yield from check_sampler(self.sampling, self.models.values(), self.loading)
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        found = load_queries(self.settings.queries)
+        self._check_held_out(run, found.queries)
+        notes: dict[str, Any] = reading_notes(found)
+        said = {
+            label: self._answers(run, label, model, found.queries, notes)
+            for label, model in self.models.items()
+        }
+        lost: dict[int, str] = {}
+        for completions in said.values():
+            lost |= {i: c.missing for i, c in enumerate(completions) if c.missing}
+        with run.drops(self.name) as drops:
+            for i, reason in sorted(lost.items()):
+                drops.add(Dropped(found.queries[i].id, reason, found.queries[i]))
+        dropped = drops.counts + found.dropped
+        n_in = len(found.queries) + found.dropped.total()
+        kept = [i not in lost for i in range(len(found.queries))]
+        queries = list(compress(found.queries, kept))
+        if queries:
+            said = {label: list(compress(c, kept)) for label, c in said.items()}
+            report = self._report(queries, said, run)
+            write_atomic(
+                run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n"
+            )
+            if self.exhibit:
+                shown = self._show(queries[0], self.exhibit, run)
+                text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
+                write_atomic(run / "evaluation" / "exhibit.json", text)
+        return StageResult(n_in, len(queries), dropped, notes=notes)
+
+    def _check_held_out(self, run: RunFolder, queries: Sequence[Query]) -> None:
+        held_out = {q.messages for q in queries}
+        seen = {q.messages for q in stored_queries(self.queries.path) if q.messages in held_out}
+        shared = sum(q.messages in seen for q in queries)
+        if shared:
+            warn(
+                f"{shared} of {len(queries)} evaluation queries are also alignment queries: the "
+                "evaluation is not held out"
+            )
+
+    def _answers(
+        self,
+        run: RunFolder,
+        label: str,
+        model: Artifact,
+        queries: Sequence[Query],
+        notes: dict[str, Any],
+    ) -> list[Completion]:
+        """A model's answers; those of an earlier try at this very stage are read again."""
+        from selfsteer.engines.load import Engines
+
+        s = self.sampling
+        params = params_of(s)
+        if self.settings.temperature is not None:
+            params = params_of(s.model_copy(update={"temperature": self.settings.temperature}))
+        path = run / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+        if not path.exists():
+            # the same seeds for every model: what differs is the model
+            seed = derive_seed(self.seed, "evaluation")
+            asked = [Request(q.id, q.messages, derive_seed(seed, q.id)) for q in queries]
+            store = path.with_suffix(".partial.jsonl")
+            with Engines(run.path) as engines, progress_bar(label, len(queries)) as bar:
+                # without a name, so that one model leaves memory before the next comes
+                found = ask(
+                    engines.sampler(s.engine, str(model.path), self.loading, s.batch_size),
+                    asked,
+                    params,
+                    store=store,
+                    advance=bar.advance,
+                )
+            if engines.asked:
+                notes.setdefault("asked", {})[label] = engines.asked
+            lines = [
+                {
+                    **q.to_dict(),
+                    "response": found[q.id].text,
+                    **{name: getattr(found[q.id], name) for name in COUNTS},
+                }
+                for q in queries
+            ]
+            write_atomic(path, dump_lines(lines))
+            store.unlink(missing_ok=True)
+        return [
+            Completion(v["id"], v["response"], **{k: v[k] for k in COUNTS})
+            for _, v in read_jsonl(path)
+        ]
+
+    def _report(
+        self, queries: Sequence[Query], said: Mapping[str, list[Completion]], run: RunFolder
+    ) -> dict[str, Any]:
+        judge = load_judge(self.judge, run / "judgements")
+        report: dict[str, Any] = {
+            "queries": len(queries),
+            "judge": judge.name if judge else None,
+            "score_scale": judge.scale if isinstance(judge, ScoringJudge) else None,
+            "finals": dict(self.finals),
+            "models": {
+                label: _figures(queries, found, said["base"], judge, self.settings, self.seed)
+                for label, found in said.items()
+            },
+        }
+        if isinstance(judge, ScoringJudge) and len(self.finals) == 2:
+            difference = _difference(queries, said, self.finals, judge, self.settings, self.seed)
+            if difference:
+                report["difference"] = difference
+        return report
+
+    def _show(self, query: Query, exhibit: Exhibit, run: RunFolder) -> dict[str, Any]:
+        from selfsteer.engines.load import Engines
+
+        s, seed = self.sampling, derive_seed(self.seed, "exhibit")
+        principles = writer.specimen(exhibit.principles)
+        asked = [
+            Request(c, tuple(context_messages(query.messages, principles, c)), derive_seed(seed, c))
+            for c in CONTEXTS
+        ]
+        responses = {}
+        for name, model in exhibit.models.items():
+            with Engines(run.path) as engines:
+                found = ask(
+                    engines.sampler(s.engine, str(model.path), self.loading, s.batch_size),
+                    asked,
+                    params_of(s),
+                )
+            responses[name] = {c: found[c].text for c in CONTEXTS}
+        return {"query": query.text, "principles": principles.to_dict(), "responses": responses}
+
+
+def _figures(
+    queries: Sequence[Query],
+    found: Sequence[Completion],
+    base: Sequence[Completion],
+    judge: Judge | None,
+    settings: Evaluation,
+    seed: int,
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    out: dict[str, Any] = {
+        "tokens": float(np.mean([c.completion_tokens for c in found])),
+        "characters": float(np.mean([len(c.text) for c in found])),
+        "unfinished": sum(c.finish_reason == "length" for c in found),
+    }
+    if isinstance(judge, ScoringJudge):
+        scores = judge.score_all([(q, c.text) for q, c in zip(queries, found, strict=True)])
+        given = [s for s in scores if s is not None]
+        out["unscored"] = len(scores) - len(given)
+        if given:
+            out["score"] = mean_interval(given, rng, settings.bootstrap)
+    if judge is not None and found is not base:
+        pairs = [
+            Pair(q, mine.text, theirs.text)
+            for q, mine, theirs in zip(queries, found, base, strict=True)
+        ]
+        verdicts = [j.verdict for j in judge.compare_all(pairs)]
+        out["verdicts"] = verdict_counts(verdicts)
+        judged = [v for v in verdicts if v is not Verdict.UNPARSEABLE]
+        if judged:
+            wins = [accuracy([v]) or 0.0 for v in judged]
+            out["win_rate"] = mean_interval(wins, rng, settings.bootstrap)
+    return out
+
+
+def _difference(
+    queries: Sequence[Query],
+    answers: Mapping[str, list[Completion]],
+    finals: Mapping[str, str],
+    judge: ScoringJudge,
+    settings: Evaluation,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Score of the first method minus the second, paired by query; None without such pairs."""
+    (mine, mine_label), (theirs, their_label) = finals.items()
+    both = [
+        judge.score_all([(q, c.text) for q, c in zip(queries, answers[label], strict=True)])
+        for label in (mine_label, their_label)
+    ]
+    gaps = [a - b for a, b in zip(*both, strict=True) if a is not None and b is not None]
+    if not gaps:
+        return None
+    interval = mean_interval(gaps, np.random.default_rng(seed), settings.bootstrap)
+    return {"of": f"{mine} - {theirs}", "score": interval}
