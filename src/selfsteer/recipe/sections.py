@@ -2,7 +2,7 @@
 
 A field is documented once, in its description, with the source of its default. A field that only
 costs time, memory or disk is marked ``costs_only`` where it is declared; every other field is part
-of the fingerprint of the stages that take its section. Recipes themselves are in `selfsteer.methods`.
+of the fingerprint of the stages that take its section. Recipes are in `selfsteer.methods`.
 """
 
 import difflib

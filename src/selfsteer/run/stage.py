@@ -91,6 +91,8 @@ class Stage(ABC):
 
     #: Whether all ranks do the work together, where there are several.
     on_ranks: ClassVar[bool] = False
+    #: Whether it cannot work where there are several ranks.
+    one_process: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -147,6 +149,9 @@ class Stage(ABC):
     def cost(self, scale: Scale) -> Cost:
         """What it asks for; `plan` and `check` add these up."""
         return Cost(records=self.records(scale))
+
+    def tidy(self, run: RunFolder) -> None:
+        """Removes what the recipe does not want kept once the whole run is finished."""
 
     def check(self) -> Iterator[str]:
         """Fails now, not after a night of sampling, where the stage could not run.
