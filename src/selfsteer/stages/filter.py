@@ -103,6 +103,11 @@ class Left:
             self._reasons.append(reason)
         return self._reasons.index(reason)
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many were left out for each reason."""
+        return Counter(self._reasons[code] for code in self._why.tolist() if code)
+
     def __len__(self) -> int:
         return int((self._why == 0).sum())
 

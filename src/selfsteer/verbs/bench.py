@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from selfsteer.terminal import out, say
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, load_recipe, needs_queries
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, load_recipe
 
 app = typer.Typer(name="bench", no_args_is_help=True, help="Measure speed on this machine.")
 
@@ -27,8 +27,7 @@ def sampling(
 ) -> None:
     """Measure an engine's tokens per second, asked directly and through the pipeline."""
     chosen = [] if engine is None else [f"sampling.engine={engine}"]
-    checked, _ = load_recipe(recipe, [*(overrides or []), *chosen])
-    needs_queries(checked)
+    checked = aligning(load_recipe(recipe, [*(overrides or []), *chosen])[0])
     from selfsteer.verbs import sampling_speed
 
     found = sampling_speed.bench(checked, queries, repeats)

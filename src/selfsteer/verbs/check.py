@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, load_recipe, needs_queries
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, load_recipe
 
 if TYPE_CHECKING:
     from selfsteer.verbs.rehearsal import Line
@@ -29,8 +29,7 @@ def check(
     queries whether the policy follows the principles. Exits with 0 if a run can start, even with
     warnings.
     """
-    checked, _ = load_recipe(recipe, overrides or [])
-    needs_queries(checked)
+    checked = aligning(load_recipe(recipe, overrides or [])[0])
     from selfsteer.verbs import checks
 
     figures = checks.check(checked, queries, (lambda line: None) if as_json else tell)

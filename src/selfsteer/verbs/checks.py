@@ -24,12 +24,15 @@ from selfsteer.errors import ArtifactError, SelfsteerError
 from selfsteer.judges.base import Judge, load_judge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_chat, load_model
-from selfsteer.recipe.sections import PLAIN_METHODS, Queries, Recipe, resolve_path
-from selfsteer.run import execute as pipeline
-from selfsteer.run.folder import RunFolder, Stage, refuse
-from selfsteer.stages.estimate import Rates, Workload, disk_bytes, seconds, workload
-from selfsteer.stages.plan import stored_triples
-from selfsteer.stages.principles import write_principles
+from selfsteer.methods import Aligning, Principled
+from selfsteer.methods.base import WithBaseline
+from selfsteer.recipe.sections import Queries, resolve_path
+from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
+from selfsteer.run.folder import RunFolder, refuse
+from selfsteer.run.stage import Artifact, Stage, Where
+from selfsteer.stages.inputs import stored_triples
+from selfsteer.stages.principles import WritePrinciples
+from selfsteer.stages.train import Train
 from selfsteer.terminal import duration
 from selfsteer.verbs.rehearsal import Line, drops, first_words, fit, measure, sample_some, settle
 
@@ -76,7 +79,7 @@ class Probed:
     layout: str
 
 
-def check(recipe: Recipe, count: int, tell: Callable[[Line], None]) -> dict[str, Any]:
+def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[str, Any]:
     """Runs every check of a recipe; writes nothing into the run folder.
 
     Args:
@@ -90,9 +93,9 @@ def check(recipe: Recipe, count: int, tell: Callable[[Line], None]) -> dict[str,
     """
     c = Checks(tell)
     with c.line("recipe") as line:
-        baseline = f", baseline {recipe.baseline}" if recipe.baseline else ""
-        plain = recipe.method in PLAIN_METHODS
-        principles = "none" if plain else recipe.principles.mode
+        beside = recipe.baseline if isinstance(recipe, WithBaseline) else None
+        baseline = f", baseline {beside}" if beside else ""
+        principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
         line.found = (
             f"method {recipe.method}{baseline}, {recipe.iterations} iteration(s), "
             f"principles {principles}, seed {recipe.seed}"
@@ -100,7 +103,7 @@ def check(recipe: Recipe, count: int, tell: Callable[[Line], None]) -> dict[str,
     stages = _folder(c, recipe)
     queries, held_out = _queries(c, recipe)
     judge = _judge(c, recipe, [*queries, *held_out])
-    chat = _template(c, recipe)
+    chat = _template(c, recipe, stages)
     chosen = sorted(queries, key=lambda q: derive_seed(recipe.seed, "check", q.id))[:count]
     chosen.sort(key=lambda q: q.id)
     probed = _model(c, recipe, chosen) if chat and chosen else None
@@ -112,11 +115,12 @@ def check(recipe: Recipe, count: int, tell: Callable[[Line], None]) -> dict[str,
         )
         c.skip("disk principles budgets sampling steering time", missing)
     else:
-        todo = workload(recipe, stages, len(queries), len(held_out))
+        scale = Scale(len(queries), len(held_out))
+        todo = total(stage.cost(scale) for stage in stages)
         _disk(c, recipe, todo, probed)
-    if chat is not None and probed is not None and recipe.method in PLAIN_METHODS:
+    if chat is not None and probed is not None and not isinstance(recipe, Principled):
         c.skip("principles budgets sampling steering time", "a method with principles")
-    elif chat is not None and probed is not None:
+    elif chat is not None and probed is not None and isinstance(recipe, Principled):
         with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
             rates = _steering(c, recipe, chat, probed, queries, chosen, judge, Path(scratch))
         _time(c, stages, todo, rates)
@@ -127,7 +131,7 @@ def check(recipe: Recipe, count: int, tell: Callable[[Line], None]) -> dict[str,
     }
 
 
-def _folder(c: Checks, recipe: Recipe) -> list[Stage]:
+def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
     """The stages that are not done."""
     run, stages = RunFolder(recipe.folder), []
     with c.line("folder") as line:
@@ -138,7 +142,7 @@ def _folder(c: Checks, recipe: Recipe) -> list[Stage]:
                 "Choose another runs_dir or fix its permissions."
             )
         run.check_free()
-        whole = pipeline.plan(recipe, run)
+        whole = recipe.plan()
         stages = [s for s in whole if not run.is_done(s)]
         stale = run.stale(whole)
         if stale:
@@ -151,7 +155,7 @@ def _folder(c: Checks, recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def _queries(c: Checks, recipe: Recipe) -> tuple[Sequence[Query], Sequence[Query]]:
+def _queries(c: Checks, recipe: Aligning) -> tuple[Sequence[Query], Sequence[Query]]:
     def load(line: Line, settings: Queries) -> Sequence[Query]:
         queries, dropped, *_ = load_queries(settings)
         line.figures = {"queries": len(queries), "dropped": dict(dropped)}
@@ -174,7 +178,7 @@ def _queries(c: Checks, recipe: Recipe) -> tuple[Sequence[Query], Sequence[Query
     return queries, held_out
 
 
-def _judge(c: Checks, recipe: Recipe, queries: Sequence[Query]) -> Judge | None:
+def _judge(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Judge | None:
     judge = None
     if recipe.judge is not None:
         with c.line("judge") as line:
@@ -186,10 +190,10 @@ def _judge(c: Checks, recipe: Recipe, queries: Sequence[Query]) -> Judge | None:
     return judge
 
 
-def _template(c: Checks, recipe: Recipe) -> ChatFormat | None:
+def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatFormat | None:
     chat = None
     with c.line("template") as line:
-        for note in pipeline.check_models(recipe):
+        for note in dict.fromkeys(n for stage in stages for n in stage.check()):
             line.warn(f"{note}. That works, but principle and query share a turn.")
         chat = load_chat(resolve_path(recipe.policy.model), recipe.policy)
         token = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
@@ -199,7 +203,7 @@ def _template(c: Checks, recipe: Recipe) -> ChatFormat | None:
     return chat
 
 
-def _model(c: Checks, recipe: Recipe, queries: Sequence[Query]) -> Probed | None:
+def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | None:
     """Loads the policy as training does; it leaves memory with this function."""
     loaded = None
     with c.line("model") as line:
@@ -224,7 +228,8 @@ def _model(c: Checks, recipe: Recipe, queries: Sequence[Query]) -> Probed | None
         return None
     sequences, layout = [], None
     with c.line("engine") as line, Engines(None) as engines:
-        sequences = first_words(line, recipe, loaded, queries, engines)
+        engine = answering(recipe, loaded, engines)
+        sequences = first_words(line, engine, recipe.sampling, loaded.chat, queries, recipe.seed)
     if not sequences:
         c.skip("layout", "answers")
         return None
@@ -235,9 +240,23 @@ def _model(c: Checks, recipe: Recipe, queries: Sequence[Query]) -> Probed | None
     return Probed(size, loaded.dtype.itemsize, loaded.context_length, layout)
 
 
-def _disk(c: Checks, recipe: Recipe, todo: Workload, probed: Probed) -> None:
+def answering(recipe: Aligning, loaded: LoadedModel, engines: Engines) -> Engine:
+    """Who answers for the policy, which is in memory already."""
+    s = recipe.sampling
+    return engines.sampler(
+        s.engine, loaded.source, recipe.policy.loading, s.batch_size, loaded=loaded
+    )
+
+
+def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
     with c.line("disk") as line:
-        need = disk_bytes(todo, recipe, probed.parameters, probed.bytes_per_weight)
+        need = disk_bytes(
+            todo,
+            tokens=recipe.sampling.max_new_tokens,
+            parameters=probed.parameters,
+            bytes_per_weight=probed.bytes_per_weight,
+            checkpoints=0 if recipe.policy.lora else recipe.keep.checkpoints,
+        )
         path = recipe.folder.absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(there).free
@@ -256,7 +275,7 @@ def _disk(c: Checks, recipe: Recipe, todo: Workload, probed: Probed) -> None:
 
 def _steering(
     c: Checks,
-    recipe: Recipe,
+    recipe: Principled,
     chat: ChatFormat,
     probed: Probed,
     queries: Sequence[Query],
@@ -272,9 +291,18 @@ def _steering(
     rates = None
     with c.line("principles") as line:
         start = time.monotonic()
-        write_principles(chosen, recipe, policy, scratch, "check/principles")
+        writer = WritePrinciples(
+            Artifact(scratch),
+            Artifact(Path(policy)),
+            recipe.principles,
+            recipe.sampling.engine,
+            where=Where(folder="check"),
+            seed=recipe.seed,
+            loading=recipe.policy.loading,
+        )
+        writer.write(chosen, RunFolder(scratch))
         writing = time.monotonic() - start
-        triples = list(stored_triples(scratch / "principles.jsonl"))
+        triples = list(stored_triples(scratch / writer.outputs[0]))
         sources = Counter(str(t.extra["source"]) for t in triples)
         line.figures = {"sources": dict(sources), "seconds": writing}
         line.found = ", ".join(f"{n:,} {source}" for source, n in sources.most_common())
@@ -286,7 +314,15 @@ def _steering(
             )
     if triples:
         with c.line("budgets") as line:
-            fit(line, recipe, chat, probed.context_length, queries, triples)
+            fit(
+                line,
+                [s for s in recipe.plan() if isinstance(s, Train)],
+                recipe.sampling.max_new_tokens,
+                chat,
+                probed.context_length,
+                queries,
+                triples,
+            )
             fits = True
     if not fits:
         c.skip("sampling steering", "prompts that fit" if triples else "principles")
@@ -294,23 +330,34 @@ def _steering(
     with c.line("sampling") as line:
         start = time.monotonic()
         loaded = load_model(policy, recipe.policy, inference=True)
-        loading = time.monotonic() - start
+        taken = time.monotonic() - start
         with Engines(None) as engines:
-            kept, per_answer = sample_some(line, recipe, loaded, triples, engines)
+            engine = answering(recipe, loaded, engines)
+            kept, per_answer = sample_some(
+                line,
+                engine,
+                triples,
+                recipe.sampling,
+                recipe.hygiene,
+                recipe.principles.catalogue,
+                seed=recipe.seed,
+            )
         del loaded
     if not kept:
         c.skip("steering", "finished answers")
         return None
     with c.line("steering") as line:
-        settings = recipe.policy.model_copy(update={"layout": probed.layout})
-        per_forward, per_judged = measure(line, recipe, settings, kept, judge, scratch)
+        loading = recipe.policy.loading.model_copy(update={"layout": probed.layout})
+        per_forward, per_judged = measure(
+            line, policy, loading, kept, judge, scratch, seed=recipe.seed
+        )
         # what was written for a few queries includes loading the model for them
-        per_principles = max(writing - loading, 0) / len(triples)
+        per_principles = max(writing - taken, 0) / len(triples)
         rates = Rates(per_principles, per_answer, per_forward, per_judged)
     return rates
 
 
-def _time(c: Checks, stages: Sequence[Stage], todo: Workload, rates: Rates | None) -> None:
+def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -> None:
     if rates is None:
         c.skip("time", "the rates of sampling and scoring")
         return

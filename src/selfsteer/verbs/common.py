@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.run import ranks
+
+if TYPE_CHECKING:
+    from selfsteer.methods import Aligning, AnyRecipe, Recipe
 
 
 def complete_recipe(begun: str) -> list[str]:
@@ -62,12 +65,12 @@ def on_ranks(nproc: int | None, profile: str | None) -> None:
         ranks.launch(nproc, profile)
 
 
-def load_recipe(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+def load_recipe(recipe: str, overrides: list[str]) -> "tuple[AnyRecipe, dict[str, Any]]":
     """The checked recipe and its settings as given; a run folder stands for the recipe in it."""
     import yaml
 
-    from selfsteer.recipe.read import load_values, merge, validate
-    from selfsteer.recipe.sections import Recipe
+    from selfsteer.methods import recipe_of
+    from selfsteer.recipe.read import load_values, merge
 
     folder = Path(recipe)
     if (folder / "recipe.yaml").is_file():
@@ -75,13 +78,20 @@ def load_recipe(recipe: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]
         overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
         recipe = str(folder / "recipe.yaml")
     values = merge(load_values(recipe), overrides)
-    return validate(Recipe, values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
+    return recipe_of(values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
 
 
-def needs_queries(recipe: Any) -> None:
-    """Refuses a recipe without queries: what the verb measures is not there."""
-    if recipe.method == "reward":
-        raise ConfigError(
-            "This looks at queries and sampling, and a recipe of method reward has neither. "
-            "Start it with selfsteer run."
-        )
+def aligning(recipe: "Recipe") -> "Aligning":
+    """The recipe, if it has queries and samples answers to them.
+
+    Raises:
+        ConfigError: it trains a reward model alone.
+    """
+    from selfsteer.methods import Aligning
+
+    if isinstance(recipe, Aligning):
+        return recipe
+    raise ConfigError(
+        f"This command looks at queries and sampling, and a recipe of method {recipe.method} has "
+        "neither. Start it with selfsteer run."
+    )

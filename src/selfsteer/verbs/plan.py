@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, aligning
 
 #: Stand in for what a shipped recipe leaves open and arithmetic does not need.
 OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
@@ -53,24 +53,20 @@ def plan(
     --params, --layers, --hidden and --vocabulary. The formulas are in docs/scaling.md.
     """
     from selfsteer.errors import ConfigError
-    from selfsteer.recipe.read import load_values, merge, validate
-    from selfsteer.recipe.sections import Recipe, resolve_path
+    from selfsteer.methods import recipe_of
+    from selfsteer.recipe.read import load_values, merge
+    from selfsteer.recipe.sections import resolve_path
 
     values: dict[str, Any] = merge(load_values(recipe), overrides or [])
-    if values.get("method") == "reward":
-        raise ConfigError(
-            f"{recipe} is of method reward and trains a reward model alone; this adds up sampling "
-            "and the training of policies. Start it with selfsteer run."
-        )
     known = {"policy": params, "queries": queries}
     for section, (key, name) in OPEN.items():
-        given = values.setdefault(section, {})
-        if known[section] is not None and isinstance(given, dict) and not given.get(key):
-            given[key] = name
-    checked = validate(Recipe, values, f"recipe {recipe}")
+        if known[section] is not None:
+            given = values.setdefault(section, {})
+            if isinstance(given, dict) and not given.get(key):
+                given[key] = name
+    checked = aligning(recipe_of(values, f"recipe {recipe}"))
     from selfsteer.data.queries import load_queries
-    from selfsteer.run import execute as pipeline
-    from selfsteer.run.folder import RunFolder
+    from selfsteer.run.cost import Scale
     from selfsteer.terminal import out
     from selfsteer.verbs import planning
 
@@ -87,9 +83,7 @@ def plan(
     held_out = len(load_queries(checked.evaluation.queries).queries) if checked.evaluation else 0
     found = planning.plan(
         checked,
-        pipeline.plan(checked, RunFolder(checked.folder)),
-        count,
-        held_out,
+        Scale(count, held_out),
         shape,
         planning.Lengths(query_tokens, principle_tokens, response_tokens),
         planning.Machine(gpu, gpus, utilisation, sampling_utilisation),

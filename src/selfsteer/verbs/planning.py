@@ -1,7 +1,6 @@
 """`selfsteer plan`: what a recipe will cost, by arithmetic alone; nothing of it is measured.
 
-Counts of records come from `selfsteer.stages.estimate`, which the stages' own loop feeds. The
-formulas are those of docs/scaling.md.
+Counts come from the stages themselves (`Stage.cost`); the formulas are those of docs/scaling.md.
 """
 
 import json
@@ -14,9 +13,11 @@ from typing import Any
 
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Recipe, Training
-from selfsteer.run.folder import Stage
-from selfsteer.stages.estimate import TEXT, Workload, disk_bytes, workload
+from selfsteer.methods import Aligning
+from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyTraining
+from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
+from selfsteer.run.stage import Stage
+from selfsteer.stages.principles import WritePrinciples
 
 #: Name → (dense bfloat16 operations a second, bytes of memory), of the makers' data sheets.
 GPUS = {
@@ -222,10 +223,8 @@ def forward_flops(shape: Shape, tokens: float, pairs: float, responses: float) -
 
 
 def plan(
-    recipe: Recipe,
-    stages: Sequence[Stage],
-    queries: int,
-    held_out: int,
+    recipe: Aligning,
+    scale: Scale,
     shape: Shape,
     lengths: Lengths,
     machine: Machine,
@@ -233,41 +232,41 @@ def plan(
     """All figures of a recipe: ``stages``, ``memory``, ``disk``, ``totals``, ``assumptions``.
 
     Args:
-        recipe: checked.
-        stages: all of it, as `selfsteer.run.execute.plan` lists them.
-        queries: in the query set.
-        held_out: evaluation queries.
+        recipe: checked; all of it is counted, whatever is done.
+        scale: queries and evaluation queries.
         shape: of the policy.
         lengths: assumed, the same for every record; responses never exceed their budget.
         machine: assumed; all stages keep all of its GPUs busy.
     """
-    lengths = Lengths(
-        lengths.query,
-        lengths.principles,
-        min(lengths.response, recipe.sampling.max_new_tokens),
-    )
+    loading, lora = recipe.policy.loading, recipe.policy.lora
+    lengths = replace(lengths, response=min(lengths.response, recipe.sampling.max_new_tokens))
+    costs = [(stage, stage.cost(scale)) for stage in recipe.plan()]
     rows = []
-    before = Workload()
-    for i, stage in enumerate(stages):
-        upto = workload(recipe, stages[: i + 1], queries, held_out)
-        rows.append(_stage(recipe, stage.name, before, upto, shape, lengths, machine))
-        before = upto
-    disk = disk_bytes(before, recipe, shape.parameters, _saved_bytes(recipe), lengths.response)
+    before = Cost()
+    for stage, cost in costs:
+        rows.append(_stage(stage, cost, before, lengths, shape, machine))
+        before = total((before, cost))
+    disk = disk_bytes(
+        before,
+        tokens=lengths.response,
+        parameters=shape.parameters,
+        bytes_per_weight=_saved_bytes(loading),
+        checkpoints=0 if lora else recipe.keep.checkpoints,
+    )
     # queries with their principles stand in three files of a record
     each = lengths.query + 2 * lengths.principles
     disk["queries and principles"] = 3 * before.principles * each * TEXT
-    settings = recipe.training
     memory = {
-        "ddp": memory_bytes(recipe, settings, shape, lengths, machine, sharded=False),
-        "sharded": memory_bytes(recipe, settings, shape, lengths, machine, sharded=True),
+        name: memory_bytes(lora, recipe.training, shape, lengths, machine, sharded=name != "ddp")
+        for name in ("ddp", "sharded")
     }
     return {
         "recipe": recipe.name,
         "estimate": True,
         "shape": shape.__dict__,
-        "assumptions": _assumptions(recipe, lengths, machine),
+        "assumptions": _assumptions(loading, lengths, machine),
         "stages": rows,
-        "not_counted": before.unknown,
+        "not_counted": list(before.unknown),
         "totals": {
             "sampled_tokens": sum(r["sampled_tokens"] for r in rows),
             "training_flops": sum(r["flops"]["training"] for r in rows),
@@ -284,57 +283,52 @@ def plan(
 
 
 def _stage(
-    recipe: Recipe,
-    name: str,
-    before: Workload,
-    upto: Workload,
-    shape: Shape,
-    lengths: Lengths,
-    machine: Machine,
+    stage: Stage, cost: Cost, before: Cost, lengths: Lengths, shape: Shape, machine: Machine
 ) -> dict[str, Any]:
     """What one stage adds to the work of those before it."""
-    shared = recipe.policy.layout != "padded"
+    shared = stage.loading.layout != "padded"
+    written = min(lengths.principles, _budget(stage, lengths))
+    kinds = {
+        "features": (INSTRUCTION + lengths.query, FEATURE_ANSWER),
+        "principles": (INSTRUCTION + lengths.query, written),
+    }
     flops = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
     sampled = 0
-
-    def sample(answers: int, prompt: int, response: int) -> None:
-        nonlocal sampled
-        sampled += answers * response
-        total, pairs = prompt + response, (prompt + response) ** 2 / 2
-        flops["sampling"] += answers * forward_flops(shape, total, pairs, response)
-
-    for response, n in upto.answers.items():
-        sample(n - before.answers[response], lengths.prompt(response), lengths.response)
-    written = upto.principles - before.principles
-    settings = recipe.principles
-    if settings.asks_a_model and settings.features == "model":
-        sample(written, INSTRUCTION + lengths.query, FEATURE_ANSWER)
-    if settings.mode == "generated":
-        budget = min(settings.max_new_tokens, lengths.principles)
-        sample(written * settings.candidates, INSTRUCTION + lengths.query, budget)
-    sets: dict[tuple[str, str, int], list[str]] = {}
-    for (where, data, sequence), n in upto.scores.items():
-        new = n - before.scores.get((where, data, sequence), 0)
-        sets.setdefault((where, data, new), []).append(sequence)
-    for (_, _, n), sequences in sets.items():
+    for kind, n in cost.answers.items():
+        prompt, response = kinds.get(kind) or (lengths.prompt(kind), lengths.response)
+        sampled += n * response
+        tokens = prompt + response
+        flops["sampling"] += n * forward_flops(shape, tokens, tokens**2 / 2, response)
+    sets: dict[tuple[str, int], list[str]] = {}
+    for (texts, sequence), n in cost.scores.items():
+        new = max(n - before.scores.get((texts, sequence), 0), 0)
+        sets.setdefault((texts, new), []).append(sequence)
+    for (_, n), sequences in sets.items():
         flops["scoring"] += n * forward_flops(shape, *tokens_of(sequences, lengths, shared=shared))
-    for trained, _, passes in upto.trained[len(before.trained) :]:
-        once = forward_flops(shape, *tokens_of(trained, lengths, shared=shared))
-        flops["training"] += passes * once
+    for training in cost.trainings:
+        once = forward_flops(shape, *tokens_of(training.sequences, lengths, shared=shared))
+        flops["training"] += training.passes * once
     work = flops["scoring"] + flops["training"]
     seconds = flops["sampling"] / machine.sampling + work / machine.training
     return {
-        "stage": name,
-        "records": upto.records - before.records,
+        "stage": stage.name,
+        "records": cost.records,
         "sampled_tokens": sampled,
         "flops": flops,
         "hours": seconds / machine.peak / 3600,
     }
 
 
+def _budget(stage: Stage, lengths: Lengths) -> int:
+    """Tokens that the writer of principles may use."""
+    if isinstance(stage, WritePrinciples):
+        return stage.settings.max_new_tokens
+    return lengths.principles
+
+
 def memory_bytes(
-    recipe: Recipe,
-    settings: Training | Generator,
+    lora: Lora | None,
+    settings: PolicyTraining | Generator,
     shape: Shape,
     lengths: Lengths,
     machine: Machine,
@@ -344,7 +338,7 @@ def memory_bytes(
     """Kind → bytes on one GPU while the policy is trained.
 
     Args:
-        recipe: adapters, selection.
+        lora: adapters are trained alone.
         settings: the training's.
         shape: of the policy.
         lengths: what share of a row are response tokens.
@@ -354,8 +348,8 @@ def memory_bytes(
     """
     ranks = machine.count if sharded else 1
     trained = shape.parameters
-    if recipe.policy.lora:
-        trained = _adapters(shape, recipe.policy.lora.rank)
+    if lora:
+        trained = _adapters(shape, lora.rank)
     row = settings.row_tokens
     per_token = ACTIVATION * shape.hidden * shape.layers
     if settings.gradient_checkpointing:
@@ -385,23 +379,23 @@ def _adapters(shape: Shape, rank: int) -> int:
     return int(rank * wide * shape.layers)
 
 
-def _host_bytes(work: Workload, lengths: Lengths) -> int:
+def _host_bytes(cost: Cost, lengths: Lengths) -> int:
     """Of the largest training: its triples' texts, token ids and reference log-probs."""
     most = 0
-    for sequences, queries, _ in work.trained:
-        responses = len(sequences) * lengths.response
-        ids = tokens_of(sequences, lengths, shared=True)[0] * ID + responses * SCORE
+    for training in cost.trainings:
+        responses = len(training.sequences) * lengths.response
+        ids = tokens_of(training.sequences, lengths, shared=True)[0] * ID + responses * SCORE
         text = (lengths.query + 2 * lengths.principles + 2 * lengths.response) * TEXT
-        most = max(most, queries * (ids + text))
+        most = max(most, training.records * (ids + text))
     return most
 
 
-def _saved_bytes(recipe: Recipe) -> int:
+def _saved_bytes(loading: Loading) -> int:
     """Of a saved weight: models are saved in the computing precision."""
-    return 4 if recipe.policy.dtype == "float32" or recipe.policy.device == "cpu" else 2
+    return 4 if loading.dtype == "float32" or loading.device == "cpu" else 2
 
 
-def _assumptions(recipe: Recipe, lengths: Lengths, machine: Machine) -> dict[str, Any]:
+def _assumptions(loading: Loading, lengths: Lengths, machine: Machine) -> dict[str, Any]:
     peak, memory = GPUS[machine.gpu]
     return {
         "gpu": machine.gpu,
@@ -413,5 +407,5 @@ def _assumptions(recipe: Recipe, lengths: Lengths, machine: Machine) -> dict[str
         "query_tokens": lengths.query,
         "principle_tokens": lengths.principles,
         "response_tokens": lengths.response,
-        "layout": "padded" if recipe.policy.layout == "padded" else "tree",
+        "layout": "padded" if loading.layout == "padded" else "tree",
     }

@@ -15,9 +15,8 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import RESPONSES, Query, Triple, Verdict
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
-from selfsteer.engines.load import Engines
-from selfsteer.engines.shards import do
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
 from selfsteer.errors import ArtifactError, DataError, EngineError
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
@@ -30,9 +29,10 @@ from selfsteer.models.score import settle_layout, tree_difference
 from selfsteer.models.store import scored
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
-from selfsteer.recipe.sections import Policy, Recipe, resolve_path
-from selfsteer.stages.filter import clean
-from selfsteer.stages.sample import answer, collect
+from selfsteer.recipe.sections import Hygiene, Loading, Sampling
+from selfsteer.stages.filter import Left
+from selfsteer.stages.sample import answer, collect, params_of
+from selfsteer.stages.train import Train
 from selfsteer.terminal import interval, progress_bar
 
 #: Shares above which something ordinary becomes a warning.
@@ -62,19 +62,32 @@ class Line:
 
 
 def first_words(
-    line: Line, recipe: Recipe, loaded: LoadedModel, queries: Sequence[Query], engines: Engines
+    line: Line,
+    engine: Engine,
+    sampling: Sampling,
+    chat: ChatFormat,
+    queries: Sequence[Query],
+    seed: int,
 ) -> list[EncodedSequence]:
     """Answers some queries under two seeds; returns what was answered, as sequences.
 
     Raises:
         EngineError: nothing but empty answers.
     """
-    s = recipe.sampling
-    engine = engines.sampler(recipe, loaded.source, loaded=loaded)
+    s = sampling
     params = SamplingParams(s.temperature, s.top_p, min(s.max_new_tokens, PROBE_TOKENS))
     prompts = [q.messages for q in queries[:PROBES]]
     first, second = (
-        engine.generate(prompts, params, derive_seed(recipe.seed, "check/engine", k))
+        list(
+            answers(
+                engine,
+                [
+                    Request(str(i), tuple(p), derive_seed(seed, "check/engine", i, k))
+                    for i, p in enumerate(prompts)
+                ],
+                params,
+            ).values()
+        )
         for k in range(2)
     )
     answered = [a for a in (*first, *second) if a.completion_tokens]
@@ -101,8 +114,8 @@ def first_words(
         line.warn(f"{empty} of {2 * len(prompts)} answers are empty; those are dropped.")
     sequences = []
     for prompt, a, b in zip(prompts, first, second, strict=True):
-        ids = loaded.chat.prompt_ids(prompt)
-        texts = (loaded.chat.response_ids(x.text) for x in (a, b) if x.completion_tokens)
+        ids = chat.prompt_ids(prompt)
+        texts = (chat.response_ids(x.text) for x in (a, b) if x.completion_tokens)
         sequences += [EncodedSequence(ids, t) for t in texts]
     return sequences
 
@@ -130,7 +143,8 @@ def settle(line: Line, loaded: LoadedModel, sequences: Sequence[EncodedSequence]
 
 def fit(
     line: Line,
-    recipe: Recipe,
+    trainings: Sequence[Train],
+    new: int,
     chat: ChatFormat,
     limit: int | None,
     queries: Sequence[Query],
@@ -152,14 +166,14 @@ def fit(
         for t in triples
         for context in ("good", "bad")
     )
-    new = recipe.sampling.max_new_tokens
     steered = np.array(plain) + added
-    # the policy of the generator way and of PBAA is trained on plain contexts
-    bounds = {"training.max_length": (recipe.training.max_length, np.array(plain))}
-    if recipe.method == "sso":
-        bounds["generator.max_length"] = (recipe.generator.max_length, steered)
-    if recipe.method == "sso-online":
-        bounds["training.max_length"] = (recipe.training.max_length, steered)
+    bounds = {
+        f"{t.section}.max_length": (
+            t.settings.max_length,
+            np.array(plain) if t.plain else steered,
+        )
+        for t in trainings
+    }
     too_long = int((steered + new > limit).sum()) if limit else 0
     line.figures = {
         "longest_prompt": max(plain),
@@ -199,30 +213,41 @@ def fit(
 
 def sample_some(
     line: Line,
-    recipe: Recipe,
-    loaded: LoadedModel,
+    engine: Engine,
     triples: Sequence[Triple],
-    engines: Engines,
+    sampling: Sampling,
+    hygiene: Hygiene,
+    catalogue: str | None,
+    *,
+    seed: int,
 ) -> tuple[list[Triple], dict[str, float]]:
     """The answered triples, and per response the seconds of one answer.
 
     Raises:
         ArtifactError: no triple is left.
     """
-    models = dict.fromkeys(RESPONSES, loaded.source)
-    engine = engines.sampler(recipe, loaded.source, loaded=loaded)
+    models = dict.fromkeys(RESPONSES, "policy")
     start = time.monotonic()
     with progress_bar("sampling", len(triples) * len(models)) as bar:
-        asked = answer(triples, models, lambda s: engine, recipe, "check", 0, bar.advance)
-        found = do(asked)
+        found = answer(
+            triples,
+            models,
+            lambda source: engine,
+            params_of(sampling),
+            seed=derive_seed(seed, "check"),
+            store=None,
+            advance=bar.advance,
+        )
     elapsed = time.monotonic() - start
     tokens = {r: sum(found[t.id, r].completion_tokens for t in triples) for r in models}
     total = max(sum(tokens.values()), 1)
     reasons = _reasons(list(found.values()))
     unfinished = reasons["length"] / len(found)
-    kept, dropped = collect(triples, tuple(models), found, recipe.sampling.keep_unfinished)
-    usable, unclean, _ = clean(kept, recipe.hygiene, load_catalogue(recipe.principles.catalogue))
-    dropped += unclean
+    kept, lost = collect(
+        triples, tuple(models), found, keep_unfinished=sampling.keep_unfinished
+    )
+    usable = Left(kept, hygiene, load_catalogue(catalogue)).sift()
+    dropped = Counter(d.reason for d in lost) + usable.reasons
     same = [len(set(t.responses.values())) < len(models) for t in kept]
     line.figures = {
         "answers": len(found),
@@ -233,7 +258,7 @@ def sample_some(
         "usable": len(usable),
         "dropped": dict(dropped),
     }
-    budget = recipe.sampling.max_new_tokens
+    budget = sampling.max_new_tokens
     if len(kept) < 2:
         left = f"{len(kept)} of {len(triples)} triples left{drops(dropped)}"
         if unfinished:
@@ -253,7 +278,7 @@ def sample_some(
         line.warn(
             f"{unfinished:.0%} of the answers do not end within sampling.max_new_tokens "
             f"{budget:,}. Raise it, or they are "
-            + ("kept as they are." if recipe.sampling.keep_unfinished else "dropped.")
+            + ("kept as they are." if sampling.keep_unfinished else "dropped.")
         )
     if np.mean(same) > EQUAL:
         line.warn(
@@ -265,18 +290,20 @@ def sample_some(
 
 def measure(
     line: Line,
-    recipe: Recipe,
-    settings: Policy,
+    policy: str,
+    loading: Loading,
     triples: Sequence[Triple],
     judge: Judge | None,
     scratch: Path,
+    *,
+    seed: int,
 ) -> tuple[float, float | None]:
     """Puts the steering figures into the line.
 
     Returns:
         The seconds of scoring one sequence, and of judging one pair if there is a judge.
     """
-    loaded = load_model(resolve_path(settings.model), settings)
+    loaded = load_model(policy, loading)
     chat = loaded.chat
     own = (*PLAIN_SEQUENCES, "plain/plain", *GAP_SEQUENCES)
     flat = [chat.sequence(t, name) for name in own for t in triples]
@@ -299,7 +326,7 @@ def measure(
     verdicts, per_judged = None, None
     if judge is not None:
         verdicts, per_judged = _judged(judge, triples)
-    rng = np.random.default_rng(derive_seed(recipe.seed, "check/steering"))
+    rng = np.random.default_rng(derive_seed(seed, "check/steering"))
     means = {n: sums[n] / lengths[n] for n in names}
     found = steering(triples, means, verdicts, rng)
     alike = lent == principles

@@ -41,17 +41,17 @@ def run(
     self-rewarding, sgpo, spin, wpo.
     """
     from selfsteer.report import summary
-    from selfsteer.run import execute as pipeline
+    from selfsteer.run.execute import execute, select
     from selfsteer.run.folder import RunFolder
 
     checked, given = load_recipe(recipe, overrides or [])
     if dry_run:
         folder = RunFolder(checked.folder)
-        whole = pipeline.plan(checked, folder)
+        whole = checked.plan()
         stale = {e["stage"] for e in folder.stale(whole)}
         states = {
             s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
-            for s in pipeline.select(whole, until)
+            for s in select(whole, until)
         }
         if not is_main_process():
             return
@@ -62,7 +62,7 @@ def run(
                 out.print(f"{state:<10} {name}")
         return
     on_ranks(nproc, profile)
-    ran = pipeline.execute(checked, given, until=until, redo=redo)
+    ran = execute(checked, given, until=until, redo=redo)
     if not is_main_process():
         return
     if ran == 0:
