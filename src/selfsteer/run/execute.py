@@ -1,7 +1,7 @@
 """Runs what of a recipe's plan is not done yet: read this after `selfsteer.methods`.
 
-    queries ─► principles ─► triples ─► generator ─► preferences ─► policy ─► evaluation
-      x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judged)
+queries ─► principles ─► triples ─► generator ─► preferences ─► policy ─► evaluation
+x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judged)
 """
 
 import gc

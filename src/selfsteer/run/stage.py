@@ -152,6 +152,7 @@ class Stage(ABC):
 
     def tidy(self, run: RunFolder) -> None:
         """Removes what the recipe does not want kept once the whole run is finished."""
+        return
 
     def check(self) -> Iterator[str]:
         """Fails now, not after a night of sampling, where the stage could not run.

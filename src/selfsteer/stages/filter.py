@@ -5,6 +5,7 @@ looks at log-probs and needs plain responses, so only triples pass it.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache

@@ -19,13 +19,14 @@ from typing import Any
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Query, Triple
+from selfsteer.engines.base import Engine
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, SelfsteerError
 from selfsteer.judges.base import Judge, load_judge
-from selfsteer.models.chat import ChatFormat
-from selfsteer.models.load import load_chat, load_model
 from selfsteer.methods import Aligning, Principled
 from selfsteer.methods.base import WithBaseline
+from selfsteer.models.chat import ChatFormat
+from selfsteer.models.load import LoadedModel, load_chat, load_model
 from selfsteer.recipe.sections import Queries, resolve_path
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
 from selfsteer.run.folder import RunFolder, refuse

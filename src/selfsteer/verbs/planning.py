@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
 from selfsteer.methods import Aligning
+from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
 from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyTraining
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage

@@ -243,9 +243,7 @@ def sample_some(
     total = max(sum(tokens.values()), 1)
     reasons = _reasons(list(found.values()))
     unfinished = reasons["length"] / len(found)
-    kept, lost = collect(
-        triples, tuple(models), found, keep_unfinished=sampling.keep_unfinished
-    )
+    kept, lost = collect(triples, tuple(models), found, keep_unfinished=sampling.keep_unfinished)
     usable = Left(kept, hygiene, load_catalogue(catalogue)).sift()
     dropped = Counter(d.reason for d in lost) + usable.reasons
     same = [len(set(t.responses.values())) < len(models) for t in kept]
