@@ -15,11 +15,13 @@ from typing import Any
 
 from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.records import Message, Query, Verdict
+from selfsteer.engines.answers import answers
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     REQUEST_FAILED,
     Completion,
     Engine,
+    Request,
     SamplingParams,
 )
 from selfsteer.errors import ConfigError
@@ -254,9 +256,12 @@ class ChatJudge:
         self, keys: Sequence[str], conversations: Sequence[Any], advance: Advance
     ) -> list[dict[str, Any]]:
         self._engine = self._engine or self._make_engine()
-        seed = derive_seed("judge", keys[0])
-        found = self._engine.generate(conversations, self._sampling, seed, advance)
-        return [_answer(c) for c in found]
+        asked = [
+            Request(k, tuple(c), derive_seed("judge", k))
+            for k, c in zip(keys, conversations, strict=True)
+        ]
+        found = answers(self._engine, asked, self._sampling, advance=advance)
+        return [_answer(c) for c in found.values()]
 
 
 def _both_orders(pair: Pair) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

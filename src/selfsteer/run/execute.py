@@ -219,14 +219,17 @@ def check_models(recipe: Recipe) -> list[str]:
         ArtifactError: no such model, or a chat template is missing.
         ConfigError: the response budget exceeds the model's context.
     """
-    from selfsteer.engines.load import check_engines
+    from selfsteer.engines.load import check_engine
     from selfsteer.judges.base import load_judges
     from selfsteer.models.load import load_chat, load_context_length
     from selfsteer.stages.benchmark import check_benchmarks
 
     for judge in load_judges(recipe.judges):
         judge.check(())
-    check_engines(recipe)
+    writer = recipe.principles.writer if recipe.principles.mode == "generated" else None
+    for engine in (recipe.sampling.engine, recipe.improver, writer):
+        if engine is not None:
+            check_engine(engine)
     check_benchmarks(recipe)
     _check_device(recipe)
     notes = []

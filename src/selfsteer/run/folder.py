@@ -310,21 +310,12 @@ def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
 # -- shards --------------------------------------------------------------------------------------
 
 
-def in_turn(
-    work: Callable[[int, Sequence[T]], Any], shards: Iterable[tuple[int, Sequence[T]]]
-) -> Iterator[tuple[int, Any]]:
-    """Number and result of each shard, one after the other."""
-    for number, part in shards:
-        yield number, work(number, part)
-
-
 def run_shards(
     folder: Path,
     items: Records[T],
     shard_size: int,
-    work: Callable[[int, Sequence[T]], Any],
+    work: Callable[[int, Sequence[T]], tuple[Sequence[Any], Counter[str]]],
     skipped: Callable[[int], None] = lambda n: None,
-    spread: Callable[..., Iterator[tuple[int, Any]]] = in_turn,
 ) -> StageResult:
     """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
 
@@ -332,46 +323,36 @@ def run_shards(
         folder: gets ``shard-00000.jsonl`` … and beside each a mark with its counts and digest.
         items: what goes in, in a fixed order; only one shard of it is in memory.
         shard_size: items per shard.
-        work: (shard number, items) → (records, drops by reason), or whatever ``spread`` makes
-            that of; deterministic in its arguments.
+        work: (shard number, items) → (records, drops by reason); deterministic in its arguments.
+            What it keeps in `scratch_of` the shard is removed when the shard is written.
         skipped: told the number of items of each shard that was already there.
-        spread: (work, shards to do) → number and result of each, in any order.
     """
     result = StageResult(len(items), 0)
-    sizes: dict[int, int] = {}
-
-    def count(counts: Mapping[str, Any]) -> None:
+    for number, part in enumerate(batched(items, shard_size)):
+        shard, mark = (folder / f"shard-{number:05d}{end}" for end in (".jsonl", ".done.json"))
+        counts = _finished_shard(shard, mark, len(part))
+        if counts is None:
+            records, dropped = work(number, part)
+            text = dump_lines(records).encode()
+            write_atomic(shard, text)
+            counts = {
+                "n_in": len(part),
+                "n_out": len(records),
+                "dropped": dict(sorted(dropped.items())),
+                "sha256": hashlib.sha256(text).hexdigest(),
+            }
+            write_atomic(mark, json.dumps(counts) + "\n")
+        else:
+            skipped(len(part))
+        shutil.rmtree(scratch_of(folder, number), ignore_errors=True)
         result.n_out += counts["n_out"]
         result.dropped.update(counts["dropped"])
-
-    def todo() -> Iterator[tuple[int, Sequence[T]]]:
-        for number, part in enumerate(batched(items, shard_size)):
-            counts = _finished_shard(*_shard_files(folder, number), len(part))
-            if counts is None:
-                sizes[number] = len(part)
-                yield number, part
-            else:
-                skipped(len(part))
-                count(counts)
-
-    for number, (records, dropped) in spread(work, todo()):
-        shard, mark = _shard_files(folder, number)
-        text = dump_lines(records).encode()
-        write_atomic(shard, text)
-        counts = {
-            "n_in": sizes.pop(number),
-            "n_out": len(records),
-            "dropped": dict(sorted(dropped.items())),
-            "sha256": hashlib.sha256(text).hexdigest(),
-        }
-        write_atomic(mark, json.dumps(counts) + "\n")
-        count(counts)
     return result
 
 
-def _shard_files(folder: Path, number: int) -> tuple[Path, Path]:
-    """A shard and the mark of its completion."""
-    return folder / f"shard-{number:05d}.jsonl", folder / f"shard-{number:05d}.done.json"
+def scratch_of(folder: Path, number: int) -> Path:
+    """A folder for what a shard goes on from after a kill, such as its answers so far."""
+    return folder / f"shard-{number:05d}.scratch"
 
 
 def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:

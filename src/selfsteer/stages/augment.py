@@ -12,21 +12,26 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from selfsteer.data import curate
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, write_atomic
 from selfsteer.data.queries import contamination
 from selfsteer.data.records import Message, Query, content_id
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Engine, SamplingParams
-from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import (
+    PROMPT_TOO_LONG,
+    REQUEST_FAILED,
+    Engine,
+    Request,
+    SamplingParams,
+)
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import Queries
-from selfsteer.run.folder import StageResult, read_shards, run_shards
+from selfsteer.run.folder import StageResult
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: Bounds and likeness where the recipe sets none: a query of 3 characters is no query.
@@ -133,15 +138,6 @@ class Reply:
     text: str = ""
     finish_reason: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {
-            "how": self.how,
-            "from": list(self.sources),
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-        }
-
 
 @dataclass
 class _Pool:
@@ -208,14 +204,13 @@ def augment(
     path: Path,
     *,
     seed: int,
-    shard_size: int,
     evaluation: Sequence[Query] = (),
     check: Callable[[Query], None] = lambda query: None,
 ) -> StageResult:
     """Writes the seeds and the new queries, each with its lineage in ``augmented``, in id order.
 
     A round asks for what is still missing, from seeds and earlier finds alike. Replies are stored
-    shard by shard beside ``path`` until the end; what is accepted follows from them, so that an
+    beside ``path`` until the end; what is accepted follows from them, so that an
     interrupted run asks nothing twice.
 
     Args:
@@ -225,7 +220,6 @@ def augment(
         engine: who writes.
         path: the JSONL file to write; ``augmented.jsonl`` keeps its replies in ``augment/``.
         seed: of choices and sampling.
-        shard_size: replies per shard.
         evaluation: queries that must stay held out, beside the sets of ``against``.
         check: raises DataError on a query that the judge has no use for.
 
@@ -256,7 +250,7 @@ def augment(
     with progress_bar("augment", wanted.to - len(seeds)) as bar:
         while len(pool.queries) < wanted.to and rounds < wanted.attempts:
             rounds += 1
-            for reply in _round(pool, engine, scratch, rounds, seed, shard_size, bar):
+            for reply in _round(pool, engine, scratch, rounds, seed, bar):
                 reason = pool.offer(reply, rounds)
                 asked[reply.how] += 1
                 if reason is None:
@@ -292,10 +286,9 @@ def _round(
     scratch: Path,
     number: int,
     seed: int,
-    shard_size: int,
     bar: Bar,
 ) -> list[Reply]:
-    """Asks for as many queries as are missing; finished shards are read, not asked again."""
+    """Asks for as many queries as are missing; stored answers are not asked for again."""
     settings = pool.settings.augment
     assert settings is not None
     ids = list(pool.queries)
@@ -308,21 +301,22 @@ def _round(
         asks.append(Reply(how, tuple(rng.sample(ids, count))))
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
 
-    def work(shard: int, part: Sequence[Reply]) -> Work[tuple[list[Reply], Counter[str]]]:
-        prompts = [prompt(a.how, [pool.queries[i] for i in a.sources]) for a in part]
-        shard_seed = derive_seed(seed, number, shard)
-        found = yield Ask(
-            engine, prompts, params, shard_seed, lambda n, tokens: bar.advance(0, tokens)
+    requests = [
+        Request(
+            str(i),
+            tuple(prompt(a.how, [pool.queries[j] for j in a.sources])),
+            derive_seed(seed, "augment", f"round-{number}", a.how, i),
         )
-        replies = [
-            Reply(a.how, a.sources, c.text, c.finish_reason)
-            for a, c in zip(part, found, strict=True)
-        ]
-        return replies, Counter()
-
-    folder = scratch / f"round-{number:03d}"
-    run_shards(folder, asks, shard_size, work, spread=at_once)
+        for i, a in enumerate(asks)
+    ]
+    found = answers(
+        engine,
+        requests,
+        params,
+        store=scratch / f"round-{number:03d}.jsonl",
+        advance=lambda n, tokens: bar.advance(0, tokens),
+    )
     return [
-        Reply(v["how"], tuple(v["from"]), v["text"], v["finish_reason"])
-        for v in read_shards(folder)
+        replace(a, text=found[r.id].text, finish_reason=found[r.id].finish_reason)
+        for a, r in zip(asks, requests, strict=True)
     ]

@@ -13,7 +13,8 @@ import numpy as np
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, at, dump_lines, read_jsonl, write_atomic
 from selfsteer.data.records import Preference, Query, Triple, Verdict
-from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.answers import answers as ask
+from selfsteer.engines.base import Completion, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, accuracy, load_judge, verdict_counts
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
@@ -133,27 +134,35 @@ def evaluate(
     )
     answers: dict[str, list[Completion]] = {}
     notes: dict[str, Any] = {}
-    prompts = [q.messages for q in queries]
-    # the same seed for every model: what differs is the model
-    seed = derive_seed(recipe.seed, "evaluation")
+    # the same seeds for every model: what differs is the model
+    asked = [
+        Request(q.id, q.messages, derive_seed(recipe.seed, "evaluation", q.id)) for q in queries
+    ]
     with progress_bar("evaluation", len(models) * len(queries)) as bar:
         for label, source in models.items():
             path = run / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+            store = path.with_suffix(".partial")
             if not path.exists():  # an earlier try at this very stage may have come this far
                 with Engines(run) as engines:
                     # without a name, so that one model leaves memory before the next comes
-                    found = engines.sampler(recipe, source).generate(
-                        prompts, params, seed, bar.advance
+                    found = ask(
+                        _sampler(engines, recipe, source),
+                        asked,
+                        params,
+                        store=store,
+                        advance=bar.advance,
                     )
                 if engines.asked:
                     notes.setdefault("asked", {})[label] = engines.asked
                 lines = [
                     {**q.to_dict(), "response": c.text, **_counts(c)}
-                    for q, c in zip(queries, found, strict=True)
+                    for q, c in zip(queries, found.values(), strict=True)
                 ]
                 write_atomic(path, dump_lines(lines))
+                store.unlink(missing_ok=True)
             answers[label] = [
-                Completion(v["response"], **{k: v[k] for k in COUNTS}) for _, v in read_jsonl(path)
+                Completion(v["id"], v["response"], **{k: v[k] for k in COUNTS})
+                for _, v in read_jsonl(path)
             ]
     lost = {i: c.missing for found in answers.values() for i, c in enumerate(found) if c.missing}
     dropped = Counter(lost.values())
@@ -183,6 +192,11 @@ def evaluate(
         text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
         write_atomic(run / "evaluation" / "exhibit.json", text)
     return result
+
+
+def _sampler(engines: Engines, recipe: Recipe, source: str) -> Engine:
+    s = recipe.sampling
+    return engines.sampler(s.engine, source, recipe.policy, s.batch_size)
 
 
 def _counts(completion: Completion) -> dict[str, Any]:
@@ -248,12 +262,18 @@ def _exhibit(query: Query, models: dict[str, str], recipe: Recipe, run: Path) ->
     """One query, three contexts, policy and generator: what steering looks like."""
     s = recipe.sampling
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
-    seed = derive_seed(recipe.seed, "exhibit")
     principles = writer.specimen(recipe.principles)
-    prompts = [context_messages(query.messages, principles, c) for c in CONTEXTS]
+    asked = [
+        Request(
+            c,
+            tuple(context_messages(query.messages, principles, c)),
+            derive_seed(recipe.seed, "exhibit", query.id, c),
+        )
+        for c in CONTEXTS
+    ]
     responses = {}
     for name, source in models.items():
         with Engines(run) as engines:
-            found = engines.sampler(recipe, source).generate(prompts, params, seed)
-        responses[name] = {c: answer.text for c, answer in zip(CONTEXTS, found, strict=True)}
+            found = ask(_sampler(engines, recipe, source), asked, params)
+        responses[name] = {c: answer.text for c, answer in found.items()}
     return {"query": query.text, "principles": principles.to_dict(), "responses": responses}

@@ -131,10 +131,14 @@ class Plan:
                 result = augment(
                     list(stored_queries(queries.path)),
                     recipe.queries,
-                    engines.sampler(recipe, str(self.base.path)),
+                    engines.sampler(
+                        recipe.sampling.engine,
+                        str(self.base.path),
+                        recipe.policy,
+                        recipe.sampling.batch_size,
+                    ),
                     path,
                     seed=derive_seed(recipe.seed, "augment"),
-                    shard_size=recipe.sampling.shard_size,
                     evaluation=load_queries(held_out).queries if held_out else (),
                     check=check,
                 )
@@ -199,7 +203,9 @@ class Plan:
                     sources,
                     folder,
                     stage,
-                    lambda source: engines.sampler(recipe, source),
+                    lambda source: engines.sampler(
+                        recipe.sampling.engine, source, recipe.policy, recipe.sampling.batch_size
+                    ),
                 )
                 result.notes |= engines.notes
             return result
@@ -273,7 +279,9 @@ class Plan:
 
                 def engine() -> Engine:
                     if improver is None:
-                        return engines.sampler(recipe, str(policy.path))
+                        return engines.sampler(
+                            recipe.sampling.engine, str(policy.path), recipe.policy, size
+                        )
                     return engines.get(improver, writer_source(improver), recipe.policy, size)
 
                 result = improve(found, recipe, engine, self.run / stage, stage)

@@ -12,16 +12,16 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, dump_line, write_atomic
 from selfsteer.data.records import Query, Triple
 from selfsteer.data.stored import Stored
-from selfsteer.engines.base import Engine, SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines, writer_source
-from selfsteer.engines.shards import Ask, Work, at_once
 from selfsteer.principles import writer
 from selfsteer.principles.catalogue import Catalogue, catalogue_of, catalogue_text
 from selfsteer.principles.fixed import Fixed
 from selfsteer.principles.lint import lint
 from selfsteer.principles.writer import Outcome
 from selfsteer.recipe.sections import Recipe
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.run.folder import StageResult, run_shards, scratch_of
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: The writer is asked again, once, where nothing of its first answer can be used.
@@ -70,10 +70,10 @@ def _write(
     passes = author.passes if author else 1
     with progress_bar("principles", len(queries) * passes) as bar:
 
-        def work(shard: int, part: Sequence[Query]) -> Work[tuple[list[Triple], Counter[str]]]:
+        def work(shard: int, part: Sequence[Query]) -> tuple[list[Triple], Counter[str]]:
             if author:
-                found = yield from author.write(part, derive_seed(seed, shard), bar)
-                return found, Counter()
+                store = scratch_of(folder / "principles", shard)
+                return author.write(part, seed, bar, store), Counter()
             assert given
             return [given.triple(q) for q in part], Counter()
 
@@ -83,7 +83,6 @@ def _write(
             settings.shard_size,
             work,
             lambda n: bar.skip(n * passes),
-            at_once,
         )
     seen = Tally()
     lines = map(seen.note, Stored(folder / "principles", Triple.from_dict))
@@ -182,30 +181,36 @@ class Author:
         """How many answers are asked for per query, retries aside."""
         return (self.chooser is not None) + (self.writer is not None) * self.settings.candidates
 
-    def write(self, part: Sequence[Query], seed: int, bar: Bar) -> Work[list[Triple]]:
-        """Principles for one shard of queries; equal arguments give equal principles."""
-        drafts = yield from self._choose(part, seed, bar)
+    def write(self, part: Sequence[Query], seed: int, bar: Bar, store: Path) -> list[Triple]:
+        """Principles of some queries; ``store`` is a folder that keeps answers as they come."""
+        drafts = self._choose(part, seed, bar, store)
         if self.writer is not None:
             for name in TRIES:
                 todo = [d for d in drafts if name == TRIES[0] or d.open]
                 if todo:
-                    yield from self._ask(self.writer, todo, name, seed, bar)
+                    self._ask(self.writer, todo, name, seed, bar, store)
                 if self.params.temperature == 0:  # the same answer again
                     break
         return [self._triple(d, seed) for d in drafts]
 
-    def _choose(self, part: Sequence[Query], seed: int, bar: Bar) -> Work[list[Draft]]:
+    def _choose(self, part: Sequence[Query], seed: int, bar: Bar, store: Path) -> list[Draft]:
         count = self.settings.features_per_query
-        answers = [""] * len(part)
+        texts: dict[str, str] = {}
         if self.chooser is not None:
-            prompts = [writer.feature_prompt(q, count, self.catalogue) for q in part]
-            found = yield Ask(
-                self.chooser, prompts, self.params, derive_seed(seed, "features"), bar.advance
-            )
-            answers = [c.text for c in found]
+            asked = [
+                Request(
+                    q.id,
+                    tuple(writer.feature_prompt(q, count, self.catalogue)),
+                    derive_seed(seed, q.id, "features", 0),
+                )
+                for q in part
+            ]
+            kept = store / "features.jsonl"
+            found = answers(self.chooser, asked, self.params, store=kept, advance=bar.advance)
+            texts = {i: c.text for i, c in found.items()}
         drafts = []
-        for query, answer in zip(part, answers, strict=True):
-            named = writer.parse_features(answer, self.catalogue)[:count]
+        for query in part:
+            named = writer.parse_features(texts.get(query.id, ""), self.catalogue)[:count]
             features = self._complete(query, named, seed)
             drafts.append(Draft(query, features, len(named)))
         return drafts
@@ -216,29 +221,39 @@ class Author:
         return writer.complete_features(named, count, rng, self.catalogue)
 
     def _ask(
-        self, engine: Engine, drafts: Sequence[Draft], name: str, seed: int, bar: Bar
-    ) -> Work[None]:
+        self,
+        engine: Engine,
+        drafts: Sequence[Draft],
+        name: str,
+        seed: int,
+        bar: Bar,
+        store: Path,
+    ) -> None:
         settings, first = self.settings, name == TRIES[0]
-        prompts = [
-            writer.principle_prompt(
+        asked = []
+        for d in drafts:
+            prompt = writer.principle_prompt(
                 d.query,
                 d.features if settings.written_from == "features" else (),
                 self.catalogue,
                 settings.examples,
             )
-            for d in drafts
-        ]
-        each = settings.candidates
-        found = yield Ask(
+            asked += [
+                Request(f"{d.query.id}/{i}", tuple(prompt), derive_seed(seed, d.query.id, name, i))
+                for i in range(settings.candidates)
+            ]
+        found = answers(
             engine,
-            [p for p in prompts for _ in range(each)],
+            asked,
             self.params,
-            derive_seed(seed, "principles", *(() if first else (name,))),
-            lambda items, tokens: bar.advance(items if first else 0, tokens),
+            store=store / f"{name}.jsonl",
+            advance=lambda items, tokens: bar.advance(items if first else 0, tokens),
         )
-        read = [writer.read_answer(c, settings.examples) for c in found]
-        for i, draft in enumerate(drafts):
-            draft.take(name, read[i * each : (i + 1) * each])
+        for draft in drafts:
+            said = [found[f"{draft.query.id}/{i}"] for i in range(settings.candidates)]
+            draft.take(
+                name, [writer.read_answer(c.text, c.finish_reason, settings.examples) for c in said]
+            )
 
     def _triple(self, draft: Draft, seed: int) -> Triple:
         """The principles: written where an answer could be used, the catalogue's text elsewhere."""
@@ -262,10 +277,15 @@ class Author:
 def _engines(recipe: Recipe, policy: str, engines: Engines) -> tuple[Engine | None, Engine | None]:
     """Who names the features (the policy), and who writes; None where nobody is asked."""
     settings, size = recipe.principles, recipe.principles.batch_size
-    chooser = engines.sampler(recipe, policy, size) if settings.features == "model" else None
+
+    def own() -> Engine:
+        batch_size = size or recipe.sampling.batch_size
+        return engines.sampler(recipe.sampling.engine, policy, recipe.policy, batch_size)
+
+    chooser = own() if settings.features == "model" else None
     if settings.mode != "generated":
         return chooser, None
     writer = settings.writer
     if writer is not None:
         return chooser, engines.get(writer, writer_source(writer), recipe.policy, size)
-    return chooser, chooser or engines.sampler(recipe, policy, size)
+    return chooser, chooser or own()

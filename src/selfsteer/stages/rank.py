@@ -19,13 +19,13 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records
 from selfsteer.data.records import Preference, Query
 from selfsteer.data.stored import Stored
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.engines.shards import Ask, Work, at_once
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Scorer
 from selfsteer.recipe.sections import Recipe
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.run.folder import StageResult, run_shards, scratch_of
 from selfsteer.terminal import progress_bar
 
 #: Sums of the same parts in another order differ by this at most.
@@ -172,14 +172,22 @@ def _sample(
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
     with progress_bar(stage.rpartition("/")[2], len(queries) * n) as bar:
 
-        def work(shard: int, part: Sequence[Query]) -> Work[tuple[list[Candidates], Counter[str]]]:
-            engine = engines.sampler(recipe, source)
-            prompts = [q.messages for q in part for _ in range(n)]
-            seed = derive_seed(recipe.seed, stage, shard, "candidates")
-            answers = iter((yield Ask(engine, prompts, params, seed, bar.advance)))
+        def work(shard: int, part: Sequence[Query]) -> tuple[list[Candidates], Counter[str]]:
+            engine = engines.sampler(s.engine, source, recipe.policy, s.batch_size)
+            asked = [
+                Request(
+                    f"{q.id}/{i}",
+                    q.messages,
+                    derive_seed(recipe.seed, stage, q.id, "candidates", i),
+                )
+                for q in part
+                for i in range(n)
+            ]
+            store = scratch_of(folder, shard) / "candidates.jsonl"
+            said = answers(engine, asked, params, store=store, advance=bar.advance)
             kept, dropped = [], Counter[str]()
             for query in part:
-                mine = [next(answers) for _ in range(n)]
+                mine = [said[f"{query.id}/{i}"] for i in range(n)]
                 texts = dict.fromkeys(c.text for c in mine if c.finish_reason == "stop")
                 if len(texts) > 1:
                     kept.append(Candidates(query, tuple(texts)))
@@ -188,6 +196,6 @@ def _sample(
                     dropped[missing or "too_few_answers"] += 1
             return kept, dropped
 
-        done = run_shards(folder, queries, s.shard_size, work, lambda m: bar.skip(m * n), at_once)
+        done = run_shards(folder, queries, s.shard_size, work, lambda m: bar.skip(m * n))
     done.notes |= engines.notes
     return done

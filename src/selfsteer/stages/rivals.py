@@ -13,13 +13,13 @@ from pathlib import Path
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, dump_line, write_atomic
 from selfsteer.data.records import Message, Preference, Query, Triple, Verdict
-from selfsteer.engines.base import Engine, SamplingParams
-from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Engine, Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.formats import import_records
 from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, accuracy, load_judge
 from selfsteer.recipe.sections import JudgeConfig, Recipe, resolve_path
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.run.folder import StageResult, run_shards, scratch_of
 from selfsteer.terminal import progress_bar
 
 #: What a verdict says of the second of two answers.
@@ -165,19 +165,24 @@ def improve(
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
     with progress_bar(stage.rpartition("/")[2], len(sampled)) as bar:
 
-        def work(shard: int, part: Sequence[Triple]) -> Work[tuple[list[Triple], Counter[str]]]:
-            prompts = [
-                (
-                    *t.messages,
-                    Message("assistant", t.responses["plain"]),
-                    Message("user", IMPROVE),
+        def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], Counter[str]]:
+            asked = [
+                Request(
+                    t.id,
+                    (
+                        *t.messages,
+                        Message("assistant", t.responses["plain"]),
+                        Message("user", IMPROVE),
+                    ),
+                    derive_seed(recipe.seed, stage, t.id, "good", 0),
                 )
                 for t in part
             ]
-            seed = derive_seed(recipe.seed, stage, shard)
-            answers = yield Ask(engine(), prompts, params, seed, bar.advance)
+            store = scratch_of(folder, shard) / "improved.jsonl"
+            said = answers(engine(), asked, params, store=store, advance=bar.advance)
             kept, dropped = [], Counter[str]()
-            for triple, answer in zip(part, answers, strict=True):
+            for triple in part:
+                answer = said[triple.id]
                 cut_off = answer.finish_reason == "length" and not s.keep_unfinished
                 if answer.missing or cut_off:
                     dropped[answer.missing or "unfinished"] += 1
@@ -190,7 +195,7 @@ def improve(
                 kept.append(replace(triple, responses=responses, finish_reasons=reasons))
             return kept, dropped
 
-        return run_shards(folder, sampled, s.shard_size, work, bar.skip, at_once)
+        return run_shards(folder, sampled, s.shard_size, work, bar.skip)
 
 
 def against_given(sampled: Records[Triple], recipe: Recipe, output: Path) -> StageResult:

@@ -8,11 +8,11 @@ from pathlib import Path
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records
 from selfsteer.data.records import Triple
-from selfsteer.engines.base import Advance, Completion, Engine, SamplingParams
-from selfsteer.engines.shards import Ask, Work, at_once
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Recipe
-from selfsteer.run.folder import StageResult, run_shards
+from selfsteer.run.folder import StageResult, run_shards, scratch_of
 from selfsteer.terminal import progress_bar
 
 
@@ -44,17 +44,13 @@ def sample(
 
     with progress_bar(stage.rpartition("/")[2], len(triples) * len(models)) as bar:
 
-        def work(shard: int, part: Sequence[Triple]) -> Work[tuple[list[Triple], Counter[str]]]:
-            found = yield from answer(part, models, engine, recipe, stage, shard, bar.advance)
+        def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], Counter[str]]:
+            store = scratch_of(folder, shard)
+            found = answer(part, models, engine, recipe, stage, bar.advance, store)
             return collect(part, tuple(models), found, settings.keep_unfinished)
 
         return run_shards(
-            folder,
-            triples,
-            settings.shard_size,
-            work,
-            lambda n: bar.skip(n * len(models)),
-            at_once,
+            folder, triples, settings.shard_size, work, lambda n: bar.skip(n * len(models))
         )
 
 
@@ -64,9 +60,9 @@ def answer(
     engine: Callable[[str], Engine],
     recipe: Recipe,
     stage: str,
-    shard: int,
     advance: Advance,
-) -> Work[dict[tuple[str, str], Completion]]:
+    store: Path | None = None,
+) -> dict[tuple[str, str], Completion]:
     """(triple id, response name) → the answer of its model in its context.
 
     Args:
@@ -75,19 +71,26 @@ def answer(
         engine: the engine of a model.
         recipe: sampling settings and seed.
         stage: part of the seed.
-        shard: part of the seed.
         advance: told (answers, new tokens) as they finish.
+        store: folder that keeps the answers as they come.
     """
     s = recipe.sampling
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
     found: dict[tuple[str, str], Completion] = {}
     for source in dict.fromkeys(models.values()):
         names = [n for n, m in models.items() if m == source]
-        keys = [(t.id, n) for n in names for t in part]
-        prompts = [context_messages(t.messages, t.principles, n) for n in names for t in part]
-        seed = derive_seed(recipe.seed, stage, shard, *names)
-        answers = yield Ask(engine(source), prompts, params, seed, advance)
-        found.update(zip(keys, answers, strict=True))
+        asked = [
+            Request(
+                f"{t.id}/{n}",
+                tuple(context_messages(t.messages, t.principles, n)),
+                derive_seed(recipe.seed, stage, t.id, n, 0),
+            )
+            for n in names
+            for t in part
+        ]
+        kept = store / f"{'+'.join(names)}.jsonl" if store else None
+        said = answers(engine(source), asked, params, store=kept, advance=advance)
+        found |= {(t.id, n): said[f"{t.id}/{n}"] for n in names for t in part}
     return found
 
 
@@ -100,19 +103,19 @@ def collect(
     """The triples with their answers, and drops by reason; see `sample`."""
     kept, dropped = [], Counter[str]()
     for triple in part:
-        answers = {n: found[triple.id, n] for n in names}
-        missing = next((c.missing for c in answers.values() if c.missing), None)
+        said = {n: found[triple.id, n] for n in names}
+        missing = next((c.missing for c in said.values() if c.missing), None)
         if missing:
             dropped[missing] += 1
             continue
-        if not keep_unfinished and any(c.finish_reason == "length" for c in answers.values()):
+        if not keep_unfinished and any(c.finish_reason == "length" for c in said.values()):
             dropped["unfinished"] += 1
             continue
         kept.append(
             replace(
                 triple,
-                responses={n: c.text for n, c in answers.items()},
-                finish_reasons={n: c.finish_reason for n, c in answers.items()},
+                responses={n: c.text for n, c in said.items()},
+                finish_reasons={n: c.finish_reason for n, c in said.items()},
             )
         )
     return kept, dropped

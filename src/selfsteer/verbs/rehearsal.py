@@ -15,9 +15,9 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import RESPONSES, Query, Triple, Verdict
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Request, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.engines.shards import do
 from selfsteer.errors import ArtifactError, DataError, EngineError
 from selfsteer.judges.base import Judge, Pair, verdict_counts
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
@@ -70,13 +70,16 @@ def first_words(
         EngineError: nothing but empty answers.
     """
     s = recipe.sampling
-    engine = engines.sampler(recipe, loaded.source, loaded=loaded)
+    engine = engines.sampler(s.engine, loaded.source, recipe.policy, s.batch_size, loaded)
     params = SamplingParams(s.temperature, s.top_p, min(s.max_new_tokens, PROBE_TOKENS))
     prompts = [q.messages for q in queries[:PROBES]]
-    first, second = (
-        engine.generate(prompts, params, derive_seed(recipe.seed, "check/engine", k))
+    asked = [
+        Request(f"{i}/{k}", p, derive_seed(recipe.seed, "check/engine", i, k))
         for k in range(2)
-    )
+        for i, p in enumerate(prompts)
+    ]
+    said = list(answers(engine, asked, params).values())
+    first, second = said[: len(prompts)], said[len(prompts) :]
     answered = [a for a in (*first, *second) if a.completion_tokens]
     if not any(a.text for a in answered):
         reasons = ", ".join(f"{n} {r}" for r, n in _reasons([*first, *second]).items())
@@ -210,11 +213,11 @@ def sample_some(
         ArtifactError: no triple is left.
     """
     models = dict.fromkeys(RESPONSES, loaded.source)
-    engine = engines.sampler(recipe, loaded.source, loaded=loaded)
+    s = recipe.sampling
+    engine = engines.sampler(s.engine, loaded.source, recipe.policy, s.batch_size, loaded)
     start = time.monotonic()
     with progress_bar("sampling", len(triples) * len(models)) as bar:
-        asked = answer(triples, models, lambda s: engine, recipe, "check", 0, bar.advance)
-        found = do(asked)
+        found = answer(triples, models, lambda s: engine, recipe, "check", bar.advance)
     elapsed = time.monotonic() - start
     tokens = {r: sum(found[t.id, r].completion_tokens for t in triples) for r in models}
     total = max(sum(tokens.values()), 1)
