@@ -1,19 +1,37 @@
-"""The one interface through which anything is asked of a model that answers in text."""
+"""The one interface to models that answer in text: requests in, completions out, joined by id.
 
-from collections.abc import Callable, Collection, Sequence
+An answer depends on its request alone (up to rounding): neither on the other requests of the call
+nor on the batch, replica or try that computed it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from selfsteer.data.jsonl import batched
 from selfsteer.data.records import Message
 from selfsteer.errors import EngineError
 from selfsteer.models.chat import ChatFormat
 
-#: Told (conversations, new tokens) as they finish.
+#: Receives (requests, new tokens) as they finish.
 Advance = Callable[[int, int], None]
 
 
 def no_news(items: int, tokens: int) -> None:
-    """Nobody wants to know."""
+    """Discards progress updates."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversation to answer; it ends in a user turn.
+
+    ``id`` is unique within a call and names the answer; equal ``messages`` and ``seed`` give equal
+    answers.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,7 @@ class SamplingParams:
     max_new_tokens: int = 2048
 
 
-#: Finish reason of a conversation that was not answered: prompt and budget exceed the context.
+#: Finish reason of a request without an answer: prompt and budget exceed the context.
 PROMPT_TOO_LONG = "prompt_too_long"
 
 #: How the finish reason of a request that failed for good begins; its cause follows.
@@ -34,8 +52,12 @@ REQUEST_FAILED = "request_failed"
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: text, finish reason (``stop``, ``length``, or why there is none), tokens."""
+    """The answer to the request ``id``.
 
+    ``finish_reason`` is ``stop``, ``length``, or why there is no answer.
+    """
+
+    id: str
     text: str
     finish_reason: str
     prompt_tokens: int
@@ -49,12 +71,13 @@ class Completion:
 
 
 def completion(
-    chat: ChatFormat, stop_ids: Collection[int], prompt_tokens: int, ids: Sequence[int]
+    name: str, chat: ChatFormat, stop_ids: Collection[int], prompt_tokens: int, ids: Sequence[int]
 ) -> Completion:
     """The answer that sampled tokens make; an end of turn within the budget is its last token."""
     finished = bool(ids) and ids[-1] in stop_ids
     text = chat.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-    return Completion(text.strip(), "stop" if finished else "length", prompt_tokens, len(ids))
+    reason = "stop" if finished else "length"
+    return Completion(name, text.strip(), reason, prompt_tokens, len(ids))
 
 
 #: Asked under two seeds each, hot: an engine that samples cannot answer all of them twice alike.
@@ -67,26 +90,33 @@ PROBES = (
 PROBE_TOKENS = 32
 
 
-def probe(temperature: float) -> tuple[list[list[Message]], SamplingParams]:
-    """Open questions, each twice in a row, and how to ask them; `check_probe` has the verdict."""
-    params = SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
-    return [[Message("user", p)] for p in PROBES for _ in range(2)], params
+def probe(temperature: float) -> tuple[list[Request], SamplingParams]:
+    """Open questions under two seeds each, and how to ask them; `check_probe` has the verdict."""
+    asked = [
+        Request(f"probe/{i}/{seed}", (Message("user", text),), seed)
+        for i, text in enumerate(PROBES)
+        for seed in (1, 2)
+    ]
+    return asked, SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
 
 
-def check_probe(found: Sequence[Completion], who: str, remedy: str) -> None:
+def check_probe(found: Iterable[Completion], who: str, remedy: str) -> None:
     """Fails if every question of `probe` got the same answer twice.
 
     Args:
-        found: the answers, each conversation asked under a seed of its own.
+        found: the answers to `probe`, in any order.
         who: the engine, for the message.
         remedy: what may help, a sentence.
 
     Raises:
         EngineError: the temperature is ignored.
     """
-    pairs = list(zip(found[::2], found[1::2], strict=True))
-    pairs = [(a, b) for a, b in pairs if a.missing is None and b.missing is None]
-    if pairs and all(a.text == b.text for a, b in pairs):
+    texts: dict[str, list[str]] = {}
+    for answer in found:
+        if answer.missing is None:
+            texts.setdefault(answer.id.rpartition("/")[0], []).append(answer.text)
+    pairs = [pair for pair in texts.values() if len(pair) == 2]
+    if pairs and all(first == second for first, second in pairs):
         raise EngineError(
             f"{who} ignores temperature: {len(pairs)} prompts, each asked under two seeds, got the "
             "same answers twice, so good, bad and plain answers would hardly differ. "
@@ -94,22 +124,39 @@ def check_probe(found: Sequence[Completion], who: str, remedy: str) -> None:
         )
 
 
+def cut(requests: Iterable[Request], size: int) -> list[list[Request]]:
+    """Batches of ``size`` requests of similar length, the longest first.
+
+    Sorted by characters, then by id. Removing whole batches leaves the others as they are, so work
+    that was interrupted between two batches goes on with the same ones.
+    """
+    order = sorted(requests, key=lambda r: (-sum(len(m.content) for m in r.messages), r.id))
+    return list(batched(order, size))
+
+
 class Engine(Protocol):
-    """Answers conversations."""
+    """Answers requests.
+
+    ``batch_size`` is the number of requests that are computed together, one batch of `cut` at a
+    time; None where the engine schedules requests itself.
+    """
+
+    @property
+    def batch_size(self) -> int | None:
+        """See the class."""
+        ...
 
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
         advance: Advance = no_news,
-    ) -> list[Completion]:
-        """One completion per conversation, in their order.
+    ) -> Iterator[Completion]:
+        """One completion per request, in any order, as they finish.
 
         Args:
-            conversations: each ends in a user turn.
+            requests: with different ids.
             sampling: temperature 0 is greedy.
-            seed: equal arguments and seed give equal texts.
-            advance: told (conversations, new tokens) as they finish.
+            advance: receives (requests, new tokens) as they finish.
         """
         ...

@@ -1,5 +1,6 @@
 """A server of one's own choice, started for one model on loopback and ended with its stage."""
 
+import os
 import shlex
 import shutil
 import socket
@@ -8,11 +9,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
 from selfsteer.errors import ConfigError, EngineError
-from selfsteer.run.ranks import plain_environment
 from selfsteer.terminal import progress_bar, say
 
 #: Seconds between two looks at a server that is starting.
@@ -20,6 +22,39 @@ LOOK_EVERY_S = 0.25
 
 #: Last characters of a server's log that an error shows.
 LOG_TAIL = 400
+
+
+#: Set by `run.ranks.launch` for its ranks: the process id of the one that started them.
+LAUNCHER = "SELFSTEER_LAUNCHER"
+
+#: What a rank inherits from its launcher; servers that it starts must not take themselves for one.
+_OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
+_OF_LAUNCHERS = (LAUNCHER, "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+
+
+def in_world() -> bool:
+    """Whether this process is one of several ranks, even where the several are one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's environment without what makes it a rank."""
+    theirs = (*_OF_RANKS, *_OF_LAUNCHERS)
+    return {k: v for k, v in os.environ.items() if not in_world() or not k.startswith(theirs)}
+
+
+@contextmanager
+def out_of_world() -> Iterator[None]:
+    """For this block the process has that environment: for libraries that start others by it.
+
+    Without it they would take themselves for a rank, and wait for peers that do something else.
+    """
+    plain = plain_environment()
+    removed = {k: os.environ.pop(k) for k in os.environ.keys() - plain.keys()}
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 def free_port() -> int:

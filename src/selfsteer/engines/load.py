@@ -6,16 +6,18 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from selfsteer.data.digests import digest
 from selfsteer.engines.base import Engine
 from selfsteer.engines.launch import LaunchedServer, check_command
 from selfsteer.engines.openai import OpenAIEngine, Usage
 from selfsteer.errors import ConfigError
-from selfsteer.models.load import LoadedModel, load_chat, load_context_length
-from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading, Recipe, resolve_path
+from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading, resolve_path
 from selfsteer.terminal import say
+
+if TYPE_CHECKING:
+    from selfsteer.models.load import LoadedModel
 
 
 class Engines:
@@ -85,25 +87,26 @@ class Engines:
 
     def sampler(
         self,
-        recipe: Recipe,
+        settings: EngineConfig,
         source: str,
-        batch_size: int | None = None,
-        loaded: LoadedModel | None = None,
+        loading: Loading,
+        batch_size: int,
+        loaded: "LoadedModel | None" = None,
     ) -> Engine:
         """Who answers for the policy, or for a model trained from it.
 
         Args:
-            recipe: its ``sampling.engine``.
-            source: folder or hub id of the model.
-            batch_size: of an engine in process; None: as in sampling.
+            settings: ``sampling.engine`` of a recipe.
+            source: folder or hub id of the model, readable here whoever answers.
+            loading: how a model in process is loaded.
+            batch_size: of an engine in process.
             loaded: the model, if it is in memory already.
         """
-        settings, batch_size = recipe.sampling.engine, batch_size or recipe.sampling.batch_size
         if settings.kind == "transformers" and loaded is not None:
             from selfsteer.engines.transformers import TransformersEngine
 
             return TransformersEngine(loaded, batch_size)
-        return self.get(settings, source, recipe.policy, batch_size, at_hand=True)
+        return self.get(settings, source, loading, batch_size, at_hand=True)
 
     def get(
         self,
@@ -160,6 +163,8 @@ class Engines:
             return there
         local = {}
         if at_hand:
+            from selfsteer.models.load import load_chat, load_context_length
+
             local = {
                 "chat": load_chat(source, model_settings),
                 "context_length": load_context_length(source, model_settings),
@@ -231,16 +236,6 @@ def check_engine(settings: EngineSettings) -> None:
         engine.check()
     finally:
         engine.close()
-
-
-def check_engines(recipe: Recipe) -> None:
-    """`check_engine` for the policy, the writer of principles and the improver."""
-    check_engine(recipe.sampling.engine)
-    if recipe.improver is not None:
-        check_engine(recipe.improver)
-    writer = recipe.principles.writer
-    if recipe.principles.mode == "generated" and writer is not None:
-        check_engine(writer)
 
 
 def writer_source(writer: EngineConfig) -> str:

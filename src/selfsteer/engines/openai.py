@@ -10,20 +10,21 @@ import asyncio
 import json
 import os
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message
 from selfsteer.engines.base import (
@@ -33,6 +34,7 @@ from selfsteer.engines.base import (
     REQUEST_FAILED,
     Advance,
     Completion,
+    Request,
     SamplingParams,
     check_probe,
     no_news,
@@ -225,6 +227,8 @@ class OpenAIEngine:
         server: set if it was launched for this engine.
     """
 
+    batch_size = None
+
     def __init__(
         self,
         settings: EngineSettings,
@@ -239,7 +243,10 @@ class OpenAIEngine:
         self.settings, self.model, self.base_url, self.usage = settings, model, base_url, usage
         self._chat, self._limit, self._server = chat, context_length, server
         self._key = "" if server else os.environ.get(settings.api_key_env, "").strip()
-        self._runner = asyncio.Runner()
+        # in a thread of its own, so that requests go on while answers are used, also in notebooks
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._jitter = random.Random()
         self._failed_in_a_row = 0
         self._not_before = 0.0
@@ -264,12 +271,14 @@ class OpenAIEngine:
         """Ends the connections."""
         client = self.__dict__.pop("_client", None)
         if client is not None:
-            self._wait_for(client.close())
-        beside_a_loop(self._runner.close)
+            self._start(client.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
         self.usage.save(now=True)
 
-    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        return beside_a_loop(lambda: self._runner.run(work))
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def check(self) -> None:
         """Fails if the server is not there or does not serve the model.
@@ -291,7 +300,7 @@ class OpenAIEngine:
                 )
 
         try:
-            self._wait_for(look())
+            self._start(look()).result()
         except openai.APIStatusError as e:
             if e.status_code in (401, 403):
                 raise self._refused(f"{e.status_code}: {e.message}") from None
@@ -312,106 +321,104 @@ class OpenAIEngine:
 
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
         advance: Advance = no_news,
-    ) -> list[Completion]:
-        """See `Engine.generate`; each request has a seed of its own, texts are stripped.
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`; texts are stripped.
 
         Raises:
             EngineError: the server is dead, refuses us or ignores the temperature, or the next
                 request would pass ``max_requests`` or ``max_tokens_total``.
         """
+        answered: SimpleQueue[Completion | None] = SimpleQueue()
+        asking = self._start(self._generate(requests, sampling, answered.put))
+        asking.add_done_callback(lambda _: answered.put(None))
         try:
-            return self._wait_for(self._generate(conversations, sampling, seed, advance))
+            while (answer := answered.get()) is not None:
+                advance(1, answer.completion_tokens)
+                yield answer
+            asking.result()
         finally:
-            self.usage.save(now=True)
+            asking.cancel()
 
     async def _generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
-        advance: Advance,
-    ) -> list[Completion]:
+        put: Callable[[Completion], None],
+    ) -> None:
         if sampling.temperature > 0 and not self._probed:
-            await self._probe(seed, sampling.temperature)
-        return await self._ask_all(conversations, sampling, seed, advance)
+            found: list[Completion] = []
+            await self._ask_all(*probe(sampling.temperature), found.append)
+            check_probe(
+                found,
+                f"The server at {self.base_url}",
+                "Let it sample; transformers serve does so if the model's generation_config.json "
+                "has do_sample: true.",
+            )
+            self._probed = True
+        try:
+            await self._ask_all(requests, sampling, put)
+        finally:
+            self.usage.save(now=True)
 
     async def _ask_all(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
-        advance: Advance = no_news,
-    ) -> list[Completion]:
-        out: dict[int, Completion] = {}
-        in_a_row: list[int] = []
+        put: Callable[[Completion], None],
+    ) -> None:
+        failed: list[tuple[Request, Completion]] = []
 
-        async def ask(i: int) -> None:
-            # 31 bits: some servers keep a seed in an int32
-            own = derive_seed(seed, i) & 0x7FFFFFFF
-            out[i] = await self._answer(conversations[i], sampling, own)
+        async def work(todo: Iterator[Request]) -> None:
+            for request in todo:
+                answer = await self._answer(request, sampling)
+                if answer.finish_reason.startswith(REQUEST_FAILED) and self._failed_in_a_row:
+                    failed.append((request, answer))
+                    continue
+                if not self._failed_in_a_row:  # the server lives, so these failed by themselves
+                    for _, earlier in failed:
+                        put(earlier)
+                    failed.clear()
+                put(answer)
 
-        async def work(todo: Iterator[int]) -> None:
-            for i in todo:
-                await ask(i)
-                in_a_row.append(i)
-                if not self._failed_in_a_row:
-                    in_a_row.clear()
-                advance(1, out[i].completion_tokens)
-
-        todo = iter(range(len(conversations)))
+        todo = iter(requests)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.settings.concurrency, len(conversations))):
+                for _ in range(min(self.settings.concurrency, len(requests))):
                     group.create_task(work(todo))
         except ExceptionGroup as e:
             raise e.exceptions[0] from None
-        if in_a_row:
+        if failed:
             await self._alive()
-            for i in in_a_row:
-                self.usage.failed[out[i].finish_reason] -= 1
-                await ask(i)
-        return [out[i] for i in range(len(conversations))]
+            for request, answer in failed:
+                self.usage.failed[answer.finish_reason] -= 1
+                put(await self._answer(request, sampling))
 
     async def _alive(self) -> None:
         """Whether the last requests failed because of themselves, or because the server is dead.
 
-        A server that dies with the last requests of a shard must not cost their records.
+        A server that dies with the last requests of a call must not cost their records.
         """
         self._failed_in_a_row = DEAD_AFTER - 1  # one more, and it is dead
         plain = SamplingParams(0.0, 1.0, PROBE_TOKENS)
-        await self._answer([Message("user", PROBES[0])], plain, 0)
+        await self._answer(Request("alive", (Message("user", PROBES[0]),), 0), plain)
         self._failed_in_a_row = 0
 
-    async def _probe(self, seed: int, temperature: float) -> None:
-        """Fails if the server answers as if the temperature were 0."""
-        prompts, params = probe(temperature)
-        found = await self._ask_all(prompts, params, derive_seed(seed, "probe"))
-        check_probe(
-            found,
-            f"The server at {self.base_url}",
-            "Let it sample; transformers serve does so if the model's generation_config.json has "
-            "do_sample: true.",
-        )
-        self._probed = True
-
-    async def _answer(
-        self, messages: Sequence[Message], sampling: SamplingParams, seed: int
-    ) -> Completion:
+    async def _answer(self, request: Request, sampling: SamplingParams) -> Completion:
         """One answer, whatever it takes within the retries."""
+        name, messages = request.id, request.messages
         tokens = sum(len(m.content.encode()) + TEMPLATE_TOKENS for m in messages)
         if self._chat is not None:
             tokens = len(self._chat.prompt_ids(messages))
             if self._limit is not None and tokens + sampling.max_new_tokens > self._limit:
-                return Completion("", PROMPT_TOO_LONG, tokens, 0)
-            messages = self._chat.folded(messages)
+                return Completion(name, "", PROMPT_TOO_LONG, tokens, 0)
+            messages = tuple(self._chat.folded(messages))
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [m.to_dict() for m in messages],
-            "seed": seed,
+            "seed": request.seed & 0x7FFFFFFF,  # 31 bits: some servers keep a seed in an int32
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -427,7 +434,7 @@ class OpenAIEngine:
                 if self._server is not None:
                     self._server.check()
                 if not fault.again or tries == self.settings.retries:
-                    return self._failed(fault, tries)
+                    return self._failed(name, fault, tries)
                 await self._wait(fault, tries)
                 tries += 1
                 self.usage.retried += 1
@@ -437,8 +444,9 @@ class OpenAIEngine:
         if choice.finish_reason not in ("stop", "length"):
             reason = f"{REQUEST_FAILED}:{choice.finish_reason}"
             self.usage.failed[reason] += 1
-            return Completion("", reason, *used)
-        return Completion((choice.message.content or "").strip(), choice.finish_reason, *used)
+            return Completion(name, "", reason, *used)
+        text = (choice.message.content or "").strip()
+        return Completion(name, text, choice.finish_reason, *used)
 
     async def _try(self, body: dict[str, Any], most_tokens: int) -> _Reply:
         """One request.
@@ -505,10 +513,10 @@ class OpenAIEngine:
         wait = min(self.settings.backoff * 2**tries, LONGEST_BACKOFF)
         await asyncio.sleep(wait * self._jitter.uniform(0.5, 1.0))
 
-    def _failed(self, fault: Fault, tries: int) -> Completion:
+    def _failed(self, name: str, fault: Fault, tries: int) -> Completion:
         if fault.reason == PROMPT_TOO_LONG:
             self._failed_in_a_row = 0
-            return Completion("", PROMPT_TOO_LONG, 0, 0)
+            return Completion(name, "", PROMPT_TOO_LONG, 0, 0)
         reason = f"{REQUEST_FAILED}:{fault.reason}"
         self.usage.failed[reason] += 1
         self._failed_in_a_row += 1
@@ -524,7 +532,7 @@ class OpenAIEngine:
                 f"shards are kept; see to the server{log}, then run the same command again."
             )
         warn(f"a request failed for good after {tries + 1} tries ({fault.reason}: {said})")
-        return Completion("", reason, 0, 0)
+        return Completion(name, "", reason, 0, 0)
 
     def _refused(self, said: str) -> EngineError:
         key = "is set" if self._key else "is not set"
@@ -545,16 +553,6 @@ class OpenAIEngine:
     def _hidden(self, text: str) -> str:
         """The text without the key: servers quote what they refuse."""
         return text.replace(self._key, "[key]") if self._key else text
-
-
-def beside_a_loop(call: Callable[[], T]) -> T:
-    """The result of ``call``, which runs a loop; also where one runs already, as in notebooks."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return call()
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
 
 
 def _cause(error: BaseException) -> str:

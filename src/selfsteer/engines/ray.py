@@ -1,36 +1,33 @@
-"""Sampling on a cluster: Ray Data deals shards out to replicas of another engine.
+"""Sampling on a cluster: batches are spread over replicas of another engine, which are Ray actors.
 
-A replica that dies, with its node or alone, is started again and its shards are answered again,
-with the same seeds and in the same batches: nothing is lost or doubled. Only conversations and
-answers travel; every node must be able to read the weights itself.
+A replica that dies, with its node or alone, is started again and its batch is answered again, with
+the same seeds: nothing is lost or doubled. Only requests and answers travel; every node must be
+able to read the weights itself.
 """
 
 import logging
+import math
 import os
-import pickle
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from selfsteer.data.digests import digest
-from selfsteer.data.records import Message
-from selfsteer.engines.base import Advance, Completion, SamplingParams, no_news
-from selfsteer.engines.shards import Ask
+from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, cut, no_news
+from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, SelfsteerError
 from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
-from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say, warn
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 #: Deaths of one replica, or of whatever it answers, after which the stage stops.
 RESTARTS = 10
+
+#: Requests that a replica gets at once, at most, where its engine schedules them itself.
+SHARE = 1024
 
 #: Seconds that a node may take to say whether it can read the weights.
 NODE_TIMEOUT_S = 120.0
@@ -54,26 +51,14 @@ class Model:
 
 
 class Replica:
-    """Lives on a node and answers one shard after the other; an actor of Ray Data."""
+    """Lives on a node and answers one batch after the other; a Ray actor."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self._engine: Any = None
 
-    def __call__(self, batch: "pa.Table") -> "pa.Table":
-        """(place, ask) → (place, answers or the error that a person should read)."""
-        import pyarrow as pa
-
-        made = []
-        for packed in batch.column("ask").to_pylist():
-            try:
-                found: Any = self._answer(*pickle.loads(packed))
-            except SelfsteerError as e:
-                found = e
-            made.append(pickle.dumps(found))
-        return pa.table({"place": batch.column("place"), "answers": pa.array(made, pa.binary())})
-
-    def _answer(self, *ask: Any) -> list[Completion]:
+    def answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
+        """All answers to a batch; the model is loaded before the first one."""
         from selfsteer.engines.load import Engines
 
         if self._engine is None:
@@ -81,12 +66,14 @@ class Replica:
             self._engine = Engines(None).get(
                 m.settings, m.source, m.model_settings, m.batch_size, at_hand=m.at_hand
             )
-        answers: list[Completion] = self._engine.generate(*ask)
-        return answers
+        return list(self._engine.generate(batch, sampling))
 
 
 class RayEngine:
-    """Answers many shards at once with replicas that live as long as the shards last.
+    """Answers with replicas, which live until this engine is closed.
+
+    Where the cluster has no room for the replicas of two engines, those of the other one end when
+    this one is asked.
 
     Args:
         settings: of kind ``ray``.
@@ -98,8 +85,12 @@ class RayEngine:
         EngineError: there is no cluster at ``address``.
     """
 
+    _with_replicas: ClassVar[list["RayEngine"]] = []
+
     def __init__(self, settings: EngineConfig, model: Model) -> None:
         self.settings, self.model = settings, model
+        self.batch_size = model.batch_size if model.settings.kind == "transformers" else None
+        self._pool: Any = None
         self._ours = connect(settings)
         try:
             check_room(settings, resources())
@@ -109,77 +100,72 @@ class RayEngine:
             raise
 
     def close(self) -> None:
-        """Leaves the cluster; one of our own ends."""
+        """Ends the replicas and leaves the cluster; one of our own ends."""
         import ray
 
+        self._dismiss()
         if self._ours:
             ray.shutdown()
 
+    def _dismiss(self) -> None:
+        self._pool = None  # actors end when nothing refers to them
+        if self in self._with_replicas:
+            self._with_replicas.remove(self)
+
+    def _replicas(self) -> Any:
+        """The pool of replicas, started when they are first needed."""
+        if self._pool is None:
+            import ray
+            from ray.util.actor_pool import ActorPool
+
+            need, others = self.settings.resources, list(self._with_replicas)
+            wanted = sum(e.settings.replicas for e in (self, *others))
+            alike = all(e.settings.resources == need for e in others)
+            if not alike or room(self.settings, resources()) < wanted:
+                for engine in others:
+                    engine._dismiss()
+            replica = ray.remote(Replica).options(
+                num_cpus=need.num_cpus,
+                num_gpus=need.num_gpus,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
+            self._pool = ActorPool(
+                [replica.remote(self.model) for _ in range(self.settings.replicas)]
+            )
+            self._with_replicas.append(self)
+        return self._pool
+
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
         advance: Advance = no_news,
-    ) -> list[Completion]:
-        """See `Engine.generate`; one replica answers."""
-        ask = Ask(self, conversations, sampling, seed, advance)
-        ((_, answers),) = self.generate_shards([ask])
-        return answers
-
-    def generate_shards(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Completion]]]:
-        """See `ShardEngine.generate_shards`.
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`.
 
         Raises:
             SelfsteerError: what a replica could not do, or that one of them died again and again.
         """
         import ray
-        import ray.data
 
-        settings, waiting = self.settings, set(range(len(asks)))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the stage has its own
-        context.execution_no_progress_timeout_s = -1  # a shard may take hours
-        packed = [
-            {"place": i, "ask": pickle.dumps((a.conversations, a.sampling, a.seed))}
-            for i, a in enumerate(asks)
-        ]
-        with warnings.catch_warnings():
-            # 2026-11: Ray 2.60 deprecates this and names no other way to bound restarts
-            warnings.simplefilter("ignore")
-            answered = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
-                Replica,
-                fn_constructor_args=(self.model,),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=min(settings.replicas, len(asks))),
-                num_cpus=settings.resources.num_cpus,
-                num_gpus=settings.resources.num_gpus,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-            )
+        share = min(SHARE, max(math.ceil(len(requests) / self.settings.replicas), 1))
+        batches = cut(requests, self.batch_size or share)
         try:
-            for row in answered.iter_rows():
-                found = pickle.loads(row["answers"])
-                if isinstance(found, SelfsteerError):
-                    raise found
-                place = int(row["place"])
-                if place not in waiting:
-                    continue
-                waiting.remove(place)
-                asks[place].advance(len(found), sum(c.completion_tokens for c in found))
-                yield place, found
-        except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as e:
-            lines = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
+            for found in self._replicas().map_unordered(
+                lambda replica, batch: replica.answer.remote(batch, sampling), batches
+            ):
+                advance(len(found), sum(c.completion_tokens for c in found))
+                yield from found
+        except ray.exceptions.RayError as e:
+            cause = getattr(e, "cause", None)
+            if isinstance(cause, SelfsteerError):
+                raise cause from None
+            lines = str(e).strip().splitlines() or [type(e).__name__]
             raise EngineError(
-                f"A replica on the Ray cluster failed: {lines[-1].strip()}. Finished shards are "
-                "kept; see to it (Ray's own logs say more), then run the same command again."
+                f"A replica on the Ray cluster failed: {lines[-1].strip()}. Finished answers are "
+                "kept; fix the cause (Ray's own logs say more), then run the same command again."
             ) from e
-        if waiting:
-            raise EngineError(
-                f"Ray ended with {len(waiting)} of {len(asks)} shards unanswered. Finished shards "
-                "are kept; run the same command again."
-            )
 
 
 def connect(settings: EngineConfig) -> bool:
@@ -194,11 +180,6 @@ def connect(settings: EngineConfig) -> bool:
 
     if ray.is_initialized():
         return False
-    import ray.data
-
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":  # the other one writes Ray's own files
-            handler.setLevel(logging.CRITICAL)
     start = time.monotonic()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.address is None:
@@ -262,6 +243,16 @@ def resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive()]
 
 
+def room(settings: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> float:
+    """How many replicas fit on these nodes, each with its resources by Ray's names."""
+    need = {"CPU": settings.resources.num_cpus, "GPU": settings.resources.num_gpus}
+    if not any(need.values()):
+        return math.inf
+    return sum(
+        min(int(node.get(name, 0) / v + 1e-6) for name, v in need.items() if v) for node in nodes
+    )
+
+
 def check_room(settings: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> None:
     """Fails if the replicas would wait for resources that the cluster does not have.
 
@@ -272,21 +263,16 @@ def check_room(settings: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> 
     Raises:
         ConfigError: says what they need and what there is.
     """
-    need = settings.resources.model_dump()
-    there = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    fitting = sum(
-        min((int(node.get(there[n], 0) / v + 1e-6) for n, v in need.items() if v), default=1)
-        for node in nodes
-    )
-    if any(need.values()) and fitting < settings.replicas:
-        have = {name: sum(node.get(name, 0) for node in nodes) for name in there.values()}
+    need, fitting = settings.resources, room(settings, nodes)
+    if fitting < settings.replicas:
+        cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
         raise ConfigError(
-            f"The Ray cluster has room for {fitting} replicas of {need['num_cpus']:g} CPUs and "
-            f"{need['num_gpus']:g} GPUs, and {settings.replicas} are asked for: {len(nodes)} nodes "
-            f"have {have['CPU']:g} CPUs and {have['GPU']:g} GPUs. Lower replicas or resources."
+            f"The Ray cluster has room for {fitting} replicas of {need.num_cpus:g} CPUs and "
+            f"{need.num_gpus:g} GPUs, and {settings.replicas} are asked for: {len(nodes)} nodes "
+            f"have {cpus:g} CPUs and {gpus:g} GPUs. Lower replicas or resources."
         )
     gpus = sum(node.get("GPU", 0) for node in nodes)
-    if gpus and not need["num_gpus"] and settings.answering.kind != "openai":
+    if gpus and not need.num_gpus and settings.answering.kind != "openai":
         warn(
             f"the Ray cluster has {gpus:g} GPUs and its replicas use none: "
             "set resources.num_gpus of the engine"

@@ -2,24 +2,25 @@
 
 ``generate()`` keeps decoding rows that have ended until the longest one has; here they leave the
 batch and its cache. Stateful caches (state-space models) cannot give up rows, so those models go
-through ``generate()``.
+through ``generate()``. Each row draws from the random stream of its own request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
     Completion,
+    Request,
     SamplingParams,
     completion,
+    cut,
     no_news,
 )
 from selfsteer.models.load import LoadedModel
@@ -78,41 +79,41 @@ class TransformersEngine:
             stops |= set(configured if isinstance(configured, list) else [configured])
         self.stop_ids = sorted(stops)
 
-    @torch.no_grad()
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
         advance: Advance = no_news,
-    ) -> list[Completion]:
+    ) -> Iterator[Completion]:
         """See `Engine.generate`; texts are stripped of surrounding white space."""
-        model, chat = self.loaded.model, self.loaded.chat
-        prompts = [chat.prompt_ids(c) for c in conversations]
-        limit = self.loaded.context_length
-        rng = torch.Generator(device=self.loaded.device).manual_seed(seed)
-        out: list[Completion | None] = [None] * len(prompts)
-        for i, prompt in enumerate(prompts):
-            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
-                out[i] = Completion("", PROMPT_TOO_LONG, len(prompt), 0)
-        fitting = [i for i, c in enumerate(out) if c is None]
-        if len(fitting) < len(prompts):
-            advance(len(prompts) - len(fitting), 0)
-        order = sorted(fitting, key=lambda i: len(prompts[i]), reverse=True)
+        for batch in cut(requests, self.batch_size):
+            found = self._answer(batch, sampling)
+            advance(len(found), sum(c.completion_tokens for c in found))
+            yield from found
+
+    @torch.no_grad()
+    def _answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
+        """One batch, decoded together."""
+        model, chat, limit = self.loaded.model, self.loaded.chat, self.loaded.context_length
+        prompts = [chat.prompt_ids(r.messages) for r in batch]
+        fits = [limit is None or len(p) + sampling.max_new_tokens <= limit for p in prompts]
+        chosen = [p for p, fit in zip(prompts, fits, strict=True) if fit]
+        seeds = [wrapped(r.seed) for r, fit in zip(batch, fits, strict=True) if fit]
         was_training = model.training
         model.eval()
         decode = self._generate if getattr(model, "_is_stateful", False) else self._decode
         try:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                with self.loaded.precision():
-                    answers = decode([prompts[i] for i in rows], sampling, rng)
-                for i, ids in zip(rows, answers, strict=True):
-                    out[i] = completion(chat, self.stop_ids, len(prompts[i]), ids)
-                advance(len(rows), sum(map(len, answers)))
+            with self.loaded.precision():
+                streams = torch.tensor(seeds, dtype=torch.int64, device=self.loaded.device)
+                decoded = iter(decode(chosen, sampling, streams) if chosen else [])
         finally:
             model.train(was_training)
-        return [c for c in out if c is not None]
+        return [
+            completion(r.id, chat, self.stop_ids, len(p), next(decoded))
+            if fit
+            else Completion(r.id, "", PROMPT_TOO_LONG, len(p), 0)
+            for r, p, fit in zip(batch, prompts, fits, strict=True)
+        ]
 
     def _left_pad(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))
@@ -122,7 +123,7 @@ class TransformersEngine:
         return ids.to(self.loaded.device), mask.to(self.loaded.device)
 
     def _decode(
-        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, rng: torch.Generator
+        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, seeds_B: Tensor
     ) -> list[list[int]]:
         """Token ids of each answer, the stop token included where one was sampled."""
         model = self.loaded.model
@@ -144,7 +145,7 @@ class TransformersEngine:
                 use_cache=True,
                 **last_only,
             ).logits[:, -1]
-            token = draw(logits.float(), sampling, rng)
+            token = draw(logits.float(), sampling, uniforms(seeds_B, step))
             steps.append((rows[alive], token[alive]))
             alive = alive & ~torch.isin(token, stops)
             living = int(alive.sum())
@@ -154,7 +155,7 @@ class TransformersEngine:
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
-                alive = alive[keep]
+                alive, seeds_B = alive[keep], seeds_B[keep]
             ids = token.unsqueeze(1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
@@ -165,44 +166,92 @@ class TransformersEngine:
         return answers
 
     def _generate(
-        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, rng: torch.Generator
+        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, seeds_B: Tensor
     ) -> list[list[int]]:
         ids, mask = self._left_pad(prompts)
-        greedy = sampling.temperature == 0
+        width = ids.shape[1]
+
+        def only_the_drawn(so_far: Tensor, logits_BV: Tensor) -> Tensor:
+            step = so_far.shape[1] - width
+            token_B = draw(logits_BV.float(), sampling, uniforms(seeds_B, step))
+            return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B.unsqueeze(1), 0.0)
+
         config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
+            do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.stop_ids[0],
         )
-        with torch.random.fork_rng():  # generate() draws from the global generator only
-            torch.manual_seed(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
-            full = self.loaded.model.generate(ids, attention_mask=mask, generation_config=config)
+        full = self.loaded.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([only_the_drawn]),
+        )
         answers = []
-        for row in full[:, ids.shape[1] :].tolist():
+        for row in full[:, width:].tolist():
             end = next((i for i, t in enumerate(row) if t in self.stop_ids), len(row) - 1)
             answers.append(row[: end + 1])
         return answers
 
 
-def draw(logits_BV: Tensor, sampling: SamplingParams, rng: torch.Generator) -> Tensor:
+def wrapped(value: int) -> int:
+    """The signed 64-bit integer with the low 64 bits of ``value``."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def uniforms(seeds_B: Tensor, step: int) -> Tensor:
+    """The number at ``step`` of each seed's stream, uniform in [0, 1); float64, shape (B,).
+
+    SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195): its n-th number is a
+    function of seed and n, so rows can be drawn together and leave a batch without any state.
+    """
+    bits = seeds_B + wrapped((step + 1) * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ _shifted(bits, shift)) * wrapped(factor)
+    # 52 bits: the product with any mass rounds to less than that mass
+    return _shifted(bits ^ _shifted(bits, 31), 12).double() * 2.0**-52
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """A logical shift to the right; torch's keeps the sign."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tensor:
     """One token per row, shape (B,): temperature, then the smallest nucleus of mass ≥ top_p.
 
-    Greedy at temperature 0. The most likely token is always in the nucleus.
+    Greedy at temperature 0. The most likely token is always in the nucleus. Each row is drawn by
+    the inverse of its own cumulative distribution, so that other rows have no say in it.
+
+    Args:
+        logits_BV: next-token logits.
+        sampling: temperature and nucleus.
+        uniform_B: a number in [0, 1) for each row, float64.
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
     if sampling.top_p >= 1:
-        return torch.multinomial(probs_BV, 1, generator=rng).squeeze(1)
-    width = min(NUCLEUS, probs_BV.shape[1])
-    top_BV, index_BV = probs_BV.topk(width, dim=-1)
-    if bool((top_BV.sum(dim=-1) < sampling.top_p).any()):
-        top_BV, index_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    before_BV = top_BV.cumsum(dim=-1) - top_BV
-    top_BV = top_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
-    choice = torch.multinomial(top_BV, 1, generator=rng)
-    return index_BV.gather(1, choice).squeeze(1)
+        return _inverse(probs_BV, uniform_B)
+    top_BK, index_BK = probs_BV.topk(min(NUCLEUS, probs_BV.shape[1]), dim=-1)
+    token_B = _from_nucleus(top_BK, index_BK, sampling.top_p, uniform_B)
+    short = (top_BK.sum(dim=-1) < sampling.top_p).nonzero().squeeze(1)
+    if len(short):
+        ordered = probs_BV[short].sort(dim=-1, descending=True, stable=True)
+        token_B[short] = _from_nucleus(*ordered, sampling.top_p, uniform_B[short])
+    return token_B
+
+
+def _from_nucleus(top_BK: Tensor, index_BK: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
+    """A token per row from descending probabilities and the tokens that have them."""
+    before_BK = top_BK.cumsum(dim=-1) - top_BK
+    place_B = _inverse(top_BK.masked_fill(before_BK >= top_p, 0.0), uniform_B)
+    return index_BK.gather(1, place_B.unsqueeze(1)).squeeze(1)
+
+
+def _inverse(weights_BK: Tensor, uniform_B: Tensor) -> Tensor:
+    """The place per row where the cumulative weight first exceeds that share of the whole."""
+    mass_BK = weights_BK.cumsum(dim=-1, dtype=torch.float64)
+    target_B1 = uniform_B.unsqueeze(1) * mass_BK[:, -1:]
+    return torch.searchsorted(mass_BK, target_B1, right=True).squeeze(1)

@@ -6,27 +6,27 @@ before anything trains.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from selfsteer.data.digests import derive_seed
-from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
     Completion,
+    Request,
     SamplingParams,
     check_probe,
     completion,
     no_news,
     probe,
 )
+from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import EngineError
 from selfsteer.models.load import load_chat, load_context_length
 from selfsteer.recipe.sections import EngineSettings, Loading
-from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import say
 
 #: Said for us where the user did not: only errors are shown, and no statistics are sent.
@@ -46,11 +46,13 @@ class VllmEngine:
         EngineError: vLLM cannot load the model.
     """
 
+    batch_size = None
+
     def __init__(self, settings: EngineSettings, source: str, model_settings: Loading) -> None:
         self.chat = load_chat(source, model_settings)
         self.context_length = settings.max_model_len or load_context_length(source, model_settings)
         self.stop_ids = sorted({self.chat.end_of_turn, *configured_stops(source, model_settings)})
-        self._probed = False
+        self._probed, self._number = False, count()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         start = time.monotonic()
@@ -90,64 +92,62 @@ class VllmEngine:
 
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
         advance: Advance = no_news,
-    ) -> list[Completion]:
-        """See `Engine.generate`; each conversation has a seed of its own, texts are stripped.
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`; texts are stripped.
 
         Raises:
             EngineError: vLLM failed, or ignores the temperature.
         """
         if sampling.temperature > 0 and not self._probed:
-            found = self._answer(*probe(sampling.temperature), derive_seed(seed, "probe"), no_news)
+            found = self._answer(*probe(sampling.temperature), no_news)
             check_probe(found, "vLLM", "See what sampling.engine.engine_args does to it.")
             self._probed = True
-        return self._answer(conversations, sampling, seed, advance)
+        yield from self._answer(requests, sampling, advance)
 
     def _answer(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Advance,
-    ) -> list[Completion]:
+        self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
+    ) -> Iterator[Completion]:
         import vllm
 
         engine, limit = self._llm.llm_engine, self.context_length
-        out: dict[int, Completion] = {}
-        prompts = [self.chat.prompt_ids(c) for c in conversations]
-        for i, prompt in enumerate(prompts):
+        waiting: dict[str, tuple[str, int]] = {}
+        for r in requests:
+            prompt = self.chat.prompt_ids(r.messages)
             if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
-                out[i] = Completion("", PROMPT_TOO_LONG, len(prompt), 0)
                 advance(1, 0)
+                yield Completion(r.id, "", PROMPT_TOO_LONG, len(prompt), 0)
                 continue
             params = vllm.SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
                 max_tokens=sampling.max_new_tokens,
-                seed=derive_seed(seed, i) & 0x7FFFFFFF,
+                seed=r.seed & 0x7FFFFFFF,
                 stop_token_ids=self.stop_ids,
                 ignore_eos=True,  # what ends a turn is in stop_token_ids
                 detokenize=False,
             )
-            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, params)
-        try:
-            while engine.has_unfinished_requests():
-                for answer in engine.step():
-                    if answer.finished:
-                        i, ids = int(answer.request_id), list(answer.outputs[0].token_ids)
-                        out[i] = completion(self.chat, self.stop_ids, len(prompts[i]), ids)
-                        advance(1, len(ids))
-        except Exception as e:
-            if type(e).__name__ not in ("EngineDeadError", "EngineGenerateError"):
-                raise
-            raise EngineError(
-                f"vLLM's engine died ({e}). What it said itself stands above; finished shards are "
-                "kept, run the same command again."
-            ) from e
-        return [out[i] for i in range(len(prompts))]
+            name = str(next(self._number))
+            waiting[name] = (r.id, len(prompt))
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        while waiting:
+            try:
+                answered = engine.step()
+            except Exception as e:
+                if type(e).__name__ not in ("EngineDeadError", "EngineGenerateError"):
+                    raise
+                raise EngineError(
+                    f"vLLM's engine died ({e}). Its own messages stand above; finished answers are "
+                    "kept, run the same command again."
+                ) from e
+            for answer in answered:
+                if answer.finished and answer.request_id in waiting:
+                    name, prompt_tokens = waiting.pop(answer.request_id)
+                    ids = list(answer.outputs[0].token_ids)
+                    advance(1, len(ids))
+                    yield completion(name, self.chat, self.stop_ids, prompt_tokens, ids)
 
 
 def configured_stops(source: str, settings: Loading) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.records import Message, Query, Verdict
-from selfsteer.engines.base import Engine, SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Engine, Request, SamplingParams
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Judgement, Pair, ScoringJudge, judge_source
 from selfsteer.judges.reading import extract_margin, extract_rating, lost, read_verdict
@@ -158,7 +159,10 @@ class ChatJudge:
         self, keys: Sequence[str], conversations: Sequence[Any], advance: Advance
     ) -> list[dict[str, Any]]:
         self._engine = self._engine or self._load_engine()
-        seed = derive_seed("judge", keys[0])
+        asked = [
+            Request(k, tuple(c), derive_seed("judge", k))
+            for k, c in zip(keys, conversations, strict=True)
+        ]
         return [
             {
                 "text": c.text,
@@ -166,7 +170,7 @@ class ChatJudge:
                 "prompt_tokens": c.prompt_tokens,
                 "completion_tokens": c.completion_tokens,
             }
-            for c in self._engine.generate(conversations, self._sampling, seed, advance)
+            for c in answers(self._engine, asked, self._sampling, advance=advance).values()
         ]
 
     def _load_engine(self) -> Engine:

@@ -13,7 +13,6 @@ from enum import StrEnum
 
 from selfsteer.data.curate import transcript, words
 from selfsteer.data.records import Message, Principles, Query
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import PrinciplesConfig
 
@@ -174,8 +173,8 @@ class Outcome(StrEnum):
     """What became of a writer's answer, in the order in which it is looked at."""
 
     OK = "ok"
-    PROMPT_TOO_LONG = PROMPT_TOO_LONG
-    REQUEST_FAILED = REQUEST_FAILED
+    PROMPT_TOO_LONG = "prompt_too_long"
+    REQUEST_FAILED = "request_failed"
     UNFINISHED = "unfinished"
     NO_SECTIONS = "no_sections"
     ONE_SIDED = "one_sided"
@@ -225,23 +224,23 @@ def parse_principles(answer: str) -> tuple[Outcome, str, str]:
     return outcome, "", ""
 
 
-def read_answer(answer: Completion, examples: int = 0) -> tuple[Outcome, str, str]:
+def read_answer(text: str, finish_reason: str, examples: int = 0) -> tuple[Outcome, str, str]:
     """`parse_principles`, and whether the two guidelines are contrastive, alike and the writer's.
 
     Args:
-        answer: what the writer said, and why it stopped.
+        text: what the writer said.
+        finish_reason: why it stopped, as engines name it.
         examples: how many of `EXAMPLES` it had seen.
 
     Returns:
         The outcome and the two guidelines; the texts are empty unless the outcome is OK.
     """
-    if answer.finish_reason == PROMPT_TOO_LONG:
-        return Outcome.PROMPT_TOO_LONG, "", ""
-    if answer.missing:
-        return Outcome.REQUEST_FAILED, "", ""
-    if answer.finish_reason == "length":
+    for missing in (Outcome.PROMPT_TOO_LONG, Outcome.REQUEST_FAILED):
+        if finish_reason.startswith(missing):
+            return missing, "", ""
+    if finish_reason == "length":
         return Outcome.UNFINISHED, "", ""
-    outcome, good, bad = parse_principles(answer.text)
+    outcome, good, bad = parse_principles(text)
     if outcome is Outcome.OK:
         outcome = contrast(good, bad)
     if outcome is Outcome.OK and (_copied(good, examples) or _copied(bad, examples)):

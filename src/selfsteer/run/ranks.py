@@ -23,11 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from selfsteer.engines.launch import LAUNCHER, in_world
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.terminal import is_main_process
-
-#: Set by `launch` for its ranks: the process id of the one that started them.
-LAUNCHER = "SELFSTEER_LAUNCHER"
 
 #: How long a collective waits for the slowest rank: it may have the longest responses.
 PATIENCE = timedelta(hours=1)
@@ -42,10 +40,6 @@ _WORLDLESS = {
     "PMI_SIZE": "mpiexec started {} processes;",
 }
 
-#: What a rank inherits from its launcher; servers that it starts must not take themselves for one.
-_OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
-_OF_LAUNCHERS = (LAUNCHER, "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
-
 
 def size() -> int:
     """How many ranks there are; 1 where nobody launched any."""
@@ -55,31 +49,6 @@ def size() -> int:
 def number() -> int:
     """Which of them this process is, from 0."""
     return int(os.environ.get("RANK", "0"))
-
-
-def in_world() -> bool:
-    """Whether this process is one of several ranks, even where the several are one."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def plain_environment() -> dict[str, str]:
-    """This process's environment without what makes it a rank."""
-    theirs = (*_OF_RANKS, *_OF_LAUNCHERS)
-    return {k: v for k, v in os.environ.items() if not in_world() or not k.startswith(theirs)}
-
-
-@contextmanager
-def out_of_world() -> Iterator[None]:
-    """For this block the process has that environment: for libraries that start others by it.
-
-    Without it they would take themselves for a rank, and wait for peers that do something else.
-    """
-    plain = plain_environment()
-    removed = {k: os.environ.pop(k) for k in os.environ.keys() - plain.keys()}
-    try:
-        yield
-    finally:
-        os.environ.update(removed)
 
 
 def check_world(asked: int | None) -> None:

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ConfigError
 from selfsteer.run.folder import RunFolder
-from selfsteer.run.ranks import out_of_world
 from selfsteer.terminal import is_main_process, warn
 
 #: Where each tracker's name for the run, and its folder, is read by the integrations.

@@ -12,10 +12,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from selfsteer.data import curate
 from selfsteer.data.digests import derive_seed
@@ -34,7 +33,7 @@ from selfsteer.errors import DataError
 from selfsteer.judges.base import load_judges
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult, read_shards, run_shards
+from selfsteer.run.folder import Dropped, RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import check_budget, check_sampler
@@ -144,15 +143,6 @@ class Reply:
     text: str = ""
     finish_reason: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {
-            "how": self.how,
-            "from": list(self.sources),
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-        }
-
 
 @dataclass
 class _Pool:
@@ -219,7 +209,6 @@ def augment(
     path: Path,
     *,
     seed: int,
-    shard_size: int,
     evaluation: Sequence[Query] = (),
     check: Callable[[Query], None] = lambda query: None,
     drop: Callable[[Dropped], None] = lambda dropped: None,
@@ -227,7 +216,7 @@ def augment(
     """Writes the seeds and the new queries, each with its lineage in ``augmented``, in id order.
 
     A round asks for what is still missing, from seeds and earlier finds alike. Replies are stored
-    shard by shard beside ``path`` until the end; what is accepted follows from them, so that an
+    beside ``path`` until the end; what is accepted follows from them, so that an
     interrupted run asks nothing twice.
 
     Args:
@@ -237,7 +226,6 @@ def augment(
         engine: who writes.
         path: the JSONL file to write; ``augmented.jsonl`` keeps its replies in ``augment/``.
         seed: of choices and sampling.
-        shard_size: replies per shard.
         evaluation: queries that must stay held out, beside the sets of ``against``.
         check: raises DataError on a query that the judge has no use for.
         drop: told every reply that is not taken.
@@ -269,7 +257,7 @@ def augment(
     with progress_bar("augment", wanted.to - len(seeds)) as bar:
         while len(pool.queries) < wanted.to and rounds < wanted.attempts:
             rounds += 1
-            for reply in _round(pool, engine, scratch, rounds, seed, shard_size, bar):
+            for reply in _round(pool, engine, scratch, rounds, seed, bar):
                 reason = pool.offer(reply, rounds)
                 asked[reply.how] += 1
                 if reason is None:
@@ -277,7 +265,8 @@ def augment(
                     bar.advance(1)
                 else:
                     dropped[reason] += 1
-                    drop(Dropped(f"round-{rounds}/{sum(asked.values())}", reason, reply))
+                    number = sum(asked.values())
+                    drop(Dropped(f"round-{rounds}/{number}", reason, asdict(reply)))
     queries = [pool.queries[i] for i in sorted(pool.queries)]
     write_atomic(path, dump_lines(queries))
     if len(queries) < wanted.to:
@@ -306,10 +295,9 @@ def _round(
     scratch: Path,
     number: int,
     seed: int,
-    shard_size: int,
     bar: Bar,
 ) -> list[Reply]:
-    """Asks for as many queries as are missing; finished shards are read, not asked again."""
+    """Asks for as many queries as are missing; stored answers are not asked for again."""
     settings = pool.settings.augment
     assert settings is not None
     ids = list(pool.queries)
@@ -322,35 +310,24 @@ def _round(
         asks.append(Reply(how, tuple(rng.sample(ids, count))))
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
 
-    folder = scratch / f"round-{number:03d}"
-
-    def work(shard: int, part: Sequence[Reply]) -> tuple[list[Reply], list[Dropped]]:
-        asked = [
-            Request(
-                str(k),
-                tuple(prompt(a.how, [pool.queries[i] for i in a.sources])),
-                derive_seed(seed, number, shard * shard_size + k),
-            )
-            for k, a in enumerate(part)
-        ]
-        found = answers(
-            engine,
-            asked,
-            params,
-            store=folder / f"answers-{shard:05d}.queries.jsonl",
-            advance=lambda n, tokens: bar.advance(0, tokens),
+    requests = [
+        Request(
+            str(i),
+            tuple(prompt(a.how, [pool.queries[j] for j in a.sources])),
+            derive_seed(seed, "augment", f"round-{number}", a.how, i),
         )
-        said = [found[str(k)] for k in range(len(part))]
-        replies = [
-            Reply(a.how, a.sources, c.text, c.finish_reason)
-            for a, c in zip(part, said, strict=True)
-        ]
-        return replies, []
-
-    run_shards(folder, asks, shard_size, work)
+        for i, a in enumerate(asks)
+    ]
+    found = answers(
+        engine,
+        requests,
+        params,
+        store=scratch / f"round-{number:03d}.jsonl",
+        advance=lambda n, tokens: bar.advance(0, tokens),
+    )
     return [
-        Reply(v["how"], tuple(v["from"]), v["text"], v["finish_reason"])
-        for v in read_shards(folder)
+        replace(a, text=found[r.id].text, finish_reason=found[r.id].finish_reason)
+        for a, r in zip(asks, requests, strict=True)
     ]
 
 
@@ -421,7 +398,6 @@ class GrowQueries(Stage):
                 engines.sampler(s.engine, str(self.policy.path), self.loading, s.batch_size),
                 run / self.outputs[0],
                 seed=derive_seed(self.seed, "augment"),
-                shard_size=s.shard_size,
                 evaluation=load_queries(self.held_out).queries if self.held_out else (),
                 check=check,
                 drop=drops.add,

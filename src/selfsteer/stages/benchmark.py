@@ -19,7 +19,8 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.answers import answers as ask
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
 from selfsteer.evaluation.benchmark_table import markdown
@@ -275,7 +276,8 @@ def _ask(
     name: str,
 ) -> list[Answered]:
     """Turn after turn; a model's own answers are part of what it is asked next."""
-    engine = engines.sampler(recipe, model.source)
+    s = recipe.sampling
+    engine = engines.sampler(s.engine, model.source, recipe.policy, s.batch_size)
     responses: list[list[str]] = [[] for _ in questions]
     reasons: list[list[str]] = [[] for _ in questions]
     missing: dict[int, str] = {}
@@ -283,9 +285,17 @@ def _ask(
     with progress_bar(f"{model.label}: {name}", total) as bar:
         for turn in range(1 + max(len(q.later) for q in questions)):
             rows = [i for i, q in enumerate(questions) if turn <= len(q.later) and i not in missing]
-            asked = [questions[i].query(responses[i]).messages for i in rows]
-            found = engine.generate(asked, params, derive_seed(seed, turn), bar.advance)
-            for i, completion in zip(rows, found, strict=True):
+            asked = [
+                Request(
+                    questions[i].id,
+                    questions[i].query(responses[i]).messages,
+                    derive_seed(seed, questions[i].id, turn),
+                )
+                for i in rows
+            ]
+            found = ask(engine, asked, params, advance=bar.advance)
+            for i in rows:
+                completion = found[questions[i].id]
                 if completion.missing:
                     missing[i] = completion.missing
                 else:

@@ -19,7 +19,8 @@ from torch import Tensor
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Query, Triple
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
@@ -324,14 +325,18 @@ class Selector:
         out = {}
         with progress_bar(f"{self.label}: held out", len(self.held_out) * len(contexts)) as bar:
             for context in contexts:
-                prompts = [
-                    context_messages(t.messages, t.principles, context) for t in self.held_out
+                asked = [
+                    Request(
+                        t.id,
+                        tuple(context_messages(t.messages, t.principles, context)),
+                        derive_seed(self.seed, t.id, context, 0),
+                    )
+                    for t in self.held_out
                 ]
-                seed = derive_seed(self.seed, context)
-                found = engine.generate(prompts, self.sampling, seed, bar.advance)
+                found = answers(engine, asked, self.sampling, advance=bar.advance)
                 out[context] = [
                     {"text": c.text, "reason": c.finish_reason, "tokens": c.completion_tokens}
-                    for c in found
+                    for c in found.values()
                 ]
         return out
 

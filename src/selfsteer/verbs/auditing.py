@@ -24,7 +24,8 @@ from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Query, Triple
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
 from selfsteer.judges.stats import known_interval, worths
@@ -237,19 +238,30 @@ def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> li
 
     settings = s.recipe.sampling
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-    prompts = [context_messages(t.messages, t.principles, c) for t in probes for c in CONTEXTS]
+    requests = [
+        Request(
+            f"{t.id}/{c}",
+            tuple(context_messages(t.messages, t.principles, c)),
+            derive_seed(s.seed, "audit", t.id, c),
+        )
+        for t in probes
+        for c in CONTEXTS
+    ]
+    store = path.with_suffix(".partial")
     with Engines(s.folder) as engines:
-        engine = engines.sampler(s.recipe, source)
-        found = engine.generate(prompts, params, derive_seed(s.seed, "audit"), bar.advance)
+        engine = engines.sampler(settings.engine, source, s.recipe.policy, settings.batch_size)
+        found = answers(engine, requests, params, store=store, advance=bar.advance)
     rows = [
         {
             c: {"text": a.text, "tokens": a.completion_tokens, "missing": a.missing}
-            for c, a in zip(CONTEXTS, found[i * len(CONTEXTS) :], strict=False)
+            for c in CONTEXTS
+            for a in (found[f"{t.id}/{c}"],)
         }
-        for i in range(len(probes))
+        for t in probes
     ]
     lines = [{"id": t.id, "answers": row} for t, row in zip(probes, rows, strict=True)]
     write_atomic(path, dump_lines(lines))
+    store.unlink(missing_ok=True)
     return rows
 
 

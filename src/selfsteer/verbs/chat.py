@@ -85,19 +85,25 @@ class Chat:
 
     def answers(self, question: str) -> dict[str, dict[str, str]]:
         """Model → context → what it says."""
+        from selfsteer.data.digests import derive_seed
         from selfsteer.data.records import Message
+        from selfsteer.engines.answers import answers
+        from selfsteer.engines.base import Request
         from selfsteer.principles.contexts import CONTEXTS, context_messages
 
         messages = (Message("user", question),)
-        prompts = [context_messages(messages, self.principles, c) for c in CONTEXTS]
-        found = {
-            name: engine.generate(prompts, self.params, self.seed)
-            for name, engine in self.engines.items()
-        }
+        asked = [
+            Request(
+                c,
+                tuple(context_messages(messages, self.principles, c)),
+                derive_seed(self.seed, "chat", c),
+            )
+            for c in CONTEXTS
+        ]
         self.seed += 1
         return {
-            name: {c: a.text for c, a in zip(CONTEXTS, said, strict=True)}
-            for name, said in found.items()
+            name: {c: a.text for c, a in answers(engine, asked, self.params).items()}
+            for name, engine in self.engines.items()
         }
 
     def ask(self, question: str) -> None:

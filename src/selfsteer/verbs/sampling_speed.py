@@ -1,7 +1,7 @@
 """`selfsteer bench sampling`: an engine asked directly, and through the pipeline's sample stage.
 
-Both answer the same prompts with the same seeds, interleaved. What the stage adds is its shards
-(each waits for its longest answer), the joining of answers to records, and the files.
+Both answer the same prompts, interleaved. What the stage adds is its shards (each waits for its
+longest answer), the joining of answers to records, and the files.
 """
 
 import random
@@ -15,9 +15,16 @@ from typing import Any
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Triple
-from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import (
+    Advance,
+    Completion,
+    Engine,
+    Request,
+    SamplingParams,
+    no_news,
+)
 from selfsteer.engines.load import Engines
-from selfsteer.engines.shards import Ask, ShardEngine, Work, at_once
 from selfsteer.principles.catalogue import catalogue_of
 from selfsteer.principles.contexts import context_messages
 from selfsteer.principles.writer import complete_features, picked
@@ -30,27 +37,19 @@ NAMES = ("good", "bad")
 
 
 class Watched:
-    """An engine that counts what it said, whoever asks."""
+    """An engine that counts the tokens of its answers, whoever asks."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.batch_size = engine, engine.batch_size
         self.tokens = 0
 
-    def generate(self, *args: Any, **options: Any) -> Any:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance = no_news
+    ) -> Iterator[Completion]:
         """See `Engine.generate`."""
-        found = self._engine.generate(*args, **options)
-        self.tokens += sum(c.completion_tokens for c in found)
-        return found
-
-
-class WatchedShards(Watched):
-    """One that answers many shards at once."""
-
-    def generate_shards(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Completion]]]:
-        """See `ShardEngine.generate_shards`."""
-        for place, found in self._engine.generate_shards(asks):
-            self.tokens += sum(c.completion_tokens for c in found)
-            yield place, found
+        for answer in self._engine.generate(requests, sampling, advance):
+            self.tokens += answer.completion_tokens
+            yield answer
 
 
 def bench(
@@ -76,26 +75,25 @@ def bench(
         triples.append(Triple(query.id, query.messages, picked(features, catalogue)))
     s, source = recipe.sampling, resolve_path(recipe.policy.model)
     params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
-    prompts = [context_messages(t.messages, t.principles, n) for n in NAMES for t in triples]
+    requests = [
+        Request(
+            f"{t.id}/{n}",
+            tuple(context_messages(t.messages, t.principles, n)),
+            derive_seed(recipe.seed, "bench", t.id, n, 0),
+        )
+        for n in NAMES
+        for t in triples
+    ]
     rates: dict[str, list[float]] = {"direct": [], "pipeline": []}
     with (
         Engines(None) as engines,
         tempfile.TemporaryDirectory(prefix="selfsteer-bench-") as scratch,
     ):
-        asked = engines.sampler(recipe, source)
-        engine = (WatchedShards if isinstance(asked, ShardEngine) else Watched)(asked)
-        engine.generate(prompts[:2], params, 0)  # the first words take longer
-        # all at once, unless the engine wants them in parts
-        size = 2 * s.shard_size if isinstance(asked, ShardEngine) else len(prompts)
+        engine = Watched(engines.sampler(s.engine, source, recipe.policy, s.batch_size))
+        answers(engine, requests[:2], params)  # the first words take longer
 
         def direct(number: int) -> None:
-            def work(part: int, some: Sequence[Any]) -> Work[None]:
-                seed = derive_seed(recipe.seed, "bench", number, part)
-                yield Ask(engine, some, params, seed)
-
-            parts = (prompts[i : i + size] for i in range(0, len(prompts), size))
-            for _ in at_once(work, enumerate(parts)):
-                pass
+            answers(engine, requests, params)
 
         def pipeline(number: int) -> None:
             folder = Path(scratch) / str(number)
@@ -117,7 +115,7 @@ def bench(
     return {
         "engine": s.engine.kind,
         "queries": len(triples),
-        "answers": len(prompts),
+        "answers": len(requests),
         "shard_size": s.shard_size,
         "batch_size": s.batch_size,
         **{name: {"tokens_per_second": r, "median": medians[name]} for name, r in rates.items()},
