@@ -39,14 +39,13 @@ from selfsteer.recipe.sections import (
 )
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.augment import GrowQueries
-from selfsteer.stages.benchmark import RunBenchmarks
+from selfsteer.stages.benchmarks import RunBenchmarks
 from selfsteer.stages.evaluate import Evaluate, Exhibit
 from selfsteer.stages.filter import WritePairs
 from selfsteer.stages.measure import MeasureQuality
 from selfsteer.stages.principles import Share, WritePrinciples
 from selfsteer.stages.queries import ReadQueries
-from selfsteer.stages.train import Train
-from selfsteer.stages.train_reward import RewardSet, TrainReward
+from selfsteer.stages.trainings import RewardSet, Train, TrainReward
 
 
 class Plan:
@@ -229,6 +228,7 @@ class Aligning(Recipe):
                 judge=self.judge if measured else None,
                 lora=self.policy.lora,
                 keep_checkpoints=self.keep.checkpoints,
+                keep=title == "policy" or self.keep.generator,
                 title=title,
             )
         )
@@ -440,8 +440,8 @@ def plain_queries(settings: Queries) -> Queries:
 
 def reward_stage(recipe: Recipe, settings: Reward, own: tuple[str, Artifact] | None) -> TrainReward:
     """A reward model on the run's own preferences and on given ones."""
-    given = tuple(RewardSet.given(d.label, d.path, d.weight) for d in settings.data)
-    mine = (RewardSet(own[0], own[1], settings.own_weight),) if own else ()
+    given = tuple(RewardSet(d.label, d.weight, source=d.path) for d in settings.data)
+    mine = (RewardSet(own[0], settings.own_weight, own[1]),) if own else ()
     start = Artifact(Path(resolve_path(settings.model or recipe.policy.model)))
     return TrainReward(
         (*mine, *given),

@@ -1,6 +1,7 @@
 """What stages read: records of other stages, lazily, and preference sets of other runs."""
 
 import heapq
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.data.stored import Stored
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.recipe.sections import resolve_path
+from selfsteer.run.folder import RunFolder
 
 
 def stored_queries(path: Path) -> Stored[Query]:
@@ -40,3 +44,30 @@ def subset(triples: Stored[Triple], limit: int | None, seed: int) -> Stored[Trip
         return triples
     hashes = ((derive_seed(seed, "subset", t.id), i) for i, t in enumerate(triples))
     return triples.take(sorted(i for _, i in heapq.nsmallest(limit, hashes)))
+
+
+def preferences_of(source: str) -> Path:
+    """Where a preference set is: a file or folder, or the last preferences of a run folder.
+
+    Raises:
+        ConfigError: there is nothing.
+        ArtifactError: the run has not come that far.
+    """
+    path = Path(resolve_path(source))
+    if (path / "resolved.json").is_file():
+        recipe = json.loads((path / "resolved.json").read_text("utf-8"))
+        mine = [
+            e
+            for e in RunFolder(path).ledger()
+            if e.get("kind") == "WritePairs"
+            and (e["method"], e["round"]) == (recipe["method"], recipe["iterations"])
+        ]
+        if not mine or mine[-1]["event"] != "finish":
+            raise ArtifactError(
+                f"The last preferences of the run {source} are not finished. Let the run come "
+                "that far first."
+            )
+        path = path / mine[-1]["outputs"][0]
+    if not path.exists():
+        raise ConfigError(f"There are no preferences at {path}; give a file or a run folder.")
+    return path

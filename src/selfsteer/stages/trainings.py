@@ -1,0 +1,214 @@
+"""Triples to a generator, triples or preferences to a policy, preferences to a reward model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from selfsteer.data.digests import digest_path
+from selfsteer.objectives import Objective
+from selfsteer.recipe.sections import (
+    Generator,
+    JudgeConfig,
+    Lora,
+    PolicyTraining,
+    Reward,
+    Sampling,
+)
+from selfsteer.run import cost
+from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
+from selfsteer.stages.inputs import preferences_of, stored_pairs
+
+
+@dataclass(frozen=True)
+class Train(Stage):
+    """A policy, or a generator, trained on an objective.
+
+    Args:
+        data: triples, or preferences.
+        start: the model to train.
+        reference: the frozen model whose log-probs the base loss compares with.
+        objective: what to minimise.
+        settings: optimiser, schedule, and which step is kept.
+        contexts: in which the trained model will answer; what its steps are selected by.
+        sampling: how its candidates answer; None where no step is selected.
+        judge: of the candidates.
+        lora: train adapters instead of all weights.
+        keep_checkpoints: resumable ones kept while training.
+        keep: whether the weights stay once the run is finished.
+        title: its name within its round.
+    """
+
+    data: Artifact
+    start: Artifact
+    reference: Artifact
+    objective: Objective
+    settings: Generator | PolicyTraining
+    contexts: tuple[str, ...] = ("plain",)
+    sampling: Sampling | None = None
+    judge: JudgeConfig | None = None
+    lora: Lora | None = None
+    keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
+    keep: bool = field(default=True, metadata=COSTS_ONLY)
+    title: str = field(default="policy", kw_only=True)
+
+    on_ranks = True
+
+    @property
+    def section(self) -> str:
+        """The section of the recipe that its settings are."""
+        return "generator" if isinstance(self.settings, Generator) else "training"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it sees plain contexts only."""
+        return all(name.startswith("plain/") for name in self.objective.sequences)
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """See `Stage.scratch`: checkpoints while it works, then its candidates' figures."""
+        return (f"{self.name}.partial", f"{self.name}.selection.json")
+
+    def records(self, scale: Scale) -> int:
+        """See `Stage.records`."""
+        return self.data.records(scale)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        return cost.training(self.data.texts, self.objective, self.settings, self.records(scale))
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        from selfsteer.models.load import check_bits, resolve_device
+
+        device = resolve_device(self.loading.device)
+        if self.lora:
+            check_bits(self.lora.bits, device)
+        yield from ()
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        from selfsteer.stages.train import train_on
+
+        triples = list(stored_pairs(self.data.path))
+        result, dropped = train_on(
+            triples,
+            self.objective,
+            self.settings,
+            sampling=self.sampling or Sampling(),
+            judge=self.judge,
+            loading=self.loading,
+            lora=self.lora,
+            seed=self.seed,
+            keep_checkpoints=self.keep_checkpoints,
+            contexts=self.contexts,
+            start=str(self.start.path),
+            reference=str(self.reference.path),
+            output=run / self.name,
+            scores=run / "scores",
+            stage=self.name,
+            run=run,
+        )
+        known = {t.id: t for t in triples}
+        with run.drops(self.name) as drops:
+            for identity, reason in dropped:
+                drops.add(Dropped(identity, reason, known.get(identity)))
+        return result
+
+    def tidy(self, run: RunFolder) -> None:
+        """See `Stage.tidy`: the folder stays as a record."""
+        from selfsteer.data.jsonl import write_atomic
+
+        for weights in () if self.keep else (run / self.name).rglob("*.safetensors"):
+            weights.unlink()
+            write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
+
+
+class RewardSet(NamedTuple):
+    """One preference set of a reward model's mixture: the run's own, or one from elsewhere."""
+
+    name: str
+    weight: float
+    own: Artifact | None = None
+    #: A file or folder of preferences, or a run folder.
+    source: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where the preferences are."""
+        return self.own.path if self.own else preferences_of(self.source)
+
+    @property
+    def identity(self) -> tuple[str, float, str]:
+        """What a reward model depends on."""
+        content = self.own.fingerprint if self.own else digest_path(self.path)
+        return self.name, self.weight, content
+
+
+@dataclass(frozen=True)
+class TrainReward(Stage):
+    """A Bradley-Terry reward model on preference sets, mixed by weight.
+
+    Args:
+        sets: the mixture.
+        start: chat model, or reward model to train further.
+        settings: schedule, margin, held-out share.
+        lora: train adapters and the head instead of all weights.
+        keep_checkpoints: resumable ones kept while training.
+    """
+
+    sets: tuple[RewardSet, ...] = field(
+        metadata={"identity": lambda sets: [s.identity for s in sets]}
+    )
+    start: Artifact
+    settings: Reward
+    lora: Lora | None = None
+    keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
+
+    title = "train_reward"
+    one_process = True
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `Stage.outputs`."""
+        return ("reward", "reward.json")
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """See `Stage.scratch`."""
+        return ("reward.partial",)
+
+    def cost(self, scale: Scale) -> Cost:
+        """See `Stage.cost`."""
+        return Cost(unknown=(self.name,))
+
+    def check(self) -> Iterator[str]:
+        """See `Stage.check`."""
+        from selfsteer.models.load import load_chat
+
+        load_chat(str(self.start.path), self.loading)
+        for one in self.sets:
+            if one.own is None:
+                preferences_of(one.source)
+        yield from ()
+
+    def run(self, run: RunFolder) -> StageResult:
+        """See `Stage.run`."""
+        from selfsteer.stages.train_reward import train_reward
+
+        result, dropped = train_reward(
+            [(s.name, s.path, s.weight) for s in self.sets],
+            str(self.start.path),
+            self.settings,
+            loading=self.loading,
+            lora=self.lora,
+            seed=self.seed,
+            keep_checkpoints=self.keep_checkpoints,
+            run=run,
+        )
+        with run.drops(self.name) as drops:
+            for identity, reason in dropped:
+                drops.add(Dropped(identity, reason))
+        return result
