@@ -10,7 +10,6 @@ is written and no model is asked.
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -26,8 +25,9 @@ from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.data.stored import Stored
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
-from selfsteer.recipe.read import subsections, validate
-from selfsteer.recipe.sections import Recipe, Section, resolve_path
+from selfsteer.methods import METHODS, AnyRecipe, recipe_of
+from selfsteer.recipe.read import choose, subsections
+from selfsteer.recipe.sections import Section, resolve_path
 from selfsteer.run.progress import progress_of
 
 T = TypeVar("T")
@@ -258,39 +258,6 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-_KINDS = {
-    "queries": "Queries",
-    "augment": "Augment",
-    "principles": "WritePrinciples",
-    "triples": "Sample",
-    "samples": "Sample",
-    "ranked": "Rank",
-    "opponents": "Oppose",
-    "improved": "Improve",
-    "filter": "Filter",
-    "preferences": "Pair",
-    "quality": "Quality",
-    "generator": "Train",
-    "plus": "Train",
-    "minus": "Train",
-    "policy": "Train",
-    "train_reward": "TrainReward",
-    "evaluation": "Evaluate",
-    "benchmarks": "Benchmark",
-}
-
-
-def _identity(name: str, recipe: Recipe) -> tuple[str, str | None, int | None]:
-    """Kind, method and round of a stage, by its name."""
-    kind = _KINDS.get(name.rpartition("/")[2], "")
-    found = re.match(r"(baseline/)?iteration-(\d+)/", name)
-    if found is None:
-        return kind, recipe.method if kind == "TrainReward" else None, None
-    shared = kind == "WritePrinciples" and recipe.baseline is not None
-    method = recipe.baseline if found[1] else None if shared else recipe.method
-    return kind, method, int(found[2])
-
-
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -421,7 +388,7 @@ class RoundView:
             shards = self.run.shards(self.run.folder / stage.outputs[0])
             takers = []
             for later in self.stages[i + 1 :]:
-                if later.kind in ("Sample", "Train", "Quality"):
+                if later.kind in ("Sample", "Train", "MeasureQuality"):
                     break
                 takers.append(later)
             if shards:
@@ -460,7 +427,7 @@ class RunView:
     """A run folder: its recipe, its stages in the order in which they began, and what they made."""
 
     folder: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     stages: tuple[StageView, ...]
 
     @classmethod
@@ -478,15 +445,17 @@ class RunView:
                 "'selfsteer run' wrote, for example runs/demo."
             )
         values = _read(dict[str, Any], resolved) or {}
-        recipe = validate(Recipe, _asked(Recipe, values), f"recipe of {folder}")
-        return cls(folder, recipe, tuple(_stages(folder, recipe)))
+        where = f"recipe of {folder}"
+        model = choose(METHODS, values, where)
+        recipe = recipe_of({**_asked(model, values), "method": values["method"]}, where)
+        return cls(folder, recipe, tuple(_stages(folder)))
 
     # -- what it consists of ----------------------------------------------------------------------
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The recipe's method, then its baseline."""
-        return tuple(filter(None, (self.recipe.method, self.recipe.baseline)))
+        return self.recipe.methods
 
     @cached_property
     def rounds(self) -> tuple[RoundView, ...]:
@@ -495,7 +464,7 @@ class RunView:
         found = (
             RoundView(self, method, k, home / f"iteration-{k}")
             for method, home in zip(self.methods, homes, strict=False)
-            for k in range(1, self.recipe.iterations + 1)
+            for k in range(1, self.recipe.last_round + 1)
         )
         return tuple(r for r in found if r.folder.is_dir())
 
@@ -510,10 +479,10 @@ class RunView:
             ConfigError: the run has no baseline.
             ArtifactError: the run has no such round, or none yet.
         """
-        if baseline and not self.recipe.baseline:
+        if baseline and len(self.methods) < 2:
             raise ConfigError(f"{self.folder} has no baseline.")
         found = {r.k: r for r in self.rounds_of(self.methods[baseline])}
-        wanted = self.recipe.iterations if number is None else number
+        wanted = self.recipe.last_round if number is None else number
         if wanted not in found:
             begun = ", ".join(f"iteration-{k}" for k in found) or "there is none"
             raise ArtifactError(
@@ -594,7 +563,7 @@ class RunView:
         """Time that a method's policy took, what all methods share included; None: unfinished."""
         if not all(s.done for s in self.stages):
             return None
-        after = ("Evaluate", "Benchmark")
+        after = ("Evaluate", "RunBenchmarks")
         mine = (s for s in self.stages if s.method in (method, None) and s.kind not in after)
         return sum(s.seconds for s in mine)
 
@@ -609,7 +578,9 @@ class RunView:
     def finished(self) -> bool:
         """Whether it has come to what its recipe wants last, and nothing is half done."""
         names = {s.name for s in self.stages}
-        return all(s.done for s in self.stages) and names.issuperset(_wanted(self.recipe))
+        return all(s.done for s in self.stages) and names.issuperset(
+            s.name for s in self.recipe.plan()
+        )
 
     @property
     def state(self) -> str:
@@ -698,20 +669,18 @@ def _newest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str
     return began, last
 
 
-def _stages(folder: Path, recipe: Recipe) -> Iterator[StageView]:
+def _stages(folder: Path) -> Iterator[StageView]:
     began, last = _newest(folder)
     for name, entry in last.items():
-        kind, method, k = _identity(name, recipe)
-        home = "baseline/" if method is not None and method == recipe.baseline else ""
         first = began.get(name, entry)
         counts = ("n_in", "n_out", "dropped", "seconds", "notes")
         yield StageView(
             folder,
             name,
-            kind,
-            method,
-            k,
-            name.removeprefix(f"{home}iteration-{k}/"),
+            entry["kind"],
+            entry["method"],
+            entry["round"],
+            entry["title"],
             entry["fingerprint"],
             entry["event"] == "finish",
             first["time"],
@@ -720,16 +689,3 @@ def _stages(folder: Path, recipe: Recipe) -> Iterator[StageView]:
             tuple(entry["outputs"]),
             **{n: entry[n] for n in counts if n in entry},
         )
-
-
-def _wanted(recipe: Recipe) -> set[str]:
-    """The stages that a recipe comes to last."""
-    last = f"iteration-{recipe.iterations}/policy"
-    asked = {
-        last: recipe.method != "reward",
-        f"baseline/{last}": recipe.baseline,
-        "train_reward": recipe.reward,
-        "evaluation": recipe.evaluation,
-        "benchmarks": recipe.benchmarks,
-    }
-    return {name for name, wanted in asked.items() if wanted}

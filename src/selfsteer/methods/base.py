@@ -72,15 +72,21 @@ class Plan:
         self._where = Where()
 
     @contextmanager
-    def at(self, method: str, k: int, folder: str) -> Iterator[None]:
+    def at(self, method: str | None, k: int | None, folder: str) -> Iterator[None]:
         """Places what is planned in this block in a round of a method."""
         before, self._where = self._where, Where(method, k, folder)
         yield
         self._where = before
 
-    def __call__(self, stage: Stage) -> Artifact:
-        """Adds a stage; returns what it will have made."""
-        placed = replace(stage, where=self._where, **self._common)
+    def __call__(self, stage: Stage, *, shared: bool = False) -> Artifact:
+        """Adds a stage; returns what it will have made.
+
+        Args:
+            stage: gets its place, seed and model settings.
+            shared: whether a baseline uses what it makes as well.
+        """
+        where = replace(self._where, method=None) if shared else self._where
+        placed = replace(stage, where=where, **self._common)
         self.stages.append(placed)
         return Artifact(self.folder / placed.outputs[0], placed)
 
@@ -114,6 +120,16 @@ class Recipe(Section):
         """Who judges or ranks answers to the queries."""
         return ()
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The method, and what it is run beside."""
+        return (self.method,)
+
+    @property
+    def last_round(self) -> int:
+        """How many rounds there are."""
+        return 0
+
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -137,6 +153,11 @@ class Aligning(Recipe):
     )
     evaluation: Evaluation | None = Field(None, description="null: no evaluation")
     benchmarks: Benchmarks | None = Field(None, description="null: no benchmarks")
+
+    @property
+    def last_round(self) -> int:
+        """See `Recipe.last_round`."""
+        return self.iterations
 
     #: Whether an answer must stand beside each query.
     needs_answers: ClassVar[bool] = False
@@ -373,7 +394,8 @@ class Principled(Aligning):
     def ask(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
         """Features, p+ and p- for the queries of a round."""
         engine = self.sampling.engine if self.principles.asks_a_model else EngineConfig()
-        asked = plan(WritePrinciples(plan.queries, policy, self.principles, engine, share))
+        writing = WritePrinciples(plan.queries, policy, self.principles, engine, share)
+        asked = plan(writing, shared=len(self.methods) > 1)
         plan.asked.append(asked)
         return asked
 
@@ -406,6 +428,11 @@ class WithBaseline(Principled):
     baseline: Literal["pbaa"] | None = Field(
         None, description="also run PBAA: same queries and principles"
     )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """See `Recipe.methods`."""
+        return (self.method, *([self.baseline] if self.baseline else []))
 
     def baseline_rounds(self, plan: Plan) -> None:
         """See `Aligning.baseline_rounds`."""

@@ -77,7 +77,7 @@ def _f(
         content: it names a file (or folder), or a model, whose content bears on results.
         bounds: what values are allowed.
     """
-    extra = {"costs_only": costs_only, "content": content}
+    extra: Any = {"costs_only": costs_only, "content": content}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 

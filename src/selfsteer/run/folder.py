@@ -273,6 +273,7 @@ class RunFolder:
         known = {
             "stage": stage.name,
             "kind": type(stage).__name__,
+            "title": stage.title,
             "method": stage.where.method,
             "round": stage.where.round,
             "fingerprint": stage.fingerprint,

@@ -45,7 +45,8 @@ COSTS_ONLY: Mapping[str, Any] = {"costs_only": True}
 class Where:
     """A stage's place: whose round it is part of, and the folder of the run that it writes in."""
 
-    method: str = ""
+    #: None where it serves every method of the run
+    method: str | None = None
     #: counted from 1; None outside of rounds
     round: int | None = None
     folder: str = ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams
@@ -59,35 +60,60 @@ class Sample(Stage):
         """See `Stage.run`."""
         from selfsteer.engines.load import Engines
 
-        triples = subset(stored_triples(self.queries.path), self.limit, self.seed)
-        s, folder, names = self.sampling, run / self.name, tuple(self.writers)
-        sources = {name: str(model.path) for name, model in self.writers.items()}
-        with (
-            Engines(run.path) as engines,
-            progress_bar(self.title, len(triples) * len(names)) as bar,
-        ):
-
-            def engine(source: str) -> Engine:
-                return engines.sampler(s.engine, source, self.loading, s.batch_size)
-
-            def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], list[Dropped]]:
-                store = folder / f"answers-{shard:05d}"
-                found = answer(
-                    part,
-                    sources,
-                    engine,
-                    params_of(s),
-                    seed=derive_seed(self.seed, self.name),
-                    store=store,
-                    advance=bar.advance,
-                )
-                return collect(part, names, found, keep_unfinished=s.keep_unfinished)
-
-            result = run_shards(
-                folder, triples, s.shard_size, work, lambda n: bar.skip(n * len(names))
+        triples, s = subset(stored_triples(self.queries.path), self.limit, self.seed), self.sampling
+        with Engines(run.path) as engines:
+            result = sample(
+                triples,
+                {name: str(model.path) for name, model in self.writers.items()},
+                lambda source: engines.sampler(s.engine, source, self.loading, s.batch_size),
+                s,
+                run / self.name,
+                seed=derive_seed(self.seed, self.name),
+                label=self.title,
             )
         result.notes |= engines.notes
         return result
+
+
+def sample(
+    triples: Records[Triple],
+    models: Mapping[str, str],
+    engine: Callable[[str], Engine],
+    sampling: Sampling,
+    folder: Path,
+    *,
+    seed: int,
+    label: str,
+) -> StageResult:
+    """Writes shards of triples with the responses asked for; see `Sample`.
+
+    Args:
+        triples: queries with principles, in a fixed order.
+        models: response name → the model that writes it.
+        engine: the engine of a model.
+        sampling: how.
+        folder: where the shards go.
+        seed: of the stage.
+        label: of the progress bar.
+    """
+    names = tuple(models)
+    with progress_bar(label, len(triples) * len(names)) as bar:
+
+        def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], list[Dropped]]:
+            found = answer(
+                part,
+                models,
+                engine,
+                params_of(sampling),
+                seed=seed,
+                store=folder / f"answers-{shard:05d}",
+                advance=bar.advance,
+            )
+            return collect(part, names, found, keep_unfinished=sampling.keep_unfinished)
+
+        return run_shards(
+            folder, triples, sampling.shard_size, work, lambda n: bar.skip(n * len(names))
+        )
 
 
 def params_of(sampling: Sampling) -> SamplingParams:

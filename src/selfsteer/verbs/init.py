@@ -19,10 +19,12 @@ def init(
 ) -> None:
     """Write a commented recipe to start from."""
     from selfsteer.data.jsonl import write_atomic
-    from selfsteer.recipe.read import commented_yaml, descriptions, recipe_text
+    from selfsteer.methods import METHODS
+    from selfsteer.recipe.read import choose, commented_yaml, descriptions, load_values, recipe_text
 
     if path.exists():
         raise ConfigError(f"{path} is there already; choose another name or move it away.")
-    write_atomic(path, commented_yaml(recipe_text(recipe), descriptions()))
-    data = "reward.data" if recipe == "reward" else "queries.path"
+    model = choose(METHODS, load_values(recipe), f"recipe {recipe}")
+    write_atomic(path, commented_yaml(recipe_text(recipe), descriptions(model)))
+    data = "queries.path" if "queries" in model.model_fields else "reward.data"
     out.print(f"{path}: set policy.model and {data}, then: selfsteer run {path}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson, load_recipe
+from selfsteer.verbs.common import AsJson, aligning, load_recipe
 
 
 def judge(
@@ -59,7 +59,7 @@ def judge(
         raise ConfigError(f"Give one judge or two, found {len(given)}.")
     source, is_run = preferences, (preferences / "recipe.yaml").is_file()
     if is_run:
-        recipe, _ = load_recipe(str(preferences), [])
+        recipe = aligning(load_recipe(str(preferences), [])[0])
         k = recipe.iterations if iteration is None else iteration
         source = RunFolder(preferences).iteration(k, baseline=baseline) / "preferences"
         store = store or preferences / "judgements"

@@ -146,10 +146,10 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
     from selfsteer.data.records import Triple
     from selfsteer.errors import ConfigError
     from selfsteer.recipe.read import merge, validate
-    from selfsteer.recipe.sections import Recipe
-    from selfsteer.run import execute as pipeline
+    from selfsteer.run.execute import execute
     from selfsteer.run.folder import RunFolder
     from selfsteer.terminal import say
+    from selfsteer.verbs.writing import Writing
 
     for setting in settings:
         if setting.partition("=")[0].partition(".")[0] not in SECTIONS:
@@ -162,18 +162,10 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
                 f"{setting!r} would replace what QUERIES and --model say; leave it out."
             )
     work = to.with_name(f"{to.name}.partial")
-    given = {
-        "name": "write",
-        "runs_dir": str(work),
-        "method": "pbaa",
-        "policy": {"model": model},
-        "queries": {"path": queries},
-        "sampling": {"max_new_tokens": 1},  # no response is sampled, so no budget can be too long
-    }
+    given = {"folder": str(work), "policy": {"model": model}, "queries": {"path": queries}}
     values = merge(given, settings)
-    recipe = validate(Recipe, values, "settings of principles write")
-    run = RunFolder(recipe.folder)
-    stages = pipeline.select(pipeline.plan(recipe, run), "principles")
+    recipe = validate(Writing, values, "settings of principles write")
+    run, stages = RunFolder(recipe.folder), recipe.plan()
     report = to.with_name(f"{to.name}.report.json")
     if to.exists():
         done = json.loads(report.read_text("utf-8")) if report.exists() else {}
@@ -191,7 +183,7 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
             f"{work} holds principles that were begun with other settings or queries. Finish "
             "those, choose another name, or remove that folder."
         )
-    pipeline.execute(recipe, values, until="principles")
+    execute(recipe, values)
     entry = run.last(stages[-1].name) or {}
     made_here = run / stages[-1].outputs[0]
     text = made_here.read_bytes()

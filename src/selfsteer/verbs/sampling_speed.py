@@ -25,11 +25,12 @@ from selfsteer.engines.base import (
     no_news,
 )
 from selfsteer.engines.load import Engines
+from selfsteer.methods import Aligning, Principled
 from selfsteer.principles.catalogue import catalogue_of
 from selfsteer.principles.contexts import context_messages
 from selfsteer.principles.writer import complete_features, picked
-from selfsteer.recipe.sections import Recipe, resolve_path
-from selfsteer.stages.sample import sample
+from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
+from selfsteer.stages.sample import params_of, sample
 from selfsteer.terminal import progress_bar
 
 #: What is sampled of each query, as the stage ``samples`` does.
@@ -53,7 +54,7 @@ class Watched:
 
 
 def bench(
-    recipe: Recipe, count: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+    recipe: Aligning, count: int, repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:
     """Tokens per second both ways, the model loaded or the server started beforehand.
 
@@ -67,14 +68,15 @@ def bench(
         ``direct`` and ``pipeline``: tokens per second of every repeat and their ``median``;
         ``kept``: the pipeline's share.
     """
-    catalogue = catalogue_of(recipe.principles)
+    settings = recipe.principles if isinstance(recipe, Principled) else PrinciplesConfig()
+    catalogue = catalogue_of(settings)
     triples = []
     for query in load_queries(recipe.queries).queries[:count]:
         rng = random.Random(derive_seed(recipe.seed, "bench", query.id))
-        features = complete_features((), recipe.principles.features_per_query, rng, catalogue)
+        features = complete_features((), settings.features_per_query, rng, catalogue)
         triples.append(Triple(query.id, query.messages, picked(features, catalogue)))
     s, source = recipe.sampling, resolve_path(recipe.policy.model)
-    params = SamplingParams(s.temperature, s.top_p, s.max_new_tokens)
+    params = params_of(s)
     requests = [
         Request(
             f"{t.id}/{n}",
@@ -89,7 +91,7 @@ def bench(
         Engines(None) as engines,
         tempfile.TemporaryDirectory(prefix="selfsteer-bench-") as scratch,
     ):
-        engine = Watched(engines.sampler(s.engine, source, recipe.policy, s.batch_size))
+        engine = Watched(engines.sampler(s.engine, source, recipe.policy.loading, s.batch_size))
         answers(engine, requests[:2], params)  # the first words take longer
 
         def direct(number: int) -> None:
@@ -97,7 +99,8 @@ def bench(
 
         def pipeline(number: int) -> None:
             folder = Path(scratch) / str(number)
-            sample(triples, recipe, dict.fromkeys(NAMES, source), folder, "bench", lambda _: engine)
+            models = dict.fromkeys(NAMES, source)
+            sample(triples, models, lambda _: engine, s, folder, seed=recipe.seed, label="bench")
 
         ways: tuple[tuple[str, Callable[[int], None]], ...] = (
             ("direct", direct),

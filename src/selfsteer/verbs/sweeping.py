@@ -14,9 +14,11 @@ from typing import Any
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.recipe.read import merge, read_yaml, validate
-from selfsteer.recipe.sections import Recipe, Selection
-from selfsteer.run import execute as pipeline
+from selfsteer.methods import recipe_of
+from selfsteer.recipe.read import merge, read_yaml
+from selfsteer.recipe.sections import Selection
+from selfsteer.run.execute import execute
+from selfsteer.stages.trainings import Train
 from selfsteer.terminal import say
 from selfsteer.training.select import Candidate, Drift, choose
 
@@ -74,20 +76,25 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
     Raises:
         ConfigError: the recipe trains no such model, or one whose steps are not measured.
     """
-    recipe = validate(Recipe, values, "recipe of the sweep")
-    section = recipe.generator if stage == "generator" else recipe.training
-    if stage == "generator" and (recipe.method != "sso" or recipe.generator.per_half):
-        raise ConfigError("generator.* can be swept with method sso and one generator.")
-    if not section.selection.points:
+    recipe = recipe_of(values, "recipe of the sweep")
+    stages = recipe.plan()
+    place = next((i for i, s in enumerate(stages) if isinstance(s, Train) and s.title == stage), 0)
+    training = stages[place]
+    if not isinstance(training, Train):
+        raise ConfigError(
+            f"A recipe of method {recipe.method} trains no single {stage}, so there is nothing to "
+            "sweep. Axes of generator.* need one generator, axes of training.* a policy."
+        )
+    selection, before = training.settings.selection, stages[place - 1].name
+    if not selection.points:
         raise ConfigError(
             f"A sweep compares by the figures of checkpoint selection, which is off here: remove "
-            f"{'generator' if stage == 'generator' else 'training'}.selection.points."
+            f"{training.section}.selection.points."
         )
     folder = recipe.folder.with_name(f"{recipe.name}-sweep")
-    before = "filter" if stage == "generator" else "quality"
     say(f"sweep: what the cells share, in {folder / SHARED}", "bold")
     # the rest of the recipe stays: it says what is held out, and how queries are shared out
-    _run({**values, "runs_dir": str(folder), "name": SHARED}, f"iteration-1/{before}")
+    _run({**values, "runs_dir": str(folder), "name": SHARED}, before)
     cells = cells_of(axes, budget, recipe.seed)
     found = []
     for number, cell in enumerate(cells, 1):
@@ -100,23 +107,23 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
             shutil.copytree(folder / SHARED, copy)
             copy.replace(folder / name)
         own = merge(values, [f"{k}={json.dumps(v)}" for k, v in cell.items()])
-        _run({**own, "runs_dir": str(folder), "name": name}, f"iteration-1/{stage}")
-        found.append({"settings": cell, **_kept(folder / name / "iteration-1", stage)})
-    report = {"stage": stage, "best": _best(found, section.selection), "cells": found}
+        _run({**own, "runs_dir": str(folder), "name": name}, training.name)
+        found.append({"settings": cell, **_kept(folder / name / training.name)})
+    report = {"stage": stage, "best": _best(found, selection), "cells": found}
     write_atomic(folder / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 
 def _run(values: dict[str, Any], until: str) -> None:
-    pipeline.execute(validate(Recipe, values, "recipe of a cell"), values, until=until)
+    execute(recipe_of(values, "recipe of a cell"), values, until=until)
 
 
-def _kept(folder: Path, stage: str) -> dict[str, Any]:
-    path = folder / f"{stage}.selection.json"
+def _kept(model: Path) -> dict[str, Any]:
+    path = model.with_name(f"{model.name}.selection.json")
     if not path.exists():
         raise ArtifactError(
-            f"{folder} has no {path.name}: too few queries were there to hold any out, so nothing "
-            "tells the cells apart. Give the recipe more queries."
+            f"{path.parent} has no {path.name}: too few queries were there to hold any out, so "
+            "nothing tells the cells apart. Give the recipe more queries."
         )
     report = json.loads(path.read_text("utf-8"))
     by_step = {c["step"]: c for c in report["candidates"]}
