@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from selfsteer.data.records import Message, Principles, Triple
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError
-from selfsteer.models.load import LoadedModel, add_lora, load_model, merge_adapter, save_model
+from selfsteer.models.load import LoadedModel, load_model
+from selfsteer.models.merge import merge_adapter
+from selfsteer.models.save import add_lora, save_model
 from selfsteer.models.score import score_sequences
 from selfsteer.objectives import BASES, OBJECTIVES, Objective
 from selfsteer.recipe.sections import Lora, Optimisation, Policy, resolve_path

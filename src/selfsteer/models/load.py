@@ -1,10 +1,7 @@
-"""Tokenizer, policy and LoRA; from a local folder or a hub id, safetensors only unless allowed."""
+"""Models with their tokenizers, from a folder or a hub id; safetensors only, unless allowed."""
 
-import json
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from selfsteer.data.digests import digest, model_digest
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.score import settle_layout
-from selfsteer.recipe.sections import Loading, Lora
+from selfsteer.recipe.sections import Loading
 from selfsteer.terminal import say
-
-#: Where a trained model's folder holds its adapters, beside the weights that they were merged into.
-ADAPTER = "adapter"
 
 CPU = torch.device("cpu")
 
@@ -78,8 +71,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int | None:
         """Longest sequence that the model was made for, tokens; None if it does not say."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return _context_length(self.model.config)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -136,13 +128,7 @@ def load_chat(source: str, settings: Loading) -> ChatFormat:
         ArtifactError: it cannot be read, or has no chat template.
     """
     check_source(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=settings.trust_remote_code
-        )
-    except Exception as e:
-        raise _unreadable("tokenizer", source, e) from e
-    return ChatFormat(tokenizer, source)
+    return ChatFormat(pretrained(AutoTokenizer, "tokenizer", source, settings), source)
 
 
 def load_model(
@@ -160,28 +146,62 @@ def load_model(
         ArtifactError: it cannot be read, or its tokenizer does not fit it.
         ConfigError: quantisation is asked for where it cannot be had.
     """
+    loaded, _ = _load(AutoModelForCausalLM, source, settings, inference=inference, bits=bits)
+    return loaded
+
+
+def _load(
+    kind: Any,
+    source: str,
+    settings: Loading,
+    *,
+    inference: bool,
+    bits: int | None = None,
+    **more: Any,
+) -> tuple[LoadedModel, set[str]]:
+    """A model of the given class, and the weights that its checkpoint lacks."""
     chat = load_chat(source, settings)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    quantised = _quantised(bits, dtype, device) if bits else {}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype if inference or bits else torch.float32,
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-            **quantised,
+    if bits:
+        more |= _quantised(bits, dtype, device)
+    more["dtype"] = dtype if inference or bits else torch.float32
+    model, found = pretrained(kind, "model", source, settings, output_loading_info=True, **more)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(chat.tokenizer) > rows:
+        raise ArtifactError(
+            f"{source}: the tokenizer has {len(chat.tokenizer)} tokens, the model embeds only "
+            f"{rows}. They do not belong together."
         )
-    except Exception as e:
-        raise _unreadable("model", source, e) from e
-    _check_vocabulary(model, chat)
     if bits is None:
         model.to(device)
-    model.eval()
     parts = [model_digest(source), str(dtype), device.type, *([bits] if bits else [])]
-    return LoadedModel(model, chat, device, dtype, source, digest(parts), settings.layout)
+    loaded = LoadedModel(model.eval(), chat, device, dtype, source, digest(parts), settings.layout)
+    return loaded, found["missing_keys"]
+
+
+def pretrained(kind: Any, what: str, source: str, settings: Loading, **more: Any) -> Any:
+    """``kind.from_pretrained`` within the permissions of the settings.
+
+    Raises:
+        ArtifactError: it cannot be read; says why, and which permission would help.
+    """
+    if "dtype" in more:  # weights, not a tokenizer or a config
+        more["use_safetensors"] = None if settings.allow_pickle else True
+    try:
+        return kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **more)
+    except Exception as e:
+        said = str(e).strip() or type(e).__name__
+        hint = ""
+        if "trust_remote_code" in said:
+            hint = " If you trust its author, set trust_remote_code: true."
+        elif "safetensors" in said:
+            hint = " If you trust its author, set allow_pickle: true."
+        raise ArtifactError(
+            f"The {what} {source} cannot be loaded: {said.splitlines()[0]}{hint}"
+        ) from e
 
 
 def check_bits(bits: int | None, device: torch.device) -> None:
@@ -237,15 +257,25 @@ def is_reward_model(source: str, settings: Loading) -> bool:
     Raises:
         ArtifactError: unreadable.
     """
-    check_source(source)
     return int(_load_config(source, settings).num_labels) == 1
 
 
+def load_context_length(source: str, settings: Loading) -> int | None:
+    """The longest sequence a checkpoint was made for, from its config alone.
+
+    Raises:
+        ArtifactError: the config cannot be read.
+    """
+    return _context_length(_load_config(source, settings))
+
+
 def _load_config(source: str, settings: Loading) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except Exception as e:
-        raise _unreadable("config", source, e) from e
+    check_source(source)
+    return pretrained(AutoConfig, "config", source, settings)
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_reward(source: str, settings: Loading) -> LoadedModel:
@@ -256,7 +286,8 @@ def load_reward(source: str, settings: Loading) -> LoadedModel:
             tokenizer does not fit it.
     """
     check_reward(source, settings)
-    loaded, missing = _load_classifier(source, settings, inference=True)
+    kind = AutoModelForSequenceClassification
+    loaded, missing = _load(kind, source, settings, inference=True, num_labels=1)
     if missing:
         raise ArtifactError(
             f"{source} lacks the weights {', '.join(sorted(missing)[:3])}, which "
@@ -276,7 +307,8 @@ def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
         ArtifactError: unreadable, not of a family with such a head, or its tokenizer does not fit.
     """
     torch.manual_seed(seed)
-    loaded, _ = _load_classifier(source, settings, inference=False)
+    kind = AutoModelForSequenceClassification
+    loaded, _ = _load(kind, source, settings, inference=False, num_labels=1)
     tokenizer = loaded.chat.tokenizer
     if tokenizer.pad_token is None:
         ends = loaded.chat.end_of_turn
@@ -286,41 +318,6 @@ def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
     tokenizer.padding_side = "right"
     loaded.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
-
-
-def _load_classifier(
-    source: str, settings: Loading, *, inference: bool
-) -> tuple[LoadedModel, Sequence[str]]:
-    """A sequence classifier with one label, and the weights that its checkpoint lacks."""
-    chat = load_chat(source, settings)
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=1,
-            dtype=dtype if inference else torch.float32,
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as e:
-        raise _unreadable("reward model", source, e) from e
-    _check_vocabulary(model, chat)
-    model.to(device).eval()
-    identity = digest([model_digest(source), str(dtype), device.type])
-    return LoadedModel(model, chat, device, dtype, source, identity), info["missing_keys"]
-
-
-def _check_vocabulary(model: Any, chat: ChatFormat) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if len(chat.tokenizer) > rows:
-        raise ArtifactError(
-            f"{chat.source}: the tokenizer has {len(chat.tokenizer)} tokens, the model embeds only "
-            f"{rows}. They do not belong together."
-        )
 
 
 def _probe(sequences: Sequence[EncodedSequence], prompts: int = 3) -> list[EncodedSequence]:
@@ -336,193 +333,3 @@ def _probe(sequences: Sequence[EncodedSequence], prompts: int = 3) -> list[Encod
     return [
         EncodedSequence(s.prompt_ids, s.response_ids[:64]) for members in trees for s in members[:4]
     ]
-
-
-def _unreadable(what: str, source: str, error: Exception) -> ArtifactError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = ""
-    if "trust_remote_code" in str(error):
-        hint = " If you trust its author, set trust_remote_code: true."
-    elif "safetensors" in str(error):
-        hint = " If you trust its author, set allow_pickle: true."
-    return ArtifactError(f"The {what} {source} cannot be loaded: {first}{hint}")
-
-
-def disable_dropout(model: Any) -> None:
-    """Sets every dropout of a model to 0, as TRL does by default.
-
-    The reference is scored without it: with it, log-ratios of the first step would be noise.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        # attention modules hand a number to the attention function
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
-    """Wraps a model in trainable low-rank adapters that start at zero.
-
-    Args:
-        model: to wrap.
-        lora: rank, scale and modules.
-        task: peft's name of it; with SEQ_CLS the head is trained whole.
-
-    Raises:
-        ConfigError: the model has no such modules, or one is the output projection of a model in
-            the tree layout, which reads that as plain weights.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=lora.targets,
-        task_type=task,
-    )
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers for a property that is deprecated; nothing a user can do
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            wrapped = get_peft_model(model, config)
-        except ValueError as e:
-            raise ConfigError(f"lora.targets does not fit {type(model).__name__}: {e}") from e
-    if tree.is_installed(model) and hasattr(model.get_output_embeddings(), "base_layer"):
-        raise ConfigError(
-            f"lora.targets {lora.targets!r} includes the output projection of "
-            f"{type(model).__name__}, which the tree layout reads as plain weights: the adapter "
-            "would never be used. Leave it out, or set layout: padded."
-        )
-    return wrapped
-
-
-def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a checkpoint that ``from_pretrained`` and servers load.
-
-    Adapters are written to ``adapter/`` in it, and merged. Weights are stored in the precision they
-    were trained to compute in. generation_config says ``do_sample``: servers answer greedily
-    without it, whatever the temperature.
-    """
-    plain = model
-    if hasattr(model, "merge_and_unload"):
-        plain = _save_adapter(model, folder / ADAPTER, dtype)
-    tree.uninstall(plain)
-    if getattr(plain, "generation_config", None) is not None:  # a reward model has none
-        plain.generation_config.do_sample = True
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor
-    state = {
-        k: cast.setdefault((v.data_ptr(), v.shape), v.to(CPU, dtype))
-        if v.is_floating_point()
-        else v
-        for k, v in _stored(plain)
-    }
-    plain.save_pretrained(folder, state_dict=state)
-    plain.config.use_cache = True  # the Trainer switched it off
-    plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
-    plain.config.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
-
-
-def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a state dict holds; asking a sharded model for one would take it apart again."""
-    yield from ((n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
-
-
-def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """Writes a peft model's adapters; returns the plain model that they make with their base."""
-    model.save_pretrained(folder, state_dict=dict(_stored(model)))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
-    if not getattr(model, "is_quantized", False):
-        return model.merge_and_unload()
-    # merged into the weights as they were before quantisation, which rounded them
-    config = model.peft_config["default"]
-    # of the class that it has, as its author may be the one who brought the code
-    kind = type(model.get_base_model())
-    base = kind.from_pretrained(config.base_model_name_or_path, dtype=dtype)
-    return _merged(base, folder)
-
-
-def _merged(base: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # as in add_lora
-        warnings.simplefilter("error", UserWarning)  # keys without a place in the base, or missing
-        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-
-
-def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | None) -> str:
-    """Adds LoRA adapters to their base and writes a plain checkpoint, on the CPU.
-
-    Args:
-        adapter: a folder that peft wrote.
-        output: folder to make.
-        settings: precision of the result (``auto`` is the base's own), and permissions.
-        base: folder or hub id; None: what the adapters say they were trained on.
-
-    Returns:
-        The base that was used.
-
-    Raises:
-        ArtifactError: no LoRA adapters, they name no base, or base and adapters do not fit.
-        ConfigError: the output is there already.
-    """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise ArtifactError(
-            f"{adapter} holds no adapters: adapter_config.json cannot be read ({e}). Give the "
-            "folder that peft wrote; that of a run is …/policy/adapter."
-        ) from e
-    kind = (config.get("peft_type"), config.get("task_type") or "CAUSAL_LM")
-    if kind != ("LORA", "CAUSAL_LM"):
-        raise ArtifactError(
-            f"{adapter} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM "
-            "can be added to a base."
-        )
-    base = base or config.get("base_model_name_or_path")
-    if not base:
-        raise ArtifactError(f"{adapter} does not name its base model. Give it: --base MODEL.")
-    if output.exists():
-        raise ConfigError(f"{output} is there already; choose another folder or move it away.")
-    chat = load_chat(base, settings)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype="auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU),
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except Exception as e:
-        raise _unreadable("base", base, e) from e
-    dtype = model.dtype
-    try:
-        plain = _merged(model, adapter)
-    except (RuntimeError, ValueError, KeyError, UserWarning) as e:
-        first = " ".join(str(e).split())[:300]
-        raise ArtifactError(
-            f"The adapters in {adapter} do not fit {base}: {first} Give the model that they were "
-            "trained on with --base."
-        ) from e
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(plain, chat, partial, dtype)
-    partial.replace(output)
-    return base
-
-
-def load_context_length(source: str, settings: Loading) -> int | None:
-    """The longest sequence a checkpoint was made for, from its config alone.
-
-    Raises:
-        ArtifactError: the config cannot be read.
-    """
-    config = _load_config(source, settings)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -21,7 +21,8 @@ from transformers import PrinterCallback, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from selfsteer.data.jsonl import disk_errors, write_atomic
-from selfsteer.models.load import LoadedModel, add_lora, save_model
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.save import add_lora, save_model
 from selfsteer.recipe.sections import Lora, Reward
 from selfsteer.terminal import progress_bar, say, warn
 from selfsteer.training.trainer import (

@@ -26,7 +26,8 @@ from selfsteer.data.jsonl import disk_errors, write_atomic
 from selfsteer.errors import ConfigError, EngineError, NumericsError
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import with_collisions
-from selfsteer.models.load import LoadedModel, add_lora, disable_dropout, save_model
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.save import add_lora, disable_dropout, save_model
 from selfsteer.models.score import batch_scores, pack, sums_by_row
 from selfsteer.objectives import Objective, SteeringLoss, steering_loss, wpo_weights
 from selfsteer.recipe.sections import Lora, Optimisation, Schedule

@@ -31,7 +31,7 @@ def merge(
     values: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
     values |= {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     settings = validate(Loading, values, "merge")
-    from selfsteer.models.load import merge_adapter
+    from selfsteer.models.merge import merge_adapter
 
     used = merge_adapter(adapter, output, settings, resolve_path(base) if base else None)
     out.print(f"{output}: {used} with the adapters of {adapter}")

@@ -1,0 +1,137 @@
+"""What training puts on a model, and how the result is written: adapters, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from selfsteer.errors import ConfigError
+from selfsteer.models import tree
+
+if TYPE_CHECKING:
+    from selfsteer.models.chat import ChatFormat
+    from selfsteer.recipe.sections import Lora
+
+#: Where a trained model's folder holds its adapters, beside the weights that they were merged into.
+ADAPTER = "adapter"
+
+
+def disable_dropout(model: Any) -> None:
+    """Sets every dropout of a model to 0, as TRL does by default.
+
+    The reference is scored without it: with it, log-ratios of the first step would be noise.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # attention modules hand a number to the attention function
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
+    """Wraps a model in trainable low-rank adapters that start at zero.
+
+    Args:
+        model: to wrap.
+        lora: rank, scale and modules.
+        task: peft's name of it; with SEQ_CLS the head is trained whole.
+
+    Raises:
+        ConfigError: the model has no such modules, or one is the output projection of a model in
+            the tree layout, which reads that as plain weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.targets,
+        task_type=task,
+    )
+    try:
+        with _peft_warnings():
+            wrapped = get_peft_model(model, config)
+    except ValueError as e:
+        raise ConfigError(f"lora.targets does not fit {type(model).__name__}: {e}") from e
+    if tree.is_installed(model) and hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ConfigError(
+            f"lora.targets {lora.targets!r} includes the output projection of "
+            f"{type(model).__name__}, which the tree layout reads as plain weights: the adapter "
+            "would never be used. Leave it out, or set layout: padded."
+        )
+    return wrapped
+
+
+def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a checkpoint that ``from_pretrained`` and servers load.
+
+    Adapters are written to ``adapter/`` in it, and merged. Weights are stored in the precision they
+    were trained to compute in. generation_config says ``do_sample``: servers answer greedily
+    without it, whatever the temperature.
+    """
+    plain = model
+    if hasattr(model, "merge_and_unload"):
+        plain = _save_adapter(model, folder / ADAPTER, dtype)
+    tree.uninstall(plain)
+    if getattr(plain, "generation_config", None) is not None:  # a reward model has none
+        plain.generation_config.do_sample = True
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor
+    state = {
+        k: cast.setdefault((v.data_ptr(), v.shape), v.to("cpu", dtype))
+        if v.is_floating_point()
+        else v
+        for k, v in _stored(plain)
+    }
+    plain.save_pretrained(folder, state_dict=state)
+    plain.config.use_cache = True  # the Trainer switched it off
+    plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
+    plain.config.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+
+
+def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a state dict holds; asking a sharded model for one would take it apart again."""
+    yield from ((n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Writes a peft model's adapters; returns the plain model that they make with their base."""
+    model.save_pretrained(folder, state_dict=dict(_stored(model)))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
+    if not getattr(model, "is_quantized", False):
+        return model.merge_and_unload()
+    # merged into the weights as they were before quantisation, which rounded them
+    config = model.peft_config["default"]
+    # of the class that it has, as its author may be the one who brought the code
+    kind = type(model.get_base_model())
+    base = kind.from_pretrained(config.base_model_name_or_path, dtype=dtype)
+    return merged(base, folder)
+
+
+def merged(base: Any, adapter: Path) -> Any:
+    """A model with adapters added to its weights; a key without a place in it is an error."""
+    from peft import PeftModel
+
+    with _peft_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers for a property that is deprecated; nothing a user can do
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
