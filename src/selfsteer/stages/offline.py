@@ -1,26 +1,28 @@
 """`selfsteer train`: one objective on stored triples, under torchrun if there are ranks."""
 
 import json
+import shutil
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import digest, model_digest
 from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.reading import read_triples
 from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.formats import read_triples
 from selfsteer.models.load import load_model
 from selfsteer.recipe.sections import NOT_RESULTS, TrainConfig, resolve_path
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.train import check_length, encode, objective_from, with_reference
 from selfsteer.terminal import is_main_process, say
-from selfsteer.training.trainer import RowBudget, train
+from selfsteer.training.preference import PreferenceTask
+from selfsteer.training.trainer import RowBudget, publish, train, work_folder
 
 MANIFEST = "selfsteer.json"
 LOG = "metrics.jsonl"
-SCORING = "reference: scoring"
 
 
 def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[str, Any]:
@@ -46,70 +48,54 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
     fingerprint = digest([settings, ranks.size(), model_digest(model), dump_lines(triples)])
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         return _finished(output, fingerprint)
-    work = RunFolder(output.with_name(f"{output.name}.partial"))
+    work = RunFolder(work_folder(output))
     with work.locked() if is_main_process() else nullcontext():
         _claim(work, fingerprint)
-        return _train(model, triples, triples_path, config, output, work, fingerprint)
+        made = {"fingerprint": fingerprint, "model": model, "triples": str(triples_path)}
+        return _train(model, triples, config, work, made)
 
 
 def _train(
-    model: str,
-    triples: list[Triple],
-    triples_path: Path,
-    config: TrainConfig,
-    output: Path,
-    work: RunFolder,
-    fingerprint: str,
+    model: str, triples: list[Triple], config: TrainConfig, work: RunFolder, made: dict[str, Any]
 ) -> dict[str, Any]:
-    objective = objective_from(config.objective, config)
+    objective, output = objective_from(config.objective, config), Path(config.output)
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
-    encoded, kept, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
-    if not kept:
-        raise DataError(f"Nothing to train on: of {len(triples)} triples {dict(dropped)} dropped.")
-    check_length(loaded, encoded)
+    examples, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
+    lost = dict(Counter(reason for _, reason in dropped))
+    if not examples:
+        raise DataError(f"Nothing to train on: of {len(triples)} triples {lost} dropped.")
+    check_length(loaded, examples)
     say(
-        f"{objective.name} ({config.base}): {len(kept):,} of {len(triples):,} triples, "
+        f"{objective.name} ({config.base}): {len(examples):,} of {len(triples):,} triples, "
         f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"
     )
     ranks.join(loaded.device.type)
-    examples = with_reference(kept, encoded, objective, lambda: loaded, work / "scores", SCORING)
-    manifest = {
-        "fingerprint": fingerprint,
-        "model": model,
-        "triples": str(triples_path),
-        "config": config.model_dump(),
-        "n_in": len(triples),
-        "n_out": len(kept),
-        "dropped": dict(dropped),
-        "responses_truncated": truncated,
-    }
-
-    def also_save(last: dict[str, float]) -> dict[str, str]:
-        manifest["last"] = last
-        log = work / LOG
-        return {
-            MANIFEST: json.dumps(manifest, indent=1) + "\n",
-            LOG: log.read_text("utf-8") if log.exists() else "",
-        }
-
-    train(
+    examples = with_reference(examples, objective, lambda: loaded, work / "scores")
+    queries = config.batch_size * config.accumulate * ranks.size()
+    last = train(
         loaded,
-        objective,
-        examples,
+        PreferenceTask(loaded, objective, examples),
         config,
         output=output,
+        budget=RowBudget(queries, config.row_tokens, config.batch_size),
         label="train",
         seed=config.seed,
         lora=config.lora,
-        on_log=lambda logs: work.append(LOG, {"stage": "train", **logs}),
+        on_log=lambda line: work.append(LOG, {"stage": "train", **line}),
         on_start=lambda step: work.rewind(LOG, "train", step),
-        also_save=also_save,
-        budget=RowBudget(
-            config.batch_size * config.accumulate * ranks.size(),
-            config.row_tokens,
-            config.batch_size,
-        ),
     )
+    manifest = made | {
+        "config": config.model_dump(),
+        "n_in": len(triples),
+        "n_out": len(examples),
+        "dropped": lost,
+        "responses_truncated": truncated,
+        "last": last,
+    }
+    if is_main_process():
+        write_atomic(work / "model" / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        shutil.copy(work / LOG, work / "model" / LOG)
+    publish(output)
     ranks.part()
     return manifest
 

@@ -326,7 +326,9 @@ class Plan:
                 list(stored_triples(triples.path)),
                 objective_from(name, recipe.generator),
                 recipe.generator,
-                recipe,
+                **self._for_training(),
+                sampling=recipe.sampling,
+                judge=recipe.judge,
                 contexts={"plus": ("good",), "minus": ("bad",)}.get(half or "", ("good", "bad")),
                 start=str(policy.path),
                 reference=str(self._reference(recipe.generator.reference, policy).path),
@@ -334,7 +336,7 @@ class Plan:
                 scores=self.run / "scores",
                 stage=stage,
                 run=self.run,
-            )
+            )[0]
 
         inputs = {
             "triples": triples.fingerprint,
@@ -374,7 +376,9 @@ class Plan:
         def work() -> StageResult:
             from selfsteer.stages.train_reward import train_reward
 
-            return train_reward([*mine, *given], start, recipe, self.run)
+            return train_reward(
+                [*mine, *given], start, settings, **self._for_training(), run=self.run
+            )[0]
 
         ignored = {"model", "data", "own_weight", "save_every_steps", "gradient_checkpointing"}
         inputs = {
@@ -436,7 +440,9 @@ class Plan:
                 triples,
                 objective_from(method, recipe.training),
                 recipe.training,
-                recipe,
+                **self._for_training(),
+                sampling=recipe.sampling,
+                judge=recipe.judge,
                 contexts=("plain",),
                 start=str(policy.path),
                 reference=str(self._reference(recipe.training.reference, policy).path),
@@ -444,7 +450,7 @@ class Plan:
                 scores=self.run / "scores",
                 stage=stage,
                 run=self.run,
-            )
+            )[0]
 
         inputs = {
             "data": data.fingerprint,
@@ -532,6 +538,15 @@ class Plan:
 
     def _reference(self, which: str, policy: Made) -> Made:
         return self.base if which == "first" else policy
+
+    def _for_training(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "loading": recipe.policy.loading,
+            "lora": recipe.policy.lora,
+            "seed": recipe.seed,
+            "keep_checkpoints": recipe.keep.checkpoints,
+        }
 
     def _selected_by(self, selection: Selection) -> dict[str, Any]:
         """What decides which step is kept, beside the selection's own settings."""

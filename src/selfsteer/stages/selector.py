@@ -21,6 +21,7 @@ from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Query, Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
 from selfsteer.judges.stats import mean_interval, worths
@@ -76,9 +77,9 @@ class Selector:
     Args:
         settings: points, bounds.
         loaded: the model that is trained; measured as it is when a step ends.
-        start: loads the starting model, for log-probs; never called with LoRA, whose adapters are
-            switched off instead.
         held_out: records to answer; with principles where contexts are good or bad.
+        load_start: loads the starting model, for log-probs; never called with LoRA, whose adapters
+            are switched off instead.
         contexts: in which the trained model will answer: ("good", "bad") for a generator, one of
             them for half a generator, ("plain",) for a policy.
         sampling: how it will be sampled.
@@ -92,8 +93,9 @@ class Selector:
         self,
         settings: Selection,
         loaded: LoadedModel,
-        start: Callable[[], LoadedModel],
         held_out: Sequence[Triple],
+        *,
+        load_start: Callable[[], LoadedModel],
         contexts: tuple[str, ...],
         sampling: SamplingParams,
         batch_size: int,
@@ -101,7 +103,7 @@ class Selector:
         seed: int,
         label: str,
     ) -> None:
-        self.settings, self.loaded, self.load_start = settings, loaded, start
+        self.settings, self.loaded, self.load_start = settings, loaded, load_start
         self.held_out, self.contexts = list(held_out), contexts
         self.sampling, self.batch_size, self.judge = sampling, batch_size, judge
         self.seed, self.label = seed, label
@@ -122,18 +124,20 @@ class Selector:
             return "win rate" if self.judge else None
         return "accuracy" if self.judge else "steering accuracy"
 
-    # -- called by the trainer ----------------------------------------------------------------
+    # -- OnStep ----------------------------------------------------------------------------------
 
-    def begin(self, model: Any, work: Path, total: int) -> None:
-        """Before the first step, also of a resumed training: the weights are still the start's.
+    def begin(self, model: Any, work: Path, steps: int) -> None:
+        """Measures the start; see `OnStep`.
 
-        Args:
-            model: what is trained: the loaded model, or peft's wrapper around it.
-            work: the training's work folder.
-            total: optimiser steps.
+        Raises:
+            ConfigError: no rank holds whole weights.
         """
-        self.model, self.work, self.total = model, work, total
-        self.steps = candidate_steps(total, self.settings.points)
+        if ranks.sharding() == "zero3":
+            raise ConfigError(
+                "Checkpoint selection lets the model answer on one rank, which under ZeRO-3 holds "
+                "no whole weights. Use the profile fsdp2 or zero2, or set selection.points: 0."
+            )
+        self.model, self.work, self.steps = model, work, steps
         drifted = None
         if is_main_process():
             for path in work.glob("candidate-*.json"):
@@ -148,8 +152,8 @@ class Selector:
         self.stopped = ranks.share(drifted)
 
     def visit(self, step: int) -> bool:
-        """After each step; measures candidates. True: drift is beyond bounds, stop."""
-        if step not in self.steps:
+        """Measures candidates; see `OnStep`. True: drift is beyond bounds."""
+        if step not in candidate_steps(self.steps, self.settings.points):
             return False
         drifted = None
         with whole(self.model):
@@ -161,7 +165,7 @@ class Selector:
         return self.stopped is not None
 
     def restore(self) -> None:
-        """Puts the chosen candidate's weights into the model, which must be whole."""
+        """Puts the chosen candidate's weights into the model; see `OnStep`."""
         if not is_main_process():
             return
         kept = load_file(self._weights(self.chosen.step))
@@ -199,7 +203,7 @@ class Selector:
             )
         return {
             "chosen": self.chosen.step,
-            "steps": self.total,
+            "steps": self.steps,
             "stopped": self.stopped,
             "wins": self.measure,
             "held_out": [t.id for t in self.held_out],
@@ -220,7 +224,7 @@ class Selector:
             parts += [f"step {c.step}: {self._figure(c, name)}" for name in over[:1]]
         if self.stopped is not None:
             parts.append(f"stopped at step {self.stopped}")
-        return f"step {chosen.step} of {self.total} kept ({'; '.join(parts)})"
+        return f"step {chosen.step} of {self.steps} kept ({'; '.join(parts)})"
 
     def warnings(self) -> list[str]:
         """What a person should not miss about the choice."""
@@ -261,7 +265,7 @@ class Selector:
 
     def _drifted(self, step: int) -> int | None:
         """The step, if its drift should end the training."""
-        if step in (0, self.total):
+        if step in (0, self.steps):
             return None
         worst = max(excess(self._candidate(step), self.start, self.settings).values())
         return step if worst > self.settings.stop else None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import disk_errors, write_atomic
+from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Query, Triple, content_id
 from selfsteer.errors import DataError
 from selfsteer.evaluation.reward_quality import ScoredPair, reward_quality
-from selfsteer.formats import import_records
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_reward_start
-from selfsteer.recipe.sections import JudgeConfig, Recipe
+from selfsteer.recipe.sections import JudgeConfig, Loading, Lora, Reward
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.terminal import progress_bar, say
-from selfsteer.training.reward import RewardPair, train_reward_model
-from selfsteer.training.trainer import complete_checkpoints, discard_checkpoint
+from selfsteer.training.reward import RewardPair, RewardTask
+from selfsteer.training.trainer import RowBudget, publish, train, work_folder
 
 STAGE = "train_reward"
 
@@ -39,86 +38,96 @@ class Source:
 
 
 def train_reward(
-    data: Sequence[tuple[str, Path, float]], start: str, recipe: Recipe, run: RunFolder
-) -> StageResult:
+    data: Sequence[tuple[str, Path, float]],
+    start: str,
+    settings: Reward,
+    *,
+    loading: Loading,
+    lora: Lora | None,
+    seed: int,
+    keep_checkpoints: int,
+    run: RunFolder,
+) -> tuple[StageResult, list[tuple[str, str]]]:
     """Trains ``reward/`` and writes ``reward.json`` with its figures on the held-out pairs.
 
     Args:
         data: (name, file or folder, weight) of each preference set.
         start: chat model, or reward model to train further.
-        recipe: its ``reward`` section, model settings and seed.
+        settings: schedule, margin, holdout.
+        loading: of the model.
+        lora: train adapters and the head instead of all weights.
+        seed: the run's.
+        keep_checkpoints: complete checkpoints kept while training.
         run: the run folder.
 
     Returns:
         Counts of pairs over all sets (two labelled answers are one): dropped are what the import
         drops (docs/formats.md), ``no_pair``, ``equal``, ``bad_margin``, ``too_long``, ``held_out``
-        and ``left_by_weight``. ``n_out`` is how many different pairs were trained on.
+        and ``left_by_weight``. ``n_out`` is how many different pairs were trained on. And (id,
+        reason) of each pair that was read and not trained on.
 
     Raises:
         DataError: a set cannot be read, or no record has the margin that the recipe names.
     """
-    settings = recipe.reward
-    assert settings is not None
     sources = [read_source(*one) for one in data]
-    loaded = load_reward_start(start, recipe.policy, derive_seed(recipe.seed, STAGE, "head"))
+    loaded = load_reward_start(start, loading, derive_seed(seed, STAGE, "head"))
     limit = min(settings.max_length, loaded.context_length or settings.max_length)
-    dropped: Counter[str] = Counter()
-    train: list[RewardPair] = []
+    counts: Counter[str] = Counter()
+    dropped: list[tuple[str, str]] = []
+    pairs: list[RewardPair] = []
     test: list[tuple[Preference, RewardPair]] = []
     table: dict[str, dict[str, Any]] = {}
-    distinct = 0
     for source in sources:
-        lost, mine = source.dropped.copy(), []
-        encoded = encode_pairs(loaded.chat, source, settings.margin, limit, lost)
+        mine = []
+        encoded, lost = encode_pairs(loaded.chat, source, settings.margin, limit)
         for preference, pair in encoded:
-            if held_out(preference, settings.holdout, recipe.seed):
+            if held_out(preference, settings.holdout, seed):
                 test.append((preference, pair))
-                lost["held_out"] += 1
+                lost.append((pair.id, "held_out"))
             else:
                 mine.append(pair)
-        taken = by_weight(mine, source.weight, recipe.seed)
-        used = len({p.id for p in taken})
-        if used < len(mine):
-            lost["left_by_weight"] += len(mine) - used
+        taken = by_weight(mine, source.weight, seed)
+        used = {p.id for p in taken}
+        lost += [(p.id, "left_by_weight") for p in mine if p.id not in used]
+        reasons = source.dropped + Counter(reason for _, reason in lost)
         table[source.name] = {
             "read": len(source.pairs) + source.dropped.total(),
             "weight": source.weight,
-            "trained": used,
+            "trained": len(used),
             "shown_per_epoch": len(taken),
-            "dropped": dict(sorted(lost.items())),
+            "dropped": dict(sorted(reasons.items())),
         }
-        distinct += used
-        train += taken
+        counts += reasons
         dropped += lost
-    n_in = sum(row["read"] for row in table.values())
-    if not train:
-        return StageResult(n_in, 0, dropped)
-    if settings.margin and not any(p.margin for p in train):
+        pairs += taken
+    n_in, n_out = (sum(row[key] for row in table.values()) for key in ("read", "trained"))
+    if not pairs:
+        return StageResult(n_in, 0, counts), dropped
+    if settings.margin and not any(p.margin for p in pairs):
         raise DataError(
             f"reward.margin is {settings.margin!r}, but no pair to train on has a number other "
             "than 0 under that key. Name the right key, or remove reward.margin."
         )
-    folder, logs = train_reward_model(
+    chat, output = loaded.chat, run / "reward"
+    last = train(
         loaded,
-        train,
+        RewardTask(loaded, pairs, settings.center),
         settings,
-        run / "reward.partial",
+        output=output,
+        budget=row_budget(settings),
         label="reward",
-        seed=derive_seed(recipe.seed, STAGE) % 2**31,
-        lora=recipe.policy.lora,
-        keep_checkpoints=recipe.keep.checkpoints,
+        seed=derive_seed(seed, STAGE) % 2**31,
+        lora=lora,
+        keep_checkpoints=keep_checkpoints,
         on_log=lambda line: run.append("metrics.jsonl", {"stage": STAGE, **line}),
         on_start=lambda step: run.rewind("metrics.jsonl", STAGE, step),
     )
-    chat = loaded.chat
     del loaded  # what is measured is the model as it was saved
     judge = RewardJudge(
         JudgeConfig(
             kind="reward",
-            model=str(folder),
-            **recipe.policy.model_dump(
-                include={"dtype", "device", "trust_remote_code", "allow_pickle"}
-            ),
+            model=str(work_folder(output) / "model"),
+            **loading.model_dump(include={"dtype", "device", "trust_remote_code", "allow_pickle"}),
         ),
         None,
     )
@@ -129,20 +138,20 @@ def train_reward(
         "margin": settings.margin,
         "sources": table,
         "held_out": quality,
-        "last": logs,
+        "last": last,
     }
     write_atomic(run / "reward.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    with disk_errors(run / "reward"):
-        if (run / "reward").exists():  # what an earlier try at this very training left
-            shutil.rmtree(run / "reward")
-        folder.replace(run / "reward")
-        for old in complete_checkpoints(folder.parent):
-            discard_checkpoint(old)
-        shutil.rmtree(folder.parent)
+    publish(output)
     if test:
         accuracy, ece = quality["accuracy"][0], quality["calibration"]["ece"]
         say(f"  {len(test):,} held-out pairs: accuracy {accuracy:.3f}, calibration error {ece:.3f}")
-    return StageResult(n_in, distinct, dropped, notes={"last": logs})
+    return StageResult(n_in, n_out, counts, notes={"last": last}), dropped
+
+
+def row_budget(settings: Reward) -> RowBudget:
+    """Rows of ``forward_pairs``, however long they are."""
+    longest = 2 * settings.forward_pairs * settings.max_length
+    return RowBudget(settings.batch_size, longest, settings.forward_pairs)
 
 
 def read_source(name: str, path: Path, weight: float) -> Source:
@@ -170,34 +179,36 @@ def read_source(name: str, path: Path, weight: float) -> Source:
 
 
 def encode_pairs(
-    chat: ChatFormat, source: Source, margin: str | None, limit: int, dropped: Counter[str]
-) -> list[tuple[Preference, RewardPair]]:
-    """Token ids of the pairs that can be learned from; the others are counted in ``dropped``.
+    chat: ChatFormat, source: Source, margin: str | None, limit: int
+) -> tuple[list[tuple[Preference, RewardPair]], list[tuple[str, str]]]:
+    """Token ids of the pairs that can be learned from.
 
     Args:
         chat: makes the ids.
         source: the set.
         margin: key of each record's margin; one without it has a margin of 0.
         limit: tokens of conversation and answer.
-        dropped: gets ``equal``, ``bad_margin`` and ``too_long``.
+
+    Returns:
+        The pairs, and (id, reason) of the others: ``equal``, ``bad_margin`` or ``too_long``.
     """
-    found = []
+    found, dropped = [], []
     with progress_bar(f"reading {source.name}", len(source.pairs)) as bar:
         for p in source.pairs:
             bar.advance(1)
             value = p.extra.get(margin, 0.0) if margin else 0.0
             if type(value) not in (int, float) or not math.isfinite(value):
-                dropped["bad_margin"] += 1
-                continue
-            if p.chosen == p.rejected:
-                dropped["equal"] += 1
-                continue
-            ids = [chat.exchange_ids(p.prompt, text) for text in (p.chosen, p.rejected)]
-            if max(map(len, ids)) > limit:
-                dropped["too_long"] += 1
-                continue
-            found.append((p, RewardPair(p.id, source.name, ids[0], ids[1], float(value))))
-    return found
+                dropped.append((p.id, "bad_margin"))
+            elif p.chosen == p.rejected:
+                dropped.append((p.id, "equal"))
+            else:
+                chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
+                if max(len(chosen), len(rejected)) > limit:
+                    dropped.append((p.id, "too_long"))
+                else:
+                    pair = RewardPair(p.id, source.name, chosen, rejected, float(value))
+                    found.append((p, pair))
+    return found, dropped
 
 
 def held_out(preference: Preference, share: float, seed: int) -> bool:

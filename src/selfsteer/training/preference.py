@@ -1,0 +1,99 @@
+"""The loss of preference objectives over encoded triples.
+
+The reference is a table of log-probs computed beforehand. One example::
+
+    {"id": "q1", "sequences": {"good/good": EncodedSequence(…), "good/bad": …},
+     "reference": {"good/good": tensor of per-token log-probs, …}}
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.head import with_collisions
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.score import batch_scores, pack, sums_by_row
+from selfsteer.objectives import Objective, steering_loss, wpo_weights
+from selfsteer.training.trainer import Metrics
+
+
+@dataclass(frozen=True)
+class Example:
+    """One triple, encoded, with the reference's per-token log-probs where the base needs them."""
+
+    id: str
+    sequences: Mapping[str, EncodedSequence]
+    reference: Mapping[str, Tensor] | None = None
+
+    def tokens(self) -> int:
+        """Tokens of the sequences, each prompt counted once."""
+        prompts = {s.prompt_ids for s in self.sequences.values()}
+        return sum(map(len, prompts)) + sum(len(s.response_ids) for s in self.sequences.values())
+
+
+class PreferenceTask:
+    """An objective on examples; settles the layout of the model, which is trained in it.
+
+    Args:
+        loaded: the model.
+        objective: what to minimise.
+        examples: with reference log-probs where the base needs them.
+    """
+
+    adapters = "CAUSAL_LM"
+
+    def __init__(
+        self, loaded: LoadedModel, objective: Objective, examples: Sequence[Example]
+    ) -> None:
+        self.objective, self.examples = objective, examples
+        loaded.settle([s for e in examples[:16] for s in e.sequences.values()])
+        self.precision, self.layout = loaded.precision, loaded.layout
+        self.pad_id = loaded.chat.tokenizer.pad_token_id or 0
+
+    def costs(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens that each takes in a row; padding to the longest of them where it is padded."""
+        if self.layout == "tree":
+            return [e.tokens() for e in examples]
+        longest = max(len(s) for e in examples for s in e.sequences.values())
+        return [longest * len(e.sequences) for e in examples]
+
+    def loss(self, model: Any, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
+        """The objective on one row of queries: (B,), and `steering_loss`'s metrics."""
+        names, size = self.objective.sequences, len(examples)
+        flat = [e.sequences[name] for name in names for e in examples]
+        batch = pack(flat, self.layout, self.pad_id).to(next(model.parameters()).device)
+        weighted = self.objective.weighting is not None
+        with self.precision(), with_collisions() if weighted else nullcontext():
+            scores = batch_scores(model, batch)
+
+        def by_name(values: Tensor) -> Tensor:
+            return sums_by_row(values, batch.row, len(flat)).view(len(names), size)
+
+        policy = by_name(scores.logps)
+        lengths = torch.tensor([len(s.response_ids) for s in flat], device=policy.device)
+        lengths = lengths.view_as(policy)
+        reference = None
+        if self.objective.base.needs_reference:
+            tokens = [e.reference[name] for name in names for e in examples if e.reference]
+            reference = by_name(torch.cat(tokens).to(policy.device))
+        weights = None
+        if scores.collisions is not None:
+            # objective pbaa: the rows are plain/good and plain/bad
+            weights = wpo_weights(policy, by_name(scores.collisions), lengths)
+        out = steering_loss(
+            self.objective,
+            dict(zip(names, policy, strict=True)),
+            None if reference is None else dict(zip(names, reference, strict=True)),
+            dict(zip(names, lengths, strict=True)),
+            weights=weights,
+        )
+        metrics: Metrics = {name: (value * size, size) for name, value in out.metrics.items()}
+        if scores.sampled is not None:
+            entropy, hits, count = scores.sampled
+            metrics |= {"entropy": (entropy, count), "mean_token_accuracy": (hits, count)}
+        return out.per_query, metrics
