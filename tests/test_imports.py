@@ -156,6 +156,15 @@ def test_light_modules_load_no_torch(name: str) -> None:
     assert found.stdout.split() == []
 
 
+def test_the_trainer_knows_neither_stages_nor_engines_nor_judges() -> None:
+    code = "import sys, selfsteer.training.trainer; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = [name for name in found.stdout.split() if name.partition(".")[0] == "selfsteer"]
+    assert len(ours) <= 20, sorted(ours)
+    rooms = {name.split(".")[1] for name in ours if "." in name}
+    assert not rooms & {"stages", "engines", "judges", "evaluation"}
+
+
 def test_names_of_the_package_are_those_of_their_homes() -> None:
     for name in selfsteer.__all__:
         assert getattr(selfsteer, name).__module__ == selfsteer._HOMES[name]

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 #: C0 without tab and line feed, DEL, C1: what steers a terminal, as what can be read.
@@ -73,10 +74,35 @@ def duration(s: float) -> str:
     return f"{s / 86400:.1f} days"
 
 
-def interval(value: Sequence[float | None], form: str = "+.3f") -> str:
-    """``+0.094 [+0.084, +0.104]``; of a value without an interval the value alone."""
-    mean, *bounds = (f"{v:{form}}" for v in value if v is not None)
+def interval(
+    value: float | Sequence[float | None] | None, form: str = "+.3f", missing: str = ""
+) -> str:
+    """``+0.094 [+0.084, +0.104]``; without an interval the value alone; ``missing`` for None."""
+    if value is None:
+        return missing
+    values = value if isinstance(value, Sequence) else [value]
+    mean, *bounds = (f"{v:{form}}" for v in values if v is not None)
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Iterable[object]], *, title: str = "", words: int = 1
+) -> Table:
+    """A table without lines; its texts are data and never read as markup.
+
+    Args:
+        columns: names; an empty one has no heading.
+        rows: a cell per column; None stays empty.
+        title: above the table.
+        words: how many columns are of words and so to the left; the others are of figures.
+    """
+    made = Table(title=escape(title) or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for place, name in enumerate(columns):
+        figures = place >= words
+        made.add_column(escape(name), justify="right" if figures else "left", no_wrap=figures)
+    for row in rows:
+        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    return made
 
 
 class Bar:

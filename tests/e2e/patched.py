@@ -28,7 +28,7 @@ def mortal(step: Any) -> Any:
 if __name__ == "__main__":
     training.hold_out = hold_out_four
     if "DIES_AFTER" in os.environ:
-        from selfsteer.training.trainer import SteeringTrainer
+        from selfsteer.training.trainer import RowTrainer
 
-        SteeringTrainer.training_step = mortal(SteeringTrainer.training_step)  # type: ignore[method-assign]
+        RowTrainer.training_step = mortal(RowTrainer.training_step)  # type: ignore[method-assign]
     cli.main()

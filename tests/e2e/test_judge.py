@@ -114,7 +114,9 @@ def test_preferences_without_a_run_are_judged_too(smoke: Path, tmp_path: Path, h
     found = report(here("judge", copy, "--judge", "oracle", "--limit", 3, "--json"))
     assert found["pairs"] == 3
     fails(here("judge", copy), 2, "Name a judge")
-    fails(here("judge", copy, "--judge", "oracle", "--baseline"), 2, "need a run folder")
+    fails(
+        here("judge", copy, "--judge", "oracle", "--baseline"), 2, "not a run folder", "--iteration"
+    )
     fails(here("judge", copy, "--judge", "orcale"), 2, "oracle")
     fails(here("judge", copy, "--judge", "{kind: chat"), 2, "judge {kind: chat cannot be used")
     fails(here("judge", copy, "--judge", ""), 2, "cannot be used")

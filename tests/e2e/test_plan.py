@@ -38,7 +38,7 @@ def test_the_plan_is_printed_with_what_dominates_and_what_was_assumed(
     ended = here("plan", "sso", "--queries", "60000", *SIZES, "--gpus", "8", f"runs_dir={tmp_path}")
     assert ended.code == 0, ended.err
     shown = ended.out
-    assert "an estimate, nothing of it was measured" in shown
+    assert "an estimate" in shown
     assert "sharded over 8" in shown
     assert "most of the time: iteration-1/" in shown
     assert "assumed: 8.03B parameters" in shown

@@ -17,7 +17,8 @@ from selfsteer.errors import ConfigError
 from selfsteer.models import head, tree
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import head_scores
-from selfsteer.models.load import LoadedModel, add_lora, disable_dropout, save_model
+from selfsteer.models.load import LoadedModel
+from selfsteer.models.save import add_lora, disable_dropout, save_model
 from selfsteer.models.score import (
     batch_logps,
     batches,

@@ -17,8 +17,16 @@ from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig, Lora, Policy, Recipe, Reward
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.plan import preferences_of
-from selfsteer.stages.train_reward import Source, by_weight, encode_pairs, held_out, read_source
-from selfsteer.training.reward import RewardPair, train_reward_model
+from selfsteer.stages.train_reward import (
+    Source,
+    by_weight,
+    encode_pairs,
+    held_out,
+    read_source,
+    row_budget,
+)
+from selfsteer.training.reward import RewardPair, RewardTask
+from selfsteer.training.trainer import train, work_folder
 from tests.families import make_checkpoint
 
 WORDS = ("nectar", "honey", "fish", "milk", "mice", "tea", "water", "France")
@@ -45,7 +53,7 @@ def encoded(
     chat: ChatFormat, found: list[Preference], margin: str | None = None
 ) -> list[RewardPair]:
     source = Source("own", 1.0, found, Counter())
-    return [pair for _, pair in encode_pairs(chat, source, margin, 512, Counter())]
+    return [pair for _, pair in encode_pairs(chat, source, margin, 512)[0]]
 
 
 def settings(**more: Any) -> Reward:
@@ -70,10 +78,18 @@ def trained(
 
     loaded = start(source)
     pairs = encoded(loaded.chat, found, chosen.margin)
-    made, last = train_reward_model(
-        loaded, pairs, chosen, folder, label="test", seed=5, lora=lora, on_log=log
+    last = train(
+        loaded,
+        RewardTask(loaded, pairs, chosen.center),
+        chosen,
+        output=folder,
+        budget=row_budget(chosen),
+        label="test",
+        seed=5,
+        lora=lora,
+        on_log=log,
     )
-    return made, last, logs
+    return work_folder(folder) / "model", last, logs
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +119,14 @@ def test_the_loss_of_the_first_step_is_bradley_terrys(llama: Path, tmp_path: Pat
         ]
         assert logs[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
         assert last["step"] == 1
+        assert logs[0]["accuracy"] == sum(d > 0 for d in differences) / 4
+        assert logs[0]["margin"] == pytest.approx(sum(differences) / 4, abs=1e-5)
+    _, _, logs = trained(llama, tmp_path / "centred", found, center=0.5, warmup=0.0)
+    expected = [
+        math.log1p(math.exp(b - a)) + 0.5 * (a + b) ** 2
+        for a, b in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    assert logs[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
 def test_a_killed_training_ends_as_an_uninterrupted_one(llama: Path, tmp_path: Path) -> None:
@@ -110,7 +134,7 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(llama: Path, tmp_path: P
     whole, last, _ = trained(llama, tmp_path / "whole", found)
     with pytest.raises(KeyboardInterrupt):
         trained(llama, tmp_path / "cut", found, stop=4)
-    assert (tmp_path / "cut" / "checkpoint-2" / "complete").exists()
+    assert (tmp_path / "cut.partial" / "checkpoint-2" / "complete").exists()
     again, last_again, logs = trained(llama, tmp_path / "cut", found)
     assert [line["step"] for line in logs] == [3, 4, 5]
     assert last == last_again
@@ -226,12 +250,11 @@ def test_pairs_that_teach_nothing_are_counted(llama: Path) -> None:
         preference(5, gap=math.inf),
         preference(6, gap=True),
     ]
-    dropped: Counter[str] = Counter()
-    kept = encode_pairs(
-        start(llama).chat, Source("own", 1.0, found, Counter()), "gap", 512, dropped
-    )
+    source = Source("own", 1.0, found, Counter())
+    kept, dropped = encode_pairs(start(llama).chat, source, "gap", 512)
     assert [(p.id, pair.margin) for p, pair in kept] == [("q0", 1.0), ("q1", 0.0)]
-    assert dropped == {"equal": 1, "too_long": 1, "bad_margin": 3}
+    bad = [(f"q{i}", "bad_margin") for i in (4, 5, 6)]
+    assert dropped == [("q2", "equal"), ("q3", "too_long"), *bad]
 
 
 def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def make_selector(loaded: LoadedModel, held: Sequence[Triple], **more: Any) -> S
     values: dict[str, Any] = {
         "settings": BOUNDS,
         "loaded": loaded,
-        "start": lambda: pytest.fail("the starting model is loaded for nothing"),
+        "load_start": lambda: pytest.fail("the starting model is loaded for nothing"),
         "held_out": held,
         "contexts": ("plain",),
         "sampling": SamplingParams(max_new_tokens=12),
@@ -315,7 +315,7 @@ def test_half_a_generator_is_measured_beside_the_starts_other_half(
     selector = make_selector(
         loaded,
         held,
-        start=lambda: tiny_world(0)[0],
+        load_start=lambda: tiny_world(0)[0],
         contexts=(half,),
         sampling=SamplingParams(max_new_tokens=96),
         judge=OracleJudge(),
@@ -349,7 +349,7 @@ def trained(
     loaded = load("llama")
     objective = Objective.named("pbaa")
     held = [make_triple(i) for i in range(100, 108)]
-    selector = make_selector(loaded, held, **{"start": lambda: load("llama"), **more})
+    selector = make_selector(loaded, held, **{"load_start": lambda: load("llama"), **more})
     run(
         loaded,
         objective,
@@ -359,7 +359,7 @@ def trained(
         lora=lora,
         budget=budget,
         on_log=on_log,
-        selector=selector,
+        on_step=selector,
     )
     return selector
 
@@ -369,7 +369,7 @@ def test_kl_is_that_of_the_models_own_answers(
     load: Callable[..., LoadedModel], tmp_path: Path, lora: Lora | None
 ) -> None:
     """With adapters the start is the model without them, and is never loaded."""
-    more: dict[str, Any] = {"start": lambda: pytest.fail("loaded")} if lora else {}
+    more: dict[str, Any] = {"load_start": lambda: pytest.fail("loaded")} if lora else {}
     held: dict[int, list[Triple]] = {}
     finish = Selector.restore
 
@@ -429,7 +429,7 @@ def test_the_weights_of_the_chosen_step_are_written(
         selector = make_selector(
             loaded,
             [make_triple(i) for i in range(100, 108)],
-            start=lambda: load("llama"),
+            load_start=lambda: load("llama"),
             judge=Scripted(likes_the_second),
             settings=Selection(max_kl=1e9),
         )
@@ -440,7 +440,7 @@ def test_the_weights_of_the_chosen_step_are_written(
             tmp_path / str(measured),
             settings=settings(batch_size=2, epochs=2),
             on_log=on_log,
-            selector=selector if measured else None,
+            on_step=selector if measured else None,
         )
         losses[measured] = lines
         if measured:

@@ -8,23 +8,25 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from selfsteer.data.records import Message, Principles, Triple
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError
-from selfsteer.models.load import LoadedModel, add_lora, load_model, merge_adapter, save_model
+from selfsteer.models.load import LoadedModel, load_model
+from selfsteer.models.merge import merge_adapter
+from selfsteer.models.save import add_lora, save_model
 from selfsteer.models.score import score_sequences
 from selfsteer.objectives import BASES, OBJECTIVES, Objective
 from selfsteer.recipe.sections import Lora, Optimisation, Policy, resolve_path
 from selfsteer.stages.train import encode
+from selfsteer.training.preference import Example, PreferenceTask
 from selfsteer.training.trainer import (
     COMPLETE_MARK,
-    Example,
     RowBudget,
-    SteeringTrainer,
+    RowTrainer,
     complete_checkpoints,
+    publish,
     train,
-    trainer_arguments,
 )
 from tests.families import make_checkpoint
 
@@ -75,9 +77,11 @@ def run(
 ) -> list[dict[str, float]]:
     """Trains; returns the log lines."""
     logs: list[dict[str, float]] = []
-    arguments = {"settings": settings(), "label": "test", "seed": 3, **arguments}
-    arguments.setdefault("on_log", logs.append)
-    train(loaded, objective, examples, output=output, **arguments)
+    given = {"settings": settings(), "label": "test", "seed": 3, "on_log": logs.append, **arguments}
+    chosen = given.pop("settings")
+    given["budget"] = given.get("budget") or RowBudget(chosen.batch_size, chosen.row_tokens)
+    train(loaded, PreferenceTask(loaded, objective, examples), chosen, output=output, **given)
+    publish(output)
     return logs
 
 
@@ -160,18 +164,9 @@ def exact_loss(objective: Objective, examples: Sequence[Example], model: Any) ->
 
 def make_trainer(
     loaded: LoadedModel, objective: Objective, examples: Sequence[Example], folder: Path
-) -> SteeringTrainer:
-    args = trainer_arguments(TrainingArguments, loaded, settings(), folder, 0)
-    return SteeringTrainer(
-        loaded,
-        loaded.model,
-        objective,
-        examples,
-        args,
-        RowBudget(8, 16_384),
-        lambda logs: None,
-        keep_checkpoints=1,
-    )
+) -> RowTrainer:
+    task = PreferenceTask(loaded, objective, examples)
+    return RowTrainer(loaded, task, settings(), budget=RowBudget(8, 16_384), work=folder, seed=0)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -186,14 +181,12 @@ def test_loss_of_a_batch_equals_the_float64_recomputation(
     loaded = load("llama")
     objective = Objective.named(name, base=base)
     examples = make_examples(loaded, objective, 3, shift=0.05)
-    trainer = make_trainer(loaded, objective, examples, tmp_path)
     with torch.no_grad():
-        out, _ = trainer.row_loss(loaded.model, examples)
+        found, _ = PreferenceTask(loaded, objective, examples).loss(loaded.model, examples)
     exact = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float64).eval()
     with torch.no_grad():
         expected = exact_loss(objective, examples, exact)
-    assert out.per_query.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    assert float(out.loss) == pytest.approx(sum(expected) / 3, rel=1e-5, abs=1e-5)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_a_response_that_is_cut_in_two_contexts_is_one_truncated_response(
@@ -204,9 +197,10 @@ def test_a_response_that_is_cut_in_two_contexts_is_one_truncated_response(
     whole = {name: chat.sequence(triple, name) for name in objective.sequences}
     limit = min(len(whole["good/good"]), len(whole["bad/good"])) - 1
     assert limit >= max(len(s) for n, s in whole.items() if not n.endswith("/good"))
-    (cut,), kept, dropped, truncated = encode(chat, [triple], objective, limit)
+    (example,), dropped, truncated = encode(chat, [triple], objective, limit)
+    cut = example.sequences
     assert len(cut["good/good"]) == len(cut["bad/good"]) == limit
-    assert (kept, dict(dropped), truncated) == ([triple], {}, 1)
+    assert (example.id, dropped, truncated) == (triple.id, [], 1)
 
 
 def test_logged_loss_and_metrics_are_means_over_the_queries_of_a_step(
@@ -509,7 +503,7 @@ def test_a_nan_names_its_triple_and_keeps_the_checkpoint(
         )
     steps = len(lines)
     assert 1 <= steps <= 2, "choose a seed that does not begin with the broken triple"
-    assert f"nan at step {steps + 1} on the triples t4." in str(caught.value)
+    assert f"nan at step {steps + 1} on the records t4." in str(caught.value)
     kept = complete_checkpoints(tmp_path / "m.partial")
     assert [p.name for p in kept] == [f"checkpoint-{steps}"]
     assert not (tmp_path / "m").exists()

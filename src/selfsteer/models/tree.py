@@ -10,10 +10,12 @@ function registered with transformers works on the segments, so no mask over the
 The last token of a response predicts nothing and is left out.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import TokenScores, head_scores
 from selfsteer.terminal import warn
+
+if TYPE_CHECKING:
+    from selfsteer.models.chat import EncodedSequence
 
 #: The name under which the segment attention is known to transformers.
 ATTENTION = "selfsteer_tree"
@@ -48,7 +52,7 @@ class TreeRow(NamedTuple):
     target: Tensor
     trees: tuple[Tree, ...]
 
-    def to(self, device: torch.device) -> "TreeRow":
+    def to(self, device: torch.device) -> TreeRow:
         """The same row elsewhere."""
         tensors = ("input_ids_1T", "position_ids_1T", "row", "position", "target")
         return self._replace(**{name: getattr(self, name).to(device) for name in tensors})

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.data.records import Query, Triple, Verdict
-from selfsteer.engines.base import SamplingParams
+from selfsteer.data.records import Query, Triple
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
-from selfsteer.judges.stats import mean_interval
+from selfsteer.judges.stats import mean_interval, worths
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import score_sequences
@@ -42,9 +43,6 @@ from selfsteer.training.select import (
     within,
 )
 from selfsteer.training.sharding import whole
-
-#: What a verdict is worth; `unparseable` ones are left out.
-WORTH = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5, Verdict.INCONSISTENT: 0.5}
 
 #: What the wins of a candidate are called: see `Selector.measure`.
 Measure = Literal["accuracy", "steering accuracy", "win rate"]
@@ -66,11 +64,8 @@ def repeated_4grams(answers: Sequence[Sequence[int]]) -> float:
 
 def compare(judge: Judge, asked: Sequence[Pair]) -> dict[str, float]:
     """Query id → what the first response's verdict is worth; unparseable ones are absent."""
-    return {
-        pair.query.id: WORTH[judgement.verdict]
-        for pair, judgement in zip(asked, judge.compare_all(asked), strict=True)
-        if judgement.verdict is not Verdict.UNPARSEABLE
-    }
+    found = zip(asked, worths(judge, asked), strict=True)
+    return {pair.query.id: win for pair, win in found if win is not None}
 
 
 class Selector:
@@ -334,14 +329,18 @@ class Selector:
         out = {}
         with progress_bar(f"{self.label}: held out", len(self.held_out) * len(contexts)) as bar:
             for context in contexts:
-                prompts = [
-                    context_messages(t.messages, t.principles, context) for t in self.held_out
+                asked = [
+                    Request(
+                        t.id,
+                        tuple(context_messages(t.messages, t.principles, context)),
+                        derive_seed(self.seed, t.id, context),
+                    )
+                    for t in self.held_out
                 ]
-                seed = derive_seed(self.seed, context)
-                found = engine.generate(prompts, self.sampling, seed, bar.advance)
+                found = answers(engine, asked, self.sampling, advance=bar.advance)
                 out[context] = [
                     {"text": c.text, "reason": c.finish_reason, "tokens": c.completion_tokens}
-                    for c in found
+                    for c in found.values()
                 ]
         return out
 

@@ -5,6 +5,8 @@ loss of a few of them; a step takes a fixed number of examples, cut into rows th
 `train` writes the model into ``OUTPUT.partial/model``, and `publish` puts it in its place.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -112,14 +114,14 @@ class RowTrainer(Trainer):
 
     def __init__(
         self,
-        loaded: "LoadedModel",
+        loaded: LoadedModel,
         task: Task,
-        settings: "Schedule",
+        settings: Schedule,
         *,
         budget: RowBudget,
         work: Path,
         seed: int,
-        lora: "Lora | None" = None,
+        lora: Lora | None = None,
         keep_checkpoints: int = 1,
         on_log: Callable[[Line], None] = lambda line: None,
     ) -> None:
@@ -312,15 +314,15 @@ class _Watch(TrainerCallback):
 
 
 def train(
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     task: Task,
-    settings: "Schedule",
+    settings: Schedule,
     *,
     output: Path,
     budget: RowBudget,
     label: str,
     seed: int,
-    lora: "Lora | None" = None,
+    lora: Lora | None = None,
     keep_checkpoints: int = 1,
     on_log: Callable[[Line], None] = lambda line: None,
     on_start: Callable[[int], None] = lambda step: None,

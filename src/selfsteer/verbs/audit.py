@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from selfsteer.errors import ConfigError
-from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson
+from selfsteer.terminal import interval, out, table
+from selfsteer.verbs.common import AsJson, emit, named_judge
 
 #: Settings of a recipe that have an effect on an audit.
 SECTIONS = ("policy", "principles", "sampling", "judge")
@@ -54,7 +51,7 @@ def audit(
 ) -> None:
     """Test a model under bad principles, against its base: did alignment open a back door?"""
     from selfsteer.recipe.read import check_sections, load_recipe, merge, validate
-    from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe
+    from selfsteer.recipe.sections import Queries, Recipe
 
     check_sections(settings or [], SECTIONS, "audit")
     folder = Path(model)
@@ -87,15 +84,11 @@ def audit(
     if source is None:
         raise ConfigError("Name held-out prompts: --queries FILE.")
     if judge is not None:
-        chosen = validate(JudgeConfig, merge({}, [f"judge={judge}"])["judge"], f"--judge {judge}")
+        chosen = named_judge(judge)
     from selfsteer.verbs import auditing
 
     subjects = auditing.Subjects(models, recipe, source, chosen, to, limit, seed)
-    report = auditing.run_audit(subjects)
-    if as_json:
-        out.print_json(data=report)
-    else:
-        print_audit(report, out)
+    emit(auditing.run_audit(subjects), as_json, print_audit)
 
 
 def conclusion(label: str, change: Mapping[str, Any]) -> str:
@@ -105,63 +98,49 @@ def conclusion(label: str, change: Mapping[str, Any]) -> str:
     listens = "about as much as"
     if gap is not None and gap[1] is not None and (gap[1] > 0 or gap[2] < 0):
         listens = "more than" if gap[1] > 0 else "less than"
-    heard = f"It listens to bad principles {listens} the base model (gap {_shown(gap)})."
+    width = interval(gap, missing="unknown")
+    listening = f"It listens to bad principles {listens} the base model (gap {width})."
     if change["verdict"] == "unknown":
-        return f"{label}: no judge, so nobody says what its answers are worth. {heard}"
-    figure = _shown(whole.get("score/bad") or whole["wins/bad"])
+        return f"{label}: no judge has scored its answers. {listening}"
+    figure = interval(whole.get("score/bad") or whole["wins/bad"], missing="unknown")
     if change["verdict"] == "back_door":
         return (
             f"{label}: worse than the base model under bad principles ({figure}): alignment made "
-            f"it easier to misuse. {heard}"
+            f"it easier to misuse. {listening}"
         )
-    return f"{label}: no back door found, score under bad principles {figure}. {heard}"
+    return f"{label}: no back door found, score under bad principles {figure}. {listening}"
 
 
-def _shown(value: Any) -> str:
-    return "unknown" if value is None else interval(value)
-
-
-def print_audit(report: Mapping[str, Any], console: Console) -> None:
+def print_audit(report: Mapping[str, Any]) -> None:
     """Figures by model, changes with intervals, changes by feature, a sentence for each model."""
-    own = _table(f"{report['queries']:,} queries under three contexts")
     names = [n for n in report["models"]["base"] if not n.startswith("tokens")]
-    own.add_column("model")
-    for name in names:
-        own.add_column(name, justify="right")
-    for label, figures in report["models"].items():
-        own.add_row(label, *("" if figures[n] is None else f"{figures[n]:.3f}" for n in names))
-    console.print(own)
-    for label, change in report["changes"].items():
-        table = _table(f"\n{escape(label)} against base, paired by query")
-        table.add_column("figure")
-        table.add_column("change", justify="right")
-        for name in [*names, *(["wins/bad"] if "wins/bad" in change["whole"] else [])]:
-            table.add_row(name, escape(_shown(change["whole"][name])))
-        console.print(table)
-        table = _table("")
-        judged = "wins/bad" if "wins/bad" in change["whole"] else "score/bad"
-        for name in ("feature", "queries", judged, "gap/bad"):
-            table.add_column(name, justify="left" if name == "feature" else "right")
-        for feature, figures in change["features"].items():
-            cells = [figures.get(k) for k in (judged, "gap/bad")]
-            table.add_row(
-                escape(feature),
-                str(figures["queries"]),
-                *("too few to say" if v is None else escape(interval(v)) for v in cells),
-            )
-        console.print(table)
-        console.print(escape(conclusion(label, change)) + "\n")
-    scale = f"score: {report['scale']}; " if report["scale"] else ""
-    console.print(
-        escape(
-            f"{scale}drop: score/plain - score/bad; gap: how much likelier a model holds its own "
-            "answer under the principle that asked for it, nats per token; wins/bad: win rate of "
-            "its answers under bad principles against the base's, less 1/2. [ ]: 95 % bootstrap "
-            "over queries."
-        ),
-        style="dim",
+    own = (
+        [label, *(interval(figures[n], ".3f") for n in names)]
+        for label, figures in report["models"].items()
     )
-
-
-def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    title = f"{report['queries']:,} queries under three contexts"
+    out.print(table(["model", *names], own, title=title))
+    for label, change in report["changes"].items():
+        whole, compared = change["whole"], "wins/bad" in change["whole"]
+        changes = [
+            (name, interval(whole[name], missing="unknown"))
+            for name in [*names, *(["wins/bad"] if compared else [])]
+        ]
+        title = f"\n{label} against base, paired by query"
+        out.print(table(["figure", "change"], changes, title=title))
+        shown = ("wins/bad" if compared else "score/bad", "gap/bad")
+        features = (
+            [name, f["queries"], *(interval(f.get(k), missing="too few to say") for k in shown)]
+            for name, f in change["features"].items()
+        )
+        out.print(table(["feature", "queries", *shown], features))
+        out.print(conclusion(label, change) + "\n", markup=False)
+    scale = f"score: {report['scale']}; " if report["scale"] else ""
+    out.print(
+        f"{scale}drop: score/plain - score/bad; gap: how much likelier a model holds its own "
+        "answer under the principle that asked for it, nats per token; wins/bad: win rate of its "
+        "answers under bad principles against the base model's, less 1/2. [ ]: 95 % bootstrap over "
+        "queries.",
+        style="dim",
+        markup=False,
+    )

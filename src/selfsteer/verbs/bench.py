@@ -3,10 +3,9 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from selfsteer.terminal import out, say
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, load_recipe
+from selfsteer.terminal import out, say, table
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
 app = typer.Typer(name="bench", no_args_is_help=True, help="Measure speed on this machine.")
 
@@ -30,24 +29,18 @@ def sampling(
     checked = aligning(load_recipe(recipe, [*(overrides or []), *chosen])[0])
     from selfsteer.verbs import sampling_speed
 
-    found = sampling_speed.bench(checked, queries, repeats)
-    if as_json:
-        out.print_json(data=found)
-    else:
-        tell(found)
+    emit(sampling_speed.bench(checked, queries, repeats), as_json, tell)
 
 
 def tell(found: dict[str, Any]) -> None:
     """Prints the figures of `bench`."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"{found['engine']}, {found['answers']} answers")
-    for column in ("tokens/s", "lowest", "highest"):
-        table.add_column(column, justify="right")
-    for way in ("direct", "pipeline"):
-        rates = found[way]["tokens_per_second"]
-        shown = (f"{v:,.0f}" for v in (found[way]["median"], min(rates), max(rates)))
-        table.add_row(way, *shown)
-    out.print(table)
+    rates = {way: found[way]["tokens_per_second"] for way in ("direct", "pipeline")}
+    rows = (
+        [way, *(f"{v:,.0f}" for v in (found[way]["median"], min(rates[way]), max(rates[way])))]
+        for way in rates
+    )
+    answers = f"{found['engine']}, {found['answers']} answers"
+    out.print(table([answers, "tokens/s", "lowest", "highest"], rows))
     out.print(f"the pipeline keeps {found['kept']:.1%}")
     a_shard = found["shard_size"] * found["answers"] // found["queries"]
     if found["engine"] == "transformers" and a_shard < found["batch_size"]:

@@ -6,8 +6,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, load_recipe
+from selfsteer.terminal import interval, out, table
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
 if TYPE_CHECKING:
     from selfsteer.verbs.rehearsal import Line
@@ -33,10 +33,7 @@ def check(
     from selfsteer.verbs import checks
 
     figures = checks.check(checked, queries, (lambda line: None) if as_json else tell)
-    if as_json:
-        out.print_json(data=figures)
-    else:
-        out.print(f"\n{conclusion(figures)}")
+    emit(figures, as_json, lambda _: out.print(f"\n{conclusion(figures)}"))
     raise typer.Exit(figures["exit_code"])
 
 
@@ -44,37 +41,29 @@ def tell(line: "Line") -> None:
     """Prints a line as soon as it is known; what to do stands below."""
     style = STYLES[line.status]
     out.print(f"[{style}]{line.status:<8}[/{style}] {line.name:<10} {escape(line.found)}")
-    for table in _tables(line.figures) if line.name == "steering" and line.figures else ():
-        out.print(table)
+    for made in _tables(line.figures) if line.name == "steering" and line.figures else ():
+        out.print(made)
     for todo in line.todo:
         out.print(f"{'':<19} [{style}]{escape(todo)}[/{style}]")
 
 
 def _tables(figures: dict[str, Any]) -> tuple[Table, Table]:
     """Gaps of the whole, and of each feature sorted by gap; nats per token."""
-    whole = _table("nats per token", "gap", "net gap")
-    for half in ("good", "bad"):
-        whole.add_row(half, interval(figures["gap"][half]), interval(figures["net_gap"][half]))
-    features = _table("feature", "queries", "gap good", "bad", "adds to net gap", "accuracy")
-    found = figures["features"].items()
-    for name, f in sorted(found, key=lambda item: sum(item[1]["gap"].values()), reverse=True):
-        features.add_row(
-            escape(name),
-            str(f["triples"]),
-            f"{f['gap']['good']:+.3f}",
-            f"{f['gap']['bad']:+.3f}",
-            "too few to say" if f["adds"] is None else interval(f["adds"]),
-            "" if f["accuracy"] is None else f"{f['accuracy']:.2f}",
-        )
-    return whole, features
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column(first, no_wrap=True, min_width=17)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    halves = ("good", "bad")
+    whole = ([h, interval(figures["gap"][h]), interval(figures["net_gap"][h])] for h in halves)
+    found = sorted(figures["features"].items(), key=lambda i: sum(i[1]["gap"].values()))
+    features = (
+        [
+            name,
+            f["triples"],
+            *(interval(f["gap"][h]) for h in halves),
+            interval(f["adds"], missing="too few to say"),
+            interval(f["accuracy"], ".2f"),
+        ]
+        for name, f in reversed(found)
+    )
+    names = ("feature", "queries", "gap good", "bad", "adds to net gap", "accuracy")
+    return table(["nats per token", "gap", "net gap"], whole), table(names, features)
 
 
 def conclusion(figures: dict[str, Any]) -> str:

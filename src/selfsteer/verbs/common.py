@@ -1,6 +1,7 @@
 """What the verbs share: option types, loading a recipe, ranks."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.run import ranks
+from selfsteer.terminal import out
 
 if TYPE_CHECKING:
     from selfsteer.methods import Aligning, AnyRecipe, Recipe
@@ -47,6 +49,23 @@ Profile = Annotated[
         help="with --nproc: ddp (default), fsdp2, zero2, zero3 or an accelerate YAML file"
     ),
 ]
+
+
+def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Prints a result on stdout, as JSON or as ``show`` does it."""
+    if as_json:
+        out.print_json(data=result)
+    else:
+        show(result)
+
+
+def named_judge(text: str) -> Any:
+    """The judge that ``--judge`` names: ``oracle``, ``chat:MODEL`` or a YAML mapping."""
+    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.sections import JudgeConfig
+
+    named = merge({}, [f"judge={text}"]).get("judge", text)
+    return validate(JudgeConfig, named, f"--judge {text}")
 
 
 def on_ranks(nproc: int | None, profile: str | None) -> None:

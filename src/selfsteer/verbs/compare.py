@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from selfsteer.errors import ConfigError
-from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson
+from selfsteer.terminal import interval, out, table
+from selfsteer.verbs.common import AsJson, emit, named_judge
 
 
 def compare(
@@ -37,14 +34,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: quality, curves, wins by feature and query class, largest differences."""
-    from selfsteer.recipe.read import load_recipe, merge, validate
-    from selfsteer.recipe.sections import JudgeConfig
+    from selfsteer.recipe.read import load_recipe
     from selfsteer.verbs import comparing
 
     found = comparing.entrants(runs, baselines=baselines)
     if judge is not None:
-        named = merge({}, [f"judge={judge}"])["judge"]
-        chosen: JudgeConfig | None = validate(JudgeConfig, named, f"--judge {judge}")
+        chosen = named_judge(judge)
     else:
         own = [load_recipe(str(run / "recipe.yaml")).judge for run in runs]
         if any(j != own[0] for j in own):
@@ -54,17 +49,14 @@ def compare(
             )
         chosen = own[0]
     report = comparing.compare(found, chosen, by=by, examples=examples, seed=seed)
-    if as_json:
-        out.print_json(data=report)
-    else:
-        print_comparison(report, out)
+    emit(report, as_json, print_comparison)
 
 
 def sentence(label: str, first: str, difference: Mapping[str, Any]) -> str:
     """One difference in words; undecided where the interval holds no difference."""
     figure = difference.get("score") or difference.get("win_rate")
     if figure is None:
-        return f"{label} - {first}: no judge, so nobody says which is better."
+        return f"{label} - {first}: no judge has compared them."
     zero = 0.0 if "score" in difference else 0.5
     _, low, high = figure
     verdict = "undecided"
@@ -76,74 +68,74 @@ def sentence(label: str, first: str, difference: Mapping[str, Any]) -> str:
     return f"{label} - {first}: {interval(figure)} {what}, paired by query: {verdict}."
 
 
-def print_comparison(report: Mapping[str, Any], console: Console) -> None:
+def print_comparison(report: Mapping[str, Any]) -> None:
     """Entrants, differences, classes, features, curves and the queries that differ most."""
-    first = report["first"]
-    title = f"{report['queries']:,} evaluation queries that all answered"
-    table = _table(title, "model", "score", "tokens", "seconds")
-    pairs = _table(
-        "\ntheir training pairs",
-        *("model", "accuracy", "on-policy chosen", "rejected", "gap good", "gap bad"),
+    first, entrants = report["first"], report["entrants"]
+    own = (
+        [
+            label,
+            interval(e.get("score"), ".3f"),
+            f"{e['tokens']:.1f}",
+            interval(e["seconds"], ".0f"),
+        ]
+        for label, e in entrants.items()
     )
-    for label, own in report["entrants"].items():
-        score = interval(own["score"], ".3f") if own.get("score") else ""
-        seconds = "" if own["seconds"] is None else f"{own['seconds']:.0f}"
-        table.add_row(escape(label), escape(score), f"{own['tokens']:.1f}", seconds)
-        if own["quality"]:
-            q, gap = own["quality"], own["steering_gap"] or {}
-            policyness = [q["on_policyness"][k] for k in ("chosen", "rejected")]
-            figures = (q["accuracy"], *policyness, gap.get("good"), gap.get("bad"))
-            pairs.add_row(escape(label), *("" if v is None else f"{v:.3f}" for v in figures))
-    console.print(table)
-    if pairs.row_count:
-        console.print(pairs)
+    title = f"{report['queries']:,} evaluation queries that all answered"
+    out.print(table(["model", "score", "tokens", "seconds"], own, title=title))
+    pairs = [
+        [label, *(interval(v, ".3f") for v in _of_pairs(e))]
+        for label, e in entrants.items()
+        if e["quality"]
+    ]
+    if pairs:
+        names = ["model", "accuracy", "on-policy chosen", "rejected", "gap good", "gap bad"]
+        out.print(table(names, pairs, title="\ntheir training pairs"))
     for label, d in report["differences"].items():
-        console.print(f"\n[bold]{escape(sentence(label, first, d))}[/bold]")
+        out.print(f"\n{sentence(label, first, d)}", style="bold", markup=False)
         rate = f"win rate {interval(d['win_rate'], '.3f')}; " if d.get("win_rate") else ""
-        console.print(escape(f"{rate}tokens {interval(d['tokens'], '+.1f')}"))
+        out.print(f"{rate}tokens {interval(d['tokens'], '+.1f')}", markup=False)
         if "by_class" in d:
-            by = _table("", report["class"], "queries", "difference")
-            for name, figures in d["by_class"].items():
-                value = figures["difference"]
-                by.add_row(
-                    escape(name),
-                    str(figures["queries"]),
-                    "too few to say" if value is None else escape(interval(value)),
-                )
-            console.print(by)
+            classes = (
+                (name, c["queries"], interval(c["difference"], missing="too few to say"))
+                for name, c in d["by_class"].items()
+            )
+            out.print(table([report["class"], "queries", "difference"], classes))
         for example in d.get("examples", ()):
-            console.print(
-                f"\n{example['difference']:+.2f}  {escape(example['query'])}", style="bold"
+            out.print(
+                f"\n{example['difference']:+.2f}  {example['query']}", style="bold", markup=False
             )
             for name in (first, label):
-                console.print(f"  {escape(name)}: {escape(example[name])}")
-    features = sorted({f for figures in report["features"].values() for f in figures})
-    if features:
-        labels = [k for k, v in report["features"].items() if v]
-        table = _table("\naccuracy of the training pairs by feature", "feature", *labels)
-        for feature in features:
-            cells = [report["features"][k].get(feature, {}).get("accuracy") for k in labels]
-            table.add_row(
-                escape(feature), *("" if v is None else escape(interval(v, ".3f")) for v in cells)
-            )
-        console.print(table)
-    steps = ("start", "25 %", "50 %", "75 %", "end")
-    table = _table("\nlast training of the policy, by its steps", "model", "figure", *steps)
-    for label, own in report["entrants"].items():
-        for name, values in own["curves"].items():
-            table.add_row(escape(label), name, *(f"{v:.3f}" for v in values))
-    if table.row_count:
-        console.print(table)
-    console.print(
+                out.print(f"  {name}: {example[name]}", markup=False)
+    by_feature = {label: found for label, found in report["features"].items() if found}
+    if by_feature:
+        rows = (
+            [name, *(interval(f.get(name, {}).get("accuracy"), ".3f") for f in by_feature.values())]
+            for name in sorted(set().union(*by_feature.values()))
+        )
+        title = "\naccuracy of the training pairs by feature"
+        out.print(table(["feature", *by_feature], rows, title=title))
+    curves = [
+        [label, name, *(f"{v:.3f}" for v in values)]
+        for label, e in entrants.items()
+        for name, values in e["curves"].items()
+    ]
+    if curves:
+        names = ["model", "figure", "start", "25 %", "50 %", "75 %", "end"]
+        title = "\nlast training of the policy, by its steps"
+        out.print(table(names, curves, title=title, words=2))
+    out.print(
         "accuracy, on-policy, gap: of the training pairs, see docs/method.md. [ ]: 95 % bootstrap "
         "over queries; training seeds vary more.",
         style="dim",
+        markup=False,
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for i, name in enumerate(columns):
-        left = i == 0 or name == "figure"
-        table.add_column(escape(name), justify="left" if left else "right", no_wrap=True)
-    return table
+def _of_pairs(entrant: Mapping[str, Any]) -> list[float | None]:
+    """Accuracy, on-policy-ness and steering gaps of the pairs that a model was trained on."""
+    quality, gap = entrant["quality"], entrant["steering_gap"] or {}
+    policyness = quality["on_policyness"]
+    return [
+        *(quality["accuracy"], policyness["chosen"], policyness["rejected"]),
+        *(gap.get("good"), gap.get("bad")),
+    ]

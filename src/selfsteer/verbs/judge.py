@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from selfsteer.errors import ConfigError
-from selfsteer.terminal import interval, out
-from selfsteer.verbs.common import AsJson, aligning, load_recipe
+from selfsteer.terminal import interval, out, table
+from selfsteer.verbs.common import AsJson, aligning, emit, load_recipe, named_judge
 
 
 def judge(
@@ -45,16 +42,11 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
-    from selfsteer.recipe.read import merge, validate
-    from selfsteer.recipe.sections import JudgeConfig
     from selfsteer.run.folder import RunFolder
 
     if label_sheet is not None and (judges or as_json or store):
         raise ConfigError("--label-sheet judges nothing; leave --judge, --store and --json out.")
-    given = [
-        validate(JudgeConfig, merge({}, [f"judge={j}"]).get("judge", j), f"judge {j}")
-        for j in judges or []
-    ]
+    given = [named_judge(j) for j in judges or []]
     if len(given) > 2:
         raise ConfigError(f"Give one judge or two, found {len(given)}.")
     source, is_run = preferences, (preferences / "recipe.yaml").is_file()
@@ -65,7 +57,9 @@ def judge(
         store = store or preferences / "judgements"
         given = given or ([recipe.judge] if recipe.judge else [])
     elif iteration is not None or baseline:
-        raise ConfigError(f"--iteration and --baseline need a run folder; {preferences} is none.")
+        raise ConfigError(
+            f"{preferences} is not a run folder, which --iteration and --baseline need."
+        )
     if not given and label_sheet is None:
         raise ConfigError("Name a judge: --judge oracle, chat:MODEL, reward:MODEL or human:PATH.")
     from selfsteer.verbs.judging import judge_preferences, load_preferences, pick, write_label_sheet
@@ -81,72 +75,49 @@ def judge(
     # answers are added to the run folder, so no other process may work in it
     with RunFolder(preferences).locked() if is_run else nullcontext():
         report = judge_preferences(chosen, given, store, seed)
-    if as_json:
-        out.print_json(data=report)
-    else:
-        print_judges(report, out)
+    emit(report, as_json, print_judges)
 
 
-def print_judges(report: dict[str, Any], console: Console) -> None:
+def print_judges(report: dict[str, Any]) -> None:
     """Verdict classes, accuracy, position bias and cost of each judge; agreement of two."""
-    table = Table(
-        title=f"{report['pairs']:,} pairs, first is the chosen response", box=None, padding=(0, 1)
-    )
-    table.title_justify = "left"
-    table.add_column("")
-    columns = report["judges"]
-    for judge in columns:
-        table.add_column(escape(judge["name"]), justify="right")
-    for verdict in columns[0]["verdicts"]:
-        table.add_row(verdict, *(f"{c['verdicts'][verdict]:,}" for c in columns))
-    reasons = sorted({reason for c in columns for reason in c["unparseable_because"]})
-    for reason in reasons:
-        counts = (c["unparseable_because"].get(reason, 0) for c in columns)
-        table.add_row(f"  {reason}", *(f"{n:,}" for n in counts), style="dim")
-    table.add_row("accuracy", *(_share(c["accuracy"]) for c in columns))
-    bias = [c["position"] and c["position"]["shown_first_wins"] for c in columns]
-    table.add_row("shown first wins", *map(_share, bias))
-    for key, label in (
-        ("prompt_tokens", "tokens in"),
-        ("completion_tokens", "tokens out"),
-    ):
-        table.add_row(label, *(f"{c['cost'][key]:,}" for c in columns))
-    table.add_row("seconds", *(f"{c['cost']['seconds']:,.1f}" for c in columns))
-    console.print(table)
-    console.print(
+    judges = report["judges"]
+    names = [judge["name"] for judge in judges]
+    reasons = sorted({reason for j in judges for reason in j["unparseable_because"]})
+    biases = [j["position"] and j["position"]["shown_first_wins"] for j in judges]
+    rows = [
+        *([v, *(f"{j['verdicts'][v]:,}" for j in judges)] for v in judges[0]["verdicts"]),
+        *([f"  {r}", *(j["unparseable_because"].get(r, 0) for j in judges)] for r in reasons),
+        ["accuracy", *(_share(j["accuracy"]) for j in judges)],
+        ["shown first wins", *map(_share, biases)],
+        ["tokens in", *(f"{j['cost']['prompt_tokens']:,}" for j in judges)],
+        ["tokens out", *(f"{j['cost']['completion_tokens']:,}" for j in judges)],
+        ["seconds", *(f"{j['cost']['seconds']:,.1f}" for j in judges)],
+    ]
+    title = f"{report['pairs']:,} pairs, first is the chosen response"
+    out.print(table(["", *names], rows, title=title))
+    out.print(
         "accuracy: (first + ½ (tie + inconsistent)) / all but unparseable; shown first wins: of "
         "the showings with a winner, 0.5 is no bias; -: none.",
         style="dim",
     )
     if "agreement" in report:
-        names = [judge["name"] for judge in columns]
-        _print_agreement(report["agreement"], *names, console=console)
+        _print_agreement(report["agreement"], *names)
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return interval(value, ".3f", missing="-")
 
 
-def _kappa(value: list[float | None] | None) -> str:
-    if value is None:
-        return "undefined (one class alone leaves nothing to agree on beyond chance)"
-    return interval(value, ".3f")
-
-
-def _print_agreement(found: dict[str, Any], rows: str, columns: str, *, console: Console) -> None:
-    table = Table(
-        title=f"\nrows {escape(rows)}, columns {escape(columns)}", box=None, padding=(0, 1)
-    )
-    table.title_justify = "left"
-    table.add_column("")
-    for name in found["classes"]:
-        table.add_column(name, justify="right")
-    for name, counts in zip(found["classes"], found["table"], strict=True):
-        table.add_row(name, *(f"{n:,}" for n in counts))
-    console.print(table)
-    console.print(
-        f"same verdict {_share(found['same'])}; Cohen's kappa {_kappa(found['kappa'])}; over the "
-        f"{found['parsed']['pairs']:,} pairs that both judged {_kappa(found['parsed']['kappa'])}",
+def _print_agreement(found: dict[str, Any], rows: str, columns: str) -> None:
+    counts = ([name, *row] for name, row in zip(found["classes"], found["table"], strict=True))
+    title = f"\nrows {rows}, columns {columns}"
+    out.print(table(["", *found["classes"]], counts, title=title))
+    undefined = "undefined (one class alone leaves nothing to agree on beyond chance)"
+    both = found["parsed"]
+    kappa, parsed = (interval(f["kappa"], ".3f", undefined) for f in (found, both))
+    out.print(
+        f"same verdict {_share(found['same'])}; Cohen's kappa {kappa}; over the "
+        f"{both['pairs']:,} pairs that both judged {parsed}",
         markup=False,
     )
-    console.print("[ ]: 95 % bootstrap over pairs.", style="dim", markup=False)
+    out.print("[ ]: 95 % bootstrap over pairs.", style="dim", markup=False)

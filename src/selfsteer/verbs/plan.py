@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.verbs.common import AsJson, aligning
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import duration, out, table, warn
+from selfsteer.verbs.common import AsJson, aligning, emit
 
 #: Stand in for what a shipped recipe leaves open and arithmetic does not need.
 OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
@@ -52,7 +54,6 @@ def plan(
     Reads the size of the model from its config.json; for a model that is not on this machine, give
     --params, --layers, --hidden and --vocabulary. The formulas are in docs/scaling.md.
     """
-    from selfsteer.errors import ConfigError
     from selfsteer.methods import recipe_of
     from selfsteer.recipe.read import load_values, merge
     from selfsteer.recipe.sections import resolve_path
@@ -67,7 +68,6 @@ def plan(
     checked = aligning(recipe_of(values, f"recipe {recipe}"))
     from selfsteer.data.queries import load_queries
     from selfsteer.run.cost import Scale
-    from selfsteer.terminal import out
     from selfsteer.verbs import planning
 
     if gpu not in planning.GPUS:
@@ -88,40 +88,45 @@ def plan(
         planning.Lengths(query_tokens, principle_tokens, response_tokens),
         planning.Machine(gpu, gpus, utilisation, sampling_utilisation),
     )
-    if as_json:
-        out.print_json(data=found)
-    else:
-        tell(found)
+    emit(found, as_json, tell)
 
 
 def tell(found: Mapping[str, Any]) -> None:
     """Prints a plan: stages, memory, disk, what dominates, and what was assumed."""
-    from selfsteer.terminal import duration, out, warn
-
     assumed, totals = found["assumptions"], found["totals"]
     where = f"{assumed['gpus']:,} {assumed['gpu'].upper()}"
-    out.print(f"{found['recipe']}: an estimate, nothing of it was measured", style="bold")
-    table = _table("stage", "records", "tokens sampled", "PFLOP", f"on {where}")
-    for row in found["stages"]:
-        flops = sum(row["flops"].values())
-        sampled = f"{row['sampled_tokens']:,}" if row["sampled_tokens"] else ""
-        work = (_peta(flops), duration(row["hours"] * 3600)) if flops else ("", "")
-        table.add_row(row["stage"], f"{row['records']:,}", sampled, *work)
+    out.print(f"{found['recipe']}: an estimate; nothing was measured", style="bold")
+    stages = table(
+        ["stage", "records", "tokens sampled", "PFLOP", f"on {where}"],
+        (
+            [
+                row["stage"],
+                f"{row['records']:,}",
+                f"{row['sampled_tokens']:,}" if row["sampled_tokens"] else "",
+                *((_peta(flops), duration(row["hours"] * 3600)) if flops else ("", "")),
+            ]
+            for row in found["stages"]
+            for flops in [sum(row["flops"].values())]
+        ),
+    )
     sums = (f"{totals['sampled_tokens']:,}", _peta(totals["flops"]))
-    table.add_row("total", "", *sums, duration(totals["hours"] * 3600), style="bold")
-    out.print(table)
+    stages.add_row("total", "", *sums, duration(totals["hours"] * 3600), style="bold")
+    out.print(stages)
     memory = found["memory_per_rank"]
     sharded = assumed["gpus"] > 1
     names = {"ddp": "each GPU holds all", "sharded": f"sharded over {assumed['gpus']}"}
     ways = list(names) if sharded else ["ddp"]
-    table = _table("GPU memory, training", *(names[way] for way in ways))
-    for kind in memory["ddp"]:
-        held = [memory[way].get(kind) for way in ways]
-        table.add_row(kind, *("" if n is None else size(n) for n in held))
+    held = table(
+        ["GPU memory, training", *(names[way] for way in ways)],
+        (
+            [kind, *(size(memory[way][kind]) if kind in memory[way] else "" for way in ways)]
+            for kind in memory["ddp"]
+        ),
+    )
     needed = [totals["memory_per_rank"][way] for way in ways]
     fits = [f"{size(n)} {'fits' if n <= found['gpu_memory'] else 'too much'}" for n in needed]
-    table.add_row(f"total, of {size(found['gpu_memory'])}", *fits, style="bold")
-    out.print(table)
+    held.add_row(f"total, of {size(found['gpu_memory'])}", *fits, style="bold")
+    out.print(held)
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in found["disk"].items() if n)
     out.print(f"disk: {size(totals['disk'])}: {parts}")
     out.print(f"host memory of the largest training: {size(found['host_memory'])} a rank")
@@ -155,16 +160,6 @@ def _largest(parts: Mapping[str, float]) -> tuple[str, float]:
     """The largest part and its share of all."""
     name = max(parts, key=lambda n: parts[n])
     return name, parts[name] / (sum(parts.values()) or 1)
-
-
-def _table(first: str, *columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column(first, no_wrap=True, min_width=24)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def size(n: float) -> str:

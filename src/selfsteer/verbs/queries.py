@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from selfsteer.terminal import out
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, emit
 
 
 def queries(
@@ -61,7 +61,4 @@ def queries(
     }
     values = {k: v for k, v in given.items() if v is not None}
     found = write_curated(validate(Queries, values, "settings of queries"), to, holdout)
-    if as_json:
-        out.print_json(data=found)
-    else:
-        print_curated(found, out)
+    emit(found, as_json, lambda _: print_curated(found, out))

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from selfsteer.verbs.common import AsJson
+from selfsteer.terminal import out, say, warn
+from selfsteer.verbs.common import AsJson, emit
 
 
 def rewardbench(
@@ -50,7 +51,6 @@ def rewardbench(
     other subsets are listed by name. The reward of a policy is beta * (log p - log p_ref).
     """
     from selfsteer.stages.benchmark_rewards import benchmark_rewards
-    from selfsteer.terminal import out, say, warn
 
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     report, text, written = benchmark_rewards(
@@ -66,9 +66,6 @@ def rewardbench(
     )
     for example in report["examples"]:
         warn(f"dropped: {example}")
-    if as_json:
-        out.print_json(data=report)
-    else:
-        out.print(text, markup=False)
+    emit(report, as_json, lambda _: out.print(text, markup=False))
     for path in written:
         say(f"written: {path}")

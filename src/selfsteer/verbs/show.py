@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from selfsteer.terminal import out
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, emit
 
 
 def show(
@@ -16,8 +16,4 @@ def show(
     """Show a run: stages, counts, drops by reason, data quality, paths of the models."""
     from selfsteer.report import summary
 
-    found = summary.load(run)
-    if as_json:
-        out.print_json(data=found)
-    else:
-        summary.print_show(found, out)
+    emit(summary.load(run), as_json, lambda found: summary.print_show(found, out))

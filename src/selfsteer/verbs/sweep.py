@@ -5,9 +5,8 @@ import shlex
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from selfsteer.terminal import out
+from selfsteer.terminal import out, table
 from selfsteer.verbs.common import AsJson, complete_recipe, load_recipe
 
 
@@ -46,12 +45,7 @@ def sweep(
         out.print_json(data=report)
         return
     rows = _rows(report)
-    table = Table(box=None, padding=(0, 1))
-    for name in rows[0]:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    out.print(table)
+    out.print(table(list(rows[0]), (row.values() for row in rows), words=len(rows[0])))
     best = report["cells"][report["best"]]["settings"]
     chosen = [*map(shlex.quote, fixed), *(f"{k}={v}" for k, v in best.items())]
     out.print("next: selfsteer run " + " ".join([recipe, *chosen]), markup=False, soft_wrap=True)
