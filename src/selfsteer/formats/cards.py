@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from selfsteer.recipe.sections import PLAIN_METHODS
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import interval
 
@@ -98,11 +97,11 @@ def dataset_card(
     )
     answers = "rejected answers" if method == "spin" else "answers"
     features = " `features`, if it is there: what the two principles were about."
-    if method in PLAIN_METHODS:
+    if "principles" not in recipe:
         features = ""
     risks = (
         "A rejected answer can be good, and a chosen one wrong."
-        if method in PLAIN_METHODS
+        if "principles" not in recipe
         else "The rejected answers are **deliberately bad**: they were asked to be wrong, "
         "unhelpful, or unsafe. Never show them to people as answers and never fine-tune on them "
         "alone. A chosen answer can be wrong as well."
@@ -160,7 +159,9 @@ def model_card(found: Mapping[str, Any], *, iteration: int, baseline: bool) -> s
         "Models wrote the one under a good and the other under a bad principle "
         f"([Self-Steering Optimization]({PAPER}))"
     )
-    away = "rejected answers" if method in PLAIN_METHODS else "answers that were deliberately bad"
+    away = (
+        "rejected answers" if "principles" not in recipe else "answers that were deliberately bad"
+    )
     settings = _settings(
         training, "base", "beta", "learning_rate", "batch_size", "epochs", "max_length"
     )
@@ -197,7 +198,7 @@ def model_card(found: Mapping[str, Any], *, iteration: int, baseline: bool) -> s
 
 def _principles(recipe: Mapping[str, Any], method: str) -> list[tuple[str, str]]:
     """The line about principles, where the method has any."""
-    if method in PLAIN_METHODS:
+    if "principles" not in recipe:
         return []
     settings = recipe["principles"]
     return [("Principles", f"{settings['mode']}: {_principle_source(settings)}")]

@@ -39,13 +39,13 @@ from selfsteer.recipe.sections import (
 )
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.augment import GrowQueries
-from selfsteer.stages.benchmarks import RunBenchmarks
+from selfsteer.stages.benchmark import RunBenchmarks
 from selfsteer.stages.evaluate import Evaluate, Exhibit
 from selfsteer.stages.filter import WritePairs
 from selfsteer.stages.measure import MeasureQuality
 from selfsteer.stages.principles import Share, WritePrinciples
 from selfsteer.stages.queries import ReadQueries
-from selfsteer.stages.trainings import RewardSet, Train, TrainReward
+from selfsteer.stages.train import RewardSet, Train, TrainReward
 
 
 class Plan:

@@ -946,7 +946,7 @@ class TrainConfig(Optimisation, Loading):
     weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
     seed: int = _f(0, "order of the data", ge=0)
     lora: Lora | None = _f(None, "as policy.lora")
-    output: str = _f(..., "folder for the trained model")
+    output: str = _f(..., "folder for the trained model", costs_only=True)
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -325,15 +325,10 @@ class Fates:
 
     def cleaned(self, triple: Triple) -> tuple[Triple, str]:
         """The triple as it is trained on, and hygiene's reason to drop it, if any."""
-        from selfsteer.stages.filter import clean, strip_lead_in
+        from selfsteer.stages.filter import Left, unfit
 
-        kept, dropped, _ = clean([triple], self.recipe.hygiene, self.catalogue)
-        if kept:
-            return kept[0], ""
-        texts = dict(triple.responses)
-        if self.recipe.hygiene.strip_lead_ins:
-            texts = {n: strip_lead_in(t, self.catalogue) for n, t in texts.items()}
-        return replace(triple, responses=texts), next(iter(dropped))
+        tidied = Left((), self.recipe.hygiene, self.catalogue).tidied(triple)
+        return tidied, unfit(tidied, self.recipe.hygiene) or ""
 
     def of(self, triple: Triple, unclean: str) -> str:
         """`KEPT`, `PENDING`, hygiene's reason, or empty where only the filter can say."""
@@ -412,8 +407,8 @@ def build(rows: RowSet, advance: Callable[[int, int], None] = lambda done, total
         advance: told (rows done, rows there are) now and then.
     """
     from selfsteer.judges.quality import GAP_SEQUENCES
-    from selfsteer.recipe.read import load_values, validate
-    from selfsteer.recipe.sections import Recipe
+    from selfsteer.methods import recipe_of
+    from selfsteer.recipe.read import load_values
     from selfsteer.stages.filter import FILTER_SEQUENCES
 
     home, key = cache_folder(rows.run), rows.key()
@@ -429,7 +424,7 @@ def build(rows: RowSet, advance: Callable[[int, int], None] = lambda done, total
     shards = rows.shards()
     total = sum(_count_lines(p) for p in shards)
     given = load_values(str(summary.recipe_file(rows.run)))
-    recipe = validate(Recipe, given, f"recipe of {rows.run}")
+    recipe = recipe_of(given, f"recipe of {rows.run}")
     scores, judged, fates = Scores(rows, recipe), Judged(rows.run, recipe), Fates(rows, recipe)
     light: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
     ids: list[str] = []

@@ -13,10 +13,12 @@ from selfsteer.data.reading import read_triples
 from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.models.load import load_model
-from selfsteer.recipe.sections import NOT_RESULTS, TrainConfig, resolve_path
+from selfsteer.objectives import Objective
+from selfsteer.recipe.sections import CONSTANTS, TrainConfig, resolve_path
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder
-from selfsteer.stages.train import check_length, encode, objective_from, with_reference
+from selfsteer.run.stage import identity
+from selfsteer.stages.fit import check_length, encode, with_reference
 from selfsteer.terminal import is_main_process, say
 from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
@@ -43,7 +45,7 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
     output = Path(config.output)
     model = resolve_path(model)
     triples = read_triples(triples_path)
-    settings = config.model_dump(exclude={"output", *NOT_RESULTS})
+    settings = identity(config)
     # queries per step depend on the ranks, and a training resumed with others would mix two orders
     fingerprint = digest([settings, ranks.size(), model_digest(model), dump_lines(triples)])
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -58,7 +60,10 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
 def _train(
     model: str, triples: list[Triple], config: TrainConfig, work: RunFolder, made: dict[str, Any]
 ) -> dict[str, Any]:
-    objective, output = objective_from(config.objective, config), Path(config.output)
+    objective, output = (
+        Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
+        Path(config.output),
+    )
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
     examples, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
     lost = dict(Counter(reason for _, reason in dropped))

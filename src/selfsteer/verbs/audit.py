@@ -8,7 +8,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, emit, named_judge
+from selfsteer.verbs.common import AsJson, aligning, emit, load_recipe, named_judge
 
 #: Settings of a recipe that have an effect on an audit.
 SECTIONS = ("policy", "principles", "sampling", "judge")
@@ -50,8 +50,9 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Test a model under bad principles, against its base: did alignment open a back door?"""
-    from selfsteer.recipe.read import check_sections, load_recipe, merge, validate
-    from selfsteer.recipe.sections import Queries, Recipe
+    from selfsteer.recipe.read import check_sections, load_values, merge, validate
+    from selfsteer.recipe.sections import Queries
+    from selfsteer.verbs.auditing import Settings
 
     check_sections(settings or [], SECTIONS, "audit")
     folder = Path(model)
@@ -63,22 +64,25 @@ def audit(
                 f"{model} is a run folder and names its own base and generator; leave --base and "
                 "--generator out, or give the model's folder instead."
             )
-        recipe = load_recipe(str(folder / "recipe.yaml"), settings or [])
+        recipe = aligning(load_recipe(str(folder), [])[0])
+        given = merge(load_values(str(folder / "recipe.yaml")), settings or [])
+        given = {name: given[name] for name in Settings.model_fields if name in given}
         models = summary.load(folder)["models"]
         if "policy" not in models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
         models.pop("reward", None)  # it answers nothing
         if "baseline" in models:
-            models[str(recipe.baseline)] = models.pop("baseline")
+            models[recipe.methods[-1]] = models.pop("baseline")
         source = recipe.evaluation.queries if recipe.evaluation else None
-        chosen, to = recipe.judge, to or folder / "audit"
+        to = to or folder / "audit"
     else:
         if base is None:
             raise ConfigError(f"{model} is no run folder; name the model before with --base.")
-        bare = {"name": "audit", "policy": {"model": base}, "queries": {"path": queries or ""}}
-        recipe = validate(Recipe, merge(bare, settings or []), "audit's settings")
+        given = merge({"policy": {"model": base}}, settings or [])
         models = {"base": base, "policy": model, **({"generator": generator} if generator else {})}
-        source, chosen, to = None, recipe.judge, to or Path("audit")
+        source, to = None, to or Path("audit")
+    own = validate(Settings, given, "audit's settings")
+    chosen = own.judge
     if queries is not None:
         source = Queries(path=queries)
     if source is None:
@@ -87,7 +91,7 @@ def audit(
         chosen = named_judge(judge)
     from selfsteer.verbs import auditing
 
-    subjects = auditing.Subjects(models, recipe, source, chosen, to, limit, seed)
+    subjects = auditing.Subjects(models, own, source, chosen, to, limit, seed)
     emit(auditing.run_audit(subjects), as_json, print_audit)
 
 

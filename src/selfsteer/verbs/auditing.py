@@ -30,8 +30,19 @@ from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
 from selfsteer.judges.stats import known_interval, worths
 from selfsteer.principles.contexts import CONTEXTS, context_messages
-from selfsteer.recipe.sections import JudgeConfig, Queries, Recipe, resolve_path
-from selfsteer.stages.plan import principle_sources, stored_triples
+from selfsteer.recipe.sections import (
+    JudgeConfig,
+    Policy,
+    PrinciplesConfig,
+    Queries,
+    Sampling,
+    Section,
+    resolve_path,
+)
+from selfsteer.run.folder import RunFolder
+from selfsteer.run.stage import Artifact, Where, identity
+from selfsteer.stages.inputs import stored_triples
+from selfsteer.stages.principles import WritePrinciples
 from selfsteer.terminal import progress_bar
 
 GAPS = {"good": ("good/good", "bad/good"), "bad": ("bad/bad", "good/bad")}
@@ -126,13 +137,22 @@ def _mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if known.size else None
 
 
+class Settings(Section):
+    """What of a recipe bears on an audit: how models are loaded, asked and judged."""
+
+    policy: Policy
+    principles: PrinciplesConfig = PrinciplesConfig()
+    sampling: Sampling = Sampling()
+    judge: JudgeConfig | None = None
+
+
 @dataclass(frozen=True)
 class Subjects:
     """Who is audited, on what.
 
     Args:
         models: label → folder or hub id; ``base`` first.
-        recipe: how models are loaded, principles written (by the base model) and answers sampled.
+        settings: how models are loaded, principles written (by the base model), answers sampled.
         queries: held-out prompts.
         judge: who scores or compares; None measures gaps alone.
         folder: where answers and judgements are kept.
@@ -141,7 +161,7 @@ class Subjects:
     """
 
     models: Mapping[str, str]
-    recipe: Recipe
+    settings: Settings
     queries: Queries
     judge: JudgeConfig | None
     folder: Path
@@ -156,7 +176,7 @@ def run_audit(s: Subjects) -> dict[str, Any]:
         ConfigError: the engine cannot answer with every model.
         DataError: no query is left.
     """
-    engine = s.recipe.sampling.engine
+    engine = s.settings.sampling.engine
     if engine.base_url is not None:
         raise ConfigError(
             f"sampling.engine asks one server that serves {engine.model}, but an audit asks "
@@ -213,22 +233,28 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     if judge is not None:
         judge.check(order)
     base = resolve_path(s.models["base"])
-    recipe = s.recipe.model_copy(update={"seed": s.seed})
     made_of = [model_digest(base), _loading(s), [q.to_dict() for q in order]]
-    written_by = [principle_sources(recipe.principles), recipe.sampling.engine.identity]
-    key = digest([*made_of, *written_by, s.seed])
-    folder = s.folder / f"principles-{key}"
-    if not (folder / "principles.jsonl").exists():
-        from selfsteer.stages.principles import write_principles
-
-        write_principles(order, recipe, base, folder, "audit/principles")
-    return list(stored_triples(folder / "principles.jsonl")), Counter(found.dropped)
+    engine = s.settings.sampling.engine
+    key = digest([*made_of, identity(s.settings.principles), identity(engine), s.seed])
+    writing = WritePrinciples(
+        Artifact(s.folder),
+        Artifact(Path(base)),
+        s.settings.principles,
+        engine,
+        where=Where(folder=f"principles-{key}"),
+        seed=s.seed,
+        loading=s.settings.policy.loading,
+    )
+    path = s.folder / writing.outputs[0]
+    if not path.exists():
+        writing.write(order, RunFolder(s.folder))
+    return list(stored_triples(path)), Counter(found.dropped)
 
 
 def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> list[dict[str, Any]]:
     """Each probe's answers by context: text, tokens and why there is none."""
     asked = [t.to_dict() for t in probes]
-    sampling = s.recipe.sampling.dump_for_answers()
+    sampling = identity(s.settings.sampling)
     key = digest([model_digest(source), _loading(s), asked, sampling, s.seed])
     path = s.folder / f"answers-{key}.jsonl"
     if path.exists():
@@ -236,7 +262,7 @@ def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> li
         return [value["answers"] for _, value in read_jsonl(path)]
     from selfsteer.engines.load import Engines
 
-    settings = s.recipe.sampling
+    settings = s.settings.sampling
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
     requests = [
         Request(
@@ -249,7 +275,7 @@ def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> li
     ]
     store = path.with_suffix(".partial")
     with Engines(s.folder) as engines:
-        engine = engines.sampler(settings.engine, source, s.recipe.policy, settings.batch_size)
+        engine = engines.sampler(settings.engine, source, s.settings.policy, settings.batch_size)
         found = answers(engine, requests, params, store=store, advance=bar.advance)
     rows = [
         {
@@ -267,7 +293,7 @@ def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> li
 
 def _loading(s: Subjects) -> dict[str, Any]:
     """How models are loaded, as far as answers depend on it."""
-    return s.recipe.policy.model_dump(exclude={"model", "threads", "layout", "lora"})
+    return s.settings.policy.loading.model_dump(exclude={"threads", "layout"})
 
 
 def _behaviour(
@@ -285,7 +311,7 @@ def _behaviour(
         Triple(t.id, t.messages, t.principles, {c: row[c]["text"] for c in CONTEXTS})
         for t, row in zip(probes, rows, strict=True)
     ]
-    loaded = load_model(source, s.recipe.policy, inference=True)
+    loaded = load_model(source, s.settings.policy, inference=True)
     flat = [loaded.chat.sequence(t, name) for name in names for t in triples]
     values = scored(s.folder / "scores", loaded, flat, "audit: scoring")
     means = [float(v.double().mean()) if len(v) else float("nan") for v in values]

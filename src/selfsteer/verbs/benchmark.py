@@ -60,41 +60,39 @@ def benchmark(
 
     named = {"tasks": task, "task_folders": task_folder, "judged": judged}
     given = [f"benchmarks.{k}={v}" for k, v in (("judge", judge), ("limit", limit)) if v]
-    recipe = _recipe(models[0], named, [*given, *(settings or [])])
+    setup = _setup(models[0], named, [*given, *(settings or [])])
     rows = _rows(models)
     from selfsteer.data.digests import model_digest
     from selfsteer.run.folder import RunFolder
-    from selfsteer.stages.benchmark import Contestant, benchmark, check_benchmarks
+    from selfsteer.stages.benchmarking import Contestant, benchmark, check_benchmarks
 
-    check_benchmarks(recipe)
+    check_benchmarks(setup.settings, setup.judge)
     contestants = [Contestant(label, s, model_digest(s)) for label, s in rows.items()]
     with RunFolder(to).locked():
-        benchmark(contestants, recipe, to)
+        benchmark(contestants, setup, to)
     if as_json:
         out.print_json((to / "benchmarks.json").read_text("utf-8"))
     else:
         out.print((to / "benchmarks.md").read_text("utf-8"), markup=False, end="")
 
 
-def _recipe(first: str, named: dict[str, list[str] | None], settings: list[str]) -> Any:
-    """The first run's own recipe, or the defaults, with these benchmarks."""
+def _setup(first: str, named: dict[str, list[str] | None], settings: list[str]) -> Any:
+    """These benchmarks, with the settings of the first run's recipe where it is a run."""
     from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
-    from selfsteer.recipe.sections import Recipe
+    from selfsteer.stages.benchmarking import Settings, Setup
 
     check_sections(settings, SECTIONS, "benchmark")
     recipe = Path(first) / "recipe.yaml"
-    given: dict[str, Any] = {
-        "name": "benchmark",
-        "method": "pbaa",
-        "policy": {"model": first},
-        "queries": {"path": "none"},
-    }
+    given: dict[str, Any] = {"policy": {"model": first}}
     if recipe.is_file():
-        given = load_values(str(recipe))
+        values = load_values(str(recipe))
+        given = {name: values[name] for name in Settings.model_fields if name in values}
     given["benchmarks"] = {
         k: [read_yaml(v) for v in values] for k, values in named.items() if values
     }
-    return validate(Recipe, merge(given, settings), "settings of benchmark")
+    own = validate(Settings, merge(given, settings), "settings of benchmark")
+    judge = own.benchmarks.judge or own.judge
+    return Setup(own.benchmarks, judge, own.sampling, own.policy.loading, own.seed)
 
 
 def _rows(named: list[str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ from selfsteer.run.folder import RunFolder, refuse
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.stages.trainings import Train
+from selfsteer.stages.train import Train
 from selfsteer.terminal import duration
 from selfsteer.verbs.rehearsal import Line, drops, first_words, fit, measure, sample_some, settle
 

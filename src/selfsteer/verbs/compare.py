@@ -34,14 +34,15 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: quality, curves, wins by feature and query class, largest differences."""
-    from selfsteer.recipe.read import load_recipe
+    from selfsteer.methods import Aligning, load_recipe
     from selfsteer.verbs import comparing
 
     found = comparing.entrants(runs, baselines=baselines)
     if judge is not None:
         chosen = named_judge(judge)
     else:
-        own = [load_recipe(str(run / "recipe.yaml")).judge for run in runs]
+        recipes = [load_recipe(str(run / "recipe.yaml")) for run in runs]
+        own = [r.judge if isinstance(r, Aligning) else None for r in recipes]
         if any(j != own[0] for j in own):
             raise ConfigError(
                 "These runs were judged by different judges, so their scores cannot be compared. "

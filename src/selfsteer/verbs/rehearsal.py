@@ -32,7 +32,7 @@ from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Hygiene, Loading, Sampling
 from selfsteer.stages.filter import Left
 from selfsteer.stages.sample import answer, collect, params_of
-from selfsteer.stages.trainings import Train
+from selfsteer.stages.train import Train
 from selfsteer.terminal import interval, progress_bar
 
 #: Shares above which something ordinary becomes a warning.

@@ -18,7 +18,7 @@ from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge, read_yaml
 from selfsteer.recipe.sections import Selection
 from selfsteer.run.execute import execute
-from selfsteer.stages.trainings import Train
+from selfsteer.stages.train import Train
 from selfsteer.terminal import say
 from selfsteer.training.select import Candidate, Drift, choose
 
