@@ -103,7 +103,7 @@ class Scripted:
 
 def recipe_of(folder: Path, *more: str) -> Any:
     """The smoke recipe without models at work."""
-    from selfsteer.recipe.read import load_recipe
+    from selfsteer.methods import load_recipe
 
     return load_recipe("smoke", [f"runs_dir={folder}", "name=run", *SETTINGS, *more])
 
@@ -121,7 +121,7 @@ def read_queries(folder: Path, near: float | None) -> int:
 
 def principles(folder: Path) -> int:
     """Queries to picked principles."""
-    from selfsteer.stages.plan import stored_queries
+    from selfsteer.stages.inputs import stored_queries
     from selfsteer.stages.principles import write_principles
 
     found = stored_queries(folder / "queries.jsonl")
@@ -130,7 +130,7 @@ def principles(folder: Path) -> int:
 
 def sampling(folder: Path) -> int:
     """Principles to triples."""
-    from selfsteer.stages.plan import stored_triples
+    from selfsteer.stages.inputs import stored_triples
     from selfsteer.stages.sample import sample
 
     engine = Scripted()
@@ -144,7 +144,7 @@ def sampling(folder: Path) -> int:
 def hygiene(folder: Path) -> int:
     """Triples to ``filtered.jsonl``: hygiene and lengths in tokens."""
     from selfsteer.stages.filter import filter_triples
-    from selfsteer.stages.plan import stored_triples
+    from selfsteer.stages.inputs import stored_triples
 
     recipe = recipe_of(folder)
     found = stored_triples(folder / "triples")
@@ -158,7 +158,7 @@ def scripted_filter(folder: Path) -> int:
 
     from selfsteer.models import store as scores
     from selfsteer.stages.filter import filter_triples
-    from selfsteer.stages.plan import stored_triples
+    from selfsteer.stages.inputs import stored_triples
 
     def scripted(model: Any, sequences: Sequence[Any], **settings: Any) -> list[Any]:
         return [
@@ -185,7 +185,7 @@ def policy(recipe: Any) -> str:
 def preferences(folder: Path) -> int:
     """Triples to preferences, hygiene and lengths included."""
     from selfsteer.stages.filter import to_preferences
-    from selfsteer.stages.plan import stored_triples
+    from selfsteer.stages.inputs import stored_triples
 
     target = folder / "preferences"
     shutil.rmtree(target, ignore_errors=True)
@@ -198,7 +198,7 @@ def quality(folder: Path) -> int:
     import torch
 
     from selfsteer.stages import measure
-    from selfsteer.stages.plan import stored_preferences, stored_triples
+    from selfsteer.stages.inputs import stored_preferences, stored_triples
 
     def scripted(folder: Path, loaded: Any, sequences: Sequence[Any], label: str) -> list[Any]:
         return [torch.full((len(s.response_ids),), -1.0) for s in sequences]
@@ -220,7 +220,7 @@ def quality(folder: Path) -> int:
 def export(folder: Path, fmt: str) -> int:
     """Preferences, or triples, to the files of another program."""
     from selfsteer import formats
-    from selfsteer.stages.plan import stored_preferences, stored_triples
+    from selfsteer.stages.inputs import stored_preferences, stored_triples
 
     target = folder / f"export-{fmt}"
     shutil.rmtree(target, ignore_errors=True)

@@ -31,7 +31,7 @@ SIZES = (
 
 def measure(shard: int, batch: int, queries: int, repeats: int) -> dict[str, Any]:
     """One row: `selfsteer.verbs.sampling_speed.bench` in CPU time."""
-    from selfsteer.recipe.read import load_recipe
+    from selfsteer.methods import load_recipe
     from selfsteer.verbs.sampling_speed import bench
 
     given = (f"sampling.shard_size={shard}", f"sampling.batch_size={batch}", "policy.threads=1")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.recipe.read import load_recipe, recipe_names
+from selfsteer.methods import load_recipe
+from selfsteer.recipe.read import recipe_names
 from selfsteer.view import Dropped, RunView
 
 FIGURES = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from selfsteer.methods import load_recipe
 from selfsteer.principles.fixed import read_fixed
-from selfsteer.recipe.read import load_recipe
-from selfsteer.stages.rivals import given_answers
+from selfsteer.stages.oppose import given_answers
 from selfsteer.testbed.questions import question
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"

@@ -7,8 +7,9 @@ import regex
 from selfsteer.data import curate
 from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
+from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import SCRIPTS, Queries, Recipe
+from selfsteer.recipe.sections import SCRIPTS, Queries
 
 
 def query(text: str, id_: str = "q", system: str | None = None) -> Query:
@@ -103,7 +104,7 @@ def test_evaluation_queries_refuse_what_they_have_no_use_for() -> None:
             "evaluation": {"queries": {"path": "e.jsonl", name: value}},
         }
         with pytest.raises(ConfigError, match=f"{name} has no effect on evaluation"):
-            validate(Recipe, values, "recipe")
+            recipe_of(values, "recipe")
 
 
 # -- duplicates ----------------------------------------------------------------------------------

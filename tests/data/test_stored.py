@@ -16,11 +16,11 @@ from selfsteer.data.stored import Spool, Stored
 from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.formats import FORMATS, export, export_parquet, export_triples, import_records
-from selfsteer.recipe.read import load_recipe
-from selfsteer.recipe.sections import Queries, Recipe, resolve_path
+from selfsteer.methods import Recipe, load_recipe
+from selfsteer.recipe.sections import Queries, resolve_path
 from selfsteer.run.folder import StageResult
 from selfsteer.stages.filter import filter_triples, to_preferences
-from selfsteer.stages.plan import stored_preferences, stored_triples, subset
+from selfsteer.stages.inputs import stored_preferences, stored_triples, subset
 from selfsteer.stages.principles import write_principles
 from selfsteer.stages.sample import sample
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from selfsteer.evaluation import harness
-from selfsteer.recipe.read import load_recipe, recipe_text
+from selfsteer.methods import load_recipe
+from selfsteer.recipe.read import recipe_text
 from tests.e2e.support import TESTBED, Here, fails, finished
 from tests.serving import serving
 

@@ -248,7 +248,7 @@ def test_export_opens_in_datasets(smoke: Path, tmp_path: Path, here: Here) -> No
 
 
 def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
-    from selfsteer.recipe.read import load_recipe
+    from selfsteer.methods import load_recipe
 
     rivals = {"best-of-n", "self-rewarding", "sgpo", "spin", "wpo"}
     own = {"demo", "pbaa", "reward", "smoke", "sso", "sso-online"}

@@ -12,8 +12,9 @@ from selfsteer.engines.base import Advance, Completion, SamplingParams, check_pr
 from selfsteer.engines.ray import check_room, weights_digest
 from selfsteer.engines.shards import Ask, ShardEngine, Work, at_once, do
 from selfsteer.errors import ConfigError, EngineError
-from selfsteer.recipe.read import merge, validate
-from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Recipe
+from selfsteer.methods import recipe_of
+from selfsteer.recipe.read import merge
+from selfsteer.recipe.sections import EngineConfig, JudgeConfig
 
 PARAMS = SamplingParams()
 
@@ -153,8 +154,8 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def recipe(*more: str) -> Recipe:
-    return validate(Recipe, merge(MINIMAL, more), "recipe")
+def recipe(*more: str) -> Any:
+    return recipe_of(merge(MINIMAL, more), "recipe")
 
 
 @pytest.mark.parametrize(

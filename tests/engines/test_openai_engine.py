@@ -17,9 +17,10 @@ from selfsteer.engines.load import Engines
 from selfsteer.engines.openai import OpenAIEngine, Usage, retry_after, status_fault
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.judges.base import Pair, judge_inputs, load_judge
+from selfsteer.methods import Recipe, recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
-from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Recipe
+from selfsteer.recipe.sections import EngineConfig, JudgeConfig
 from tests import serving as serving_module
 from tests.serving import FAULTS, Server, completion, say, sends, serving, status
 
@@ -347,13 +348,13 @@ HERE: dict[str, Any] = {"kind": "openai", "base_url": "http://127.0.0.1:1/v1", "
 LAUNCH: dict[str, Any] = {"kind": "openai", "launch": "serve {model} --port {port}"}
 
 
-def recipe(**more: Any) -> Recipe:
+def recipe(**more: Any) -> Any:
     import yaml
 
     values = yaml.safe_load(recipe_text("smoke"))
     values["sampling"].pop("batch_size")
     values["principles"].pop("batch_size")
-    return validate(Recipe, {**values, **more}, "recipe")
+    return recipe_of({**values, **more}, "recipe")
 
 
 @pytest.mark.parametrize(
@@ -388,17 +389,17 @@ def test_one_server_is_enough_where_nothing_trained_answers() -> None:
     values.pop("generator")
     values["principles"].pop("batch_size")
     values |= {**pbaa, "sampling": sampling}
-    assert validate(Recipe, values, "r").sampling.engine.base_url == HERE["base_url"]
+    assert recipe_of(values, "r").sampling.engine.base_url == HERE["base_url"]
     with pytest.raises(ConfigError, match=r"principles\.batch_size has no effect"):
-        validate(Recipe, merge(values, ["principles.batch_size=3"]), "r")
+        recipe_of(merge(values, ["principles.batch_size=3"]), "r")
     with pytest.raises(ConfigError, match=r"sampling\.batch_size has no effect"):
         validate(
             Recipe, merge(values, ["sampling.batch_size=3", "training.selection.points=0"]), "r"
         )
-    chosen = validate(Recipe, merge(values, ["sampling.batch_size=3"]), "r")
+    chosen = recipe_of(merge(values, ["sampling.batch_size=3"]), "r")
     assert chosen.sampling.batch_size == 3, "the selection's candidates answer in process"
     with pytest.raises(ConfigError, match="policies of earlier iterations"):
-        validate(Recipe, merge(values, ["iterations=2"]), "r")
+        recipe_of(merge(values, ["iterations=2"]), "r")
 
 
 def test_the_writer_is_a_model_or_an_engine_with_one() -> None:

@@ -5,23 +5,17 @@ import pytest
 import torch
 
 from selfsteer.errors import ConfigError
+from selfsteer.methods import Recipe, load_recipe, recipe_of
 from selfsteer.objectives import BASES, OBJECTIVES, Objective, steering_loss
 from selfsteer.recipe.read import (
     commented_yaml,
     descriptions,
     known_keys,
-    load_recipe,
     merge,
     recipe_text,
     validate,
 )
-from selfsteer.recipe.sections import (
-    Filter,
-    Recipe,
-    TrainConfig,
-    resolve_path,
-    unused_arguments,
-)
+from selfsteer.recipe.sections import Filter, TrainConfig, resolve_path, unused_arguments
 
 MINIMAL: dict[str, Any] = {
     "name": "n",
@@ -30,8 +24,8 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def recipe(**more: Any) -> Recipe:
-    return validate(Recipe, {**MINIMAL, **more}, "recipe")
+def recipe(**more: Any) -> Any:
+    return recipe_of({**MINIMAL, **more}, "recipe")
 
 
 def test_defaults_are_the_papers() -> None:
@@ -66,7 +60,7 @@ def test_overrides_nest_keep_types_and_null_means_default() -> None:
         {**MINIMAL, "baseline": "pbaa", "training": {"beta": 0.3}},
         ["training.learning_rate=5e-7", "name=7", "baseline=null", "training.beta=null", "seed=3"],
     )
-    made = validate(Recipe, values, "recipe")
+    made = recipe_of(values, "recipe")
     assert made.training.learning_rate == 5e-7
     assert made.name == "7"
     assert made.baseline is None
@@ -212,7 +206,7 @@ def test_comments_do_not_change_a_recipe() -> None:
 
 def test_a_date_is_a_text_and_what_yaml_cannot_make_is_one_too() -> None:
     values = merge(MINIMAL, ["name=2026-11-21", "queries.path=2024-13-45", "seed=7"])
-    made = validate(Recipe, values, "recipe")
+    made = recipe_of(values, "recipe")
     assert (made.name, made.queries.path, made.seed) == ("2026-11-21", "2024-13-45", 7)
     assert merge(MINIMAL, ["name=!!int x"])["name"] == "!!int x"
 
@@ -228,4 +222,4 @@ def test_a_recipe_that_yaml_cannot_make_is_refused(tmp_path: Path) -> None:
 def test_an_override_with_a_key_twice_is_no_section() -> None:
     twice = "principles={mode: picked, mode: generated}"
     with pytest.raises(ConfigError, match=r"principles: input should be .*found '\{mode: picked"):
-        validate(Recipe, merge(MINIMAL, [twice]), "recipe")
+        recipe_of(merge(MINIMAL, [twice]), "recipe")

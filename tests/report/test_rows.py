@@ -13,8 +13,9 @@ from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
-from selfsteer.recipe.read import load_values, validate
-from selfsteer.recipe.sections import JudgeConfig, Recipe
+from selfsteer.methods import recipe_of
+from selfsteer.recipe.read import load_values
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report.rows import (
     Fates,
     Index,
@@ -195,7 +196,7 @@ def test_reasons_of_v1s_filter_are_those_that_it_counts(tmp_path: Path) -> None:
     mask, counts = steering_filter(means)
     rows = make(tmp_path, triples, "sso-online")
     finish_filter(rows, [t for t, keep in zip(triples, mask, strict=True) if keep], counts)
-    recipe = validate(Recipe, load_values(str(rows.run / "recipe.yaml")), "test")
+    recipe = recipe_of(load_values(str(rows.run / "recipe.yaml")), "test")
     fates = Fates(rows, recipe)
     columns: dict[str, list[float | None]] = {s: list(m) for s, m in means.items()}
     found = list(fates.by_filter([t["id"] for t in triples], columns).values())

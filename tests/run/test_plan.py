@@ -10,7 +10,7 @@ import pytest
 
 from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.read import load_recipe
+from selfsteer.methods import load_recipe
 from selfsteer.run import execute as pipeline
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.stages import measure
@@ -31,7 +31,7 @@ def test_what_is_dropped_of_the_evaluation_queries_is_counted(
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
     run = RunFolder(recipe.folder)
-    *_, stage = pipeline.plan(recipe, run)
+    *_, stage = recipe.plan()
     run.path.mkdir()
     (run / "queries.jsonl").write_text('{"id": "a", "prompt": "What?"}\n')
     result = run.execute(stage)
@@ -62,7 +62,7 @@ def test_evaluation_queries_are_known_by_their_content(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"prompt": "Why is it so?"}\n')
         given = f"evaluation.queries.path={tmp_path / name}"
         recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", given, *more])
-        return pipeline.plan(recipe, RunFolder(recipe.folder))[-1].fingerprint
+        return recipe.plan()[-1].fingerprint
 
     here = fingerprint("a.jsonl")
     assert fingerprint("b.jsonl") == here
@@ -73,7 +73,7 @@ def test_a_judge_of_other_settings_does_not_grow_the_queries_again(tmp_path: Pat
     def fingerprint(judge: str) -> str:
         grown = "queries.augment={to: 100}"
         recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", grown, f"judge={judge}"])
-        stages = {s.name: s for s in pipeline.plan(recipe, RunFolder(recipe.folder))}
+        stages = {s.name: s for s in recipe.plan()}
         return stages["augment"].fingerprint
 
     chat = "{kind: chat, model: 'package:selfsteer.testbed/checkpoint', batch_size: 4}"

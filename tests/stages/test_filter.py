@@ -8,9 +8,9 @@ import pytest
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Message, Preference, Principles, Triple
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.methods import recipe_of
 from selfsteer.models.chat import ChatFormat
-from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import Bound, Filter, Hygiene, Recipe
+from selfsteer.recipe.sections import Bound, Filter, Hygiene
 from selfsteer.run.folder import StageResult
 from selfsteer.stages import filter as stage
 from selfsteer.stages.filter import (
@@ -301,7 +301,7 @@ def test_what_a_recipe_may_say_of_the_filter() -> None:
         ({"gap": False}, Filter(gap=OFF)),  # YAML reads off as false
         ({"near_on_policy": {"at_least": -1.2}}, Filter(near_on_policy=Bound(at_least=-1.2))),
     ):
-        made = validate(Recipe, {**MINIMAL, "filter": value}, "recipe")
+        made = recipe_of({**MINIMAL, "filter": value}, "recipe")
         assert made.active_filter == expected
     for wrong, said in (
         ({"gap": {"quantile": 0.5, "at_least": 1}}, "exactly one"),
@@ -311,7 +311,7 @@ def test_what_a_recipe_may_say_of_the_filter() -> None:
         ({"enabled": False, "gap": "off"}, "has no other settings"),
     ):
         with pytest.raises(ConfigError, match=said):
-            validate(Recipe, {**MINIMAL, "filter": wrong}, "recipe")
+            recipe_of({**MINIMAL, "filter": wrong}, "recipe")
 
 
 # -- lengths ---------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_the_bad_response_can_never_be_written_as_chosen(
 ) -> None:
     """Whoever swaps the two, on purpose or not, gets an error instead of a file."""
     triples = [about(i, "Safety") for i in range(3)]
-    recipe = validate(Recipe, MINIMAL, "recipe")
+    recipe = recipe_of(MINIMAL, "recipe")
     to_preferences(triples, recipe, tmp_path / "right", cleaned=True)
     (shard,) = (tmp_path / "right").iterdir()
     assert [v["chosen"][0]["content"] for _, v in read_jsonl(shard)] == ["I help."] * 3

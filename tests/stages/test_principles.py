@@ -8,9 +8,8 @@ import pytest
 
 from selfsteer.data.records import Message, Query
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
+from selfsteer.methods import recipe_of
 from selfsteer.principles import writer
-from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import Recipe
 from selfsteer.run.folder import StageResult
 from selfsteer.stages import principles as stage
 
@@ -59,7 +58,7 @@ def run(
         "queries": {"path": "q"},
         "principles": {"features": "random", **settings},
     }
-    recipe = validate(Recipe, values, "recipe")
+    recipe = recipe_of(values, "recipe")
     queries = [Query(name, (Message("user", name),)) for name in script]
     result = stage.write_principles(queries, recipe, "m", tmp_path, "iteration-1/principles")
     lines = {t["id"]: t for _, t in stage_lines(tmp_path)}
@@ -170,4 +169,4 @@ def test_settings_that_contradict_or_do_nothing_are_refused(
 ) -> None:
     values = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
     with pytest.raises(ValueError, match=said.replace(".", r"\.")):
-        validate(Recipe, {**values, "principles": settings}, "recipe")
+        recipe_of({**values, "principles": settings}, "recipe")

@@ -12,8 +12,8 @@ from selfsteer.data.records import Message, Preference, Query
 from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError
 from selfsteer.judges.oracle import OracleJudge
-from selfsteer.recipe.read import load_recipe
-from selfsteer.recipe.sections import Recipe, resolve_path
+from selfsteer.methods import Recipe, load_recipe
+from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import StageResult, read_shards
 from selfsteer.stages import rank as module
 from selfsteer.stages.rank import (

@@ -10,17 +10,12 @@ from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Message, Query, Triple, Verdict
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judgement, Pair
+from selfsteer.methods import load_recipe
 from selfsteer.models.head import with_collisions
 from selfsteer.models.load import load_model
 from selfsteer.models.score import batch_scores, pack
-from selfsteer.recipe.read import load_recipe
-from selfsteer.stages.rivals import (
-    Tournament,
-    against_given,
-    given_answers,
-    policy_as_judge,
-    strip_announcement,
-)
+from selfsteer.stages.oppose import against_given, given_answers, strip_announcement
+from selfsteer.stages.rank import Tournament, policy_as_judge
 
 BEE = Query("bee", (Message("user", "What does the bee eat?"),))
 OWL = Query("owl", (Message("user", "What does the owl eat?"),))

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from selfsteer.data.records import Message, Preference, Query
 from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.judges.reward import RewardJudge
+from selfsteer.methods import recipe_of
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import LoadedModel, load_chat, load_reward, load_reward_start
 from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import JudgeConfig, Lora, Policy, Recipe, Reward
+from selfsteer.recipe.sections import JudgeConfig, Lora, Policy, Reward
 from selfsteer.run.folder import RunFolder
-from selfsteer.stages.plan import preferences_of
-from selfsteer.stages.train_reward import (
+from selfsteer.stages.fit_reward import (
     Source,
     by_weight,
     encode_pairs,
@@ -25,6 +25,7 @@ from selfsteer.stages.train_reward import (
     read_source,
     row_budget,
 )
+from selfsteer.stages.inputs import preferences_of
 from selfsteer.training.reward import RewardPair, RewardTask
 from selfsteer.training.trainer import train, work_folder
 from tests.families import make_checkpoint
@@ -302,8 +303,8 @@ def test_a_run_folder_stands_for_its_last_preferences(tmp_path: Path) -> None:
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-def recipe(**more: Any) -> Recipe:
-    return validate(Recipe, {"name": "rm", "policy": {"model": "m"}, **more}, "recipe")
+def recipe(**more: Any) -> Any:
+    return recipe_of({"name": "rm", "policy": {"model": "m"}, **more}, "recipe")
 
 
 def test_data_may_be_a_path_or_paths_or_sections() -> None:

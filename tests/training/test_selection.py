@@ -16,12 +16,12 @@ from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judgement, Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
+from selfsteer.methods import load_recipe, recipe_of
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import score_records
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer
-from selfsteer.recipe.read import load_recipe, validate
-from selfsteer.recipe.sections import Lora, Policy, Recipe, Selection, resolve_path
+from selfsteer.recipe.sections import Lora, Policy, Selection, resolve_path
 from selfsteer.run.execute import plan
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.selector import Selector, compare, repeated_4grams
@@ -208,12 +208,12 @@ def test_verdicts_count_half_where_undecided_and_unparseable_ones_are_absent() -
 
 def test_bounds_without_points_are_refused() -> None:
     values = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
-    off = validate(Recipe, {**values, "training": {"selection": {"points": 0}}}, "recipe")
+    off = recipe_of({**values, "training": {"selection": {"points": 0}}}, "recipe")
     assert off.training.selection.points == 0
     assert off.generator.selection.points == 4
     bad = {**values, "training": {"selection": {"points": 0, "max_kl": 2}}}
     with pytest.raises(ConfigError, match="max_kl has no effect with points 0"):
-        validate(Recipe, bad, "recipe")
+        recipe_of(bad, "recipe")
 
 
 def test_what_decides_is_in_the_fingerprint(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from selfsteer.models.save import add_lora, save_model
 from selfsteer.models.score import score_sequences
 from selfsteer.objectives import BASES, OBJECTIVES, Objective
 from selfsteer.recipe.sections import Lora, Optimisation, Policy, resolve_path
-from selfsteer.stages.train import encode
+from selfsteer.stages.fit import encode
 from selfsteer.training.preference import Example, PreferenceTask
 from selfsteer.training.trainer import (
     COMPLETE_MARK,

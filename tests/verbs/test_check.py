@@ -10,9 +10,7 @@ import pytest
 from selfsteer.data.records import Message, Principles, Triple, Verdict
 from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.judges.steering import FEW, steering, strangers
-from selfsteer.recipe.read import load_recipe
-from selfsteer.recipe.sections import Recipe
-from selfsteer.run import execute as pipeline
+from selfsteer.methods import Recipe, load_recipe
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.estimate import Rates, Workload, disk_bytes, seconds, workload
 from selfsteer.terminal import duration, interval
@@ -140,7 +138,7 @@ def recipe(tmp_path: Path, *more: str, name: str = "smoke") -> Recipe:
 
 
 def planned(recipe: Recipe, queries: int, held_out: int) -> Workload:
-    stages = pipeline.plan(recipe, RunFolder(recipe.folder))
+    stages = recipe.plan()
     return workload(recipe, stages, queries, held_out)
 
 

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.methods import load_recipe
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Objective
-from selfsteer.recipe.read import load_recipe
 from selfsteer.recipe.sections import resolve_path
-from selfsteer.run import execute as pipeline
-from selfsteer.run.folder import RunFolder
 from selfsteer.verbs import planning
 from selfsteer.verbs.planning import Lengths, Machine, Shape, forward_flops, shape_of, tokens_of
 
@@ -104,7 +102,7 @@ def test_tokens_and_operations_by_hand() -> None:
 def planned(tmp_path: Path, *more: str, queries: int = 100, machine: Machine) -> dict[str, Any]:
     given = ("policy.model=none/such", "evaluation=null", "judge=null", "baseline=null")
     recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", *given, *more])
-    stages = pipeline.plan(recipe, RunFolder(recipe.folder))
+    stages = recipe.plan()
     return planning.plan(recipe, stages, queries, 0, TINY, Lengths(2, 3, 4), machine)
 
 
@@ -179,7 +177,7 @@ def test_adapters_are_trained_alone(tmp_path: Path) -> None:
 
 def test_a_response_is_never_longer_than_its_budget(tmp_path: Path) -> None:
     recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", "sampling.max_new_tokens=50"])
-    stages = pipeline.plan(recipe, RunFolder(recipe.folder))
+    stages = recipe.plan()
     shape = shape_of(resolve_path(recipe.policy.model))
     found = planning.plan(recipe, stages, 10, 5, shape, Lengths(), Machine())
     assert found["assumptions"]["response_tokens"] == 50
