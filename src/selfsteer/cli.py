@@ -94,7 +94,7 @@ def _root(
 ) -> None:
     verb = context.invoked_subcommand
     if ranks.size() > 1 and verb not in ("run", "train"):
-        raise ConfigError(f"{verb} works in one process, and this is one of {ranks.size()} ranks.")
+        raise ConfigError(f"{verb} works in one process, but this is one of {ranks.size()} ranks.")
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
         _fail(str(e), e.exit_code)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+            _fail("interrupted; finished work is kept, and the same command resumes", 130)
         raise
     except RuntimeError as e:
         if ranks.is_loss(e):
@@ -123,12 +123,12 @@ def main() -> None:
         if type(e).__name__ != "OutOfMemoryError":
             raise
         _fail(
-            "the GPU's memory is full. Lower sampling.batch_size, or row_tokens "
-            "(reward.forward_pairs) where a model is trained; then the same command goes on.",
+            "the GPU is out of memory. Lower sampling.batch_size or, if a model was in training, "
+            "row_tokens (reward.forward_pairs); the same command then resumes.",
             3,
         )
     except OSError as e:
-        _fail(f"{e.strerror or e}: {e.filename}. Run the same command again when it is fixed.", 3)
+        _fail(f"{e.strerror or e}: {e.filename}. Fix this, then run the same command again.", 3)
 
 
 def _fail(text: str, code: int, *, lost: bool = False) -> None:

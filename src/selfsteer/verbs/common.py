@@ -74,7 +74,7 @@ def on_ranks(nproc: int | None, profile: str | None) -> None:
     if ranks.in_world():
         if profile is not None and ranks.LAUNCHER not in os.environ:
             raise ConfigError(
-                "--profile has no effect in a world that is there already. Leave it out, and give "
+                "--profile has no effect on ranks that are already started. Leave it out, and give "
                 "its file to accelerate launch: --config_file."
             )
         return

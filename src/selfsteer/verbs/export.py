@@ -1,13 +1,13 @@
 """``selfsteer export``: a run's preferences or its policy for other programs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, emit
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
 
     if model and (fmt is not None or queries_license is not None):
         raise ConfigError(
-            "--model takes neither --format nor --queries-license: these are of data."
+            "--model takes neither --format nor --queries-license: those are for data."
         )
     found = summary.load(run)
     k = found["recipe"]["iterations"] if iteration is None else iteration
@@ -46,19 +46,17 @@ def export(
 
     if model:
         folder = str(export_model(found, k, to, baseline=baseline))
-        if as_json:
-            out.print_json(data={"paths": [folder]})
-        else:
-            out.print(folder)
+        emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
     exported = export_run(
         found, k, fmt or "trl", to, baseline=baseline, queries_license=queries_license
     )
     paths = list(map(str, exported.paths))
-    if as_json:
-        result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
-        out.print_json(data=result)
-        return
-    for reason in exported.left_out:
+    result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
+    emit(result, as_json, _print)
+
+
+def _print(result: dict[str, Any]) -> None:
+    for reason in result["left_out"]:
         warn(reason)
-    out.print(f"{exported.count:,} records: {', '.join(paths)}")
+    out.print(f"{result['records']:,} records: {', '.join(result['paths'])}")

@@ -1,13 +1,13 @@
 """``selfsteer import``: records of other programs, turned into ours."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, emit
 
 
 def import_(
@@ -28,26 +28,25 @@ def import_(
         raise ConfigError(f"{to} is there already; choose another name or move it away.")
     found = import_records(source, to.absolute().parent)
     write_atomic(to, map(dump_line, found.records))
-    kind = type(found.records[0]).__name__.lower()
-    if as_json:
-        result = {
-            "shape": found.shape,
-            "kind": kind,
-            "n_in": found.n_in,
-            "n_out": len(found.records),
-            "dropped": dict(found.dropped),
-            "examples": found.examples,
-            "left_out": found.left_out,
-            "path": str(to),
-        }
-        out.print_json(data=result)
-        return
-    for example in found.examples:
-        warn(f"dropped: {example}")
-    for reason in found.left_out:
-        warn(reason)
-    drops = ", ".join(f"{n:,} {reason}" for reason, n in found.dropped.most_common())
+    result = {
+        "shape": found.shape,
+        "kind": type(found.records[0]).__name__.lower(),
+        "n_in": found.n_in,
+        "n_out": len(found.records),
+        "dropped": dict(found.dropped),
+        "examples": found.examples,
+        "left_out": found.left_out,
+        "path": str(to),
+    }
+    emit(result, as_json, _print)
+
+
+def _print(found: dict[str, Any]) -> None:
+    for text in (*(f"dropped: {example}" for example in found["examples"]), *found["left_out"]):
+        warn(text)
+    drops = ", ".join(f"{n:,} {reason}" for reason, n in found["dropped"].items())
     out.print(
-        f"{to}: {found.n_in:,} in, each {found.shape}; {len(found.records):,} out, each a {kind}; "
-        f"dropped {found.dropped.total():,}{f' ({drops})' if drops else ''}"
+        f"{found['path']}: {found['n_in']:,} in, each {found['shape']}; {found['n_out']:,} out, "
+        f"each a {found['kind']}; dropped {sum(found['dropped'].values()):,}"
+        + (f" ({drops})" if drops else "")
     )

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from selfsteer.verbs.common import AsJson
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import out, say, table
+from selfsteer.verbs.common import AsJson, emit
 
 app = typer.Typer(
     name="principles",
@@ -30,31 +33,33 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List a catalogue's features."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from selfsteer.principles.catalogue import catalogue_text, load_catalogue
-    from selfsteer.terminal import out
 
     path = str(file) if file else None
     catalogue = load_catalogue(path)
     if as_yaml:
         typer.echo(catalogue_text(path), nl=False)
         return
-    if as_json:
-        out.print_json(catalogue.model_dump_json())
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("feature", "drawn", "good", "bad"):
-        table.add_column(column)
-    for f in catalogue.features:
-        p = catalogue.appended.get(f.name)
-        drawn = f"weight {f.weight:g}" if p is None else f"appended {p:g}"
-        good, bad = (f"{a}: {g}" for a, g in ((f.good_adjective, f.good), (f.bad_adjective, f.bad)))
-        table.add_row(escape(f.name), drawn, escape(good), escape(bad))
-    out.print(table)
-    about = [catalogue.language, *([catalogue.domain] if catalogue.domain else [])]
-    out.print(f"{', '.join(about)}; closing line: {catalogue.closing}", style="dim", markup=False)
+    emit(catalogue.model_dump(mode="json"), as_json, _print_catalogue)
+
+
+def _print_catalogue(catalogue: dict[str, Any]) -> None:
+    appended = catalogue["appended"]
+    rows = (
+        [
+            f["name"],
+            f"appended {appended[f['name']]:g}"
+            if f["name"] in appended
+            else f"weight {f['weight']:g}",
+            f"{f['good_adjective']}: {f['good']}",
+            f"{f['bad_adjective']}: {f['bad']}",
+        ]
+        for f in catalogue["features"]
+    )
+    out.print(table(["feature", "drawn", "good", "bad"], rows, words=4))
+    about = filter(None, [catalogue["language"], catalogue["domain"]])
+    closing = f"{', '.join(about)}; closing line: {catalogue['closing']}"
+    out.print(closing, style="dim", markup=False)
 
 
 @app.command()
@@ -68,14 +73,11 @@ def show(
     """Show both principles of a feature, in full, as a model sees them."""
     from selfsteer.principles.catalogue import load_catalogue
     from selfsteer.principles.writer import picked
-    from selfsteer.terminal import out
 
     names = tuple(n.strip() for n in feature.split(",") if n.strip())
     found = picked(names, load_catalogue(str(catalogue) if catalogue else None))
-    if as_json:
-        out.print_json(data=found.to_dict())
-        return
-    out.print(f"good: {found.good}\nbad:  {found.bad}", markup=False)
+    text = f"good: {found.good}\nbad:  {found.bad}"
+    emit(found.to_dict(), as_json, lambda _: out.print(text, markup=False))
 
 
 @app.command()
@@ -84,23 +86,14 @@ def lint(
     as_json: AsJson = False,
 ) -> None:
     """Check a catalogue; exits with 0 if it is clean, with 2 if there are findings."""
-    from dataclasses import asdict
-
-    from selfsteer.errors import ConfigError
     from selfsteer.principles import lint as rules
     from selfsteer.principles.catalogue import catalogue_text
-    from selfsteer.terminal import out
 
     findings = rules.lint(catalogue_text(str(file)))
-    if as_json:
-        out.print_json(data=[asdict(f) for f in findings])
-    else:
-        for finding in findings:
-            out.print(str(finding), markup=False)
+    text = "\n".join(map(str, findings)) or f"{file} is clean"
+    emit([asdict(f) for f in findings], as_json, lambda _: out.print(text, markup=False))
     if findings:
         raise ConfigError(f"{file}: {len(findings)} finding(s); each says what to do.")
-    if not as_json:
-        out.print(f"{file} is clean", markup=False)
 
 
 @app.command()
@@ -125,30 +118,27 @@ def write(
 
     A recipe can use the result: principles.mode=fixed principles.path=FILE.
     """
-    from selfsteer.terminal import out
-
     report = _write(queries, model, to, settings or [])
-    if as_json:
-        out.print_json(data=report)
-        return
+    emit(report, as_json, lambda _: _print_written(report, to))
+
+
+def _print_written(report: dict[str, Any], path: Path) -> None:
     for name in ("sources", "first_try", "retry"):
         if name in report:
             counts = ", ".join(f"{n:,} {what}" for what, n in report[name].items())
             out.print(f"{name.replace('_', ' ')}: {counts}", markup=False)
-    for example in report["examples"]:
-        text = f"\n{example['query']}\n  good: {example['good']}\n  bad:  {example['bad']}"
+    for shown in report["examples"]:
+        text = f"\n{shown['query']}\n  good: {shown['good']}\n  bad:  {shown['bad']}"
         out.print(text, markup=False)
-    out.print(f"\n{report['n_out']:,} principles: {to}", markup=False)
+    out.print(f"\n{report['n_out']:,} principles: {path}", markup=False)
 
 
 def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str, Any]:
     from selfsteer.data.jsonl import read_jsonl, write_atomic
     from selfsteer.data.records import Triple
-    from selfsteer.errors import ConfigError
     from selfsteer.recipe.read import merge, validate
     from selfsteer.run.execute import execute
     from selfsteer.run.folder import RunFolder
-    from selfsteer.terminal import say
     from selfsteer.verbs.writing import Writing
 
     for setting in settings:

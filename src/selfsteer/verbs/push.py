@@ -1,12 +1,12 @@
 """``selfsteer push``: an exported folder, published on the Hugging Face hub."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, emit
 
 
 def push(
@@ -25,20 +25,28 @@ def push(
 
     upload = hub.plan_upload(folder, repo, private=private)
     url = hub.push(upload) if yes else None
-    if as_json:
-        files = [{"path": name, "bytes": size} for name, size in upload.files]
-        result = {"repo": repo, "kind": upload.kind, "private": private, "files": files, "url": url}
-        out.print_json(data={**result, "warnings": upload.warnings})
-        return
-    for warning in upload.warnings:
+    result = {
+        "repo": repo,
+        "kind": upload.kind,
+        "private": private,
+        "files": [{"path": name, "bytes": size} for name, size in upload.files],
+        "url": url,
+        "warnings": upload.warnings,
+    }
+    emit(result, as_json, _print)
+
+
+def _print(result: dict[str, Any]) -> None:
+    for warning in result["warnings"]:
         warn(warning)
-    if url is not None:
-        out.print(f"{len(upload.files):,} files are at {url}")
+    files = result["files"]
+    if result["url"] is not None:
+        out.print(f"{len(files):,} files are at {result['url']}")
         return
-    for name, size in upload.files:
-        out.print(f"{size:>15,}  {name}", markup=False)
-    who = "private" if private else "public"
+    for file in files:
+        out.print(f"{file['bytes']:>15,}  {file['path']}", markup=False)
+    who = "private" if result["private"] else "public"
     out.print(
-        f"would upload {len(upload.files):,} files, {upload.size:,} bytes, to the {who} "
-        f"{upload.kind} {repo}; nothing was uploaded. Add --yes to do it."
+        f"would upload {len(files):,} files, {sum(f['bytes'] for f in files):,} bytes, to the "
+        f"{who} {result['kind']} {result['repo']}; nothing was uploaded. Add --yes to upload."
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from selfsteer.terminal import is_main_process, out
-from selfsteer.verbs.common import AsJson, Nproc, Profile, on_ranks
+from selfsteer.verbs.common import AsJson, Nproc, Profile, emit, on_ranks
 
 
 def train(
@@ -37,13 +37,8 @@ def train(
     from selfsteer.stages.offline import train_offline
 
     manifest = train_offline(model, triples, config)
-    if not is_main_process():
-        return
-    if as_json:
-        out.print_json(data=manifest)
-    else:
-        shown = {k: v for k, v in manifest["last"].items() if k == "loss" or "margins" in k}
-        figures = ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
-        out.print(
-            f"{config.output}: trained on {manifest['n_out']:,} triples; last step: {figures}"
-        )
+    last = manifest["last"].items()
+    figures = ", ".join(f"{k} {v:.4f}" for k, v in last if k == "loss" or "margins" in k)
+    text = f"{config.output}: trained on {manifest['n_out']:,} triples; last step: {figures}"
+    if is_main_process():
+        emit(manifest, as_json, lambda _: out.print(text))
