@@ -144,7 +144,8 @@ LIGHT = tuple(
 
 
 @pytest.mark.parametrize(
-    "name", [*LIGHT, "selfsteer.principles.catalogue", "selfsteer.principles.contexts"]
+    "name",
+    [*LIGHT, "selfsteer.principles.catalogue", "selfsteer.principles.contexts", "selfsteer.cli"],
 )
 def test_light_modules_load_no_torch(name: str) -> None:
     code = (
