@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -9,40 +10,45 @@ import typer.core
 
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.run import ranks
-from selfsteer.verbs import bench, principles, testbed
-from selfsteer.verbs.audit import audit
-from selfsteer.verbs.benchmark import benchmark
-from selfsteer.verbs.chat import chat
-from selfsteer.verbs.check import check
-from selfsteer.verbs.compare import compare
-from selfsteer.verbs.export import export
-from selfsteer.verbs.import_ import import_
-from selfsteer.verbs.init import init
-from selfsteer.verbs.judge import judge
-from selfsteer.verbs.merge import merge
-from selfsteer.verbs.plan import plan
-from selfsteer.verbs.push import push
-from selfsteer.verbs.queries import queries
-from selfsteer.verbs.report import report
-from selfsteer.verbs.rewardbench import rewardbench
-from selfsteer.verbs.run import run
-from selfsteer.verbs.show import show
-from selfsteer.verbs.sweep import sweep
-from selfsteer.verbs.train import train
-from selfsteer.verbs.view import view
+from selfsteer.verbs import (
+    audit,
+    bench,
+    benchmark,
+    chat,
+    check,
+    compare,
+    export,
+    import_,
+    init,
+    judge,
+    merge,
+    plan,
+    principles,
+    push,
+    queries,
+    report,
+    rewardbench,
+    run,
+    show,
+    sweep,
+    testbed,
+    train,
+    view,
+)
 
-#: Verbs by what they are for, in the order of the help.
-PANELS: dict[str, tuple[Any, ...]] = {
+#: Verbs by what they are for, in the order of the help. A verb is a module: it has a function of
+#: its own name, or an ``app`` of several verbs.
+PANELS = {
     "Align a model": (init, check, plan, run, sweep, train, merge),
     "Look at it": (view, report, show, compare, chat, judge, audit),
-    "Data and principles": (queries, principles.app, import_, export, push),
-    "Measure": (benchmark, rewardbench, bench.app, testbed.app),
+    "Data and principles": (queries, principles, import_, export, push),
+    "Measure": (benchmark, rewardbench, bench, testbed),
 }
 
 
-def name_of(verb: Any) -> str:
-    """How a verb, a function or a group of its own, is called."""
-    return str(verb.info.name) if isinstance(verb, typer.Typer) else verb.__name__.rstrip("_")
+def name_of(verb: ModuleType) -> str:
+    """What you type for it."""
+    return verb.__name__.rpartition(".")[2].rstrip("_")
 
 
 class Verbs(typer.core.TyperGroup):
@@ -70,10 +76,11 @@ app = typer.Typer(
 
 for panel, verbs in PANELS.items():
     for verb in verbs:
-        if isinstance(verb, typer.Typer):
-            app.add_typer(verb, rich_help_panel=panel)
+        if hasattr(verb, "app"):
+            app.add_typer(verb.app, name=name_of(verb), rich_help_panel=panel)
         else:
-            app.command(name_of(verb), rich_help_panel=panel)(verb)
+            function = getattr(verb, verb.__name__.rpartition(".")[2])
+            app.command(name_of(verb), rich_help_panel=panel)(function)
 
 
 def version(value: bool) -> None:

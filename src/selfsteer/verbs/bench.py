@@ -7,7 +7,7 @@ import typer
 from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
-app = typer.Typer(name="bench", no_args_is_help=True, help="Measure speed on this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
 
 @app.command()

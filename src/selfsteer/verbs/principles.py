@@ -14,7 +14,6 @@ from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, emit
 
 app = typer.Typer(
-    name="principles",
     no_args_is_help=True,
     help="Catalogues of features, and the principles made from them.",
 )

@@ -8,7 +8,6 @@ import typer
 from selfsteer.terminal import out
 
 app = typer.Typer(
-    name="testbed",
     no_args_is_help=True,
     help="The tiny world that the demo runs on.",
 )
