@@ -168,7 +168,7 @@ def test_a_nan_loss_names_the_triples_and_keeps_the_checkpoint(tmp_path: Path, h
         "save_every_steps=1",
         f"output={tmp_path / 'out'}",
     )
-    fails(ended, 3, "The loss became", "triples t")
+    fails(ended, 3, "The loss became", "on the records t")
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "out.partial").glob("checkpoint-1/complete"))
 

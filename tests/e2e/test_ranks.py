@@ -187,7 +187,7 @@ def test_the_error_of_a_rank_is_the_runs(tmp_path: Path) -> None:
         "max_grad_norm=1e30", "warmup=0", "batch_size=1", f"output={tmp_path / 'out'}",
         "--nproc", "2",
     )  # fmt: skip
-    fails(ended, 3, "rank ", "The loss became", "triples t")
+    fails(ended, 3, "rank ", "The loss became", "on the records t")
     assert ended.err.count("The loss became") == 1
 
 
