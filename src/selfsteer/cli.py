@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _fail(text: str, code: int, *, lost: bool = False) -> None:
-    if not ranks.bow_out(text, code, lost=lost):
+    if not ranks.report_exit(text, code, lost=lost):
         where = f"rank {ranks.number()}: " if ranks.in_world() else ""
         print(f"selfsteer: {where}{text}", file=sys.stderr)
     raise SystemExit(code)

@@ -16,10 +16,12 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,13 +113,13 @@ def sharding() -> str:
 # -- starting ranks ------------------------------------------------------------------------------
 
 
-def launch(count: int, profile: str | None = None) -> NoReturn:
-    """Starts this very command as ``count`` ranks on this machine, through torchrun, and waits.
+def launch(ranks: int, profile: str | None = None) -> NoReturn:
+    """Starts this very command as ``ranks`` processes on this machine, through torchrun, and waits.
 
     Never returns. Where a rank fails, the others are ended and its error is this command's.
 
     Args:
-        count: processes; each drives the GPU of its number, if there are any.
+        ranks: how many; each drives the GPU of its number, if there are any.
         profile: a shipped profile's name, or a file of accelerate's; None is DDP.
     """
     import logging
@@ -128,16 +130,16 @@ def launch(count: int, profile: str | None = None) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ |= environment_of(profile, count) if profile else {}
+    os.environ |= environment_of(profile, ranks) if profile else {}
     os.environ[LAUNCHER] = str(os.getpid())
     # threads that spin while they wait made a busy machine many times slower
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    for name in ("elastic", "launcher"):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=count,
+        nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -147,8 +149,6 @@ def launch(count: int, profile: str | None = None) -> NoReturn:
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "selfsteer", *sys.argv[1:])
     except SignalException as e:
-        if e.sigval == signal.SIGINT:
-            raise SystemExit(130) from None
         raise SystemExit(128 + e.sigval) from None
     except ChildFailedError as e:
         text, code = verdict({rank: _failure(f) for rank, f in e.failures.items()})
@@ -157,7 +157,7 @@ def launch(count: int, profile: str | None = None) -> NoReturn:
     raise SystemExit(0)
 
 
-def environment_of(profile: str, count: int) -> dict[str, str]:
+def environment_of(profile: str, ranks: int) -> dict[str, str]:
     """What ``accelerate launch --config_file PROFILE`` would add to the ranks' environment.
 
     Raises:
@@ -186,16 +186,16 @@ def environment_of(profile: str, count: int) -> dict[str, str]:
         raise ConfigError(
             f"{path} is for {kind}; ranks are started for MULTI_GPU, FSDP and DEEPSPEED."
         )
-    return _accelerate_environment(path, kind, count)
+    return _accelerate_environment(path, kind, ranks)
 
 
-def _accelerate_environment(path: Path, kind: str, count: int) -> dict[str, str]:
+def _accelerate_environment(path: Path, kind: str, ranks: int) -> dict[str, str]:
     from accelerate.commands import launch as command
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     parser = command.launch_command_parser()
     args = parser.parse_args(
-        ["--config_file", str(path), "--num_processes", str(count), "-m", "selfsteer"]
+        ["--config_file", str(path), "--num_processes", str(ranks), "-m", "selfsteer"]
     )
     args, defaults, _ = command._validate_launch_command(args)
     if kind == "DEEPSPEED":
@@ -258,12 +258,9 @@ def verdict(failures: dict[int, dict[str, Any]]) -> tuple[str, int]:
     code = found["exit_code"]
     if code >= 0:
         return f"rank {rank} ended with exit code {code}; its own words are above.", max(code, 1)
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = str(-code)
+    name = {s.value: s.name for s in signal.Signals}.get(-code, str(-code))
     hint = ""
-    if -code == signal.SIGKILL:
+    if name == "SIGKILL":
         hint = " That is how systems end what takes too much memory."
     return (
         f"rank {rank} was killed by signal {name}, and the others were ended.{hint} What is "
@@ -288,7 +285,7 @@ def enter() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
-def bow_out(text: str, code: int, *, lost: bool = False) -> bool:
+def report_exit(text: str, code: int, *, lost: bool = False) -> bool:
     """Leaves this rank's last words to its launcher; whether there is one who will say them."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not in_world() or path is None:
@@ -347,12 +344,11 @@ def join(device: str) -> None:
         )
 
 
-_turns: dict[str, int] = {}
+_turns: dict[str, Iterator[int]] = defaultdict(count)
 
 
 def _next_key(kind: str) -> str:
-    _turns[kind] = _turns.get(kind, 0) + 1
-    return f"{kind}-{_turns[kind]}"
+    return f"{kind}-{next(_turns[kind])}"
 
 
 def _wait(key: str) -> Any:
@@ -365,7 +361,7 @@ def _wait(key: str) -> Any:
     return json.loads(_store().get(key))
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first rank's value on all of them; they wait for it, however long it takes.
 
     Args:
@@ -373,18 +369,18 @@ def share(value: Any) -> Any:
     """
     if size() == 1:
         return value
-    key = _next_key("shared")
+    key = _next_key("broadcast")
     if is_main_process():
         _store().set(key, json.dumps(value))
         return value
     return _wait(key)
 
 
-def meet() -> None:
+def barrier() -> None:
     """Returns when every rank has come here, however long the slowest one takes."""
     if size() == 1:
         return
-    key = _next_key("met")
+    key = _next_key("barrier")
     _store().set(f"{key}-{number()}", "true")
     for other in range(size()):
         _wait(f"{key}-{other}")
@@ -405,10 +401,10 @@ def leading() -> Iterator[Callable[[str, str], None]]:
     )
     # where it fails they are ended by the launcher
     _store().set(_next_key("stage"), json.dumps(None))
-    part()
+    shutdown()
 
 
-def part() -> None:
+def shutdown() -> None:
     """Last thing that ranks do together: the first one, maybe the store's host, leaves last."""
     if size() > 1 and not is_main_process():
         _store().set(f"left-{number()}", "true")
@@ -421,7 +417,7 @@ def following() -> Iterator[tuple[str, str]]:
     """On the other ranks: name and fingerprint of each stage they are called to."""
     while (call := _wait(_next_key("stage"))) is not None:
         yield call[0], call[1]
-    part()
+    shutdown()
 
 
 def refuse_stage(name: str) -> NoReturn:

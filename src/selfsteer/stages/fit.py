@@ -210,6 +210,6 @@ def with_reference(
     if ranks.size() > 1:
         mine = [s for e in examples[ranks.number() :: ranks.size()] for s in e.sequences.values()]
         scored(scores, loaded, mine, label)
-        ranks.meet()
+        ranks.barrier()
     values = iter(scored(scores, loaded, flat, label))
     return [replace(e, reference={n: next(values) for n in e.sequences}) for e in examples]

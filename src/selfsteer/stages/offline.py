@@ -101,7 +101,7 @@ def _train(
         write_atomic(work / "model" / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         shutil.copy(work / LOG, work / "model" / LOG)
     publish(output)
-    ranks.part()
+    ranks.shutdown()
     return manifest
 
 

@@ -150,7 +150,7 @@ class Selector:
                 self._records.clear()
             self._record(0)
             drifted = self._drifted(max(self._records))
-        self.stopped = ranks.share(drifted)
+        self.stopped = ranks.broadcast(drifted)
 
     def visit(self, step: int) -> bool:
         """Measures candidates; see `OnStep`. True: drift is beyond bounds."""
@@ -162,7 +162,7 @@ class Selector:
                 if step not in self._records:
                     self._record(step)
                 drifted = self._drifted(step)
-            self.stopped = ranks.share(drifted)
+            self.stopped = ranks.broadcast(drifted)
         return self.stopped is not None
 
     def restore(self) -> None:

@@ -269,7 +269,7 @@ class RowTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        ranks.meet()  # each has written its part
+        ranks.barrier()  # each has written its part
         if self.args.should_save:
             folder = Path(str(self.args.output_dir))
             mark = json.dumps({"sharding": ranks.sharding(), "ranks": ranks.size()})
@@ -378,7 +378,7 @@ def train(
     )
     model: Any = trainer.model
     found = complete_checkpoints(work)
-    checkpoint: str | None = ranks.share(str(found[-1]) if found else None)
+    checkpoint: str | None = ranks.broadcast(str(found[-1]) if found else None)
     done, history = 0, trainer.state.log_history
     if checkpoint:
         _check_resumable(Path(checkpoint))
@@ -403,7 +403,7 @@ def train(
             with disk_errors(work):
                 shutil.rmtree(work / "model", ignore_errors=True)
                 save_model(model, loaded.chat, work / "model", loaded.dtype)
-        ranks.meet()
+        ranks.barrier()
     return next((line for line in reversed(history) if "loss" in line), {})
 
 
