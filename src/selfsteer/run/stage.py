@@ -90,6 +90,12 @@ class Stage(ABC):
     seed: int = 0
     loading: Loading = field(default_factory=Loading)
 
+    #: Files and folders that it makes, by ``{name}`` and ``{folder}``; others read the first.
+    makes: ClassVar[tuple[str, ...]] = ("{name}",)
+    #: What it resumes from until it is finished, or leaves beside its outputs.
+    leaves: ClassVar[tuple[str, ...]] = ()
+    #: Whether its records hold the responses of those that it reads, none of its own.
+    passes_on: ClassVar[bool] = False
     #: Whether all ranks do the work together, where there are several.
     on_ranks: ClassVar[bool] = False
     #: Whether it cannot work where there are several ranks.
@@ -116,22 +122,24 @@ class Stage(ABC):
     @property
     def outputs(self) -> tuple[str, ...]:
         """The files and folders that it makes; the first is what others read."""
-        return (self.name,)
-
-    @property
-    def scratch(self) -> tuple[str, ...]:
-        """What it resumes from until it is finished, or leaves beside its outputs."""
-        return ()
+        return tuple(p.format(name=self.name, folder=self.where.folder) for p in self.makes)
 
     @property
     def files(self) -> tuple[str, ...]:
         """All that it may leave in the run folder."""
-        return (*self.outputs, *self.scratch, f"{self.name}.dropped.jsonl")
+        left = (p.format(name=self.name) for p in self.leaves)
+        return (*self.outputs, *left, f"{self.name}.dropped.jsonl")
+
+    @property
+    def read(self) -> Artifact | None:
+        """What it reads first: the records that it works on, where there are any."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return next((v for v in values if isinstance(v, Artifact)), None)
 
     @property
     def texts(self) -> str:
         """The stage whose responses its records hold."""
-        return self.name
+        return self.read.texts if self.passes_on and self.read else self.name
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +153,7 @@ class Stage(ABC):
 
     def records(self, scale: Scale) -> int:
         """How many records it makes, as if nothing were dropped."""
-        return 0
+        return self.read.records(scale) if self.read else 0
 
     def cost(self, scale: Scale) -> Cost:
         """What it asks for; `plan` and `check` add these up."""

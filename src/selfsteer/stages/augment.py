@@ -354,16 +354,8 @@ class GrowQueries(Stage):
     )
 
     title = "augment"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return ("augmented.jsonl",)
-
-    @property
-    def scratch(self) -> tuple[str, ...]:
-        """See `Stage.scratch`."""
-        return ("augment",)
+    makes = ("augmented.jsonl",)
+    leaves = ("augment",)
 
     def records(self, scale: Scale) -> int:
         """See `Stage.records`."""

@@ -27,11 +27,7 @@ class RunBenchmarks(Stage):
     sampling: Sampling
 
     title = "benchmarks"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return ("benchmarks.json", "benchmarks.md")
+    makes = ("benchmarks.json", "benchmarks.md")
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""

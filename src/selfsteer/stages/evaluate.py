@@ -72,11 +72,7 @@ class Evaluate(Stage):
     exhibit: Exhibit | None = field(default=None, metadata={"costs_only": True})
 
     title = "evaluation"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return ("evaluation.json", "evaluation")
+    makes = ("evaluation.json", "evaluation")
 
     def records(self, scale: Scale) -> int:
         """See `Stage.records`."""

@@ -317,20 +317,8 @@ class FilterTriples(Stage):
     trained_on: bool = False
 
     title = "filter"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return (f"{self.where.folder}/filtered.jsonl",)
-
-    @property
-    def texts(self) -> str:
-        """See `Stage.texts`."""
-        return self.triples.texts
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.triples.records(scale)
+    makes = ("{folder}/filtered.jsonl",)
+    passes_on = True
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""
@@ -413,15 +401,7 @@ class WritePairs(Stage):
     cleaned: bool = False
 
     title = "preferences"
-
-    @property
-    def texts(self) -> str:
-        """See `Stage.texts`."""
-        return self.samples.texts
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.samples.records(scale)
+    passes_on = True
 
     def run(self, run: RunFolder) -> StageResult:
         """See `Stage.run`."""

@@ -42,20 +42,12 @@ class MeasureQuality(Stage):
     triples: Artifact | None = None
 
     title = "quality"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return (f"{self.name}.json",)
+    makes = ("{name}.json",)
 
     @property
     def _sequences(self) -> tuple[str, ...]:
         """Of a pair; without principles there is no steering gap."""
         return (*PLAIN_SEQUENCES, *(GAP_SEQUENCES if self.principled else ()))
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.pairs.records(scale)
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""

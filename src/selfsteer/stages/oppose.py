@@ -63,15 +63,7 @@ class OpposeGiven(Stage):
     answers: Artifact
 
     title = "opponents"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return (f"{self.name}.jsonl",)
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.samples.records(scale)
+    makes = ("{name}.jsonl",)
 
     def run(self, run: RunFolder) -> StageResult:
         """See `Stage.run`."""
@@ -144,10 +136,6 @@ class Improve(Stage):
     sampling: Sampling
 
     title = "improved"
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.samples.records(scale)
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""

@@ -84,16 +84,8 @@ class WritePrinciples(Stage):
     share: Share | None = None
 
     title = "principles"
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return (f"{self.name}.jsonl",)
-
-    @property
-    def scratch(self) -> tuple[str, ...]:
-        """See `Stage.scratch`."""
-        return (self.name,)
+    makes = ("{name}.jsonl",)
+    leaves = ("{name}",)
 
     def records(self, scale: Scale) -> int:
         """See `Stage.records`."""

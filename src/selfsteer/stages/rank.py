@@ -187,10 +187,6 @@ class RankAnswers(Stage):
 
     title = "ranked"
 
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.queries.records(scale)
-
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""
         n = self.records(scale)

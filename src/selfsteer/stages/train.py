@@ -55,6 +55,8 @@ class Train(Stage):
     keep: bool = field(default=True, metadata=COSTS_ONLY)
     title: str = field(default="policy", kw_only=True)
 
+    # checkpoints while it works, then its candidates' figures
+    leaves = ("{name}.partial", "{name}.selection.json")
     on_ranks = True
 
     @property
@@ -66,15 +68,6 @@ class Train(Stage):
     def plain(self) -> bool:
         """Whether it sees plain contexts only."""
         return all(name.startswith("plain/") for name in self.objective.sequences)
-
-    @property
-    def scratch(self) -> tuple[str, ...]:
-        """See `Stage.scratch`: checkpoints while it works, then its candidates' figures."""
-        return (f"{self.name}.partial", f"{self.name}.selection.json")
-
-    def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
-        return self.data.records(scale)
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""
@@ -167,17 +160,9 @@ class TrainReward(Stage):
     keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
 
     title = "train_reward"
+    makes = ("reward", "reward.json")
+    leaves = ("reward.partial",)
     one_process = True
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
-        return ("reward", "reward.json")
-
-    @property
-    def scratch(self) -> tuple[str, ...]:
-        """See `Stage.scratch`."""
-        return ("reward.partial",)
 
     def cost(self, scale: Scale) -> Cost:
         """See `Stage.cost`."""

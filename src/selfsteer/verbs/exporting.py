@@ -15,7 +15,7 @@ from selfsteer.formats.cards import dataset_card, model_card, public_name
 from selfsteer.formats.export import R
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features, names_safety
-from selfsteer.stages.plan import stored_preferences, stored_triples
+from selfsteer.stages.inputs import stored_preferences, stored_triples
 from selfsteer.terminal import progress_bar
 
 

@@ -13,7 +13,7 @@ from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.base import Pair, load_judge
 from selfsteer.judges.stats import agreement, judge_report
 from selfsteer.recipe.sections import JudgeConfig
-from selfsteer.stages.plan import stored_preferences
+from selfsteer.stages.inputs import stored_preferences
 
 
 def load_preferences(path: Path) -> list[Preference]:
