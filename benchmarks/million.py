@@ -78,27 +78,25 @@ def write_prompts(path: Path, count: int, seed: int) -> None:
 class Scripted:
     """An engine that answers at once."""
 
+    batch_size = None
+
     def __init__(self) -> None:
         self._words = words(0)
 
     def generate(
         self,
-        conversations: Sequence[Any],
+        requests: Sequence[Any],
         sampling: Any,
-        seed: int,
         advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Any]:
+    ) -> Iterator[Any]:
         """Words of a text, from another place for each answer."""
         from selfsteer.engines.base import Completion
 
-        rng = random.Random(seed)
-        out = []
-        for _ in conversations:
-            start = rng.randrange(len(self._words) - ANSWER_WORDS)
+        for request in requests:
+            start = request.seed % (len(self._words) - ANSWER_WORDS)
             answer = " ".join(self._words[start : start + ANSWER_WORDS])
-            out.append(Completion(answer, "stop", QUERY_WORDS, ANSWER_WORDS))
-        advance(len(out), 0)
-        return out
+            advance(1, 0)
+            yield Completion(request.id, answer, "stop", QUERY_WORDS, ANSWER_WORDS)
 
 
 def recipe_of(folder: Path, *more: str) -> Any:

@@ -3,7 +3,7 @@
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from selfsteer.data.jsonl import at, batched, dump_line, dump_lines, write_atomi
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.data.stored import Spool, Stored
-from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.formats import FORMATS, export, export_parquet, export_triples, import_records
 from selfsteer.methods import Recipe, load_recipe
@@ -23,6 +22,7 @@ from selfsteer.stages.filter import filter_triples, to_preferences
 from selfsteer.stages.inputs import stored_preferences, stored_triples, subset
 from selfsteer.stages.principles import write_principles
 from selfsteer.stages.sample import sample
+from tests.fakes import FakeEngine
 
 RECORDS = 150
 SHARD = 10
@@ -143,22 +143,9 @@ def census(monkeypatch: pytest.MonkeyPatch) -> Iterator[Census]:
     gc.enable()
 
 
-class Echo:
-    """An engine that answers at once."""
-
-    def generate(
-        self,
-        conversations: Sequence[Any],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        return [Completion(f"{seed} {i}", "stop", 1, 1) for i in range(len(conversations))]
-
-
 def run_sample(tmp_path: Path, triples: Path) -> StageResult:
     models = dict.fromkeys(("plain", "good", "bad"), "m")
-    found, echo = stored_triples(triples), Echo()
+    found, echo = stored_triples(triples), FakeEngine(lambda r: f"{r.seed} {r.id}")
     return sample(found, recipe(tmp_path), models, tmp_path / "s", "s", lambda source: echo)
 
 

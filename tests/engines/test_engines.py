@@ -1,146 +1,61 @@
-"""The work on shards, in turn and many at once; settings of engines vllm and ray."""
+"""What all engines share: the probe, batches, settings."""
 
-from collections.abc import Iterator, Sequence
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfsteer.data.records import Message
-from selfsteer.engines import load, shards
-from selfsteer.engines.base import Advance, Completion, SamplingParams, check_probe, no_news, probe
+from selfsteer.engines import load
+from selfsteer.engines.base import Completion, Request, check_probe, cut, probe
 from selfsteer.engines.ray import check_room, weights_digest
-from selfsteer.engines.shards import Ask, ShardEngine, Work, at_once, do
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig
 
-PARAMS = SamplingParams()
-
-
-class Echo:
-    """Says what it was asked, and notes who asked when."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Advance = no_news,
-    ) -> list[Completion]:
-        texts = [c[-1].content for c in conversations]
-        self.heard.append("+".join(texts))
-        advance(len(texts), 1)
-        return [Completion(f"{t}/{seed}", "stop", 1, 1) for t in texts]
-
-
-class Crowd(Echo):
-    """Answers all asks that it gets, the last one first."""
-
-    def generate_shards(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Completion]]]:
-        self.heard.append(f"{len(asks)} at once")
-        for place in reversed(range(len(asks))):
-            a = asks[place]
-            yield place, self.generate(a.conversations, a.sampling, a.seed, a.advance)
-
-
-def worker(*engines: Any) -> Any:
-    """Work that asks each engine in turn, the next about the answers of the one before."""
-
-    def work(number: int, part: Sequence[str]) -> Work[str]:
-        texts = list(part)
-        for step, engine in enumerate(engines):
-            if step == 1 and number == 1:
-                continue  # one shard has less to ask
-            asked = [[Message("user", t)] for t in texts]
-            found = yield Ask(engine, asked, PARAMS, 10 * number + step)
-            texts = [c.text for c in found]
-        return "+".join(texts)
-
-    return work
-
-
-SHARDS = [(0, ["a", "b"]), (1, ["c"]), (2, ["d"])]
-MADE = {0: "a/0/1+b/0/1", 1: "c/10", 2: "d/20/21"}
-
-
-def test_only_an_engine_that_answers_many_counts_as_one() -> None:
-    assert isinstance(Crowd(), ShardEngine)
-    assert not isinstance(Echo(), ShardEngine)
-
-
-def test_in_turn_a_shard_is_finished_before_the_next_is_taken() -> None:
-    engine, order = Echo(), []
-
-    def taken() -> Iterator[tuple[int, list[str]]]:
-        for number, part in SHARDS:
-            order.append(f"take {number}")
-            yield number, part
-
-    for number, made in at_once(worker(engine, engine), taken()):
-        order.append(f"made {number}")
-        assert made == MADE[number]
-    assert order == ["take 0", "made 0", "take 1", "made 1", "take 2", "made 2"]
-
-
-def test_many_at_once_make_the_same_of_the_same_seeds() -> None:
-    engine = Crowd()
-    assert dict(at_once(worker(engine, engine), SHARDS)) == MADE
-    assert [h for h in engine.heard if "once" in h] == ["3 at once", "2 at once"]
-
-
-@pytest.mark.parametrize("first_many", [True, False])
-def test_engines_of_both_sorts_in_one_stage(first_many: bool) -> None:
-    many, few = Crowd(), Echo()
-    engines = (many, few) if first_many else (few, many)
-    assert dict(at_once(worker(*engines), SHARDS)) == MADE
-    assert len(many.heard) - 1 == (3 if first_many else 2)
-
-
-def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "AT_ONCE", 2)
-    engine = Crowd()
-    assert dict(at_once(worker(engine), [(i, ["x"]) for i in range(5)])) == {
-        i: f"x/{10 * i}" for i in range(5)
-    }
-    assert [h for h in engine.heard if "once" in h] == ["2 at once", "2 at once", "1 at once"]
-
-
-def test_one_shard_by_itself() -> None:
-    assert do(worker(Echo())(3, ["x"])) == "x/30"
-
-
-def test_a_shard_that_fails_leaves_those_before_it() -> None:
-    class Dies(Crowd):
-        def generate_shards(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Completion]]]:
-            yield from list(super().generate_shards(asks))[:1]
-            raise EngineError("gone")
-
-    found: list[Any] = []
-    with pytest.raises(EngineError, match="gone"):
-        found.extend(at_once(worker(Dies()), SHARDS))
-    assert found == [(2, "d/20")]
-
-
 # -- the probe ------------------------------------------------------------------------------------
 
 
-def answers(*texts: str) -> list[Completion]:
-    return [Completion(t, "stop", 1, 1) for t in texts]
+def said(*texts: str, reason: str = "stop") -> list[Completion]:
+    """Answers to the probe's first questions, two each."""
+    asked, _ = probe(0.7)
+    return [Completion(r.id, t, reason, 1, 1) for r, t in zip(asked, texts, strict=False)]
 
 
 def test_a_probe_fails_only_where_every_pair_is_alike() -> None:
     asked, params = probe(0.2)
     assert (len(asked), params.temperature, params.top_p) == (8, 1.0, 1.0)
-    assert asked[::2] == asked[1::2]
-    check_probe(answers("a", "a", "b", "c"), "X", "Y.")
-    check_probe([Completion("", "request_failed:x", 0, 0)] * 2, "X", "Y.")
+    assert [r.messages for r in asked[::2]] == [r.messages for r in asked[1::2]]
+    assert len({r.id for r in asked}) == 8
+    check_probe(said("a", "a", "b", "c"), "X", "Y.")
+    check_probe(said("", "", reason="request_failed:x"), "X", "Y.")
     with pytest.raises(EngineError, match=r"^X ignores temperature: 2 prompts.* Y\.$"):
-        check_probe(answers("a", "a", "b", "b"), "X", "Y.")
+        check_probe(said("a", "a", "b", "b")[::-1], "X", "Y.")
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def requests(*texts: str) -> list[Request]:
+    return [Request(f"r{i}", (Message("user", t),), i) for i, t in enumerate(texts)]
+
+
+def test_batches_hold_requests_of_similar_length() -> None:
+    found = cut(requests("aa", "a", "aaaa", "aa", "aaa"), 2)
+    assert [[r.id for r in batch] for batch in found] == [["r2", "r4"], ["r0", "r3"], ["r1"]]
+    assert cut([], 2) == []
+
+
+def test_batches_that_are_gone_leave_the_others_as_they_are() -> None:
+    rng = random.Random(0)
+    some = requests(*("a" * rng.randrange(9) for _ in range(50)))
+    whole = cut(some, 8)
+    rng.shuffle(some)
+    assert cut(some, 8) == whole
+    left = [whole[0], *whole[3:5], whole[-1]]
+    assert cut([r for batch in left for r in batch], 8) == left
 
 
 # -- settings -------------------------------------------------------------------------------------

@@ -3,21 +3,32 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message, Query, Verdict
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion, SamplingParams
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import (
+    PROMPT_TOO_LONG,
+    REQUEST_FAILED,
+    Advance,
+    Completion,
+    Engine,
+    Request,
+    SamplingParams,
+    no_news,
+)
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.load import Engines
 from selfsteer.engines.openai import OpenAIEngine, Usage, retry_after, status_fault
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.judges.base import Pair, judge_inputs, load_judge
-from selfsteer.methods import Recipe, recipe_of
+from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig
@@ -28,6 +39,20 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
 CONVERSATIONS = [[Message("system", "Be brief."), Message("user", f"Query {i}")] for i in range(12)]
 PROBE_REQUESTS = 8
+
+
+def ask(
+    engine: Engine,
+    sampling: SamplingParams,
+    seed: int = 0,
+    conversations: Sequence[Sequence[Message]] = CONVERSATIONS,
+    advance: Advance = no_news,
+) -> list[Completion]:
+    """The answers in the order of the conversations."""
+    requests = [
+        Request(f"q{i}", tuple(c), derive_seed(seed, i)) for i, c in enumerate(conversations)
+    ]
+    return list(answers(engine, requests, sampling, advance=advance).values())
 
 
 @pytest.fixture
@@ -57,9 +82,8 @@ def engine(server: Server) -> Iterator[Make]:
 def test_answers_come_in_the_order_of_the_conversations(server: Server, engine: Make) -> None:
     told: list[tuple[int, int]] = []
     server.seconds = 0.03
-    found = engine(extra_body={"top_k": 5}).generate(
-        CONVERSATIONS, SAMPLED, 3, lambda items, tokens: told.append((items, tokens))
-    )
+    one = engine(extra_body={"top_k": 5})
+    found = ask(one, SAMPLED, 3, advance=lambda items, tokens: told.append((items, tokens)))
     sent = {b["messages"][-1]["content"]: b for b in server.asked[PROBE_REQUESTS:]}
     assert len(sent) == len(server.asked) - PROBE_REQUESTS == 12
     for i, answer in enumerate(found):
@@ -68,7 +92,7 @@ def test_answers_come_in_the_order_of_the_conversations(server: Server, engine: 
         asked = (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"])
         assert asked == (64, 0.7, 0.8, 5)
         text = say(body)
-        assert answer == Completion(text, "stop", 10, len(text.split()))
+        assert answer == Completion(f"q{i}", text, "stop", 10, len(text.split()))
     assert len({b["seed"] for b in sent.values()}) == 12, "a seed for each request"
     assert all(0 <= b["seed"] < 2**31 for b in sent.values())
     assert sum(items for items, _ in told) == 12
@@ -77,9 +101,9 @@ def test_answers_come_in_the_order_of_the_conversations(server: Server, engine: 
 
 
 def test_the_seed_decides_and_concurrency_does_not(server: Server, engine: Make) -> None:
-    first = engine(concurrency=1).generate(CONVERSATIONS, SAMPLED, 1)
-    assert engine(concurrency=8).generate(CONVERSATIONS, SAMPLED, 1) == first
-    other = engine().generate(CONVERSATIONS, SAMPLED, 2)
+    first = ask(engine(concurrency=1), SAMPLED, 1)
+    assert ask(engine(concurrency=8), SAMPLED, 1) == first
+    other = ask(engine(), SAMPLED, 2)
     assert all(a.text != b.text for a, b in zip(first, other, strict=True))
 
 
@@ -93,7 +117,7 @@ def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
         ("request_failed:tool_calls", completion(None, reason="tool_calls"), ""),
     ):
         server.always = sends(value)
-        (found,) = one.generate(CONVERSATIONS[:1], GREEDY, 0)
+        (found,) = ask(one, GREEDY, 0, CONVERSATIONS[:1])
         assert (found.text, found.finish_reason) == (text, reason)
     assert dict(one.usage.failed) == {
         "request_failed:content_filter": 1,
@@ -105,13 +129,13 @@ def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
 def test_a_fault_that_passes_leaves_no_trace_in_the_answers(
     name: str, server: Server, engine: Make
 ) -> None:
-    undisturbed = engine().generate(CONVERSATIONS, GREEDY, 5)
+    undisturbed = ask(engine(), GREEDY, 5)
     start = len(server.asked)
     # the third request twice over, and a later one
     server.faults = dict.fromkeys((start + 2, start + 4, start + 9), FAULTS[name])
     hangs = name == "timeout"
     one = engine(timeout=2 if hangs else 90)
-    assert one.generate(CONVERSATIONS, GREEDY, 5) == undisturbed
+    assert ask(one, GREEDY, 5) == undisturbed
     # a busy machine may be late with other answers too
     assert one.usage.retried == 3 or (hangs and one.usage.retried > 3)
     assert one.usage.requests == 12 + one.usage.retried
@@ -122,9 +146,9 @@ def test_a_fault_that_passes_leaves_no_trace_in_the_answers(
 def test_a_request_that_fails_for_good_says_why(name: str, server: Server, engine: Make) -> None:
     server.always = lambda h: "Query 7" in str(h.body["messages"]) and FAULTS[name](h)
     one = engine(retries=2, concurrency=1)
-    found = one.generate(CONVERSATIONS, GREEDY, 0)
+    found = ask(one, GREEDY, 0)
     assert [i for i, c in enumerate(found) if c.missing] == [7]
-    assert found[7] == Completion("", f"{REQUEST_FAILED}:{name}", 0, 0)
+    assert found[7] == Completion("q7", "", f"{REQUEST_FAILED}:{name}", 0, 0)
     assert (one.usage.requests, one.usage.retried) == (11 + 3, 2)
     assert dict(one.usage.failed) == {f"request_failed:{name}": 1}
 
@@ -135,7 +159,7 @@ def test_a_dead_server_stops_the_stage(server: Server, engine: Make) -> None:
     with pytest.raises(
         EngineError, match=r"no usable answer to request after request.*out of luck"
     ):
-        one.generate(CONVERSATIONS, GREEDY, 0)
+        ask(one, GREEDY, 0)
     assert len(server.asked) <= 2 * 7
 
 
@@ -145,7 +169,7 @@ def test_nobody_there(engine: Make, server: Server) -> None:
     settings = EngineConfig(kind="openai", base_url=url, model="m", retries=1, backoff=0)
     one = OpenAIEngine(settings, "m", url, Usage())
     with pytest.raises(EngineError, match=r"request after request.*connection"):
-        one.generate(CONVERSATIONS, GREEDY, 0)
+        ask(one, GREEDY, 0)
     with pytest.raises(EngineError, match="Nobody answers"):
         one.check()
     one.close()
@@ -153,17 +177,17 @@ def test_nobody_there(engine: Make, server: Server) -> None:
 
 def test_a_server_that_says_when_is_asked_then(server: Server, engine: Make) -> None:
     server.faults = {0: status(429, retry_after="0.5")}
-    found = engine(concurrency=1).generate(CONVERSATIONS[:2], GREEDY, 0)
+    found = ask(engine(concurrency=1), GREEDY, 0, CONVERSATIONS[:2])
     assert [c.finish_reason for c in found] == ["stop", "stop"]
     assert server.times[1] - server.times[0] >= 0.5
     # behind the pause everybody comes back at once, so that the own backoff holds as well
     server.faults = {len(server.times): status(429, retry_after="0")}
     before = len(server.times)
-    engine(concurrency=1, backoff=1).generate(CONVERSATIONS[:1], GREEDY, 0)
+    ask(engine(concurrency=1, backoff=1), GREEDY, 0, CONVERSATIONS[:1])
     assert server.times[before + 1] - server.times[before] >= 0.5
     server.always = status(429, retry_after="86400")
     with pytest.raises(EngineError, match="asks to wait 86,400 s"):
-        engine().generate(CONVERSATIONS[:1], GREEDY, 0)
+        ask(engine(), GREEDY, 0, CONVERSATIONS[:1])
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
@@ -193,8 +217,8 @@ def test_what_an_http_error_means() -> None:
 def test_a_prompt_that_the_server_calls_too_long(server: Server, engine: Make) -> None:
     server.always = status(400, "This model's maximum context length is 64 tokens.")
     one = engine()
-    found = one.generate(CONVERSATIONS, GREEDY, 0)
-    assert found == [Completion("", PROMPT_TOO_LONG, 0, 0)] * 12
+    found = ask(one, GREEDY, 0)
+    assert found == [Completion(f"q{i}", "", PROMPT_TOO_LONG, 0, 0) for i in range(12)]
     assert not one.usage.failed
 
 
@@ -206,7 +230,7 @@ def test_a_prompt_without_room_is_not_sent(
     limit = len(chat.prompt_ids(CONVERSATIONS[0])) + GREEDY.max_new_tokens
     settings = EngineConfig(kind="openai", base_url=server.url, model="canned")
     one = OpenAIEngine(settings, "canned", server.url, Usage(), chat=chat, context_length=limit)
-    found = one.generate([longest, CONVERSATIONS[0]], GREEDY, 0)
+    found = ask(one, GREEDY, 0, [longest, CONVERSATIONS[0]])
     one.close()
     assert [c.finish_reason for c in found] == [PROMPT_TOO_LONG, "stop"]
     # gemma's template refuses a system message, so none is sent
@@ -218,24 +242,24 @@ def test_a_prompt_without_room_is_not_sent(
 def test_a_server_that_ignores_the_temperature_is_an_error(server: Server, engine: Make) -> None:
     server.answer = lambda body: say({**body, "temperature": 0})
     with pytest.raises(EngineError, match="ignores temperature"):
-        engine().generate(CONVERSATIONS, SAMPLED, 0)
+        ask(engine(), SAMPLED, 0)
     assert len(server.asked) == PROBE_REQUESTS
-    assert len(engine().generate(CONVERSATIONS, GREEDY, 0)) == 12, "greedy is what was asked for"
+    assert len(ask(engine(), GREEDY, 0)) == 12, "greedy is what was asked for"
 
 
 def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_path: Path) -> None:
     path = tmp_path / "usage.json"
     one = engine(Usage(path), max_requests=9)
-    assert len(one.generate(CONVERSATIONS[:5], GREEDY, 0)) == 5
+    assert len(ask(one, GREEDY, 0, CONVERSATIONS[:5])) == 5
     again = engine(Usage(path), max_requests=9)  # another process of the same run
     with pytest.raises(EngineError, match=r"max_requests 9.*9 requests.*raise the limit"):
-        again.generate(CONVERSATIONS[:5], GREEDY, 0)
+        ask(again, GREEDY, 0, CONVERSATIONS[:5])
     assert 5 <= len(server.asked) <= 9  # those under way are given up, sent or not
     server.asked.clear()
     # at most 10 + 6 … 17 words each; 64 are held back for the answer and 146 bytes for the prompt
     bounded = engine(max_tokens_total=600)
     with pytest.raises(EngineError, match="max_tokens_total 600"):
-        bounded.generate(CONVERSATIONS * 20, GREEDY, 0)
+        ask(bounded, GREEDY, 0, CONVERSATIONS * 20)
     used = bounded.usage.prompt_tokens + bounded.usage.completion_tokens
     assert 350 < used <= 600
     assert bounded.usage.under_way == 0
@@ -243,9 +267,9 @@ def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_pa
 
 def test_counts_of_a_run_go_on(engine: Make, tmp_path: Path) -> None:
     path = tmp_path / "usage.json"
-    engine(Usage(path)).generate(CONVERSATIONS[:3], GREEDY, 0)
+    ask(engine(Usage(path)), GREEDY, 0, CONVERSATIONS[:3])
     second = Usage(path)
-    engine(second).generate(CONVERSATIONS[:2], GREEDY, 0)
+    ask(engine(second), GREEDY, 0, CONVERSATIONS[:2])
     assert (second.requests, second.prompt_tokens) == (5, 50)
     assert (second.here()["requests"], second.here()["prompt_tokens"]) == (2, 20)
     assert Usage(path).counts() == second.counts()
@@ -255,11 +279,11 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     server: Server, engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sk-secret")
-    engine(api_key_env="MY_KEY").generate(CONVERSATIONS[:1], GREEDY, 0)
+    ask(engine(api_key_env="MY_KEY"), GREEDY, 0, CONVERSATIONS[:1])
     assert server.keys == {"Bearer sk-secret"}
     server.always = status(401, "Incorrect API key provided: sk-secret")
     with pytest.raises(EngineError, match=r"provided: \[key\].*MY_KEY is set") as caught:
-        engine(api_key_env="MY_KEY").generate(CONVERSATIONS[:1], GREEDY, 0)
+        ask(engine(api_key_env="MY_KEY"), GREEDY, 0, CONVERSATIONS[:1])
     assert "sk-secret" not in str(caught.value)
 
 
@@ -285,7 +309,7 @@ def test_two_models_of_one_server_are_counted_together(server: Server, tmp_path:
         for model in ("canned", "other"):
             own = {"base_url": server.url, "model": model, "concurrency": 1}
             one = engines.get(EngineConfig(kind="openai", **own), model, None, 1)  # type: ignore[arg-type]
-            one.generate(CONVERSATIONS[:2], GREEDY, 0)
+            ask(one, GREEDY, 0, CONVERSATIONS[:2])
         (counts,) = engines.asked.values()
     assert counts["requests"] == len(server.asked) == 4
     assert sum(counts["failed"].values()) == 1
@@ -302,7 +326,7 @@ def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
         assert one is engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
         assert isinstance(one, OpenAIEngine)
         one.check()
-        (found,) = one.generate(CONVERSATIONS[:1], GREEDY, 0)
+        (found,) = ask(one, GREEDY, 0, CONVERSATIONS[:1])
         assert found.finish_reason == "stop"
         assert engines.asked[sys.executable]["requests"] == 1
     again = OpenAIEngine(settings, "bees", one.base_url, Usage())
@@ -334,7 +358,7 @@ def test_a_server_that_dies_ends_its_stage_with_its_log(tmp_path: Path) -> None:
     def stage() -> None:
         with Engines(tmp_path) as engines:
             one = engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
-            one.generate(CONVERSATIONS, GREEDY, 0)
+            ask(one, GREEDY, 0)
 
     with pytest.raises(EngineError, match=r"exit code 3.*enough"):
         stage()
@@ -382,24 +406,25 @@ def test_engines_that_cannot_be_honoured(engine: dict[str, Any], said: str) -> N
 
 def test_one_server_is_enough_where_nothing_trained_answers() -> None:
     sampling = {"max_new_tokens": 96, "engine": HERE}
-    pbaa = {"method": "pbaa", "baseline": None, "evaluation": None}
     import yaml
 
     values = yaml.safe_load(recipe_text("smoke"))
-    values.pop("generator")
+    del values["generator"], values["baseline"]
     values["principles"].pop("batch_size")
-    values |= {**pbaa, "sampling": sampling}
-    assert recipe_of(values, "r").sampling.engine.base_url == HERE["base_url"]
+    values |= {"method": "pbaa", "evaluation": None, "sampling": sampling}
+
+    def made(*more: str) -> Any:
+        return recipe_of(merge(values, more), "r")
+
+    assert made().sampling.engine.base_url == HERE["base_url"]
     with pytest.raises(ConfigError, match=r"principles\.batch_size has no effect"):
-        recipe_of(merge(values, ["principles.batch_size=3"]), "r")
+        made("principles.batch_size=3")
     with pytest.raises(ConfigError, match=r"sampling\.batch_size has no effect"):
-        validate(
-            Recipe, merge(values, ["sampling.batch_size=3", "training.selection.points=0"]), "r"
-        )
-    chosen = recipe_of(merge(values, ["sampling.batch_size=3"]), "r")
+        made("sampling.batch_size=3", "training.selection.points=0")
+    chosen = made("sampling.batch_size=3")
     assert chosen.sampling.batch_size == 3, "the selection's candidates answer in process"
     with pytest.raises(ConfigError, match="policies of earlier iterations"):
-        recipe_of(merge(values, ["iterations=2"]), "r")
+        made("iterations=2")
 
 
 def test_the_writer_is_a_model_or_an_engine_with_one() -> None:
@@ -474,12 +499,12 @@ def test_a_judge_asked_of_a_server(server: Server, tmp_path: Path) -> None:
 
 def test_it_answers_beside_a_loop_that_runs_already(engine: Make) -> None:
     """As in a notebook, where each cell runs inside a loop."""
-    alone = engine().generate(CONVERSATIONS, GREEDY, 0)
+    alone = ask(engine(), GREEDY, 0)
 
     async def cell() -> list[Completion]:
         one = engine()
         try:
-            return one.generate(CONVERSATIONS, GREEDY, 0)
+            return ask(one, GREEDY, 0)
         finally:
             one.close()
 

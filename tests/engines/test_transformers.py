@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message
-from selfsteer.engines.base import Completion, SamplingParams
-from selfsteer.engines.transformers import TransformersEngine, draw
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, no_news
+from selfsteer.engines.transformers import TransformersEngine, draw, uniforms
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
 from tests.families import FAMILIES, make_checkpoint, make_tokenizer
@@ -29,6 +31,17 @@ QUESTIONS = (
     "First boil the water, then wait for three minutes.",
 )
 CONVERSATIONS = [[Message("user", q)] for q in QUESTIONS]
+
+
+def asked(seed: int) -> list[Request]:
+    return [Request(f"q{i}", tuple(c), derive_seed(seed, i)) for i, c in enumerate(CONVERSATIONS)]
+
+
+def ask(
+    engine: TransformersEngine, sampling: SamplingParams, seed: int = 0, advance: Advance = no_news
+) -> list[Completion]:
+    """The answers in the order of the conversations."""
+    return list(answers(engine, asked(seed), sampling, advance=advance).values())
 
 
 def favour_stopping(loaded: LoadedModel, strength: float) -> None:
@@ -64,12 +77,12 @@ def check_greedy(loaded: LoadedModel, batch_size: int) -> None:
     lengths = {len(ids) for ids, reason in expected if reason == "stop"}
     assert len(lengths) >= 3, "too few rows end apart, the test would show nothing"
     assert any(reason == "length" for _, reason in expected)
-    found = TransformersEngine(loaded, batch_size).generate(CONVERSATIONS, GREEDY, seed=0)
+    found = ask(TransformersEngine(loaded, batch_size), GREEDY)
     decode = loaded.chat.tokenizer.decode
     for completion, conversation, (ids, reason) in zip(found, CONVERSATIONS, expected, strict=True):
         text = decode(ids[:-1] if reason == "stop" else ids, skip_special_tokens=True).strip()
         prompt = len(loaded.chat.prompt_ids(conversation))
-        assert completion == Completion(text, reason, prompt, len(ids))
+        assert completion == Completion(completion.id, text, reason, prompt, len(ids))
 
 
 #: With these weights, half of the answers or more end early, at different steps.
@@ -122,7 +135,7 @@ def test_stops_are_the_end_of_turn_and_the_configured_ones(
 
 
 def texts(loaded: LoadedModel, seed: int, sampling: SamplingParams = SAMPLED) -> list[str]:
-    return [c.text for c in TransformersEngine(loaded, 4).generate(CONVERSATIONS, sampling, seed)]
+    return [c.text for c in ask(TransformersEngine(loaded, 4), sampling, seed)]
 
 
 def test_equal_seeds_give_equal_texts_and_others_differ(loaded: LoadedModel) -> None:
@@ -148,22 +161,55 @@ def test_greedy_ignores_the_seed(load: Callable[..., LoadedModel]) -> None:
     assert texts(loaded, 1, GREEDY) == texts(loaded, 2, GREEDY)
 
 
-def test_answers_come_in_the_order_of_the_conversations(load: Callable[..., LoadedModel]) -> None:
-    loaded = load("qwen2")
-    engine = TransformersEngine(loaded, 3)
-    forward = engine.generate(CONVERSATIONS, GREEDY, 0)
-    backward = engine.generate(CONVERSATIONS[::-1], GREEDY, 0)
-    assert forward == backward[::-1]
-    assert len({c.text for c in forward}) > 5
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingParams(1.3, 1.0, 16)])
+def test_an_answer_depends_on_its_request_alone(
+    loaded: LoadedModel, sampling: SamplingParams
+) -> None:
+    """Whatever the batches, the order and the company."""
+    favour_stopping(loaded, STRENGTH)
+    requests = asked(7)
+    expected = answers(TransformersEngine(loaded, 4), requests, sampling)
+    assert len({c.text for c in expected.values()}) > 5
+    for size, some in ((1, requests), (10, requests), (3, requests[::-1]), (4, requests[5:])):
+        found = answers(TransformersEngine(loaded, size), some, sampling)
+        assert found == {r.id: expected[r.id] for r in some}
+
+
+def test_equal_requests_with_other_seeds_differ(load: Callable[..., LoadedModel]) -> None:
+    twice = [Request(f"r{seed}", tuple(CONVERSATIONS[1]), seed) for seed in range(6)]
+    found = answers(TransformersEngine(load("llama")), twice, SAMPLED)
+    assert len({c.text for c in found.values()}) == 6
+
+
+def test_models_with_states_draw_from_the_same_streams(tmp_path: Path) -> None:
+    """Mamba cannot give up rows, so transformers' own loop decodes it."""
+    tokenizer = make_tokenizer("qwen2")
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), Policy(model="x", device="cpu"))
+    alone = answers(TransformersEngine(loaded, 1), asked(3), SAMPLED)
+    torch.manual_seed(9)
+    assert answers(TransformersEngine(loaded, 4), asked(3), SAMPLED) == alone
+    assert len({c.text for c in alone.values()}) > 5
+    greedy = answers(TransformersEngine(loaded, 4), asked(3), GREEDY)
+    assert greedy == answers(TransformersEngine(loaded, 4), asked(4), GREEDY)
 
 
 def test_counts_are_reported_to_advance(load: Callable[..., LoadedModel]) -> None:
     loaded = load("mistral")
     favour_stopping(loaded, STRENGTH)
     told: list[tuple[int, int]] = []
-    found = TransformersEngine(loaded, 4).generate(
-        CONVERSATIONS, GREEDY, 0, lambda items, tokens: told.append((items, tokens))
-    )
+    engine = TransformersEngine(loaded, 4)
+    found = ask(engine, GREEDY, advance=lambda items, tokens: told.append((items, tokens)))
     assert [items for items, _ in told] == [4, 4, 2]
     assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
 
@@ -187,13 +233,13 @@ def test_finish_reason_and_token_counts(load: Callable[..., LoadedModel]) -> Non
     budget = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=5)
     prompts = [len(loaded.chat.prompt_ids(c)) for c in CONVERSATIONS]
     force(loaded, bee)
-    endless = TransformersEngine(loaded).generate(CONVERSATIONS, budget, 0)
-    assert endless == [Completion("bbbbb", "length", p, 5) for p in prompts]
+    endless = ask(TransformersEngine(loaded), budget)
+    assert endless == [Completion(f"q{i}", "bbbbb", "length", p, 5) for i, p in enumerate(prompts)]
     for name in ("<|eot_id|>", "<|end_of_text|>"):
         loaded = load("llama")
         force(loaded, loaded.chat.tokenizer.convert_tokens_to_ids(name))
-        found = TransformersEngine(loaded).generate(CONVERSATIONS, budget, 0)
-        assert found == [Completion("", "stop", p, 1) for p in prompts]
+        found = ask(TransformersEngine(loaded), budget)
+        assert found == [Completion(f"q{i}", "", "stop", p, 1) for i, p in enumerate(prompts)]
 
 
 def test_a_turn_that_ends_with_the_last_token_of_the_budget_is_finished(
@@ -204,11 +250,11 @@ def test_a_turn_that_ends_with_the_last_token_of_the_budget_is_finished(
     longer = one_by_one(loaded, GREEDY)
     i, ids = next((i, ids) for i, (ids, reason) in enumerate(longer) if reason == "stop")
     exact = SamplingParams(temperature=0.0, max_new_tokens=len(ids))
-    (found,) = TransformersEngine(loaded).generate([CONVERSATIONS[i]], exact, 0)
+    (found,) = TransformersEngine(loaded).generate([asked(0)[i]], exact)
     assert (found.finish_reason, found.completion_tokens) == ("stop", len(ids))
     if len(ids) > 1:
         shorter = SamplingParams(temperature=0.0, max_new_tokens=len(ids) - 1)
-        (found,) = TransformersEngine(loaded).generate([CONVERSATIONS[i]], shorter, 0)
+        (found,) = TransformersEngine(loaded).generate([asked(0)[i]], shorter)
         assert (found.finish_reason, found.completion_tokens) == ("length", len(ids) - 1)
 
 
@@ -218,7 +264,7 @@ def test_a_prompt_without_room_is_not_answered_and_says_why(
     loaded = load("gemma")
     longest = max(len(loaded.chat.prompt_ids(c)) for c in CONVERSATIONS)
     over = SamplingParams(temperature=0.0, max_new_tokens=1024 - longest + 1)
-    found = TransformersEngine(loaded).generate(CONVERSATIONS, over, 0)
+    found = ask(TransformersEngine(loaded), over)
     for conversation, completion in zip(CONVERSATIONS, found, strict=True):
         too_long = len(loaded.chat.prompt_ids(conversation)) == longest
         assert (completion.finish_reason == "prompt_too_long") == too_long
@@ -234,7 +280,7 @@ def test_the_models_mode_is_restored(load: Callable[..., LoadedModel], training:
 
 
 def test_no_conversations_give_no_answers(load: Callable[..., LoadedModel]) -> None:
-    assert TransformersEngine(load("llama")).generate([], SAMPLED, 0) == []
+    assert list(TransformersEngine(load("llama")).generate([], SAMPLED)) == []
 
 
 # -- one draw -------------------------------------------------------------------------------------
@@ -244,7 +290,7 @@ DRAWS = 20_000
 
 def frequencies(probabilities: list[float], sampling: SamplingParams) -> list[float]:
     logits = torch.tensor(probabilities).log().repeat(DRAWS, 1) + 3.0
-    tokens = draw(logits, sampling, torch.Generator().manual_seed(0))
+    tokens = draw(logits, sampling, uniforms(torch.arange(DRAWS), 0))
     counts = torch.bincount(tokens, minlength=len(probabilities))
     assert int(counts.sum()) == DRAWS
     return counts.tolist()
@@ -288,5 +334,34 @@ def test_draws_follow_the_tempered_nucleus(
 
 def test_rows_are_drawn_from_their_own_distributions() -> None:
     logits = torch.tensor([[9.0, 0, 0, 0], [0, 0, 0, 9.0], [0, 9.0, 0, 0]])
-    rng = torch.Generator().manual_seed(3)
-    assert draw(logits, SamplingParams(0.5, 0.9), rng).tolist() == [0, 3, 1]
+    for step in range(9):
+        drawn = draw(logits, SamplingParams(0.5, 0.9), uniforms(torch.arange(3), step))
+        assert drawn.tolist() == [0, 3, 1]
+
+
+def test_a_row_is_drawn_alike_beside_rows_that_need_more_of_the_vocabulary() -> None:
+    """One nucleus fits the tokens tried first, the other needs a sort of all of them; ties too."""
+    sharp = torch.zeros(1000)
+    sharp[100:140] = 9.0
+    flat = torch.zeros(1000)
+    sampling, u = SamplingParams(1.0, 0.8), uniforms(torch.arange(64), 0)
+    alone = draw(sharp.repeat(64, 1), sampling, u)
+    both = draw(torch.stack([sharp, flat]).repeat(64, 1), sampling, u.repeat_interleave(2))
+    assert both[::2].tolist() == alone.tolist()
+    assert len(set(alone.tolist())) > 15
+    assert len(set(both[1::2].tolist())) > 40
+
+
+def test_the_ends_of_a_stream_stay_within_the_nucleus() -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
+    last = torch.tensor([1 - 2.0**-52], dtype=torch.float64)
+    for top_p, ends in ((1.0, (0, 3)), (0.65, (1, 2))):
+        found = [int(draw(logits, SamplingParams(1.0, top_p), u)) for u in (last * 0, last)]
+        assert tuple(found) == ends
+
+
+def test_streams_are_those_of_splitmix64() -> None:
+    """Numbers of the reference implementation for the seed 1234567."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = [float(uniforms(torch.tensor([1234567]), step)) for step in range(4)]
+    assert found == [(number >> 12) * 2.0**-52 for number in known]

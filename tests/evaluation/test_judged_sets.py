@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from selfsteer.data.records import Message, Query
-from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.evaluation.judged_sets import (
@@ -26,31 +25,13 @@ from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.reading import extract_margin, extract_rating
 from selfsteer.judges.stats import game
 from selfsteer.recipe.sections import JudgeConfig, JudgedSet
+from tests.fakes import FakeEngine
 
 BEE = Query("bee", (Message("user", "What does the bee eat?"),))
 
 
-class Canned:
-    """An engine that answers each judge's question by a function of it."""
-
-    def __init__(self, say: Callable[[str], str]) -> None:
-        self.say = say
-        self.asked: list[str] = []
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        texts = [c[-1].content for c in conversations]
-        self.asked += texts
-        return [Completion(self.say(t), "stop", 10, 5) for t in texts]
-
-
-def chat_judge(say: Callable[[str], str]) -> tuple[ChatJudge, Canned]:
-    engine = Canned(say)
+def chat_judge(say: Callable[[str], str]) -> tuple[ChatJudge, FakeEngine]:
+    engine = FakeEngine(lambda r: say(r.messages[-1].content))
     settings = JudgeConfig(kind="chat", model="canned", device="cpu")
     return ChatJudge(settings, engine=engine), engine
 
@@ -142,12 +123,12 @@ def test_a_rating_is_asked_with_conversation_and_reference() -> None:
         "t", (*BEE.messages, Message("assistant", "Nectar."), Message("user", "And the owl?"))
     )
     assert rate(judge, [Exchange(talk, "Mice.", "It eats mice.")]) == [(6.0, "")]
-    (asked,) = engine.asked
+    (asked,) = (r.messages[-1].content for r in engine.asked)
     for part in ("user: What does the bee eat?", "assistant: Nectar.", "user: And the owl?"):
         assert part in asked
     assert asked.index("It eats mice.") < asked.index("=== Answer to rate ===\nMice.")
     assert rate(judge, [Exchange(BEE, "Nectar.")]) == [(6.0, "")]
-    assert "correct answer, to compare" not in engine.asked[-1]
+    assert "correct answer, to compare" not in engine.asked[-1].messages[-1].content
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -1,7 +1,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Message, Query, Verdict
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Request
 from selfsteer.errors import ArtifactError, ConfigError, DataError, NumericsError
 from selfsteer.judges import store
 from selfsteer.judges.base import Judgement, Pair, ScoringJudge, judge_inputs, load_judge
@@ -26,6 +26,7 @@ from selfsteer.judges.stats import CLASSES, agreement, cohen_kappa, judge_report
 from selfsteer.models.load import load_reward
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig
+from tests.fakes import FakeEngine
 from tests.families import make_checkpoint
 
 A, B, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
@@ -147,30 +148,19 @@ def test_both_orders_become_one_verdict() -> None:
 # -- a chat model ----------------------------------------------------------------------------------
 
 
-class Scripted:
+def scripted(rule: Callable[[str, str], str | Completion]) -> FakeEngine:
     """Answers each question by a rule on (answer shown as A, answer shown as B)."""
 
-    def __init__(self, rule: Callable[[str, str], str | Completion]) -> None:
-        self.rule, self.calls = rule, 0
+    def say(request: Request) -> str | Completion:
+        (message,) = request.messages
+        tail = message.content.partition("=== Answer A ===\n")[2]
+        a, _, rest = tail.partition("\n\n=== Answer B ===\n")
+        return rule(a, rest.partition("\n\n=== Your")[0])
 
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        found = []
-        for (message,) in conversations:
-            self.calls += 1
-            tail = message.content.partition("=== Answer A ===\n")[2]
-            a, _, rest = tail.partition("\n\n=== Answer B ===\n")
-            said = self.rule(a, rest.partition("\n\n=== Your")[0])
-            found.append(Completion(said, "stop", 100, 7) if isinstance(said, str) else said)
-        return found
+    return FakeEngine(say, tokens=(100, 7))
 
 
-def judge_of(engine: Scripted, folder: Path | None = None) -> ChatJudge:
+def judge_of(engine: FakeEngine, folder: Path | None = None) -> ChatJudge:
     return ChatJudge(JudgeConfig(kind="chat", model="scripted", device="cpu"), folder, engine)
 
 
@@ -197,7 +187,7 @@ def test_a_judge_without_bias_is_heard_in_both_orders() -> None:
         Pair(query(), "s", "long"),
         Pair(query(), "ab", "xy"),
     ]
-    found = judge_of(Scripted(longer_wins)).compare_all(pairs)
+    found = judge_of(scripted(longer_wins)).compare_all(pairs)
     assert [j.verdict for j in found] == [A, B, TIE]
     assert found[0].shown == (A, B)
     assert (found[0].prompt_tokens, found[0].completion_tokens) == (200, 14)
@@ -205,7 +195,7 @@ def test_a_judge_without_bias_is_heard_in_both_orders() -> None:
 
 
 def test_a_judge_that_always_takes_the_first_is_inconsistent() -> None:
-    found = judge_of(Scripted(lambda a, b: "[[A]]")).compare_all([Pair(query(), "x", "y")])
+    found = judge_of(scripted(lambda a, b: "[[A]]")).compare_all([Pair(query(), "x", "y")])
     assert found[0].verdict is ODD
     report = judge_report(found)
     assert report["position"]["shown_first_wins"] == 1.0
@@ -213,19 +203,19 @@ def test_a_judge_that_always_takes_the_first_is_inconsistent() -> None:
 
 
 def test_equal_responses_tie_without_being_asked_about() -> None:
-    engine = Scripted(longer_wins)
+    engine = scripted(longer_wins)
     assert judge_of(engine).compare_all([Pair(query(), "x", "x")]) == [Judgement(TIE)]
-    assert engine.calls == 0
+    assert len(engine.asked) == 0
 
 
 def test_answers_that_cannot_be_used_are_unparseable_and_say_why() -> None:
     answers: dict[str, str | Completion] = {
-        "cut": Completion("Verdict: A", "length", 90, 512),
-        "long": Completion("", PROMPT_TOO_LONG, 9000, 0),
+        "cut": Completion("", "Verdict: A", "length", 90, 512),
+        "long": Completion("", "", PROMPT_TOO_LONG, 9000, 0),
         "mute": "No idea.",
         "torn": "Verdict: A or B",
     }
-    judge = judge_of(Scripted(lambda a, b: answers.get(a) or answers.get(b) or ""))
+    judge = judge_of(scripted(lambda a, b: answers.get(a) or answers.get(b) or ""))
     found = judge.compare_all([Pair(query(), name, "other") for name in answers])
     assert {j.verdict for j in found} == {LOST}
     reasons = ["cut_off", PROMPT_TOO_LONG, "no_verdict", "ambiguous"]
@@ -235,7 +225,7 @@ def test_answers_that_cannot_be_used_are_unparseable_and_say_why() -> None:
 
 
 def test_one_unparseable_order_makes_the_pair_unparseable() -> None:
-    judge = judge_of(Scripted(lambda a, b: "Verdict: A" if a == "x" else "Hm."))
+    judge = judge_of(scripted(lambda a, b: "Verdict: A" if a == "x" else "Hm."))
     assert judge.compare_all([Pair(query(), "x", "y")])[0].verdict is LOST
 
 
@@ -244,35 +234,35 @@ def test_a_killed_judge_goes_on_behind_its_last_chunk_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr(store, "CHUNK", 4)
     pairs = [Pair(query(i), "x" * i, "y" * (9 - i)) for i in range(1, 8)]
-    whole = judge_of(Scripted(longer_wins), tmp_path / "whole").compare_all(pairs)
+    whole = judge_of(scripted(longer_wins), tmp_path / "whole").compare_all(pairs)
 
-    class Killed(Scripted):
-        def generate(self, conversations: Any, *rest: Any, **more: Any) -> list[Completion]:
-            if self.calls >= 8:
-                raise KeyboardInterrupt
-            return super().generate(conversations, *rest, **more)
+    def killed(a: str, b: str) -> str:
+        if len(dying.asked) > 8:
+            raise KeyboardInterrupt
+        return longer_wins(a, b)
 
+    dying = scripted(killed)
     with pytest.raises(KeyboardInterrupt):
-        judge_of(Killed(longer_wins), tmp_path / "cut").compare_all(pairs)
-    engine = Scripted(longer_wins)
+        judge_of(dying, tmp_path / "cut").compare_all(pairs)
+    engine = scripted(longer_wins)
     again = judge_of(engine, tmp_path / "cut").compare_all(pairs)
-    assert engine.calls == 14 - 8
+    assert len(engine.asked) == 14 - 8
     assert [j.verdict for j in again] == [j.verdict for j in whole]
     names = sorted(p.name for p in (tmp_path / "cut").glob("*/*"))
     assert names == [f"answers-{i:05d}.jsonl" for i in range(4)]
-    engine = Scripted(longer_wins)
+    engine = scripted(longer_wins)
     judge_of(engine, tmp_path / "cut").compare_all(pairs)
-    assert engine.calls == 0
+    assert len(engine.asked) == 0
 
 
 def test_a_torn_file_of_answers_is_asked_again(tmp_path: Path) -> None:
     pairs = [Pair(query(), "xx", "y")]
-    judge_of(Scripted(longer_wins), tmp_path).compare_all(pairs)
+    judge_of(scripted(longer_wins), tmp_path).compare_all(pairs)
     (path,) = tmp_path.glob("*/answers-00000.jsonl")
     path.write_text(path.read_text()[:-30])
-    engine = Scripted(longer_wins)
+    engine = scripted(longer_wins)
     assert judge_of(engine, tmp_path).compare_all(pairs)[0].verdict is A
-    assert engine.calls == 2
+    assert len(engine.asked) == 2
     assert len(list(path.parent.iterdir())) == 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from selfsteer.data.records import Message, Query
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion
+from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
 from selfsteer.errors import ConfigError
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, Feature
 from selfsteer.principles.writer import (
@@ -207,8 +207,8 @@ def test_an_unknown_feature_is_refused() -> None:
 # -- what makes a pair usable --------------------------------------------------------------------
 
 
-def answer(good: str, bad: str, reason: str = "stop") -> Completion:
-    return Completion(principle_answer(good, bad), reason, 10, 10)
+def answer(good: str, bad: str, reason: str = "stop") -> tuple[str, str]:
+    return principle_answer(good, bad), reason
 
 
 SHARED = " ".join(f"w{i}" for i in range(1, 18))
@@ -240,10 +240,11 @@ def test_overlap_is_the_jaccard_similarity_of_words() -> None:
 
 
 def test_answers_that_were_not_finished_or_not_asked_say_so() -> None:
-    assert read_answer(answer("Be right.", "Be wro", "length")) == (Outcome.UNFINISHED, "", "")
-    too_long = Completion("", PROMPT_TOO_LONG, 900, 0)
-    assert read_answer(too_long) == (Outcome.PROMPT_TOO_LONG, "", "")
-    assert read_answer(answer("Be right.", "Be wrong.")) == (Outcome.OK, "Be right.", "Be wrong.")
+    assert read_answer(*answer("Be right.", "Be wro", "length")) == (Outcome.UNFINISHED, "", "")
+    assert read_answer("", PROMPT_TOO_LONG) == (Outcome.PROMPT_TOO_LONG, "", "")
+    failed = read_answer("", f"{REQUEST_FAILED}:timeout")
+    assert failed == (Outcome.REQUEST_FAILED, "", "")
+    assert read_answer(*answer("Be right.", "Be wrong.")) == (Outcome.OK, "Be right.", "Be wrong.")
 
 
 def test_texts_copied_from_a_shown_example_are_leaks() -> None:
@@ -252,10 +253,10 @@ def test_texts_copied_from_a_shown_example_are_leaks() -> None:
     eight = f"Please {' '.join(stolen[2:10])}"
     seven = f"Please {' '.join(stolen[2:9])}"
     plain = "Write with care and check what was written."
-    assert read_answer(answer(plain, eight), 2)[0] is Outcome.LEAKS_EXAMPLE
-    assert read_answer(answer(eight, plain), 2)[0] is Outcome.LEAKS_EXAMPLE
-    assert read_answer(answer(plain, eight), 1)[0] is Outcome.OK
-    assert read_answer(answer(plain, seven), 2)[0] is Outcome.OK
+    assert read_answer(*answer(plain, eight), 2)[0] is Outcome.LEAKS_EXAMPLE
+    assert read_answer(*answer(eight, plain), 2)[0] is Outcome.LEAKS_EXAMPLE
+    assert read_answer(*answer(plain, eight), 1)[0] is Outcome.OK
+    assert read_answer(*answer(plain, seven), 2)[0] is Outcome.OK
 
 
 def test_the_examples_are_themselves_usable() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Query, Triple, Verdict
-from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
@@ -28,6 +27,7 @@ from selfsteer.report.rows import (
 )
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import FILTER_SEQUENCES, steering_filter
+from tests.fakes import FakeEngine
 
 RECIPE = """\
 name: made
@@ -213,14 +213,8 @@ def test_disagreement_is_the_bad_responses_lead() -> None:
 
 
 def test_what_a_chat_judge_said_is_found_again_in_both_orders(tmp_path: Path) -> None:
-    class FirstShown:
-        """Prefers whatever is shown first."""
-
-        def generate(self, conversations: Any, *rest: Any) -> list[Completion]:
-            return [Completion("It is fine.\nVerdict: A", "stop", 5, 4) for _ in conversations]
-
     pair = Pair(Query.from_dict({"id": "q", "prompt": "Is it cold?"}), "No.", "Yes, soup.")
-    engine: Any = FirstShown()
+    engine = FakeEngine(lambda request: "It is fine.\nVerdict: A")  # whatever is shown first
     judge = ChatJudge(JudgeConfig(kind="chat", model="x", device="cpu"), tmp_path, engine)
     assert stored_judgement(pair, AnswerStore(None).known) is None
     (said,) = judge.compare_all([pair])

@@ -13,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
+from selfsteer.engines import launch
 from selfsteer.errors import ConfigError
 from selfsteer.run import ranks
 
@@ -22,7 +23,7 @@ PROFILES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher of the machine that the tests run on."""
-    for name in ranks.plain_environment().keys() ^ os.environ.keys():
+    for name in launch.plain_environment().keys() ^ os.environ.keys():
         monkeypatch.delenv(name)
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -78,15 +79,15 @@ def test_empty_models_on_other_ranks_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_server_does_not_inherit_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PASSWORD_FILE", "x")  # someone's own, outside of any world
-    assert ranks.plain_environment() == dict(os.environ)
+    assert launch.plain_environment() == dict(os.environ)
     monkeypatch.delenv("MASTER_PASSWORD_FILE")
     before = dict(os.environ)
     world(monkeypatch, 0, 2)
     for name in ("MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP"):
         monkeypatch.setenv(name, "1")
-    assert ranks.plain_environment() == before
+    assert launch.plain_environment() == before
     everything = dict(os.environ)
-    with ranks.out_of_world():
+    with launch.out_of_world():
         assert dict(os.environ) == before
         assert not ranks.in_world()
     assert dict(os.environ) == everything

@@ -1,7 +1,5 @@
-import json
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,10 @@ import pytest
 
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Message, Query
-from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import Augment, Queries
 from selfsteer.stages.augment import Outcome, augment, parse_query, prompt
+from tests.fakes import FakeEngine, Said
 
 SEEDS = [
     Query.from_dict({"id": f"s{i}", "prompt": f"Tell me something new about subject {word}."})
@@ -21,41 +19,23 @@ SEEDS = [
 ]
 
 
-class Scripted:
-    """Answers each prompt by a function of it and a random generator of the call's seed."""
-
-    def __init__(self, reply: Callable[[str, random.Random], str | Completion]) -> None:
-        self.reply, self.prompts, self.calls = reply, list[str](), 0
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        self.calls += 1
-        assert sampling == SamplingParams(1.0, 0.95, 256)
-        rng, out = random.Random(seed), []
-        for messages in conversations:
-            self.prompts.append(messages[-1].content)
-            said = self.reply(messages[-1].content, rng)
-            out.append(said if isinstance(said, Completion) else Completion(said, "stop", 1, 1))
-        return out
+def scripted(reply: Callable[[str, random.Random], Said], size: int | None = None) -> FakeEngine:
+    """Answers each prompt by a function of it and a random generator of the request's seed."""
+    return FakeEngine(lambda r: reply(r.messages[-1].content, random.Random(r.seed)), size)
 
 
 def fresh(text: str, rng: random.Random) -> str:
     return "New query: " + " ".join(f"w{rng.randrange(9999)}" for _ in range(9))
 
 
-def grow(tmp_path: Path, engine: Scripted, to: int = 12, **more: Any) -> tuple[Any, list[Query]]:
+def grow(tmp_path: Path, engine: FakeEngine, to: int = 12, **more: Any) -> tuple[Any, list[Query]]:
     given = {k: more.pop(k) for k in list(more) if k in ("evaluation", "check")}
     seeds = more.pop("seeds", SEEDS)
     names = ("depth", "breadth", "instruct", "attempts")
     own = {k: more.pop(k) for k in names if k in more}
     settings = Queries(path="q.jsonl", augment=Augment(to=to, **own), **more)
     path = tmp_path / "augmented.jsonl"
-    result = augment(seeds, settings, engine, path, seed=3, shard_size=4, **given)
+    result = augment(seeds, settings, engine, path, seed=3, **given)
     return result, [Query.from_dict(v) for _, v in read_jsonl(path)]
 
 
@@ -96,7 +76,7 @@ def test_prompts_show_their_sources_and_hide_system_messages() -> None:
 
 
 def test_the_set_grows_to_its_size_with_lineage(tmp_path: Path) -> None:
-    result, queries = grow(tmp_path, Scripted(fresh), to=45)
+    result, queries = grow(tmp_path, scripted(fresh), to=45)
     assert (result.n_in, result.n_out, result.dropped) == (45, 45, {})
     assert result.notes["rounds"] == 1
     assert sum(result.notes["added"].values()) == 40
@@ -118,14 +98,14 @@ def test_the_set_grows_to_its_size_with_lineage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["depth", "breadth", "instruct"])
 def test_shares_of_one_way_alone(tmp_path: Path, how: str) -> None:
     shares: dict[str, Any] = {k: float(k == how) for k in ("depth", "breadth", "instruct")}
-    result, _ = grow(tmp_path, Scripted(fresh), **shares)
+    result, _ = grow(tmp_path, scripted(fresh), **shares)
     assert result.notes["replies"] == {how: 7}
 
 
 def test_a_new_query_keeps_the_system_message_it_grew_from(tmp_path: Path) -> None:
     seeds = [Query.from_dict({"id": "s", "prompt": "Tell me of elks.", "system": "Be brief."})]
     shares: dict[str, Any] = {"depth": 0.5, "breadth": 0.5, "instruct": 0.0}
-    _, queries = grow(tmp_path, Scripted(fresh), to=4, seeds=seeds, **shares)
+    _, queries = grow(tmp_path, scripted(fresh), to=4, seeds=seeds, **shares)
     assert all(q.messages[0] == Message("system", "Be brief.") for q in queries)
 
 
@@ -137,7 +117,7 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
         Query.from_dict({"id": "e2", "prompt": "Where do elks sleep?"}),
     ]
     near = "one two three four five six seven eight nine ten eleven twelve"
-    replies: list[str | Completion] = [
+    replies: list[Said] = [
         "Why?",
         "New query: a b",
         "New query: " + "word " * 80,
@@ -150,8 +130,8 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
         "New query: Say who first sailed around the southern cape at noon",
         "New query: where do elks sleep",
         "New query: Let the judge fail on this one",
-        Completion("New query: cut", "length", 1, 1),
-        Completion("", "prompt_too_long", 1, 0),
+        ("New query: cut", "length"),
+        ("", "prompt_too_long"),
     ]
     left = iter(replies)
 
@@ -161,7 +141,7 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
 
     result, queries = grow(
         tmp_path,
-        Scripted(lambda text, rng: next(left)),
+        scripted(lambda text, rng: next(left)),
         to=5 + len(replies),
         attempts=1,
         max_chars=200,
@@ -196,7 +176,7 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
 def test_it_stops_after_its_attempts_and_says_how_far_it_came(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = Scripted(lambda text, rng: "no")
+    engine = scripted(lambda text, rng: "no")
     result, queries = grow(tmp_path, engine, to=7, attempts=3)
     assert len(queries) == 5
     assert result.dropped == {"no_label": 6}
@@ -208,7 +188,7 @@ def test_a_later_round_builds_on_earlier_finds(tmp_path: Path) -> None:
     def sometimes(text: str, rng: random.Random) -> str:
         return fresh(text, rng) if rng.random() < 0.5 else "no"
 
-    result, queries = grow(tmp_path, Scripted(sometimes), to=60, attempts=20)
+    result, queries = grow(tmp_path, scripted(sometimes), to=60, attempts=20)
     assert len(queries) == 60
     rounds = {q.id: q.extra["augmented"]["round"] for q in queries if q.extra}
     assert len(set(rounds.values())) == result.notes["rounds"] > 2
@@ -224,30 +204,27 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(tmp_path: Path)
     def reply(text: str, rng: random.Random) -> str:
         return fresh(text, rng) if rng.random() < 0.5 else "no"
 
-    whole, _ = grow(tmp_path / "whole", Scripted(reply), to=30)
+    whole, _ = grow(tmp_path / "whole", scripted(reply), to=30)
     expected = (tmp_path / "whole" / "augmented.jsonl").read_bytes()
-    total = Scripted(reply)
+    total = scripted(reply)
     grow(tmp_path / "count", total, to=30)
 
     class Stop(Exception):
         pass
 
-    class Stopping(Scripted):
-        """Answers two calls, then stops."""
-
-        def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
-            if self.calls == 2:
-                raise Stop
-            return super().generate(*args, **kwargs)
+    def stopping(text: str, rng: random.Random) -> str:
+        if len(engine.asked) > 7:
+            raise Stop
+        return reply(text, rng)
 
     asked, result = 0, None
     while result is None:
-        engine = Stopping(reply)
+        engine = scripted(stopping)
         with suppress(Stop):
             result, _ = grow(tmp_path / "cut", engine, to=30)
-        asked += engine.calls
+        asked += len(engine.asked) - (result is None)
     assert (tmp_path / "cut" / "augmented.jsonl").read_bytes() == expected
-    assert asked == total.calls > 6
+    assert asked == len(total.asked) > 25
     assert (result.n_in, result.dropped, result.notes) == (
         whole.n_in,
         whole.dropped,
@@ -257,21 +234,7 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(tmp_path: Path)
 
 def test_a_size_that_is_reached_already_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="to 5 is not above the 5 queries"):
-        grow(tmp_path, Scripted(fresh), to=5)
-
-
-def test_replies_on_disk_say_what_was_asked(tmp_path: Path) -> None:
-    def fail(text: str, rng: random.Random) -> str:
-        if rng.random() < 2 and len(list((tmp_path / "augment").rglob("*.done.json"))):
-            raise RuntimeError
-        return "no"
-
-    with pytest.raises(RuntimeError):
-        grow(tmp_path, Scripted(fail), to=12)
-    (shard,) = (tmp_path / "augment").rglob("shard-*.jsonl")
-    lines = [json.loads(line) for line in shard.read_text().splitlines()]
-    assert [set(v) for v in lines] == [{"how", "from", "text", "finish_reason"}] * 4
-    assert all(re.fullmatch(r"s\d", i) for v in lines for i in v["from"])
+        grow(tmp_path, scripted(fresh), to=5)
 
 
 def test_a_gap_of_any_length_is_read() -> None:

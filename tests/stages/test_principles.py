@@ -1,47 +1,38 @@
 """Which of a writer's answers is taken, when it is asked again, and what is counted."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfsteer.data.records import Message, Query
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
+from selfsteer.engines.base import PROMPT_TOO_LONG, Request
 from selfsteer.methods import recipe_of
 from selfsteer.principles import writer
 from selfsteer.run.folder import StageResult
 from selfsteer.stages import principles as stage
+from tests.fakes import FakeEngine
 
 GOOD = "Good: Say what is true.\nBad: Say what is false."
 BETTER = "Good: Say what is true.\nBad: Invent some nonsense."
 ONE = "Good: Say what is true."
 
 
-class Scripted:
-    """Answers from a list per query; remembers what it was asked and with which seeds."""
+def scripted(script: dict[str, list[str]]) -> FakeEngine:
+    """Answers from a list per query."""
+    left = {name: iter(answers) for name, answers in script.items()}
 
-    def __init__(self, script: dict[str, list[str]]) -> None:
-        self.script = {name: iter(answers) for name, answers in script.items()}
-        self.seeds: list[int] = []
-        self.asked: list[str] = []
+    def say(request: Request) -> tuple[str, str]:
+        name = request.id.partition("/")[0]
+        assert f"Query: {name}" in request.messages[-1].content
+        text = next(left[name])
+        return text, PROMPT_TOO_LONG if text == PROMPT_TOO_LONG else "stop"
 
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        self.seeds.append(seed)
-        out = []
-        for turns in conversations:
-            name = next(n for n in self.script if f"Query: {n}" in turns[-1].content)
-            self.asked.append(name)
-            text = next(self.script[name])
-            reason = PROMPT_TOO_LONG if text == PROMPT_TOO_LONG else "stop"
-            out.append(Completion(text, reason, 1, 1))
-        return out
+    return FakeEngine(say)
+
+
+def asked(engine: FakeEngine) -> list[str]:
+    return [r.id.partition("/")[0] for r in engine.asked]
 
 
 def run(
@@ -49,8 +40,8 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     script: dict[str, list[str]],
     **settings: Any,
-) -> tuple[StageResult, dict[str, Any], Scripted]:
-    engine = Scripted(script)
+) -> tuple[StageResult, dict[str, Any], FakeEngine]:
+    engine = scripted(script)
     monkeypatch.setattr(stage, "_engines", lambda *args: (None, engine))
     values = {
         "name": "n",
@@ -87,8 +78,8 @@ def test_a_failed_answer_is_asked_for_once_more_then_picked(
         "three": "fallback:one_sided",
         "four": "fallback:prompt_too_long",
     }
-    assert engine.asked == ["one", "two", "three", "four", "two", "three"]
-    assert len(set(engine.seeds)) == 2
+    assert asked(engine) == ["one", "two", "three", "four", "two", "three"]
+    assert len({r.seed for r in engine.asked}) == 6
     assert result.notes["sources"] == {
         "fallback:one_sided": 1,
         "fallback:prompt_too_long": 1,
@@ -129,7 +120,7 @@ def test_a_greedy_writer_is_not_asked_the_same_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, _, engine = run(tmp_path, monkeypatch, {"one": [ONE]}, temperature=0)
-    assert engine.asked == ["one"]
+    assert asked(engine) == ["one"]
     assert result.notes["sources"] == {"fallback:one_sided": 1}
 
 

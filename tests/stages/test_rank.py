@@ -9,7 +9,6 @@ import pytest
 
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Message, Preference, Query
-from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.methods import Recipe, load_recipe
@@ -25,6 +24,7 @@ from selfsteer.stages.rank import (
     to_preference,
 )
 from tests.e2e.support import TESTBED
+from tests.fakes import FakeEngine
 
 BEE = Query("q1", (Message("user", "What does the bee eat?"),), {"source": "made up"})
 
@@ -129,27 +129,18 @@ def test_the_stage_keeps_the_oracles_best_and_worst_and_resumes(
         assert json.loads(path.read_text().splitlines()[0])["id"]
 
 
-class Scripted:
-    """Answers each query as told, whatever the seed."""
-
-    def __init__(self, answers: list[tuple[str, str]]) -> None:
-        self.answers = answers
-
-    def generate(self, conversations: Sequence[Any], *rest: Any) -> list[Completion]:
-        assert len(conversations) == len(self.answers)
-        return [Completion(text, reason, 1, 1) for text, reason in self.answers]
-
-
 def test_a_query_is_dropped_for_the_reason_it_has_no_answers(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = [
-        *[("", "prompt_too_long")] * 2,
-        *[("Nectar.", "stop"), ("", "request_failed:timeout")],
-        *[("Nectar.", "stop"), ("Nectar. And", "length")],
-        *[("Nectar.", "stop"), ("Bricks, bricks.", "stop")],
-    ]
-    monkeypatch.setattr(module.Engines, "sampler", lambda *args: Scripted(told))
+    told = {
+        "q0/0": ("", "prompt_too_long"),
+        "q0/1": ("", "prompt_too_long"),
+        "q1/1": ("", "request_failed:timeout"),
+        "q2/1": ("Nectar. And", "length"),
+        "q3/1": ("Bricks, bricks.", "stop"),
+    }
+    engine = FakeEngine(lambda r: told.get(r.id, "Nectar."))
+    monkeypatch.setattr(module.Engines, "sampler", lambda *args: engine)
     queries = [Query(f"q{i}", (Message("user", "What does the bee eat?"),)) for i in range(4)]
     found = best_of_n(queries, 2, recipe, "m", Longest, tmp_path / "p", "bon", tmp_path)
     assert (found.n_in, found.n_out) == (4, 1)

@@ -268,7 +268,9 @@ class OpenAIEngine:
         )
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Ends the connections; a second time it does nothing."""
+        if self._loop.is_closed():
+            return
         client = self.__dict__.pop("_client", None)
         if client is not None:
             self._start(client.close()).result()

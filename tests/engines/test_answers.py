@@ -1,0 +1,85 @@
+"""Answers that are kept as they come: nothing finished is asked for again, nothing changes."""
+
+from pathlib import Path
+
+import pytest
+
+from selfsteer.data.records import Message
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Completion, Request, SamplingParams, cut
+from tests.fakes import FakeEngine, Said
+
+PARAMS = SamplingParams()
+REQUESTS = [Request(f"r{i}", (Message("user", "x" * (i * 7 % 11)),), i) for i in range(11)]
+
+
+class Killed(Exception):
+    pass
+
+
+def told(request: Request) -> Said:
+    """What batches it was in shows in no answer; one is cut off and one too long."""
+    reasons = {3: "length", 5: "prompt_too_long"}
+    return f"{request.seed} said\n\u2028", reasons.get(request.seed, "stop")
+
+
+def killed_after(count: int, size: int | None) -> FakeEngine:
+    def say(request: Request) -> Said:
+        if len(engine.asked) > count:
+            raise Killed
+        return told(request)
+
+    engine = FakeEngine(say, size)
+    return engine
+
+
+class Progress:
+    items = 0
+
+    def advance(self, items: int, tokens: int) -> None:
+        self.items += items
+
+
+def test_answers_come_in_the_order_of_the_requests() -> None:
+    engine = FakeEngine(told)
+    found = answers(engine, REQUESTS, PARAMS)
+    assert list(found) == [r.id for r in REQUESTS]
+    assert found["r4"] == Completion("r4", "4 said\n\u2028", "stop", 10, 5)
+    with pytest.raises(ValueError, match="same id"):
+        answers(engine, [*REQUESTS, REQUESTS[0]], PARAMS)
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_between_any_two_answers_it_ends_the_same(
+    tmp_path: Path, size: int | None, torn: bool
+) -> None:
+    expected = answers(FakeEngine(told, size), REQUESTS, PARAMS)
+    batches = cut(REQUESTS, size) if size else [[r] for r in REQUESTS]
+    order = [r for batch in batches for r in batch]  # a real engine answers batch by batch
+    for count in range(len(order)):
+        store = tmp_path / f"{count}.jsonl"
+        with pytest.raises(Killed):
+            answers(killed_after(count, size), order, PARAMS, store=store)
+        if torn:
+            store.write_bytes(store.read_bytes()[:-9])
+        kept = count - 1 if torn and count else count
+        whole = kept // (size or 1) * (size or 1)
+        engine = FakeEngine(told, size)
+        progress = Progress()
+        found = answers(engine, REQUESTS, PARAMS, store=store, advance=progress.advance)
+        assert found == expected
+        assert {r.id for r in engine.asked} == {r.id for r in order[whole:]}
+        assert progress.items == len(REQUESTS)
+        again = FakeEngine(told, size)
+        assert answers(again, REQUESTS, PARAMS, store=store) == expected
+        assert not again.calls
+
+
+def test_what_failed_is_asked_for_again(tmp_path: Path) -> None:
+    store = tmp_path / "a.jsonl"
+    failing = FakeEngine(lambda r: ("", "request_failed:timeout") if r.seed == 2 else told(r))
+    assert answers(failing, REQUESTS, PARAMS, store=store)["r2"].missing
+    engine = FakeEngine(told)
+    assert answers(engine, REQUESTS, PARAMS, store=store)["r2"].text == "2 said\n\u2028"
+    assert [r.id for r in engine.asked] == ["r2"]
