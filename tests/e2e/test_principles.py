@@ -49,7 +49,7 @@ def test_principles_are_written_without_a_run(tmp_path: Path, here: Here) -> Non
 def test_an_interrupted_writing_ends_like_an_undisturbed_one(tmp_path: Path, here: Here) -> None:
     to, whole = tmp_path / "p.jsonl", tmp_path / "whole.jsonl"
     assert here(*write(whole)).code == 0
-    shards = tmp_path / "p.jsonl.partial/write/iteration-1/principles"
+    shards = tmp_path / "p.jsonl.partial/principles"
     with full_for("shard-00001.jsonl"):
         fails(here(*write(to)), 3, "disk is full")
     first = (shards / "shard-00000.jsonl").stat()
@@ -69,7 +69,7 @@ def test_what_write_is_told_twice_is_refused(tmp_path: Path, here: Here) -> None
 def test_a_finished_writing_leaves_nothing_beside_it(tmp_path: Path, here: Here) -> None:
     to = tmp_path / "p.jsonl"
     assert here(*write(to)).code == 0
-    (tmp_path / "p.jsonl.partial" / "write").mkdir(parents=True)  # as after a kill
+    (tmp_path / "p.jsonl.partial" / "principles").mkdir(parents=True)  # as after a kill
     assert "nothing to do" in here(*write(to)).err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["p.jsonl", "p.jsonl.report.json"]
 

@@ -125,17 +125,19 @@ S = TypeVar("S", bound=Section)
 
 
 def check_sections(settings: Iterable[str], sections: Collection[str], verb: str) -> None:
-    """Refuses settings of a recipe that a verb on models makes no use of.
+    """Refuses settings of a recipe that a verb without one makes no use of.
 
     Raises:
         ConfigError: names the setting.
     """
     for setting in settings:
         key = setting.partition("=")[0]
-        if key.partition(".")[0] not in sections or key == "policy.model":
+        if key in ("policy.model", "queries.path"):
+            raise ConfigError(f"{setting!r} repeats an argument of {verb}; leave it out.")
+        if key.partition(".")[0] not in sections:
             raise ConfigError(
-                f"--set {setting} has no effect here: {verb} takes {', '.join(sections)} as a "
-                "recipe has them; models are named without a key."
+                f"{setting!r} has no effect here: of a recipe's settings, {verb} takes "
+                f"{', '.join(sections)}."
             )
 
 

@@ -1,6 +1,7 @@
 """``selfsteer principles <verb>``: look at a catalogue, check one, write principles to a file."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import asdict
@@ -134,69 +135,59 @@ def _print_written(report: dict[str, Any], path: Path) -> None:
 
 def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str, Any]:
     from selfsteer.data.jsonl import read_jsonl, write_atomic
-    from selfsteer.data.records import Triple
-    from selfsteer.recipe.read import merge, validate
+    from selfsteer.recipe.read import check_sections, merge, validate
     from selfsteer.run.execute import execute
     from selfsteer.run.folder import RunFolder
     from selfsteer.verbs.writing import Writing
 
-    for setting in settings:
-        if setting.partition("=")[0].partition(".")[0] not in SECTIONS:
-            raise ConfigError(
-                f"{setting!r} has no effect here: principles write takes {', '.join(SECTIONS)}, "
-                "as a recipe has them."
-            )
-        if setting.partition("=")[0] in ("policy.model", "queries.path"):
-            raise ConfigError(
-                f"{setting!r} would replace what QUERIES and --model say; leave it out."
-            )
-    work = to.with_name(f"{to.name}.partial")
+    check_sections(settings, SECTIONS, "principles write")
+    work, report = to.with_name(f"{to.name}.partial"), to.with_name(f"{to.name}.report.json")
     given = {"folder": str(work), "policy": {"model": model}, "queries": {"path": queries}}
     values = merge(given, settings)
-    recipe = validate(Writing, values, "settings of principles write")
-    run, stages = RunFolder(recipe.folder), recipe.plan()
-    report = to.with_name(f"{to.name}.report.json")
+    writing = validate(Writing, values, "settings of principles write")
+    run, stages = RunFolder(work), writing.plan()
+    last = stages[-1]
     if to.exists():
-        done = json.loads(report.read_text("utf-8")) if report.exists() else {}
-        made = {"fingerprint": stages[-1].fingerprint, "sha256": _digest(to)}
-        if not made.items() <= done.items():
+        done: dict[str, Any] = json.loads(report.read_text("utf-8")) if report.exists() else {}
+        if not {"fingerprint": last.fingerprint, "sha256": _sha256(to)}.items() <= done.items():
             raise ConfigError(
                 f"{to} is there already and was not made by this command with these settings and "
                 "queries. Choose another name, or move it away."
             )
         shutil.rmtree(work, ignore_errors=True)  # where a kill has left it
         say(f"nothing to do: {to} is finished")
-        return dict(done)
+        return done
     if run.stale(stages):
         raise ConfigError(
             f"{work} holds principles that were begun with other settings or queries. Finish "
             "those, choose another name, or remove that folder."
         )
-    execute(recipe, values)
-    entry = run.last(stages[-1].name) or {}
-    made_here = run / stages[-1].outputs[0]
-    text = made_here.read_bytes()
-    lines = [Triple.from_dict(v) for _, v in read_jsonl(made_here)]
+    execute(writing, values)
+    made, entry = run / last.outputs[0], run.last(last.name) or {}
+    first = [value for _, value in itertools.islice(read_jsonl(made), 3)]
     found = {
-        "fingerprint": stages[-1].fingerprint,
-        "sha256": hashlib.sha256(text).hexdigest(),
+        "fingerprint": last.fingerprint,
+        "sha256": _sha256(made),
         "model": model,
         "queries": queries,
-        "principles": recipe.principles.model_dump(),
+        "principles": writing.principles.model_dump(),
         "n_in": entry["n_in"],
         "n_out": entry["n_out"],
         **entry["notes"],
         "examples": [
-            {"query": t.messages[-1].content, "good": t.principles.good, "bad": t.principles.bad}
-            for t in lines[:3]
-            if t.principles is not None
+            {
+                "query": v["messages"][-1]["content"],
+                "good": v["principles"]["good"],
+                "bad": v["principles"]["bad"],
+            }
+            for v in first
         ],
     }
     write_atomic(report, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(to, text)
+    made.replace(to)
     shutil.rmtree(work)
     return found
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
