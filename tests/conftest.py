@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
-from tests.families import FAMILIES, make_checkpoint
+from tests.make import FAMILIES, make_checkpoint
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

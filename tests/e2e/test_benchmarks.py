@@ -12,7 +12,7 @@ from selfsteer.evaluation import harness
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.read import recipe_text
 from tests.e2e.support import TESTBED, Here, fails, finished
-from tests.serving import serving
+from tests.fakes import serving
 
 QUIZ = [
     {"q": "What does the bee eat?", "a": "nectar", "choices": ["nectar", "bricks"], "gold": 0},

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests import serving as serving_module
+from tests import fakes
 from tests.e2e.support import Here, fails, finished, ledger, process
-from tests.serving import FAULTS, Handler, Server, completion, sends, serving, status
+from tests.fakes import FAULTS, Handler, Server, completion, sends, serving, status
 
 #: PBAA on 16 queries up to its preferences; nothing trained answers, so one server will do.
 PBAA = (
@@ -230,7 +230,7 @@ def ledger_or_none(run: Path) -> list[dict[str, Any]]:
 
 def test_the_whole_method_through_servers_that_it_launches(tmp_path: Path, here: Here) -> None:
     """Writer, policy, generator and trained policies, each served in its turn and gone after."""
-    launch = f"{sys.executable} {serving_module.__file__} {{model}} {{port}}"
+    launch = f"{sys.executable} {fakes.__file__} {{model}} {{port}}"
     engine = f"{{kind: openai, launch: '{launch}'}}"
     args = (
         *("run", "smoke", f"runs_dir={tmp_path}", "name=served", "judge=null"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.support import TESTBED, Here, fails, finished, spawn
-from tests.preferences import tiny_pairs, write_pairs
+from tests.make import tiny_pairs, write_pairs
 
 #: Enough to learn the tiny world's faults, in seconds.
 SETTINGS = (

@@ -13,7 +13,7 @@ from selfsteer.judges.oracle import OracleJudge
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
 from selfsteer.stages import rivals
 from tests.e2e.support import TINY, Here, fails, finished
-from tests.serving import say, serving
+from tests.fakes import say, serving
 
 WISE = "The bee eats nectar, and it is never in a hurry about it."
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.recipe.read import recipe_names
 from tests.e2e.support import TESTBED, Here, artefacts, environment, fails, finished
-from tests.families import FAMILIES
+from tests.make import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 

@@ -32,8 +32,8 @@ from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig
-from tests import serving as serving_module
-from tests.serving import FAULTS, Server, completion, say, sends, serving, status
+from tests import fakes
+from tests.fakes import FAULTS, Server, completion, say, sends, serving, status
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
@@ -300,7 +300,7 @@ def test_another_model_is_served(server: Server, engine: Make) -> None:
 
 # -- a server of its own ---------------------------------------------------------------------------
 
-SERVE = f"{sys.executable} {serving_module.__file__} {{model}} {{port}}"
+SERVE = f"{sys.executable} {fakes.__file__} {{model}} {{port}}"
 
 
 def test_two_models_of_one_server_are_counted_together(server: Server, tmp_path: Path) -> None:

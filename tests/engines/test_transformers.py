@@ -13,7 +13,7 @@ from selfsteer.engines.base import Advance, Completion, Request, SamplingParams,
 from selfsteer.engines.transformers import TransformersEngine, draw, uniforms
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
-from tests.families import FAMILIES, make_checkpoint, make_tokenizer
+from tests.make import FAMILIES, make_checkpoint, make_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=24)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=16)

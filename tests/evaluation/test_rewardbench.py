@@ -24,7 +24,7 @@ from selfsteer.evaluation.rewardbench import (
 from selfsteer.models.load import load_model
 from selfsteer.models.score import score_records
 from selfsteer.recipe.sections import Policy
-from tests.families import make_checkpoint
+from tests.make import make_checkpoint
 
 
 class Told:

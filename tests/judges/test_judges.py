@@ -27,7 +27,7 @@ from selfsteer.models.load import load_reward
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig
 from tests.fakes import FakeEngine
-from tests.families import make_checkpoint
+from tests.make import make_checkpoint
 
 A, B, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
 ODD, LOST = Verdict.INCONSISTENT, Verdict.UNPARSEABLE

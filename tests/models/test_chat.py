@@ -8,7 +8,7 @@ from selfsteer.errors import ArtifactError, DataError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_model
 from selfsteer.recipe.sections import Policy
-from tests.families import FAMILIES, make_checkpoint, make_tokenizer
+from tests.make import FAMILIES, make_checkpoint, make_tokenizer
 
 GOOD, BAD = "Be right about bees.", "Be wrong about bees."
 

@@ -17,7 +17,7 @@ from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import batch_logps, pad, score_sequences, sums_by_row
 from selfsteer.models.store import ScoreStore
 from selfsteer.recipe.sections import Policy
-from tests.families import make_checkpoint
+from tests.make import make_checkpoint
 
 SEQUENCES = (
     "plain/good",

@@ -27,7 +27,7 @@ from selfsteer.stages.filter import (
     to_preferences,
     within_caps,
 )
-from tests.families import make_tokenizer
+from tests.make import make_tokenizer
 
 
 def means(*rows: tuple[float, float, float, float, float, float]) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from selfsteer.stages.fit_reward import (
 from selfsteer.stages.inputs import preferences_of
 from selfsteer.training.reward import RewardPair, RewardTask
 from selfsteer.training.trainer import train, work_folder
-from tests.families import make_checkpoint
+from tests.make import make_checkpoint
 
 WORDS = ("nectar", "honey", "fish", "milk", "mice", "tea", "water", "France")
 

@@ -28,7 +28,7 @@ from selfsteer.training.trainer import (
     publish,
     train,
 )
-from tests.families import make_checkpoint
+from tests.make import make_checkpoint
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3, "warmup": 0.0}
 

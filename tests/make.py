@@ -1,10 +1,13 @@
-"""Tiny random-weight checkpoints shaped like the four families of chat models.
+"""What tests are made from: records, recipes, preferences of the tiny world, checkpoints.
 
-Each has its own byte-level tokenizer and a chat template with the habits of its family: Llama 3
-ends a turn with a token that is not its eos, Qwen2 invents a system message where there is none,
-Mistral puts the system text into the first user turn, Gemma refuses a system role.
+The checkpoints are tiny, with random weights, shaped like the four families of chat models. Each
+has its own byte-level tokenizer and a chat template with the habits of its family: Llama 3 ends a
+turn with a token that is not its eos, Qwen2 invents a system message where there is none, Mistral
+puts the system text into the first user turn, Gemma refuses a system role.
 """
 
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,84 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.records import Message, Preference, Principles, Query, Triple
+from selfsteer.methods import load_recipe, recipe_of
+from selfsteer.run.stage import Stage
+from selfsteer.testbed.corpus import as_query
+from selfsteer.testbed.grammar import respond
+from selfsteer.testbed.questions import questions
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def query(text: str = "What does the bee eat?", id: str = "q", **extra: Any) -> Query:
+    """A query of one turn."""
+    return Query(id, (Message("user", text),), extra)
+
+
+def triple(id: str = "t", *features: str, text: str = "Hi", **responses: str) -> Triple:
+    """A triple of these responses; with features it has principles, which name its id."""
+    principles = Principles(f"Be fine {id}.", f"Be foul {id}.", features) if features else None
+    return Triple(id, (Message("user", text),), principles, responses)
+
+
+def write_jsonl(path: Path, *rows: Any) -> Path:
+    """A JSONL file of these values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return path
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+def recipe(method: str = "sso", **sections: Any) -> Any:
+    """A recipe with little more than these sections; its model and queries are nowhere."""
+    given = {"name": "n", "policy": {"model": "m"}}
+    if method != "reward":
+        given["queries"] = {"path": "q.jsonl"}
+    return recipe_of({**given, "method": method, **sections}, "recipe")
+
+
+def smoke(folder: Path, *overrides: str) -> Any:
+    """The shipped recipe of that name, with run folders in ``folder``."""
+    return load_recipe("smoke", [f"runs_dir={folder}", *overrides])
+
+
+def stages_of(recipe: Any) -> dict[str, Stage]:
+    """The plan's stages by name."""
+    return {s.name: s for s in recipe.plan()}
+
+
+# -- preferences of the tiny world -----------------------------------------------------------------
+
+
+def tiny_pairs(count: int, seed: int, *, faults: int = 2) -> list[Preference]:
+    """Faultless answers over faulty ones, each pair on a different question.
+
+    The rejected answer is odd in ``faults`` features.
+    """
+    rng = random.Random(seed)
+    found = []
+    for question in rng.sample(list(questions("train")), count):
+        good = dict.fromkeys(question.features, "good")
+        odd = rng.sample(sorted(good), min(faults, len(good)))
+        chosen = respond(question, good, rng)
+        rejected = respond(question, good | dict.fromkeys(odd, "odd"), rng)
+        query = as_query(question)
+        found.append(Preference(query.id, query.messages, chosen, rejected))
+    return found
+
+
+def write_pairs(path: Path, pairs: list[Preference]) -> Path:
+    """As a JSONL file."""
+    write_atomic(path, dump_lines(pairs))
+    return path
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
 
 VOCABULARY = 340
 
