@@ -35,6 +35,7 @@ from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration
+from selfsteer.verbs.common import size
 from selfsteer.verbs.rehearsal import Line, drops, first_words, fit, measure, sample_some, settle
 
 #: Share of written principles that cannot be used above which it is a warning.
@@ -210,11 +211,11 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
     with c.line("model") as line:
         start = time.monotonic()
         loaded = load_model(resolve_path(recipe.policy.model), recipe.policy)
-        size = sum(p.numel() for p in loaded.model.parameters())
+        weights = sum(p.numel() for p in loaded.model.parameters())
         dtype = str(loaded.dtype).removeprefix("torch.")
         line.figures = {
             "class": type(loaded.model).__name__,
-            "parameters": size,
+            "parameters": weights,
             "dtype": dtype,
             "device": str(loaded.device),
             "context": loaded.context_length,
@@ -222,7 +223,7 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         }
         context = f"context {loaded.context_length:,}" if loaded.context_length else "any context"
         line.found = (
-            f"{type(loaded.model).__name__}, {_amount(size)} parameters, {dtype} on "
+            f"{type(loaded.model).__name__}, {_amount(weights)} parameters, {dtype} on "
             f"{loaded.device}, {context}"
         )
     if loaded is None:
@@ -238,7 +239,7 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         layout = settle(line, loaded, sequences)
     if layout is None:
         return None
-    return Probed(size, loaded.dtype.itemsize, loaded.context_length, layout)
+    return Probed(weights, loaded.dtype.itemsize, loaded.context_length, layout)
 
 
 def answering(recipe: Aligning, loaded: LoadedModel, engines: Engines) -> Engine:
@@ -262,12 +263,12 @@ def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
         there = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(there).free
         line.figures = {"need_at_most": need, "free": free}
-        parts = ", ".join(f"{k} {_bytes(n)}" for k, n in need.items() if n)
-        line.found = f"{_bytes(free)} free; needs at most {parts or 'nothing'} (estimate)"
+        parts = ", ".join(f"{k} {size(n)}" for k, n in need.items() if n)
+        line.found = f"{size(free)} free; needs at most {parts or 'nothing'} (estimate)"
         if need["models"] + need["checkpoints"] > free:
             raise ArtifactError(
-                f"{there} has {_bytes(free)} free, and the models alone need about "
-                f"{_bytes(need['models'] + need['checkpoints'])} ({parts}). Choose another "
+                f"{there} has {size(free)} free, and the models alone need about "
+                f"{size(need['models'] + need['checkpoints'])} ({parts}). Choose another "
                 "runs_dir, lower keep.checkpoints or train adapters (policy.lora.rank=16)."
             )
         if sum(need.values()) > free:
@@ -377,11 +378,7 @@ def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -
 
 
 def _amount(n: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.3g}{unit}"
     return f"{n:.0f}"
-
-
-def _bytes(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.1f} MB"

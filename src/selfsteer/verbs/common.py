@@ -114,3 +114,15 @@ def aligning(recipe: "Recipe") -> "Aligning":
         f"This command looks at queries and sampling, and a recipe of method {recipe.method} has "
         "neither. Start it with selfsteer run."
     )
+
+
+def size(n: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size(8_030_000_000), size(1_500_000), size(3e13)
+    ('8.0 GB', '1.5 MB', '30.0 TB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if n >= scale:
+            return f"{n / scale:,.1f} {unit}"
+    return f"{n / 1e6:,.1f} MB"

@@ -7,7 +7,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import duration, out, table, warn
-from selfsteer.verbs.common import AsJson, aligning, emit
+from selfsteer.verbs.common import AsJson, aligning, emit, size
 
 #: Stand in for what a shipped recipe leaves open and arithmetic does not need.
 OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
@@ -160,15 +160,3 @@ def _largest(parts: Mapping[str, float]) -> tuple[str, float]:
     """The largest part and its share of all."""
     name = max(parts, key=lambda n: parts[n])
     return name, parts[name] / (sum(parts.values()) or 1)
-
-
-def size(n: float) -> str:
-    """Bytes as a person would say them.
-
-    >>> size(8_030_000_000), size(1_500_000), size(3e13)
-    ('8.0 GB', '1.5 MB', '30.0 TB')
-    """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if n >= scale:
-            return f"{n / scale:,.1f} {unit}"
-    return f"{n / 1e6:,.1f} MB"
