@@ -205,8 +205,9 @@ class Aligning(Recipe):
         principled: Artifact | None = None,
         triples: Artifact | None = None,
         cleaned: bool = False,
+        rejected: str = "bad",
     ) -> Artifact:
-        """Preferences of good and bad responses, and their quality."""
+        """Preferences of the good response over the bad, or another one, and their quality."""
         catalogue = self.principles.catalogue if isinstance(self, Principled) else None
         pairs = plan(
             WritePairs(
@@ -216,6 +217,7 @@ class Aligning(Recipe):
                 self.sampling.shard_size,
                 catalogue=catalogue,
                 cleaned=cleaned,
+                rejected=rejected,
             )
         )
         plan(MeasureQuality(pairs, policy, self.judge, principled, triples))

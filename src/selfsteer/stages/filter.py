@@ -391,6 +391,7 @@ class WritePairs(Stage):
         shard_size: pairs per shard.
         catalogue: see `FilterTriples`.
         cleaned: the samples are those of `FilterTriples`, with nothing left to drop.
+        rejected: which response the good one is preferred to.
     """
 
     samples: Artifact
@@ -399,6 +400,7 @@ class WritePairs(Stage):
     shard_size: int
     catalogue: str | None = None
     cleaned: bool = False
+    rejected: str = "bad"
 
     title = "preferences"
     passes_on = True
@@ -407,7 +409,7 @@ class WritePairs(Stage):
         """See `Stage.run`."""
         from selfsteer.models.load import load_chat
 
-        triples = stored_pairs(self.samples.path)
+        triples = stored_pairs(self.samples.path, self.rejected)
         kept: Records[Triple] = triples
         notes: dict[str, Any] = {}
         with run.drops(self.name) as drops:

@@ -3,6 +3,7 @@
 import heapq
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,32 @@ def stored_triples(path: Path) -> Stored[Triple]:
     return Stored(path, Triple.from_dict)
 
 
-def stored_pairs(path: Path) -> Stored[Triple]:
-    """Good and bad response of each query: of triples, or of preferences."""
-    return Stored(path, _pair)
+def stored_pairs(path: Path, rejected: str = "bad") -> Stored[Triple]:
+    """Good and bad response of each query: of triples, or of preferences.
 
+    Args:
+        path: where they are.
+        rejected: the response of a triple that stands in for the bad one.
+    """
 
-def _pair(row: Mapping[str, Any]) -> Triple:
-    return Preference.from_dict(row).to_triple() if "chosen" in row else Triple.from_dict(row)
+    def pair(row: Mapping[str, Any]) -> Triple:
+        if "chosen" in row:
+            return Preference.from_dict(row).to_triple()
+        triple = Triple.from_dict(row)
+        if rejected == "bad":
+            return triple
+        names = {"good": "good", rejected: "bad"}
+        return replace(
+            triple,
+            responses={new: triple.responses[old] for old, new in names.items()},
+            finish_reasons={
+                new: triple.finish_reasons[old]
+                for old, new in names.items()
+                if old in triple.finish_reasons
+            },
+        )
+
+    return Stored(path, pair)
 
 
 def stored_preferences(folder: Path) -> Stored[Preference]:
