@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from selfsteer.methods.base import Aligning, Principled, Recipe
 from selfsteer.methods.best_of_n import BestOfN
+from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.reward import RewardModel
@@ -14,7 +15,9 @@ from selfsteer.methods.spin import SPIN
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import choose, load_values, merge, validate
 
-AnyRecipe = SSO | SSOOnline | PBAA | BestOfN | SelfRewarding | SGPO | SPIN | RewardModel
+AnyRecipe = (
+    SSO | SSOOnline | PBAA | GoodOverPlain | BestOfN | SelfRewarding | SGPO | SPIN | RewardModel
+)
 
 #: Their classes, in the order of the documentation; the first is the default.
 METHODS: tuple[type[AnyRecipe], ...] = get_args(AnyRecipe)

@@ -1,0 +1,38 @@
+"""Good over plain: the answer under the good principle is preferred to what the policy says itself.
+
+The distillation pair of Open Character Training (arXiv 2511.01689), with the policy as its own
+teacher and without the paper's KL term: β 0.1, and 0.1 of the NLL of the good answer.
+"""
+
+from typing import Literal
+
+from selfsteer.methods.base import Plan, Principled
+from selfsteer.objectives import BaseLoss, Objective, Term
+from selfsteer.recipe.sections import PolicyTraining
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.sample import Sample
+
+#: Weight of the NLL (arXiv 2511.01689).
+NLL = 0.1
+
+
+class GoodOverPlain(Principled):
+    """The good answer is preferred to the plain one, under the plain context."""
+
+    method: Literal["good-over-plain"] = "good-over-plain"
+    training: PolicyTraining = PolicyTraining()
+
+    def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
+        """See `Aligning.round`."""
+        asked = self.ask(plan, policy)
+        samples = plan(Sample(asked, {"good": policy, "plain": policy}, self.sampling))
+        pairs = self.pairs(plan, samples, policy, rejected="plain")
+        base = BaseLoss(
+            self.training.base,
+            self.training.beta,
+            self.training.label_smoothing,
+            self.training.simpo_margin,
+        )
+        # of a pair the good response is the chosen one, the bad one whatever was rejected
+        objective = Objective(self.method, base, (Term("plain", "good", "bad", sft=NLL),))
+        return self.train(plan, pairs, policy, objective, self.training)
