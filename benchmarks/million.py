@@ -217,25 +217,20 @@ def quality(folder: Path) -> int:
 
 def export(folder: Path, fmt: str) -> int:
     """Preferences, or triples, to the files of another program."""
-    from selfsteer import formats
+    from selfsteer.formats import export as write
     from selfsteer.stages.inputs import stored_preferences, stored_triples
 
     target = folder / f"export-{fmt}"
     shutil.rmtree(target, ignore_errors=True)
-    if fmt == "authors":
-        formats.export_triples(stored_triples(folder / "triples"), target)
-    elif fmt == "parquet":
-        found = stored_preferences(folder / "preferences")
-        formats.export_parquet(found, target, lambda files, left_out: "card")
-    else:
-        formats.export(stored_preferences(folder / "preferences"), fmt, target, "data")
-    return len(stored_preferences(folder / "preferences"))
+    found = stored_preferences(folder / "preferences")
+    write(stored_triples(folder / "triples") if fmt == "authors" else found, fmt, target, "data")
+    return len(found)
 
 
 def import_back(folder: Path, fmt: str) -> int:
     """What was exported, back to our records."""
     from selfsteer.data.jsonl import dump_line, write_atomic
-    from selfsteer.formats import import_records
+    from selfsteer.data.reading import import_records
 
     source = folder / f"export-{fmt}"
     if fmt != "parquet":

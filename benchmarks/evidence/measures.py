@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Query, Triple
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer
-from selfsteer.run.folder import read_shards
 from selfsteer.testbed.model import CHECKPOINT
 
 

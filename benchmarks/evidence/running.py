@@ -18,13 +18,13 @@ from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, STRONG_WRITER, Ce
 from measures import figures
 
 from selfsteer.data.digests import derive_seed, digest
-from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
+from selfsteer.data.jsonl import dump_lines, read_jsonl, read_shards, write_atomic
 from selfsteer.data.records import Preference, Query, Verdict
 from selfsteer.judges.base import Pair
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.principles import writer
 from selfsteer.recipe.sections import JudgeConfig
-from selfsteer.run.folder import read_shards, versions
+from selfsteer.run.folder import versions
 from selfsteer.testbed.corpus import answer_example, choosable
 from selfsteer.testbed.model import QUERIES
 from selfsteer.testbed.questions import question

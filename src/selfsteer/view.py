@@ -20,9 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
 
-from selfsteer.data.jsonl import Records, read_jsonl
+from selfsteer.data.jsonl import Records, Stored, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
-from selfsteer.data.stored import Stored
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, AnyRecipe, recipe_of

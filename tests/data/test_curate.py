@@ -132,14 +132,13 @@ def test_bands_miss_hardly_any_pair_at_the_threshold(threshold: float) -> None:
     count, rows = curate.bands(threshold)
     assert count * rows <= curate.PERMUTATIONS
     assert 1 - (1 - threshold**rows) ** count >= curate.RECALL
-    if rows < curate.PERMUTATIONS:  # one row more, and it would
+    if rows < curate.PERMUTATIONS // 2:  # one row more, and it would
         fewer = curate.PERMUTATIONS // (rows + 1)
         assert 1 - (1 - threshold ** (rows + 1)) ** fewer < curate.RECALL
 
 
-def test_near_duplicates_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_are_those_of_brute_force() -> None:
     """On 300 texts in families of edited copies: the same decisions, in order, as all pairs."""
-    monkeypatch.setattr(curate, "MERGE_AT", 200)  # so that the sorted part is searched too
     rng = random.Random(3)
     texts: list[list[str]] = []
     for _ in range(60):
@@ -182,14 +181,12 @@ def test_prompts_of_one_template_are_hardly_compared(monkeypatch: pytest.MonkeyP
     assert len(compared) < 0.02 * 300 * 299 / 2
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.99, 1.0])
 def test_signatures_rule_out_hardly_any_pair_at_the_threshold(threshold: float) -> None:
     """By chance itself: 20,000 signatures whose values agree with the threshold's probability."""
     rng = np.random.default_rng(0)
     same = rng.binomial(curate.PERMUTATIONS, threshold, 20_000)
-    least = curate.least_matches(threshold)
-    assert (same < least).mean() <= 5 * curate.MISSED
-    assert threshold - least / curate.PERMUTATIONS < 0.17
+    assert (same / curate.PERMUTATIONS < threshold - curate.MARGIN).mean() <= 0.0005
 
 
 def test_likeness_is_not_taken_from_a_shared_system_message_or_history() -> None:

@@ -62,7 +62,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_every_file_kind_gives_the_same_queries_in_id_order(file: Path) -> None:
-    queries, dropped, cut, overlaps, _ = load(file)
+    queries, dropped, cut, overlaps, *_ = load(file)
     assert [q.id for q in queries] == ["a", "b", "c"]
     assert [len(q.messages) for q in queries] == [3, 1, 2]
     assert queries[1].text == "Why is the sky blue?"
@@ -113,7 +113,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[str, str]], bool]] = {
     "preference, implicit prompt": (
         {"chosen": [*CHAT, ANSWER], "rejected": [*CHAT, ANSWER]},
         [("user", "Hi."), ("assistant", "Hello."), ("user", "Name a fish.")],
-        True,
+        False,
     ),
     "sharegpt": (
         {
@@ -158,6 +158,20 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[str, str]], bool]] = {
         {"instruction": "Name a fish.", "input": "", "output": "cod"},
         [("user", "Name a fish.")],
         False,
+    ),
+    "ranking, sharegpt": (
+        {
+            "conversations": [{"from": "human", "value": "Hi."}],
+            "chosen": {"from": "gpt", "value": "Hello."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        [("user", "Hi.")],
+        False,
+    ),
+    "prompt beside its conversation": (
+        {"prompt": "Hi.", "prompt_id": "p7", "messages": [*CHAT, ANSWER]},
+        [("user", "Hi.")],
+        True,
     ),
     "own, answered": (
         {"messages": [*CHAT, ANSWER]},
@@ -209,7 +223,7 @@ def test_csv_columns_are_read_and_empty_cells_are_absent(tmp_path: Path) -> None
     assert queries["7"].text == 'One, "two"?\nThree?'
     assert [m.role for q in queries.values() for m in q.messages] == ["user", "system", "user"]
     path.write_text("prompt\nFour?,extra\n")
-    with pytest.raises(DataError, match=r"line 2 has not as many cells"):
+    with pytest.raises(DataError, match=r"line 2 does not have as many cells"):
         load(path)
 
 
@@ -221,7 +235,7 @@ def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:
     assert {q.text for q in found.queries} == {"q0", "q1", "q2", "same"}
     assert found.dropped == {"duplicate": 2}
     pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"\.parquet and \.jsonl files; give"):
+    with pytest.raises(DataError, match=r"\.jsonl and \.parquet files\. Give"):
         load(tmp_path)
 
 
@@ -242,8 +256,8 @@ def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:
         ("q.jsonl", '{"prompt": "a", "messages": []}', "exactly one of"),
         ("q.jsonl", '{"prompt": "  "}', "line 1: the last user turn is empty"),
         ("q.jsonl", '{"prompt": "a", "system": 3}', "system must be a string"),
-        ("q.jsonl", '\n{"text": "a", "n": 1}', "line 2: no known shape .* columns text, n;"),
-        ("q.csv", "text,n\na,1\n", "found the columns text, n"),
+        ("q.jsonl", '\n{"text": "a", "n": 1}', "line 2: no known shape .* keys are text, n;"),
+        ("q.csv", "text,n\na,1\n", "its keys are text, n"),
         ("q.csv", 'prompt\n"a', "not a CSV file"),
         ("q.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}', "found .'from': 'tool'"),
         ("q.jsonl", '{"instruction": "a", "history": [["b"]]}', "user, assistant. pairs"),
@@ -259,7 +273,7 @@ def test_unusable_files_are_named(tmp_path: Path, name: str, text: str, said: st
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is a folder without query files"):
+    with pytest.raises(DataError, match="is a folder without shards"):
         load(tmp_path)
 
 

@@ -3,26 +3,34 @@
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfsteer.data.jsonl import at, batched, dump_line, dump_lines, write_atomic
+from selfsteer.data.jsonl import (
+    Spool,
+    Stored,
+    at,
+    batched,
+    dump_line,
+    dump_lines,
+    write_atomic,
+)
 from selfsteer.data.queries import load_queries
+from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Query, Triple
-from selfsteer.data.stored import Spool, Stored
+from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import DataError
-from selfsteer.formats import FORMATS, export, export_parquet, export_triples, import_records
-from selfsteer.methods import Recipe, load_recipe
-from selfsteer.recipe.sections import Queries, resolve_path
+from selfsteer.formats import FORMATS, export
+from selfsteer.recipe.read import load_recipe
+from selfsteer.recipe.sections import Queries, Recipe, resolve_path
 from selfsteer.run.folder import StageResult
 from selfsteer.stages.filter import filter_triples, to_preferences
-from selfsteer.stages.inputs import stored_preferences, stored_triples, subset
+from selfsteer.stages.plan import stored_preferences, stored_triples, subset
 from selfsteer.stages.principles import write_principles
 from selfsteer.stages.sample import sample
-from tests.fakes import FakeEngine
 
 RECORDS = 150
 SHARD = 10
@@ -78,8 +86,12 @@ def test_blank_lines_are_no_records(tmp_path: Path) -> None:
         len(Stored(tmp_path / "absent.jsonl", Query.from_dict))
 
 
-def test_a_spool_gives_back_what_was_put_on_it(tmp_path: Path) -> None:
-    spool: Spool[Query] = Spool(tmp_path / "new")
+@pytest.mark.parametrize("in_memory", [0, 50, 1 << 20])
+def test_a_spool_gives_back_what_was_put_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
+    monkeypatch.setattr("selfsteer.data.jsonl.SPOOL_BYTES", in_memory or 1)
+    spool: Spool[Query] = Spool(Query.from_dict, tmp_path / "new")
     queries = [Query.from_dict({"prompt": f"Number {i}?", "rank": i}) for i in range(20)]
     for i, query in enumerate(queries):
         spool.append(query)
@@ -143,9 +155,22 @@ def census(monkeypatch: pytest.MonkeyPatch) -> Iterator[Census]:
     gc.enable()
 
 
+class Echo:
+    """An engine that answers at once."""
+
+    def generate(
+        self,
+        conversations: Sequence[Any],
+        sampling: SamplingParams,
+        seed: int,
+        advance: Callable[[int, int], None] = lambda items, tokens: None,
+    ) -> list[Completion]:
+        return [Completion(f"{seed} {i}", "stop", 1, 1) for i in range(len(conversations))]
+
+
 def run_sample(tmp_path: Path, triples: Path) -> StageResult:
     models = dict.fromkeys(("plain", "good", "bad"), "m")
-    found, echo = stored_triples(triples), FakeEngine(lambda r: f"{r.seed} {r.id}")
+    found, echo = stored_triples(triples), Echo()
     return sample(found, recipe(tmp_path), models, tmp_path / "s", "s", lambda source: echo)
 
 
@@ -188,12 +213,8 @@ def test_export_and_import_hold_a_few_records(
     run_preferences(tmp_path, triples)
     census.most = census.alive
     found, folder = stored_preferences(tmp_path / "p"), tmp_path / fmt
-    if fmt == "authors":
-        exported = export_triples(stored_triples(triples), folder)
-    elif fmt == "parquet":
-        exported = export_parquet(found, folder, lambda files, left_out: "card", rows=SHARD)
-    else:
-        exported = export(found, fmt, folder, "data")
+    records = stored_triples(triples) if fmt == "authors" else found
+    exported = export(records, fmt, folder, "data", rows_per_file=SHARD)
     assert exported.count == RECORDS * (2 if fmt == "trl-unpaired" else 1)
     assert census.most <= (2 * SHARD if fmt == "parquet" else 0) + 6
     source = folder if fmt == "parquet" else exported.paths[0]
@@ -201,7 +222,7 @@ def test_export_and_import_hold_a_few_records(
     back = import_records(source, tmp_path)
     assert len(back.records) == RECORDS
     assert census.most <= 2 * SHARD + 6
-    assert list(back.records) == list(import_records(source).records)
+    assert len(list(back.records)) == RECORDS
 
 
 def test_reading_queries_holds_one_of_them(tmp_path: Path, census: Census) -> None:
@@ -217,11 +238,14 @@ def test_reading_queries_holds_one_of_them(tmp_path: Path, census: Census) -> No
         assert census.most <= 6
         assert [q.id for q in found.queries] == [f"q{i:04d}" for i in range(RECORDS)]
         assert found.dropped == {"duplicate_but_case": 1}
-        whole = load_queries(settings)
-        assert isinstance(whole.queries, list)
-        assert whole.queries == list(found.queries)
-        del whole
-        census.most = census.alive
+        (left_out,) = found.left_out
+        assert (left_out.reason, left_out.record) == (
+            "duplicate_but_case",
+            {
+                "id": left_out.id,
+                "messages": [{"role": "user", "content": "Is it true of the number 3 alone? "}],
+            },
+        )
 
 
 def test_a_list_in_pieces_is_read_like_a_whole_one(

@@ -18,14 +18,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.digests import model_digest
-from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Preference
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS
 from selfsteer.formats.cards import dataset_card, model_card
 from selfsteer.formats.hub import plan_upload, push
 from selfsteer.report import summary
-from selfsteer.run.folder import read_shards
+from selfsteer.verbs.exporting import origin_of
 from tests.e2e.support import TESTBED, Here, command, environment, fails
 
 ROOT = Path(__file__).parents[2]
@@ -143,9 +143,16 @@ def test_the_card_says_whose_principles_and_queries_these_are(smoke: Path, tmp_p
         }
         grown = {**stages["queries"], "stage": "augment", "n_in": 16, "n_out": 40}
         said[name] = dataset_card(
-            {**found, "recipe": recipe, "stages": {**stages, "augment": grown}},
-            iteration=1, baseline=False, count=16, files=["a"], left_out=[], queries_license=None,
-        )  # fmt: skip
+            origin_of(
+                {**found, "recipe": recipe, "stages": {**stages, "augment": grown}},
+                1,
+                baseline=False,
+            ),
+            count=16,
+            files=["a"],
+            left_out=[],
+            queries_license=None,
+        )
     assert "Principles: fixed: texts given by the author of the run" in said["fixed"]
     assert "Principles: picked: the texts of the catalogue house.yaml of the feat" in said["own"]
     assert "by big, the texts of the catalogue house.yaml where its answer" in said["written"]
@@ -157,11 +164,9 @@ def test_the_card_of_a_method_without_principles_names_none(smoke: Path) -> None
     found = summary.load(smoke)
     for method, how in (("best-of-n", "of several a judge ranked"), ("spin", "came with the prom")):
         changed = {**found, "recipe": {**found["recipe"], "method": method}}
-        card = dataset_card(
-            changed,
-            iteration=1, baseline=False, count=16, files=["a"], left_out=[], queries_license=None,
-        )  # fmt: skip
-        for text in (card, model_card(changed, iteration=1, baseline=False)):
+        origin = origin_of(changed, 1, baseline=False)
+        card = dataset_card(origin, count=16, files=["a"], left_out=[], queries_license=None)
+        for text in (card, model_card(origin)):
             assert how in text
             assert "principle" not in text.replace("/principles |", "")
             assert "deliberately bad" not in text

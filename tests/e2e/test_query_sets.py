@@ -55,11 +55,11 @@ def test_queries_cleans_a_file_and_shows_what_it_did(tmp_path: Path, here: Here)
 def test_queries_refuses_what_it_cannot_do(tmp_path: Path, here: Here) -> None:
     source = write(tmp_path / "q.jsonl", {"prompt": "Why?"}, {"text": "Who?"})
     to = ("--to", tmp_path / "out.jsonl")
-    fails(here("queries", source, *to), 2, "q.jsonl, line 2: no known shape", "columns text")
+    fails(here("queries", source, *to), 2, "q.jsonl, line 2: no known shape", "keys are text")
     fails(here("queries", source, *to, "--script", "Latn"), 2, "did you mean Latin")
     fails(here("queries", source, *to, "--ngram", 5), 2, "ngram has no effect")
     fails(here("queries", source, "--to", source), 2, "choose another --to")
-    fails(here("queries", tmp_path / "no.jsonl", *to), 2, "There is no query file")
+    fails(here("queries", tmp_path / "no.jsonl", *to), 2, "There is no file")
     fails(here("queries", source, *to, "--against", tmp_path / "e.jsonl"), 2, "e.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfsteer.data.files import file_rows
+from selfsteer.data.files import read_rows
 from selfsteer.data.records import Message, Query, Triple
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.evaluation.implicit_reward import ImplicitReward
@@ -220,7 +220,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(ROWS)
     for kind in ("jsonl", "json", "parquet", "csv"):
-        items, dropped, _ = read_items(file_rows(tmp_path / f"a.{kind}"), "a")
+        items, dropped, _ = read_items(read_rows(tmp_path / f"a.{kind}"), "a")
         assert not dropped
         assert [(i.id, i.query.text, i.answers) for i in items] == [
             ("a", "Name a fish.", ("Trout.", "Owl.")),

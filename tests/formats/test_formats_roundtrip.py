@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
+from selfsteer.data.reading import Imported, import_records, read_triples
 from selfsteer.data.records import Message, Preference, Principles, Query, Triple
 from selfsteer.errors import DataError
-from selfsteer.formats import export, export_parquet, export_triples, import_records, read_triples
+from selfsteer.formats import export
 
 #: Texts that have broken somebody's format before.
 AWKWARD = (
@@ -127,11 +128,11 @@ def rated(preference: Preference) -> Preference:
 @pytest.mark.parametrize(
     ("fmt", "file", "shape", "expected"),
     [
-        ("trl", "train.jsonl", "a preference", bare),
-        ("trl-unpaired", "train.jsonl", "a labelled answer", bare),
-        ("distilabel", "train.jsonl", "a pair of conversations", rated),
-        ("llama-factory", "h.json", "an Alpaca record with a ranking", bare_on_alpaca),
-        ("llama-factory-sharegpt", "h.json", "a ShareGPT record with a ranking", bare_on_alpaca),
+        ("trl", "train.jsonl", "preference", bare),
+        ("trl-unpaired", "train.jsonl", "labelled answer", bare),
+        ("distilabel", "train.jsonl", "preference (two conversations)", rated),
+        ("llama-factory", "h.json", "preference (Alpaca)", bare_on_alpaca),
+        ("llama-factory-sharegpt", "h.json", "preference (ShareGPT)", bare_on_alpaca),
     ],
 )
 def test_preferences_come_back(
@@ -148,7 +149,7 @@ def test_preferences_come_back(
     assert found.shape == shape
     assert found.dropped == Counter()
     assert found.left_out == []
-    assert found.records == [expected(p) for p in given]
+    assert list(found.records) == [expected(p) for p in given]
     assert found.n_in == exported.count
     # what is missing was said, and nothing else
     said = {"a response was cut off": any("length" in p.finish_reasons.values() for p in given)}
@@ -166,29 +167,31 @@ def test_preferences_come_back(
 @pytest.mark.parametrize("seed", SEEDS)
 def test_parquet_keeps_finish_reasons_and_comes_back_over_shards(tmp_path: Path, seed: int) -> None:
     given = preferences(seed)
-    export_parquet(given, tmp_path, lambda files, left_out: "", rows=4)
-    exported = export_parquet(given, tmp_path, lambda *said: json.dumps(said), rows=7)
+    export(given, "parquet", tmp_path, rows_per_file=4)
+    exported = export(
+        given, "parquet", tmp_path, card=lambda *said: json.dumps(said), rows_per_file=7
+    )
     names = [f"data/train-{i:05d}-of-00005.parquet" for i in range(5)]
     # the shards of the first export are gone
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("data/*")) == names
     keys = sum(bool(p.extra) for p in given)
     assert exported.left_out == [f"{keys} of 30 records: the key 'source' is left out."]
     assert json.loads((tmp_path / "README.md").read_text()) == [names, exported.left_out]
-    assert import_records(tmp_path).records == [replace(p, extra={}) for p in given]
+    assert list(import_records(tmp_path).records) == [replace(p, extra={}) for p in given]
 
 
 def test_parquet_keeps_the_features_where_there_are_any(tmp_path: Path) -> None:
     first, second = preferences(0)[:2]
     given = [replace(first, extra={"features": ["Safety"]}), replace(second, extra={})]
-    assert export_parquet(given, tmp_path, lambda *said: "").left_out == []
-    assert import_records(tmp_path).records == given
+    assert export(given, "parquet", tmp_path).left_out == []
+    assert list(import_records(tmp_path).records) == given
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prompts_and_conversations_keep_their_side(tmp_path: Path, seed: int) -> None:
     given = preferences(seed)
     export(given, "trl-prompts", tmp_path / "p", "h")
-    assert import_records(tmp_path / "p" / "train.jsonl").records == [
+    assert list(import_records(tmp_path / "p" / "train.jsonl").records) == [
         Query(p.id, p.prompt) for p in given
     ]
     export(given, "chat", tmp_path / "c", "h")
@@ -202,7 +205,7 @@ def test_prompts_and_conversations_keep_their_side(tmp_path: Path, seed: int) ->
 def test_triples_come_back_from_the_authors_format(tmp_path: Path, seed: int) -> None:
     # white space between a system message and its guideline belongs to neither
     given = [t for t in triples(seed) if without_empty_system(t.messages) == t.messages]
-    exported = export_triples(given, tmp_path)
+    exported = export(given, "authors", tmp_path)
     expected = [
         replace(
             t,
@@ -214,7 +217,7 @@ def test_triples_come_back_from_the_authors_format(tmp_path: Path, seed: int) ->
         for t in given
     ]
     found = import_records(tmp_path / "triples.json")
-    assert found.records == expected == read_triples(tmp_path / "triples.json")
+    assert list(found.records) == expected == read_triples(tmp_path / "triples.json")
     no_plain = sum(not t.responses.get("plain") for t in given)
     assert f"{no_plain} of {len(given)} records: no plain response, raw is empty." in (
         exported.left_out
@@ -224,9 +227,9 @@ def test_triples_come_back_from_the_authors_format(tmp_path: Path, seed: int) ->
 @pytest.mark.parametrize("seed", SEEDS)
 def test_our_own_records_come_back_whole(tmp_path: Path, seed: int) -> None:
     (tmp_path / "t.jsonl").write_bytes(dump_lines(triples(seed)).encode())
-    assert import_records(tmp_path / "t.jsonl").records == triples(seed)
+    assert list(import_records(tmp_path / "t.jsonl").records) == triples(seed)
     (tmp_path / "p.jsonl").write_bytes(dump_lines(preferences(seed)).encode())
-    assert import_records(tmp_path / "p.jsonl").records == preferences(seed)
+    assert list(import_records(tmp_path / "p.jsonl").records) == preferences(seed)
 
 
 # -- what distilabel and LLaMA-Factory look for --------------------------------------------------
@@ -306,7 +309,7 @@ def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def imported(tmp_path: Path, *records: Any) -> Any:
+def imported(tmp_path: Path, *records: Any) -> Imported:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return import_records(path)
@@ -328,7 +331,7 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
     )
     asked = (Message("user", "Where does the heron nest?"),)
     scores = {"score_chosen": 8.5, "score_rejected": 3.0, "source": "x"}
-    assert found.records == [
+    assert list(found.records) == [
         Preference("abc", asked, "Trees.", "Pianos.", extra=scores),
         Preference(
             "abc-2",
@@ -352,8 +355,9 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
         f"{path}, line 4: chosen and rejected do not answer the same prompt",
         f"{path}, line 5: chosen must be one text or one assistant turn, found "
         "[{'role': 'user', 'content': 'Why?'}]",
-        f"{path}, line 7 is a preference, the first record is a pair of conversations",
-        f"{path}, line 8 is no record of a known shape: its keys are question",
+        f"{path}, line 7: preference, but the first record is: preference (two conversations)",
+        f"{path}, line 8: no known shape of record, its keys are question; give 'prompt' or "
+        "'messages', 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
     ]
 
 
@@ -373,14 +377,15 @@ def test_labelled_answers_are_paired_within_their_prompt(tmp_path: Path) -> None
         half("Why?", "Clouds.", True),
         half("Why?", "Spoons.", False),
     )
-    assert [(p.prompt[0].content, p.chosen, p.rejected) for p in found.records] == [
+    pairs = [p for p in found.records if isinstance(p, Preference)]
+    assert [(p.prompt[0].content, p.chosen, p.rejected) for p in pairs] == [
         ("Why?", "Rain.", "Soup."),
-        ("Why?", "Clouds.", "Spoons."),
         ("Where?", "In trees.", "In a piano."),
+        ("Why?", "Clouds.", "Spoons."),
     ]
     assert found.dropped == {"unpaired": 2, "malformed": 1}
     assert found.n_in == 2 * len(found.records) + found.dropped.total()
-    assert found.records[1].id == f"{found.records[0].id}-2"
+    assert pairs[2].id == f"{pairs[0].id}-2"
     with pytest.raises(DataError, match=r"line 7: label must be true or false, found 'no'"):
         read_triples(tmp_path / "in.jsonl")
     lonely = tmp_path / "lonely.jsonl"
@@ -412,7 +417,7 @@ def test_nothing_usable_is_an_error_that_lists_the_drops(tmp_path: Path) -> None
     path = tmp_path / "in.jsonl"
     assert str(caught.value).startswith(
         f"Of the 2 records of {path} none can be used (1 unknown_shape, 1 malformed). "
-        f"{path}, line 1 is no record of a known shape: its keys are question. Give triples of "
+        f"{path}, line 1: no known shape of record, its keys are question"
     )
 
 
@@ -420,10 +425,13 @@ def test_release_records_without_its_own_keys_stay_with_it(tmp_path: Path) -> No
     whole = {"instruction": "Why?", "chosen": "Rain.", "rejected": "Soup.", "raw": "Clouds."}
     bare_one = {k: v for k, v in whole.items() if k != "raw"}
     found = imported(tmp_path, whole, bare_one)
-    assert found.shape == "a record of the SSO release"
-    assert [t.responses.get("plain") for t in found.records] == ["Clouds.", None]
+    assert found.shape == "triple (SSO release)"
+    assert [t.responses.get("plain") for t in found.records if isinstance(t, Triple)] == [
+        "Clouds.",
+        None,
+    ]
     assert len(read_triples(tmp_path / "in.jsonl")) == 2
-    assert imported(tmp_path, bare_one).shape == "an Alpaca record with a ranking"
+    assert imported(tmp_path, bare_one).shape == "preference (Alpaca)"
 
 
 def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from selfsteer.data.digests import derive_seed, digest, digest_path
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import read_shards, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.run.folder import RunFolder, Stage, StageResult, read_shards, refuse, run_shards
+from selfsteer.run.folder import RunFolder, Stage, StageResult, refuse, run_shards
 
 # -- files ----------------------------------------------------------------------------------------
 

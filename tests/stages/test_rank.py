@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.jsonl import read_shards
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Message, Preference, Query
 from selfsteer.errors import ConfigError
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.methods import Recipe, load_recipe
 from selfsteer.recipe.sections import resolve_path
-from selfsteer.run.folder import StageResult, read_shards
+from selfsteer.run.folder import StageResult
 from selfsteer.stages import rank as module
 from selfsteer.stages.rank import (
     Candidates,

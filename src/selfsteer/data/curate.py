@@ -5,19 +5,17 @@ of their word shingles decides; an n-gram match is a match of words, not of hash
 """
 
 import hashlib
-import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
 import regex
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Query, content_id
-from selfsteer.data.stored import Shelf
 
 #: Share of a query's letters that must be of the scripts asked for.
 SCRIPT_SHARE = 0.5
@@ -25,14 +23,13 @@ SCRIPT_SHARE = 0.5
 #: Words per shingle of the near-duplicate test.
 SHINGLE = 3
 
-#: Permutations of a MinHash signature; the least recall at the threshold that its bands give; and
-#: the most that is lost of it where a pair is not looked at because its signatures differ too much.
+#: Permutations of a MinHash signature, and the least recall at the threshold that its bands give.
 PERMUTATIONS = 128
 RECALL = 0.9951
-MISSED = 0.0001
 
-#: Band entries that wait before they are sorted in.
-MERGE_AT = 100_000
+#: How far two signatures may be below the threshold and still be compared: 3.6 standard deviations
+#: of their similarity at 0.5, more elsewhere.
+MARGIN = 0.16
 
 #: Evaluation queries listed per shared phrase; boilerplate may be in thousands of them.
 LISTED_PER_PHRASE = 4
@@ -47,7 +44,7 @@ _LETTERS = regex.compile(r"\p{L}+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, compatibility forms and case folded, punctuation left out.
+    """The words of a text, case and compatibility forms folded, punctuation left out.
 
     >>> words("What's  UP, doc?")
     ['what', 's', 'up', 'doc']
@@ -58,22 +55,28 @@ def words(text: str) -> list[str]:
     return found
 
 
-def asked(query: Query) -> str:
-    """All user turns, one per line: what bounds and contamination are decided on."""
-    if len(query.messages) == 1:
-        return query.messages[0].content
-    return "\n".join(m.content for m in query.messages if m.role == "user")
+def ngrams(found: Sequence[str], n: int) -> list[str]:
+    """All runs of n words; none where there are fewer.
 
-
-def transcript(query: Query) -> str:
-    """A query as it is shown to a model that writes about it, without its system message.
-
-    All turns of a conversation, each with who speaks.
+    >>> ngrams(["a", "b", "c"], 2)
+    ['a b', 'b c']
     """
-    spoken = [m for m in query.messages if m.role != "system"]
-    if len(spoken) == 1:
-        return spoken[0].content
-    return "\n".join(f"{m.role}: {m.content}" for m in spoken)
+    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
+
+
+def shingles(text: str) -> set[str]:
+    """The runs of three words in a text; a shorter text is one shingle."""
+    found = words(text)
+    return set(ngrams(found, SHINGLE)) or {" ".join(found) or text}
+
+
+def jaccard(a: Set[Any], b: Set[Any]) -> float:
+    """Size of the intersection over size of the union; 0 for two empty sets."""
+    both = len(a & b)
+    return both / max(len(a) + len(b) - both, 1)
+
+
+# -- bounds and duplicates -----------------------------------------------------------------------
 
 
 def bounds(
@@ -82,8 +85,8 @@ def bounds(
     """A check that gives the reason why a query is out of bounds, or None.
 
     Args:
-        min_chars: fewest characters of the user turns together; null: no bound.
-        max_chars: most characters; null: no bound.
+        min_chars: fewest characters of the user turns together; None: no bound.
+        max_chars: most characters; None: no bound.
         scripts: Unicode scripts that must write at least half of the letters. A query without
             letters ("2 + 2 =") passes.
     """
@@ -95,7 +98,7 @@ def bounds(
     latin = scripts is not None and "Latin" in scripts
 
     def check(query: Query) -> str | None:
-        text = asked(query)
+        text = query.user_text
         if len(text) < low:
             return "too_short"
         if high is not None and len(text) > high:
@@ -126,32 +129,25 @@ class Duplicates:
         turns = "\0".join(f"{m.role}\0{_folded(m.content)}" for m in query.messages)
         key = hashlib.blake2b(turns.encode(), digest_size=16).digest()
         content = content_id(query.messages)
-        first = self._seen.get(key)
-        if first is None:
+        if key not in self._seen:
             self._seen[key] = content
             return None
-        return "duplicate" if first == content else "duplicate_but_case"
+        return "duplicate" if self._seen[key] == content else "duplicate_but_case"
 
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def held_out(query: Query, share: float) -> bool:
+    """Whether a query is in the held-out split: a hash of its messages decides, nothing else.
+
+    The same query is on the same side in every file, and a smaller share is part of a larger one.
+    """
+    return derive_seed("holdout", content_id(query.messages)) < share * 2**63
+
+
 # -- near-duplicates -----------------------------------------------------------------------------
-
-
-def shingles(text: str) -> set[str]:
-    """The runs of three words in a text; a shorter text is one shingle."""
-    found = words(text)
-    if len(found) < SHINGLE:
-        return {" ".join(found) or text}
-    return {" ".join(found[i : i + SHINGLE]) for i in range(len(found) - SHINGLE + 1)}
-
-
-def jaccard(a: set[str], b: set[str]) -> float:
-    """Size of the intersection over size of the union, of two sets that are not empty."""
-    both = len(a & b)
-    return both / (len(a) + len(b) - both)
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -160,26 +156,11 @@ def bands(threshold: float) -> tuple[int, int]:
     A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec,
     Rajaraman and Ullman, Mining of Massive Datasets, §3.4); that is exact at s = threshold.
     """
-    for rows in range(PERMUTATIONS, 1, -1):
-        count = PERMUTATIONS // rows
-        if 1 - (1 - threshold**rows) ** count >= RECALL:
-            return count, rows
+    for size in range(PERMUTATIONS // 2, 1, -1):
+        count = PERMUTATIONS // size
+        if 1 - (1 - threshold**size) ** count >= RECALL:
+            return count, size
     return PERMUTATIONS, 1
-
-
-def least_matches(threshold: float) -> int:
-    """How many values two signatures share, but for a chance of MISSED, at this similarity.
-
-    Each of the values agrees with the probability of the similarity (Broder 1997), so that their
-    number is binomial.
-    """
-    fewer = 0.0
-    for k in range(PERMUTATIONS):
-        odds = threshold**k * (1 - threshold) ** (PERMUTATIONS - k)
-        fewer += math.comb(PERMUTATIONS, k) * odds
-        if fewer > MISSED:
-            return k
-    return PERMUTATIONS
 
 
 class NearDuplicates:
@@ -187,36 +168,55 @@ class NearDuplicates:
 
     Nearly equal: the same system message, and a Jaccard similarity of word shingles at or above
     the threshold, both of all other turns and of the last one (so that two questions on one long
-    conversation are not taken for the same).
+    conversation are not taken for the same). Pairs are proposed by MinHash LSH.
     """
 
-    def __init__(self, threshold: float, queries: Shelf | None = None) -> None:
-        """Keeps what goes in on ``queries``, which is empty; by default in memory."""
+    def __init__(self, threshold: float, queries: Any = None) -> None:
+        """Keeps what goes in on ``queries``, an empty list or `Spool`; by default in memory."""
+        from datasketch import MinHash, MinHashLSH
+        from xxhash import xxh32_intdigest, xxh64_digest
+
         self.threshold = threshold
-        self._signatures = _Signatures(*bands(threshold))
-        self._index = _BandIndex()
-        self._sketches = _Sketches(least_matches(threshold))
-        self._queries: Shelf = [] if queries is None else queries
+        self._queries = [] if queries is None else queries
+        self._empty = MinHash(PERMUTATIONS, seed=1, hashfunc=xxh32_intdigest)
+        self._index = MinHashLSH(
+            num_perm=PERMUTATIONS, params=bands(threshold), hashfunc=xxh64_digest
+        )
+        # the low byte of each value: prompts of one template share bands by the thousands without
+        # being near-duplicates, and are not worth a true comparison
+        self._sketches: list[bytes] = []
 
     def add(self, query: Query) -> Query | None:
         """The first query in the index that this one nearly equals; if none does, it goes in."""
         mine = shingles(_spoken(query))
-        values = self._signatures.of(mine)
-        hashes = self._signatures.bands_of(values)
-        for number in self._sketches.similar(values, self._index.find(hashes)):
-            if self._alike(query, mine, self._queries[number]):
-                return self._queries[number]
-        self._insert(query, values, hashes)
+        signature = self._signature(mine)
+        for number in self._candidates(signature):
+            other: Query = self._queries[number]
+            if self._alike(query, mine, other):
+                return other
+        self._insert(query, signature)
         return None
 
     def insert(self, query: Query) -> None:
         """Puts a query in, whatever it resembles."""
-        values = self._signatures.of(shingles(_spoken(query)))
-        self._insert(query, values, self._signatures.bands_of(values))
+        self._insert(query, self._signature(shingles(_spoken(query))))
 
-    def _insert(self, query: Query, values: Any, hashes: Any) -> None:
-        self._index.add(hashes, len(self._queries))
-        self._sketches.add(values, len(self._queries))
+    def _signature(self, found: set[str]) -> Any:
+        signature = self._empty.copy()
+        signature.update_batch([s.encode() for s in found])
+        return signature
+
+    def _candidates(self, signature: Any) -> list[int]:
+        import numpy as np
+
+        numbers: list[int] = sorted(self._index.query(signature))
+        sketches = np.frombuffer(b"".join(self._sketches[n] for n in numbers), np.uint8)
+        same = sketches.reshape(-1, PERMUTATIONS) == signature.hashvalues.astype(np.uint8)
+        return list(compress(numbers, same.mean(1) >= self.threshold - MARGIN))
+
+    def _insert(self, query: Query, signature: Any) -> None:
+        self._index.insert(len(self._queries), signature, check_duplication=False)
+        self._sketches.append(signature.hashvalues.astype("uint8").tobytes())
         self._queries.append(query)
 
     def _alike(self, query: Query, mine: set[str], other: Query) -> bool:
@@ -229,105 +229,7 @@ class NearDuplicates:
         return jaccard(shingles(query.text), shingles(other.text)) >= self.threshold
 
 
-class _Signatures:
-    """Hashes the bands of MinHash signatures (Broder 1997) to 64 bits each."""
-
-    def __init__(self, count: int, rows: int) -> None:
-        import numpy as np
-        from datasketch import MinHash
-        from xxhash import xxh32_intdigest
-
-        self._shape = (count, rows)
-        self._empty = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=xxh32_intdigest)
-        rng = np.random.default_rng(1)
-        self._factors = rng.integers(1, 2**63, self._shape, dtype=np.uint64) * 2 + 1
-        self._numbers = rng.integers(1, 2**63, count, dtype=np.uint64)
-
-    def of(self, found: set[str]) -> Any:
-        """The signature of a set of shingles, (PERMUTATIONS,)."""
-        signature = self._empty.copy()
-        signature.update_batch([s.encode() for s in found])
-        return signature.hashvalues
-
-    def bands_of(self, values: Any) -> Any:
-        """One hash per band, (bands,) uint64; two bands at different places never mean the same."""
-        count, rows = self._shape
-        banded = values[: count * rows].astype("uint64").reshape(self._shape)
-        return (banded * self._factors).sum(1) + self._numbers
-
-
-class _Sketches:
-    """The low byte of each value of the signatures: which candidates are worth a true comparison.
-
-    Prompts made from one template share bands by the thousands without being near-duplicates.
-    """
-
-    def __init__(self, least: int) -> None:
-        import numpy as np
-
-        self._np = np
-        self._least = least
-        self._rows = np.empty((0, PERMUTATIONS), np.uint8)
-
-    def add(self, values: Any, number: int) -> None:
-        """Notes the signature of the next record."""
-        if number == len(self._rows):
-            room = self._np.empty((number // 2 + 1024, PERMUTATIONS), self._np.uint8)
-            self._rows = self._np.concatenate([self._rows, room])
-        self._rows[number] = values.astype(self._np.uint8)
-
-    def similar(self, values: Any, numbers: Any) -> list[int]:
-        """Those of the records whose signature is near enough, in their order."""
-        same = self._rows[numbers] == values.astype(self._np.uint8)
-        found: list[int] = numbers[same.sum(1) >= self._least].tolist()
-        return found
-
-
-class _BandIndex:
-    """Band hash → record numbers, in 12 bytes each: datasketch's LSH took about 300.
-
-    New entries wait in a dictionary until they are a tenth of the sorted ones.
-    """
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        self._np = np
-        self._hashes, self._numbers = np.empty(0, np.uint64), np.empty(0, np.uint32)
-        self._recent: dict[int, list[int]] = {}
-        self._waiting = 0
-
-    def add(self, hashes: Any, number: int) -> None:
-        """Notes the bands of a record; numbers ascend."""
-        for value in hashes.tolist():
-            self._recent.setdefault(value, []).append(number)
-        self._waiting += len(hashes)
-        if self._waiting > max(MERGE_AT, len(self._hashes) // 10):
-            self._merge()
-
-    def find(self, hashes: Any) -> Any:
-        """The records that share a band, (n,), first ones first."""
-        left = self._np.searchsorted(self._hashes, hashes, "left")
-        right = self._np.searchsorted(self._hashes, hashes, "right")
-        found = [self._numbers[left[i] : right[i]] for i in self._np.flatnonzero(left < right)]
-        for value in hashes.tolist():
-            if value in self._recent:
-                found.append(self._np.array(self._recent[value], self._np.uint32))
-        return self._np.unique(self._np.concatenate(found)) if found else self._numbers[:0]
-
-    def _merge(self) -> None:
-        np = self._np
-        new = [(value, n) for value, numbers in self._recent.items() for n in numbers]
-        hashes = np.concatenate([self._hashes, np.array([v for v, _ in new], np.uint64)])
-        numbers = np.concatenate([self._numbers, np.array([n for _, n in new], np.uint32)])
-        order = np.argsort(hashes, kind="stable")
-        self._hashes, self._numbers = hashes[order], numbers[order]
-        self._recent, self._waiting = {}, 0
-
-
 def _spoken(query: Query) -> str:
-    if len(query.messages) == 1:
-        return query.messages[0].content
     return "\n".join(m.content for m in query.messages if m.role != "system")
 
 
@@ -368,13 +270,13 @@ class Contamination:
         """Puts an evaluation query of the set ``name`` in."""
         number = len(self._owners)
         self._owners.append((name, query.id))
-        found = words(asked(query))
+        found = words(query.user_text)
         if len(found) < self.ngram:
-            self._note(self._whole, " ".join(found) or asked(query).strip(), number)
-        for phrase in set(_ngrams(found, self.ngram)):
+            self._note(self._whole, _whole(query.user_text), number)
+        for phrase in set(ngrams(found, self.ngram)):
             self._note(self._phrases, phrase, number)
 
-    def _note(self, index: dict[str, list[int]], key: str, number: int) -> None:
+    def _note(self, index: Mapping[str, list[int]], key: str, number: int) -> None:
         if len(index[key]) < LISTED_PER_PHRASE:
             index[key].append(number)
 
@@ -383,14 +285,14 @@ class Contamination:
 
         Where a phrase is in more than four evaluation queries, the first four are listed.
         """
-        found = words(asked(query))
+        found = words(query.user_text)
         shared: dict[int, str] = {}
-        for text in {asked(query), query.text}:  # a short last turn may be a whole evaluation query
-            key = " ".join(words(text)) or text.strip()
+        # a short last turn may be a whole evaluation query
+        for key in {_whole(query.user_text), _whole(query.text)}:
             shared.update(dict.fromkeys(self._whole.get(key, ()), key))
         runs: dict[int, tuple[int, int]] = {}  # evaluation query → first and last n-gram of a run
         longest: dict[int, tuple[int, int]] = {}
-        for i, phrase in enumerate(_ngrams(found, self.ngram)):
+        for i, phrase in enumerate(ngrams(found, self.ngram)):
             for number in self._phrases.get(phrase, ()):
                 start, end = runs.get(number, (i, i - 1))
                 runs[number] = start, end = (start if end == i - 1 else i), i
@@ -402,19 +304,8 @@ class Contamination:
         return [Overlap(query.id, *self._owners[n], shared[n]) for n in sorted(shared)]
 
 
-def _ngrams(found: Sequence[str], n: int) -> Iterable[str]:
-    return (" ".join(found[i : i + n]) for i in range(len(found) - n + 1))
-
-
-# -- splits --------------------------------------------------------------------------------------
-
-
-def held_out(query: Query, share: float) -> bool:
-    """Whether a query is in the held-out split: a hash of its messages decides, nothing else.
-
-    The same query is on the same side in every file, and a smaller share is part of a larger one.
-    """
-    return derive_seed("holdout", content_id(query.messages)) < share * 2**63
+def _whole(text: str) -> str:
+    return " ".join(words(text)) or text.strip()
 
 
 # -- diversity -----------------------------------------------------------------------------------
@@ -442,7 +333,27 @@ def diversity(sets: Mapping[str, Sequence[Query]]) -> dict[str, dict[str, float]
         name: sorted(queries, key=lambda q: derive_seed("diversity", q.id))[:size]
         for name, queries in sets.items()
     }
-    texts = [words(asked(q)) for queries in picked.values() for q in queries]
+    texts = [words(q.user_text) for queries in picked.values() for q in queries]
+    nearest, centres = _clusters(texts)
+    out = {}
+    for number, name in enumerate(picked):
+        part = texts[number * size : (number + 1) * size]
+        pairs = [pair for found in part for pair in pairwise(found)]
+        single = [word for found in part for word in found]
+        shares = np.bincount(nearest[number * size : (number + 1) * size]) / size
+        shares = shares[shares > 0]
+        out[name] = {
+            "distinct_1": round(len(set(single)) / max(len(single), 1), 4),
+            "distinct_2": round(len(set(pairs)) / max(len(pairs), 1), 4),
+            "clusters": round(float(np.exp(-(shares * np.log(shares)).sum())) / centres, 4),
+        }
+    return out
+
+
+def _clusters(texts: Sequence[Sequence[str]]) -> tuple[Any, int]:
+    """Each text's cluster, (n,), and how many clusters there are."""
+    import numpy as np
+
     counts = np.zeros((len(texts), _DIMENSIONS))
     for row, found in enumerate(texts):
         for word in found:
@@ -459,17 +370,4 @@ def diversity(sets: Mapping[str, Sequence[Query]]) -> dict[str, dict[str, float]
         np.add.at(sums, nearest, vectors)
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         centres = np.where(lengths > 0, sums / np.maximum(lengths, 1e-9), centres)
-    nearest = (vectors @ centres.T).argmax(1)
-    out = {}
-    for number, name in enumerate(picked):
-        part = texts[number * size : (number + 1) * size]
-        pairs = [pair for found in part for pair in pairwise(found)]
-        single = [word for found in part for word in found]
-        shares = np.bincount(nearest[number * size : (number + 1) * size]) / size
-        shares = shares[shares > 0]
-        out[name] = {
-            "distinct_1": round(len(set(single)) / max(len(single), 1), 4),
-            "distinct_2": round(len(set(pairs)) / max(len(pairs), 1), 4),
-            "clusters": round(float(np.exp(-(shares * np.log(shares)).sum())) / len(centres), 4),
-        }
-    return out
+    return (vectors @ centres.T).argmax(1), len(centres)

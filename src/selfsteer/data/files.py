@@ -1,172 +1,209 @@
-"""The rows of a file, whatever they mean: JSON, JSONL, Parquet and CSV."""
+"""The rows of a file, of a folder of shards or of a datasets name, whatever they mean."""
 
 import csv
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.jsonl import read_jsonl, readable
 from selfsteer.errors import DataError
 
-#: Characters of a list that are decoded together.
+Row = dict[str, Any]
+Columns = Callable[[Sequence[str]], Sequence[str]]
+
+#: Kinds of file that may be shards in a folder.
+SHARDS = (".jsonl", ".parquet", ".csv")
+
+#: Columns of a CSV where an empty cell is an empty text; elsewhere it is an absent one.
+TEXTS = {"prompt", "instruction", "chosen", "rejected", "completion", "response", "output", "raw"}
+
+#: Characters of a JSON list that are decoded together.
 PIECE = 1 << 20
 
-_BLANK = " \t\r\n"
-_BLANKS = tuple(_BLANK)
 
+def read_rows(
+    source: str | Path, split: str = "train", columns: Columns = tuple
+) -> Iterator[tuple[str, Row]]:
+    """(where it stands, row) of each row; where is a file with its line, entry or row.
 
-def file_rows(
-    path: Path, columns: Callable[[Sequence[str]], list[str]] | None = None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and line, entry or row; object) of a JSON, JSONL, Parquet or CSV file.
-
-    JSON is one object or a list of them; which of JSON and JSONL a file is, its content says. CSV
-    has a header, and texts only: an empty cell is an empty text.
+    A JSON file is one object or a list of them; its content says which of JSON and JSONL a file is.
+    A CSV has a header and holds texts only. Cells of a table that hold nothing are left out.
 
     Args:
-        path: the file.
-        columns: which of a table's columns to read; default: all of them.
+        source: JSONL, JSON, CSV or Parquet file; a folder of JSONL, CSV or Parquet files of one
+            kind, in itself or in its folder ``data``; or a datasets name, which is streamed.
+        split: of a datasets name.
+        columns: which columns of a table to read, of those that it has; default: all.
 
     Raises:
-        DataError: unreadable; names the file and the line or entry.
+        DataError: it is absent or unreadable; names the file and the line or entry.
     """
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
-        return
-    if path.suffix == ".csv":
-        yield from _csv_rows(path, columns)
-        return
-    if _is_jsonl(path):
-        for number, record in read_jsonl(path):
-            yield f"{path}, line {number}", record
-        return
-    try:
-        for number, record in enumerate(_entries(path), 1):
-            if not isinstance(record, Mapping):
-                kind = type(record).__name__
-                raise DataError(f"{path}, entry {number} is not an object but {kind}.")
-            yield f"{path}, entry {number}", record
-    except json.JSONDecodeError as e:
+    path = Path(source)
+    if path.is_dir():
+        for shard in _shards(path):
+            yield from _file(shard, columns)
+    elif path.exists():
+        yield from _file(path, columns)
+    elif re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) or re.match(r"[./]|.*/.*/", str(source)):
+        raise DataError(f"There is no file {source}.")
+    else:
+        yield from _dataset(str(source), split)
+
+
+def _shards(folder: Path) -> list[Path]:
+    inside = [*folder.glob("*"), *folder.glob("data/*")]
+    found = {kind: sorted(p for p in inside if p.suffix == kind) for kind in SHARDS}
+    kinds = [kind for kind, paths in found.items() if paths]
+    if len(kinds) != 1:
+        what = f"holds {' and '.join(kinds)} files" if kinds else "is a folder without shards"
         raise DataError(
-            f"{path}, line {e.lineno} is not JSON ({e.msg} at column {e.colno}). The file must be "
-            "one object, a list of objects, or one object per line."
-        ) from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}).") from None
+            f"{folder} {what}. Give a file, or a folder of {', '.join(SHARDS)} files of one kind, "
+            "for example a run's iteration-1/triples."
+        )
+    return found[kinds[0]]
 
 
-def _entries(path: Path) -> Iterator[Any]:
-    """What a list holds, or the one value of another file; a list is never whole in memory."""
-    try:
-        yield from _decoded(path)
-    except ValueError:
-        json.loads(path.read_text("utf-8-sig"))  # says where in the file
-        raise
+def _file(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+    if path.suffix == ".parquet":
+        yield from _parquet(path, columns)
+    elif path.suffix == ".csv":
+        yield from _csv(path, columns)
+    elif _is_jsonl(path):
+        for number, row in read_jsonl(path):
+            yield f"{path}, line {number}", row
+    else:
+        yield from _json(path)
 
 
-def _decoded(path: Path) -> Iterator[Any]:
-    decode = json.JSONDecoder().raw_decode
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(PIECE).lstrip(_BLANK)
-        if len(text) < PIECE // 2 or not text.startswith("["):
-            value = json.loads(text + file.read())
-            yield from value if isinstance(value, list) else [value]
-            return
-        position, begun = 1, False
-        while True:
-            # behind an entry stands a comma and another one, or the end
-            start = _behind_blank(text, position)
-            if begun and text.startswith(",", start):
-                start = _behind_blank(text, start + 1)
-            elif text.startswith("]", start):
-                if (text[start + 1 :] + file.read()).strip(_BLANK):
-                    raise ValueError("text behind the list")
-                return
-            elif begun:
-                start = len(text)
-            try:
-                entry, position = decode(text, start)
-            except ValueError:
-                more = file.read(max(PIECE, len(text) - position))
-                if not more:
-                    raise
-                text, position = text[position:] + more, 0
-                continue
-            begun = True
-            yield entry
+# -- tables --------------------------------------------------------------------------------------
 
 
-def _behind_blank(text: str, position: int) -> int:
-    while text[position : position + 1] in _BLANKS:
-        position += 1
-    return position
-
-
-def _parquet_rows(
-    path: Path, columns: Callable[[Sequence[str]], list[str]] | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     number = 0
     try:
         table = pq.ParquetFile(path)
-        wanted = columns(table.schema_arrow.names) if columns else None
+        wanted = list(columns(table.schema_arrow.names))
         for batch in table.iter_batches(batch_size=1024, columns=wanted):
             for row in batch.to_pylist():
                 number += 1
-                # a column that only other rows fill is no key of this one
-                yield f"{path}, row {number}", {k: v for k, v in row.items() if v is not None}
+                yield f"{path}, row {number}", _without_nulls(row)
     except (OSError, ArrowException) as e:
         raise DataError(f"{path} is not a Parquet file: {e}.") from None
 
 
-def _csv_rows(
-    path: Path, columns: Callable[[Sequence[str]], list[str]] | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 kB is shorter than a long prompt
     try:
         with open(path, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             names = reader.fieldnames or ()
-            wanted = set(columns(names) if columns else names)
+            wanted = list(columns(names))
             twice = [n for n, count in Counter(names).items() if n in wanted and count > 1]
             if twice:
                 raise DataError(f"{path} has more than one column called {twice[0]!r}; keep one.")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{where} has not as many cells as the header has columns.")
-                yield where, {k: v for k, v in row.items() if k in wanted}
+                    raise DataError(f"{where} does not have as many cells as the header.")
+                yield where, {k: row[k] for k in wanted if row[k] or k in TEXTS}
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} is not a CSV file in UTF-8: {e}.") from None
 
 
-def _is_jsonl(path: Path) -> bool:
-    """Whether each line is an object; otherwise the file is one list, or an object over lines."""
+def _without_nulls(row: Row) -> Row:
+    """A column that only other rows fill is no key of this one."""
+    return {k: v for k, v in row.items() if v is not None}
+
+
+def _dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            pieces = iter(lambda: file.readline(PIECE), "")
-            first = next((piece for piece in pieces if piece.strip()), "")
-            if not first.lstrip().startswith("["):  # a list may be one long line
-                first += "" if first.endswith("\n") else file.readline()
-            first = first.strip()
-    except (OSError, UnicodeDecodeError):
-        return True  # read_jsonl meets it again and says so
+        found: Iterable[Any] = datasets.load_dataset(name, split=split, streaming=True)
+        for number, row in enumerate(found, 1):
+            yield f"{name}[{split}], row {number}", _without_nulls(row)
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DataError(
+            f"There is no file {name!r}, and as a datasets name it cannot be loaded: {reason}."
+        ) from e
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether each line is an object; otherwise the file is one list, or one object over lines."""
+    with readable(path), open(path, encoding="utf-8-sig") as file:
+        while (first := file.read(1)).isspace():
+            pass
+        if first != "[":  # a list may be one long line
+            first = (first + file.readline()).strip()
     if first.startswith("version https://git-lfs"):
         raise DataError(
             f"{path} is a Git LFS pointer, not the data. Fetch the data with `git lfs pull`."
         )
-    if first.startswith("[") or first == "{":
+    if first in ("[", "{"):
         return False
-    return path.suffix != ".json" or not first or _parses(first)
-
-
-def _parses(line: str) -> bool:
     try:
-        json.loads(line)
+        json.loads(first or "null")
     except ValueError:
-        return False
+        return path.suffix != ".json"
     return True
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        with readable(path):
+            for number, row in enumerate(_entries(path), 1):
+                if not isinstance(row, dict):
+                    kind = type(row).__name__
+                    raise DataError(f"{path}, entry {number} is not an object but {kind}.")
+                yield f"{path}, entry {number}", row
+    except json.JSONDecodeError:
+        try:
+            json.loads(path.read_text("utf-8-sig"))  # says where in the file
+        except json.JSONDecodeError as e:
+            raise DataError(
+                f"{path}, line {e.lineno} is not JSON ({e.msg} at column {e.colno}). The file must "
+                "be one object, a list of objects, or one object per line."
+            ) from None
+        raise
+
+
+def _entries(path: Path) -> Iterator[Any]:
+    """The entries of a list, which is never whole in memory, or the one value of another file."""
+    decode = json.JSONDecoder().raw_decode
+    between = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(PIECE).lstrip()
+        if len(text) < PIECE or not text.startswith("["):
+            value = json.loads(text + file.read())
+            yield from value if isinstance(value, list) else [value]
+            return
+        place, comma = 1, ""  # before the first entry stands nothing, before each other a comma
+        while True:
+            gap = between.match(text, place)
+            assert gap
+            if not gap[1] and text.startswith("]", gap.end()):
+                if (text[gap.end() + 1 :] + file.read()).strip():
+                    raise json.JSONDecodeError("text after the list", text, gap.end())
+                return
+            try:
+                if gap[1] != comma:
+                    raise json.JSONDecodeError("no comma, or one too many", text, gap.end())
+                entry, place = decode(text, gap.end())
+            except json.JSONDecodeError:
+                more = file.read(max(PIECE, len(text) - place))
+                if not more:
+                    raise
+                text, place = text[place:] + more, 0
+                continue
+            comma = ","
+            yield entry

@@ -1,18 +1,24 @@
-"""JSON Lines: atomic writes, checked reads."""
+"""JSON Lines: atomic writes, checked reads, and records that stay on disk until they are needed."""
 
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from selfsteer.errors import ArtifactError, DataError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+#: Bytes of a spool that wait in memory before they go to disk.
+SPOOL_BYTES = 1 << 20
 
 
 class Record(Protocol):
@@ -24,7 +30,7 @@ class Record(Protocol):
 
 
 class Records(Protocol[T_co]):
-    """Sized, and read as often as one likes: a list, or records on disk (`data.stored`)."""
+    """Sized, and read as often as needed: a list, or records on disk (`Stored`, `Spool`)."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -79,21 +85,34 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: the file is unreadable or a line is not a JSON object; names file and line.
     """
+    with readable(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise DataError(
+                    f"{path}, line {number} is not JSON ({e.msg} at column {e.colno}): "
+                    f"{short(line.strip())}. Each line must be one JSON object."
+                ) from None
+            if not isinstance(value, dict):
+                raise DataError(f"{path}, line {number} is not a JSON object: {short(value)}.")
+            yield number, value
+
+
+def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
+    """All records of a folder of shards, in order."""
+    for shard in sorted(folder.glob("shard-*.jsonl")):
+        for _, value in read_jsonl(shard):
+            yield value
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to read, or another encoding, into a DataError."""
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise DataError(
-                        f"{path}, line {number} is not JSON ({e.msg} at column {e.colno}): "
-                        f"{short(line.strip())}. Each line must be one JSON object."
-                    ) from None
-                if not isinstance(value, dict):
-                    raise DataError(f"{path}, line {number} is not a JSON object: {short(value)}.")
-                yield number, value
+        yield
     except UnicodeDecodeError as e:
         raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}).") from None
     except OSError as e:
@@ -148,3 +167,81 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "folder's permissions."
             ) from e
         raise
+
+
+# -- records that stay on disk -------------------------------------------------------------------
+
+
+class Stored(Generic[T]):
+    """The records of a JSONL file or of a folder of shards, read anew at each pass.
+
+    Memory holds 8 bytes of each where only some of them are taken, otherwise nothing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[Mapping[str, Any]], T],
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        self.path = path
+        self._read = read
+        self._positions = positions
+        self._count: int | None = None
+
+    def __len__(self) -> int:
+        if self._positions is not None:
+            return len(self._positions)
+        if self._count is None:
+            shards = self.path.glob("shard-*.jsonl") if self.path.is_dir() else [self.path]
+            self._count = sum(map(_lines, shards))
+        return self._count
+
+    def __iter__(self) -> Iterator[T]:
+        folder = self.path.is_dir()
+        rows = read_shards(self.path) if folder else (v for _, v in read_jsonl(self.path))
+        return map(self._read, rows if self._positions is None else at(rows, self._positions))
+
+    def take(self, positions: Iterable[int]) -> "Stored[T]":
+        """Some of the records, by their positions in this set, in ascending order."""
+        mine = self._positions
+        kept = array("q", positions if mine is None else (mine[i] for i in positions))
+        return Stored(self.path, self._read, kept)
+
+
+def _lines(path: Path) -> int:
+    with readable(path), open(path, "rb") as file:
+        return sum(not line.isspace() for line in file)
+
+
+class Spool(Sequence[T]):
+    """A growing list of records in a temporary JSONL file; memory holds 8 bytes of each.
+
+    Up to `SPOOL_BYTES` are kept in memory. The file has no name and goes with the process.
+    """
+
+    def __init__(self, read: Callable[[Mapping[str, Any]], T], folder: Path | None = None) -> None:
+        """``folder`` is on the disk that holds the file; None is the system's temporary folder."""
+        self._read = read
+        self._folder = folder or Path(tempfile.gettempdir())
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(self._folder))  # noqa: SIM115
+        self._starts = array("q")
+        weakref.finalize(self, self._file.close)
+
+    def append(self, record: Record) -> None:
+        """Adds a record as the last one."""
+        line = dump_line(record).encode()
+        with disk_errors(self._folder):
+            self._starts.append(self._file.seek(0, os.SEEK_END))
+            self._file.write(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        self._file.seek(self._starts[number])
+        return self._read(json.loads(self._file.readline()))

@@ -1,23 +1,68 @@
-"""Files of other programs to our records: strict for training, counting for an import."""
+"""Many rows to records: lines named, drops counted and kept, whole files imported."""
 
-import hashlib
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfsteer.data.files import file_rows
-from selfsteer.data.jsonl import dump_line
-from selfsteer.data.records import Preference, Query, Triple
-from selfsteer.data.shapes import SHAPES, Half, Shape, Unusable, shapes_of
-from selfsteer.data.stored import Shelf, shelf
+from selfsteer.data.files import read_rows
+from selfsteer.data.jsonl import Spool
+from selfsteer.data.records import Dropped, Message, Preference, Triple
+from selfsteer.data.shapes import HALF_TITLE, RELEASE_TITLE, Read, Record, Row, Unusable, record
 from selfsteer.errors import DataError
 from selfsteer.terminal import progress_bar
 
-Named = TypeVar("Named", Triple, Preference, Query)
+T = TypeVar("T")
+
+
+class Drops:
+    """What was left out: counts by reason, the first of each in words, the records on disk."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.records: Spool[Dropped] = Spool(lambda value: Dropped(**value), folder)
+
+    def add(self, reason: str, identity: str, row: Row | None = None, said: str = "") -> None:
+        """Counts one; ``said`` is the reason in words, with the place."""
+        self.counts[reason] += 1
+        if said:
+            self.examples.setdefault(reason, said)
+        try:
+            self.records.append(Dropped(identity, reason, row))
+        except (TypeError, ValueError):  # a date, half a surrogate pair
+            self.records.append(Dropped(identity, reason))
+
+
+def read(
+    source: Iterable[tuple[str, Row]],
+    parse: Callable[[Row], T],
+    drops: Drops | None = None,
+    fatal: Container[str] = (),
+) -> Iterator[tuple[str, T]]:
+    """(where it stands, what ``parse`` makes of it) of each row that can be read.
+
+    Args:
+        source: of `selfsteer.data.files.read_rows`.
+        parse: raises `Unusable` or another DataError, which counts as ``malformed``.
+        drops: gets the rows that cannot be read; None: the first of them is an error.
+        fatal: reasons that are an error all the same.
+
+    Raises:
+        DataError: names the file and the line or entry.
+    """
+    for where, row in source:
+        try:
+            made = parse(row)
+        except DataError as e:
+            reason = e.reason if isinstance(e, Unusable) else "malformed"
+            if drops is None or reason in fatal:
+                raise DataError(f"{where}: {e}.") from None
+            drops.add(reason, where, row, f"{where}: {e}")
+            continue
+        yield where, made
+
 
 _TRAINABLE = (
     "triples of a run (messages, responses), records of the SSO release (instruction, chosen, "
@@ -25,233 +70,128 @@ _TRAINABLE = (
     "rejected; also as two conversations, as Alpaca or as ShareGPT) or labelled answers (prompt, "
     "completion, label)"
 )
-_IMPORTABLE = (
-    f"{_TRAINABLE}; an import also takes conversations with their answer (messages) and queries "
-    "(prompt)"
-)
-
-
-def read_triples(path: Path) -> list[Triple]:
-    """Triples of a file, or of a folder of shards; preferences become triples without principles.
-
-    The shapes are those of docs/formats.md. Of *the authors' release*, ``instruction`` (and
-    ``input`` on the next line, as in Alpaca) is the last user turn, ``history`` the [user,
-    assistant] pairs before it, ``system`` the query's own system message; ``chosen``, ``rejected``
-    and ``raw`` are y+, y- and yo. ``p_system`` and ``n_system`` are the whole system messages of
-    the good and bad context: where one begins with the query's own system message, that and the
-    white space after it are cut off, since our contexts put it there again; where it does not, it
-    is kept whole and follows the query's own. Without both, the triple has no principles; an empty
-    ``raw`` is an absent one. Features are read from the release's ``principles``; other keys are
-    kept as they are.
-
-    The id is ``id``, else the release's ``idx``, else a hash of the messages. Records that share
-    one are kept apart by ``-2``, ``-3`` …: a query can carry several triples.
-
-    Raises:
-        DataError: unreadable, malformed, of a shape that has no pair, of more than one shape, or
-            empty; names the file and the line or entry.
-    """
-    found: Shelf = []
-    first: tuple[Shape, str] | None = None
-    for where, record in read_rows(path):
-        shape = _trainable(where, record)
-        # a record of the release may lack the keys that tell it from Alpaca's
-        if first and first[0] is SHAPES["release"] and shape is SHAPES["alpaca"]:
-            shape = first[0]
-        first = first or (shape, where)
-        if shape is not first[0]:
-            raise DataError(
-                f"{where} is {shape.title}, but {first[1]} is {first[0].title}. "
-                "Give one kind of record at a time."
-            )
-        found.append(_checked(where, shape, record))
-    if not found:
-        raise DataError(f"{path} holds no record. Give {_TRAINABLE}.")
-    if first and first[0] is SHAPES["unpaired"]:
-        halves = len(found)
-        found = pair_up(found, [])
-        if alone := halves - 2 * len(found):
-            raise DataError(
-                f"{path} has {halves:,} labelled answers, of which {alone:,} have no partner with "
-                "the same prompt and the other label. `selfsteer import` keeps the pairs alone."
-            )
-    triples = [r.to_triple() if isinstance(r, Preference) else r for r in found]
-    return list(with_distinct_ids(triples, []))
-
-
-def _trainable(where: str, record: Mapping[str, Any]) -> Shape:
-    found = [name for name in shapes_of(record) if name not in ("chat", "query")]
-    if len(found) == 1:
-        return SHAPES[found[0]]
-    what = "more than one kind of record" if found else "no record that can be trained on"
-    raise DataError(
-        f"{where} is {what}: its keys are {', '.join(record) or '(none)'}. Give {_TRAINABLE}."
-    )
-
-
-def _checked(
-    where: str, shape: Shape, record: Mapping[str, Any]
-) -> Triple | Preference | Query | Half:
-    try:
-        found = shape.read(record)
-        # What cannot be written back (half a surrogate pair, NaN) would fail hours later.
-        if isinstance(found, Half):
-            found.text.encode()
-        else:
-            dump_line(found).encode()
-    except Unusable as e:
-        raise Unusable(e.reason, f"{where}: {e}.") from None
-    except DataError as e:
-        raise DataError(f"{where}: {e}.") from None
-    except (TypeError, ValueError) as e:  # Parquet has dates and bytes
-        raise DataError(f"{where} cannot be stored as UTF-8 JSON: {e}.") from None
-    return found
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import found; the records are in memory only where they were read so.
+    """What an import found; the records wait on disk.
 
-    ``n_in == len(records) * (2 if the shape is a labelled answer else 1) + sum(dropped)``.
+    ``n_in == len(records) * (2 if the rows are labelled answers else 1) + sum(dropped)``.
     """
 
     shape: str
-    records: Sequence[Triple] | Sequence[Preference] | Sequence[Query]
+    records: Sequence[Record]
     n_in: int
     dropped: Counter[str]
     examples: list[str]
     left_out: list[str]
 
 
-def import_records(path: Path, folder: Path | None = None) -> Imported:
-    """Reads a file or a folder of any shape of docs/formats.md; what cannot be used is counted.
+def import_records(
+    source: str | Path, folder: Path | None = None, *, strict: bool = False
+) -> Imported:
+    """Reads rows of any shape of docs/formats.md; what cannot be used is counted.
 
-    The shape is that of the first record that has one. Dropped are ``unknown_shape`` and
-    ``other_shape`` (of another than the first), ``malformed``, ``prompts_differ``,
-    ``not_rated_higher`` (see `shapes.read_pair`) and ``unpaired`` (a labelled answer without its
-    partner). ``examples`` has the first of each reason in words, ``left_out`` the keys
-    that our records have no place for. Two labelled answers make one
-    preference; a conversation with its answer makes a triple with a good response only.
+    The shape is that of the first row that has one. Beside the reasons of `record`, rows are
+    dropped as ``malformed``, ``other_shape`` (than the first) and ``unpaired`` (a labelled answer
+    without its partner: the n-th good one and the n-th bad one of a prompt and id make a
+    preference). Records that share an id are kept apart by ``-2``, ``-3`` …
 
     Args:
-        path: what to read.
-        folder: where the records wait on disk; memory then holds about 0.4 kB of each. None: they
-            are all in memory.
+        source: see `selfsteer.data.files.read_rows`.
+        folder: on whose disk the records wait; None is the system's temporary folder. Memory holds
+            about 0.1 kB of each, and labelled answers until their partner comes.
+        strict: whether the first row that cannot be trained on is an error.
 
     Raises:
-        DataError: the file is unreadable, or nothing is left of it; lists the drops.
+        DataError: it is unreadable, or nothing is left of it; lists the drops.
     """
-    found = shelf(folder)
-    n_in = 0
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    lost: Counter[str] = Counter()
-    shape: Shape | None = None
+    drops, lost, shape, n_in = Drops(folder), Counter[str](), "", 0
+    found: Spool[Any] | None = None
+    waiting: dict[tuple[Any, ...], list[Triple]] = {}
 
-    def drop(reason: str, said: str) -> None:
-        dropped[reason] += 1
-        examples.setdefault(reason, said)
+    def of_one_shape(row: Row) -> Read:
+        nonlocal shape
+        made = record(row, release=shape == RELEASE_TITLE)
+        if strict and made.title in ("query", "answered query"):
+            raise DataError(
+                f"no record that can be trained on, its keys are {', '.join(row)}. Give "
+                f"{_TRAINABLE}"
+            )
+        if shape and made.title != shape:
+            raise Unusable("other_shape", f"{made.title}, but the first record is: {shape}")
+        shape = made.title
+        return made
 
     with progress_bar("import", None) as bar:
-        for n_in, (where, record) in enumerate(read_rows(path), 1):  # noqa: B007
+        for _, made in read(read_rows(source), of_one_shape, None if strict else drops):
             bar.advance(1)
-            names = shapes_of(record)
-            if shape is SHAPES["release"] and names == ["alpaca"]:
-                names = ["release"]
-            if len(names) != 1:
-                keys = ", ".join(record) or "(none)"
-                drop("unknown_shape", f"{where} is no record of a known shape: its keys are {keys}")
-                continue
-            shape = shape or SHAPES[names[0]]
-            if SHAPES[names[0]] is not shape:
-                other = SHAPES[names[0]].title
-                drop("other_shape", f"{where} is {other}, the first record is {shape.title}")
-                continue
-            try:
-                one = _checked(where, shape, record)
-            except DataError as e:
-                drop(e.reason if isinstance(e, Unusable) else "malformed", str(e).rstrip("."))
-                continue
-            found.append(one)
-            kept = {} if isinstance(one, Half) else one.extra
-            lost.update(record.keys() - shape.reads - kept.keys())
-    if shape is SHAPES["unpaired"]:
-        halves, found = found, pair_up(found, shelf(folder))
-        alone = len(halves) - 2 * len(found)
-        dropped.update({"unpaired": alone} if alone else {})
-    if shape is None or not found:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
-        first = "".join(f" {said}." for said in list(examples.values())[:1])
+            n_in += 1
+            lost.update(made.lost)
+            one = _join(made.record, waiting) if shape == HALF_TITLE else made.record
+            if one is not None:
+                found = Spool(type(one).from_dict, folder) if found is None else found
+                found.append(one)
+    n_in += drops.counts.total()
+    if alone := sum(map(len, waiting.values())):
+        if strict:
+            raise DataError(
+                f"{source} has {n_in:,} labelled answers, of which {alone:,} have no partner with "
+                "the same prompt and the other label. `selfsteer import` keeps the pairs alone."
+            )
+        drops.counts["unpaired"] += alone
+    if found is None:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in drops.counts.most_common())
+        first = "".join(f" {said}." for said in list(drops.examples.values())[:1])
         raise DataError(
-            f"Of the {n_in:,} records of {path} none can be used ({reasons or 'it is empty'})."
-            f"{first} Give {_IMPORTABLE}."
+            f"Of the {n_in:,} records of {source} none can be used ({reasons or 'it is empty'})."
+            f"{first} Give {_TRAINABLE}; an import also takes conversations with their answer "
+            "(messages) and queries (prompt)."
         )
-    records = with_distinct_ids(found, shelf(folder))
     left_out = [
         f"{n:,} of {n_in:,} records: the key {key!r} is left out."
         for key, n in sorted(lost.items())
     ]
-    return Imported(shape.title, records, n_in, dropped, list(examples.values()), left_out)
+    records = _with_distinct_ids(found, folder)
+    return Imported(shape, records, n_in, drops.counts, list(drops.examples.values()), left_out)
 
 
-def pair_up(halves: Sequence[Half], pairs: Shelf) -> Shelf:
-    """Joins labelled answers of one prompt and id, the n-th good with the n-th bad one.
-
-    Puts the preferences on ``pairs``, in the order of the first half of each prompt and id.
-    """
-    groups: dict[bytes, int] = {}
-    members = array("q")  # the group of each half
-    for half in halves:
-        prompt = "\0".join(f"{m.role}\0{m.content}" for m in half.prompt)
-        key = hashlib.sha256(f"{half.id}\0{prompt}".encode()).digest()[:16]
-        members.append(groups.setdefault(key, len(groups)))
-    for _, numbers in groupby(
-        sorted(range(len(members)), key=members.__getitem__), members.__getitem__
-    ):
-        sides: dict[bool, list[Half]] = {True: [], False: []}
-        for number in numbers:
-            sides[halves[number].label].append(halves[number])
-        for good, bad in zip(sides[True], sides[False], strict=False):
-            pairs.append(Preference(good.id, good.prompt, good.text, bad.text))
-    return pairs
-
-
-def with_distinct_ids(records: Sequence[Named], renamed: Shelf) -> Sequence[Named]:
-    """The records, later ones of the same id renamed ``-2``, ``-3`` … around the ids given.
-
-    Where some are renamed, all are put on ``renamed``.
-    """
-    taken = {r.id for r in records}
-    if len(taken) == len(records):
-        return records
-    seen: Counter[str] = Counter()
-    for record in records:
-        identity = record.id
-        seen[record.id] += 1
-        if seen[record.id] > 1:
-            while (identity := f"{record.id}-{seen[record.id]}") in taken:
-                seen[record.id] += 1
-        renamed.append(record if identity == record.id else replace(record, id=identity))
-    return renamed
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and line, entry or row, object) of JSON, JSONL or Parquet, or of a folder of shards.
+def read_triples(source: str | Path) -> list[Triple]:
+    """The triples of a file or folder; preferences become triples without principles.
 
     Raises:
-        DataError: unreadable; names the file and the line or entry.
+        DataError: unreadable, empty, or a row that is malformed, has no pair or is of another shape
+            than the first; names the file and the line or entry.
     """
-    if not path.is_dir():
-        yield from file_rows(path)
-        return
-    shards = sorted(path.glob("shard-*.jsonl")) or sorted(path.glob("data/*.parquet"))
-    if not shards:
-        raise DataError(
-            f"{path} holds no shard-*.jsonl and no data/*.parquet. Give a file, or the folder of "
-            "a run that holds the shards, for example iteration-1/triples."
-        )
-    for shard in shards:
-        yield from file_rows(shard)
+    found = import_records(source, strict=True).records
+    return [r.to_triple() if isinstance(r, Preference) else r for r in found]  # type: ignore[misc]
+
+
+def _join(half: Any, waiting: dict[tuple[Any, ...], list[Triple]]) -> Preference | None:
+    """The preference that a labelled answer makes with one that waits; else it waits too."""
+    key: tuple[str, tuple[Message, ...]] = (half.id, half.messages)
+    mates = waiting.setdefault(key, [])
+    if not mates or mates[0].responses.keys() == half.responses.keys():
+        mates.append(half)
+        return None
+    texts = {**mates.pop(0).responses, **half.responses}
+    if not mates:
+        del waiting[key]
+    return Preference(half.id, half.messages, texts["good"], texts["bad"])
+
+
+def _with_distinct_ids(found: Spool[Any], folder: Path | None) -> Spool[Any]:
+    """The records, later ones of the same id renamed ``-2``, ``-3`` … around the ids given."""
+    taken = {r.id for r in found}
+    if len(taken) == len(found):
+        return found
+    renamed: Spool[Any] = Spool(type(found[0]).from_dict, folder)
+    seen: Counter[str] = Counter()
+    for one in found:
+        identity = one.id
+        seen[one.id] += 1
+        if seen[one.id] > 1:
+            while (identity := f"{one.id}-{seen[one.id]}") in taken:
+                seen[one.id] += 1
+        renamed.append(replace(one, id=identity))
+    return renamed

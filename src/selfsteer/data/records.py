@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
-from selfsteer.data.jsonl import short
+from selfsteer.data.jsonl import Record, short
 from selfsteer.errors import DataError
 
 #: Raised when the shape of a line changes; part of every stage's fingerprint.
@@ -124,6 +124,19 @@ class Query:
     def text(self) -> str:
         """The last user turn."""
         return self.messages[-1].content
+
+    @property
+    def user_text(self) -> str:
+        """All user turns, one per line."""
+        return "\n".join(m.content for m in self.messages if m.role == "user")
+
+    @property
+    def transcript(self) -> str:
+        """All turns but a system message, each with its role where there are several."""
+        spoken = [m for m in self.messages if m.role != "system"]
+        if len(spoken) == 1:
+            return spoken[0].content
+        return "\n".join(f"{m.role}: {m.content}" for m in spoken)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -299,6 +312,22 @@ class Preference:
         if self.finish_reasons:
             out["finish_reasons"] = dict(self.finish_reasons)
         return _with_extra(out, self.extra)
+
+
+class Dropped(NamedTuple):
+    """A record that was left out: its id (or file and line), why, and as much of it as there is."""
+
+    id: str
+    reason: str
+    record: Record | Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of a stage's ``.dropped.jsonl``."""
+        out: dict[str, Any] = {"id": self.id, "reason": self.reason}
+        if self.record is not None:
+            own = self.record if isinstance(self.record, Mapping) else self.record.to_dict()
+            out["record"] = dict(own)
+        return out
 
 
 class Verdict(StrEnum):

@@ -1,453 +1,385 @@
-"""One record in each shape: how it is known, how it is read, and how ours is written in it.
+"""The one reader of other people's rows: what a row asks, what answers it has, which record it is.
 
-Nothing here touches a file. What a shape cannot say is counted by `selfsteer.formats.export`.
+A row is read in two steps. `asked` takes its conversation up to the last user turn; each way to
+write one down is an entry of `FORMS`, and the first that fits counts:
+
+| form | a row has it if it has | the conversation |
+|---|---|---|
+| two conversations | `chosen`, a conversation | `chosen` without its last turn |
+| ShareGPT | `conversations` | that |
+| our own and TRL's | `prompt` (text or chat) or `messages` | that; beside each other: the prompt |
+| Alpaca | `instruction` | `history`, then `instruction` with a non-empty `input` on the next line |
+
+A `system` text goes before any of them. `record` adds the answers and makes the record: `chosen`
+and `rejected` give a preference (or a triple, where the keys of the authors' release are there),
+`completion` and `label` half of one, an answer after the conversation a triple with a good response
+only, and nothing a query.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from selfsteer.data.records import Message, Preference, Principles, Query, Triple
+from selfsteer.data.jsonl import dump_line, short
+from selfsteer.data.records import Preference, Principles, Query, Triple
 from selfsteer.errors import DataError
-from selfsteer.principles.contexts import context_messages
+
+Row = Mapping[str, Any]
+Record = Triple | Preference | Query
 
 
 class Unusable(DataError):
-    """A record that is well formed and still cannot become one of ours; ``reason`` is counted."""
+    """A row that is well formed and still cannot become what is wanted; ``reason`` is counted."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Half:
-    """One labelled answer, half a preference: TRL's unpaired record."""
+# -- what a row asks -----------------------------------------------------------------------------
 
-    id: str
-    prompt: tuple[Message, ...]
-    text: str
-    label: bool
+_SPEAKERS = {"system": "system", "human": "user", "user": "user"}
+_SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A kind of record: its name in a message, how it is known, its reader.
-
-    ``reads`` are the keys whose meaning the reader takes over or that repeat others; a key that is
-    neither one of them nor in the result's ``extra`` is lost.
-    """
-
-    title: str
-    fits: Callable[[Mapping[str, Any]], bool]
-    reads: frozenset[str]
-    read: Callable[[Mapping[str, Any]], Triple | Preference | Query | Half]
+#: Keys of other people's rows; with one of them, `prompt` is not our own.
+_ANSWERED = frozenset({"chosen", "rejected", "completions", "prompt_id"})
 
 
-# -- the authors' release, and Alpaca's ranking form, from which it has grown ---------------------
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(t, Mapping) for t in value)
 
 
-def read_release(record: Mapping[str, Any]) -> Triple:
-    """A record of the authors' release; see `selfsteer.formats.read_triples`."""
-    rest = dict(record)
-    query = _alpaca_query(rest)
-    responses = {
-        "good": _response(rest.pop("chosen"), "chosen"),
-        "bad": _response(rest.pop("rejected"), "rejected"),
-    }
-    raw = rest.pop("raw", None)
-    if raw is not None and (plain := _response(raw, "raw")):
-        responses = {"plain": plain, **responses}
-    system = query.messages[0].content if query.messages[0].role == "system" else ""
-    principles = _release_principles(rest, system)
-    extra = {k: v for k, v in rest.items() if k not in ("messages", "finish_reasons")}
-    return Triple(query.id, query.messages, principles, responses, extra=extra)
+def _is_stray(row: Row) -> bool:
+    """Whether ``messages`` is a text of another program beside an instruction."""
+    return "instruction" in row and isinstance(row["messages"], str)
 
 
-def write_release(triple: Triple) -> dict[str, Any]:
-    """A triple with a good and a bad response as the release has it."""
-    systems = {
-        context: ""
-        if triple.principles is None
-        else context_messages(triple.messages, triple.principles, context)[0].content
-        for context in ("good", "bad")
-    }
-    return {
-        "idx": triple.id,
-        **_alpaca(triple.messages),
-        "p_system": systems["good"],
-        "n_system": systems["bad"],
-        "chosen": triple.responses["good"],
-        "rejected": triple.responses["bad"],
-        "raw": triple.responses.get("plain", ""),
-    }
+def _own_turns(row: Row) -> Any:
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if prompt is None:
+        if isinstance(messages, str):
+            raise DataError(
+                f"messages must be a list of turns, found the text {short(messages)}; a text goes "
+                "under 'prompt'"
+            )
+        return messages
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages is None or not isinstance(turns, list):
+        return turns
+    if not _ANSWERED & row.keys():
+        raise DataError(
+            "a query needs exactly one of 'prompt' and 'messages', found the keys "
+            f"{', '.join(map(str, row))}"
+        )
+    # UltraChat: the conversation goes on after the prompt, and its next turn is the answer
+    goes_on = _is_conversation(messages) and messages[: len(turns)] == turns
+    answer = messages[len(turns) : len(turns) + 1] if goes_on else []
+    return [*turns, *(t for t in answer if t.get("role") == "assistant")]
 
 
-def read_alpaca(record: Mapping[str, Any]) -> Preference:
-    """LLaMA-Factory's ranking form of an Alpaca record."""
-    rest = dict(record)
-    query = _alpaca_query(rest)
-    chosen, rejected = (_response(rest.pop(name), name) for name in ("chosen", "rejected"))
-    return Preference(query.id, query.messages, chosen, rejected, extra=_foreign(rest))
-
-
-def write_alpaca(preference: Preference) -> dict[str, Any]:
-    """A preference for LLaMA-Factory's ``formatting: alpaca``."""
-    return {
-        "id": preference.id,
-        **_alpaca(preference.prompt),
-        "chosen": preference.chosen,
-        "rejected": preference.rejected,
-    }
-
-
-def _alpaca_query(rest: dict[str, Any]) -> Query:
-    """Takes the conversation and the id out of an Alpaca record."""
-    asked = [_text_or_empty(rest.pop(key, None), key) for key in ("instruction", "input")]
-    turns: list[Message] = []
-    if system := _text_or_empty(rest.pop("system", None), "system"):
-        turns.append(Message("system", system))
-    history = rest.pop("history", None) or []
+def _alpaca_turns(row: Row) -> list[dict[str, Any]]:
+    history = row.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or [type(t) for t in pair] != [str, str]:
             raise DataError(
                 f"history must be a list of [user, assistant] pairs, found {short(pair)}"
             )
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    turns.append(Message("user", "\n".join(filter(None, asked))))
-    identity = rest.pop("id", None)
-    if identity is None:
-        identity = rest.pop("idx", None)
-    return Query.from_dict({"id": identity, "messages": turns})
+    parts = [row["instruction"], row.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise DataError(f"instruction and input must be texts, found {short(parts)}")
+    texts = [*(text for pair in history for text in pair), "\n".join(filter(str.strip, parts))]
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
 
 
-def _alpaca(messages: Sequence[Message]) -> dict[str, Any]:
-    """A conversation as Alpaca has it: last user turn, pairs before it, system message."""
-    has_system = messages[0].role == "system"
-    said = [m.content for m in messages if m.role != "system"]
-    return {
-        "instruction": said[-1],
-        "history": [list(pair) for pair in zip(said[:-1:2], said[1:-1:2], strict=True)],
-        "system": messages[0].content if has_system else "",
-    }
-
-
-def _release_principles(rest: dict[str, Any], system: str) -> Principles | None:
-    """Takes the guidelines out of a record of the release."""
-    found = rest.pop("principles", None)
-    entries = found if isinstance(found, list) else []
-    names = [entry.get("feature") for entry in entries if isinstance(entry, Mapping)]
-    features = tuple(name for name in names if isinstance(name, str))
-    texts = {}
-    for key in ("p_system", "n_system"):
-        whole = _text_or_empty(rest.pop(key, None), key)
-        texts[key] = whole
-        if system and whole.startswith(system):
-            tail = whole[len(system) :]
-            if not tail.strip():
-                raise DataError(f"{key} holds no guideline beyond the query's own system message")
-            # "You are" is no message before "You are kind.": only a whole one is cut off.
-            if tail[0].isspace():
-                texts[key] = tail.lstrip()
-    if not any(texts.values()):
-        return None
-    if not all(texts.values()):
-        raise DataError("p_system and n_system belong together, and one of them is missing")
-    return Principles(texts["p_system"], texts["n_system"], features)
-
-
-# -- TRL -----------------------------------------------------------------------------------------
-
-
-def read_preference(record: Mapping[str, Any]) -> Preference:
-    """TRL's preference with an explicit prompt, a text or a chat."""
-    texts = {name: _response(record[name], name) for name in ("chosen", "rejected")}
-    reasons = record.get("finish_reasons") or {}
-    if not isinstance(reasons, Mapping) or not reasons.keys() <= texts.keys():
-        raise DataError(f"finish_reasons are of chosen and rejected, found {short(reasons)}")
-    # Parquet has a null where JSON has no key
-    reasons = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Preference.from_dict({**record, **texts, "finish_reasons": reasons})
-
-
-def write_preference(preference: Preference) -> dict[str, Any]:
-    """The four columns that every preference has."""
-    return replace(preference, finish_reasons={}, extra={}).to_dict()
-
-
-def write_prompt(preference: Preference) -> dict[str, Any]:
-    """TRL's prompt-only record."""
-    return {"id": preference.id, "prompt": _dicts(preference.prompt)}
-
-
-def read_half(record: Mapping[str, Any]) -> Half:
-    """One of TRL's unpaired records (KTO): prompt, completion, label."""
-    query = Query.from_dict({k: record[k] for k in ("id", "prompt", "system") if k in record})
-    label = record["label"]
-    if not isinstance(label, bool):
-        raise DataError(f"label must be true or false, found {short(label)}")
-    return Half(query.id, query.messages, _response(record["completion"], "completion"), label)
-
-
-def write_halves(preference: Preference) -> list[dict[str, Any]]:
-    """The two labelled answers of a preference, the good one first."""
-    return [
-        {**write_prompt(preference), "completion": [_assistant(text)], "label": label}
-        for text, label in ((preference.chosen, True), (preference.rejected, False))
-    ]
-
-
-# -- LLaMA-Factory's other form ------------------------------------------------------------------
-
-_SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
-
-
-def read_sharegpt(record: Mapping[str, Any]) -> Preference:
-    """LLaMA-Factory's ranking form of a ShareGPT record."""
-    rest = dict(record)
-    found = rest.pop("conversations")
-    if not isinstance(found, Sequence) or isinstance(found, str):
-        raise DataError(f"conversations must be a list of turns, found {short(found)}")
-    turns = [_sharegpt_turn(turn) for turn in found]
-    texts = []
-    for name in ("chosen", "rejected"):
-        answer = rest.pop(name)
-        turn = _sharegpt_turn(answer) if isinstance(answer, Mapping) else None
-        if turn is None or turn["role"] != "assistant":
-            raise DataError(f"{name} must be one turn from gpt, found {short(answer)}")
-        texts.append(turn["content"])
-    query = Query.from_dict(
-        {"id": rest.pop("id", None), "messages": turns, "system": rest.pop("system", None)}
-    )
-    return Preference(query.id, query.messages, texts[0], texts[1], extra=_foreign(rest))
-
-
-def write_sharegpt(preference: Preference) -> dict[str, Any]:
-    """A preference for LLaMA-Factory's ``formatting: sharegpt``."""
-    said = [m for m in preference.prompt if m.role != "system"]
-    names = {"user": "human", "assistant": "gpt"}
-    return {
-        "id": preference.id,
-        "conversations": [{"from": names[m.role], "value": m.content} for m in said],
-        "system": _alpaca(preference.prompt)["system"],
-        "chosen": {"from": "gpt", "value": preference.chosen},
-        "rejected": {"from": "gpt", "value": preference.rejected},
-    }
-
-
-def _sharegpt_turn(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, Mapping) or turn.get("from") not in _SHAREGPT:
-        raise DataError(f"a turn must be from one of {', '.join(_SHAREGPT)}, found {short(turn)}")
-    return {"role": _SHAREGPT[turn["from"]], "content": turn.get("value")}
-
-
-# -- whole conversations: distilabel, UltraFeedback-binarized, OpenAI ----------------------------
-
-
-def read_pair(record: Mapping[str, Any]) -> Preference:
-    """Two whole conversations that differ in the last answer: distilabel, UltraFeedback-binarized.
-
-    Raises:
-        Unusable: ``not_rated_higher`` where the record's own ratings do not put the chosen answer
-            above the rejected one, ``prompts_differ`` where the two have not the same prompt.
-    """
-    answers, prompts = [], []
-    for name in ("chosen", "rejected"):
-        turns = record[name]
-        if not isinstance(turns, Sequence) or isinstance(turns, str) or len(turns) < 2:
-            raise DataError(f"{name} must be a conversation, found {short(turns)}")
-        answers.append(_response([turns[-1]], name))
-        prompts.append(list(turns[:-1]))
-    if prompts[0] != prompts[1]:
-        raise Unusable("prompts_differ", "chosen and rejected do not answer the same prompt")
-    for chosen, rejected in (
-        ("chosen_rating", "rejected_rating"),
-        ("score_chosen", "score_rejected"),
-    ):
-        above, below = record.get(chosen), record.get(rejected)
-        rated = all(isinstance(r, int | float) for r in (above, below))
-        if rated and not above > below:  # type: ignore[operator]
-            raise Unusable("not_rated_higher", f"{chosen} {above} is not above {rejected} {below}")
-    identity = record.get("id", record.get("prompt_id"))
-    query = Query.from_dict({"id": identity, "messages": prompts[0]})
-    rest = {k: v for k, v in record.items() if k not in SHAPES["pair"].reads}
-    if record.get("generations", answers) != answers:
-        rest["generations"] = record["generations"]
-    extra = _foreign(rest)
-    return Preference(query.id, query.messages, answers[0], answers[1], extra=extra)
-
-
-def write_pair(preference: Preference, models: tuple[str, str] | None) -> dict[str, Any]:
-    """A preference with the columns of distilabel's FormatChatGenerationDPO.
-
-    Ratings are an order, 1 for the chosen and 0 for the rejected answer; nobody gave points.
+@dataclass(frozen=True)
+class Form:
+    """A way to write a conversation down.
 
     Args:
-        preference: what to write.
-        models: names of those that wrote the chosen and the rejected answer, if known.
+        title: as it stands in a message; empty for our own.
+        fits: whether a row has it; nulls are taken out of the row before.
+        turns: the conversation, perhaps with its answer; a turn has ``role`` and ``content``, or
+            ``from`` and ``value``.
+        reads: the keys that the conversation is read from, or that repeat it.
     """
-    prompt = _dicts(preference.prompt)
-    first = next(m.content for m in preference.prompt if m.role == "user")
-    known = models is not None
-    out: dict[str, Any] = {
-        "id": preference.id,
-        "prompt": first,
-        "prompt_id": hashlib.sha256(first.encode()).hexdigest(),
-        "messages": prompt,
-        "generations": [preference.chosen, preference.rejected],
-        **({"generation_models": list(models or ())} if known else {}),
-        "ratings": [1.0, 0.0],
-    }
-    for i, (side, text) in enumerate(
-        (("chosen", preference.chosen), ("rejected", preference.rejected))
-    ):
-        out[side] = [*prompt, _assistant(text)]
-        if models is not None:
-            out[f"{side}_model"] = models[i]
-        out[f"{side}_rating"] = out["ratings"][i]
-    return out
+
+    title: str
+    fits: Callable[[Row], bool]
+    turns: Callable[[Row], Any]
+    reads: frozenset[str]
 
 
-def read_chat(record: Mapping[str, Any]) -> Triple:
-    """A conversation that ends in an answer (OpenAI's chat form): a triple with a good response."""
-    rest = dict(record)
-    turns = rest.pop("messages")
-    query = Query.from_dict({"id": rest.pop("id", None), "messages": turns[:-1]})
-    text = _response([turns[-1]], "the last turn")
-    return Triple(query.id, query.messages, None, {"good": text}, extra=_foreign(rest))
+PAIRED = Form(
+    "two conversations",
+    lambda row: _is_conversation(row.get("chosen")),
+    lambda row: row["chosen"][:-1],
+    frozenset({"chosen", "prompt", "messages"}),
+)
+SHAREGPT = Form(
+    "ShareGPT",
+    lambda row: "conversations" in row,
+    lambda row: row["conversations"],
+    frozenset({"conversations"}),
+)
+OWN = Form(
+    "",
+    lambda row: "prompt" in row or ("messages" in row and not _is_stray(row)),
+    _own_turns,
+    frozenset({"prompt", "messages"}),
+)
+ALPACA = Form(
+    "Alpaca",
+    lambda row: "instruction" in row,
+    _alpaca_turns,
+    frozenset({"instruction", "input", "history", "idx"}),
+)
+FORMS = (PAIRED, SHAREGPT, OWN, ALPACA)
+
+_EVERYWHERE = frozenset({"id", "prompt_id", "system"})
+_CONVERSATIONS = frozenset({"prompt", "messages", "conversations", "instruction", "chosen"})
+_ASKED = _EVERYWHERE.union(_ANSWERED, *(form.reads for form in FORMS))
 
 
-def write_chat(preference: Preference) -> dict[str, Any]:
-    """The chosen conversation, for fine-tuning."""
-    return {"messages": [*_dicts(preference.prompt), _assistant(preference.chosen)]}
+def asked_columns(names: Sequence[str]) -> list[str]:
+    """Those columns of a table that `asked` reads; all of them where none holds a conversation."""
+    known = _CONVERSATIONS.intersection(names)
+    return [name for name in names if name in _ASKED or not known]
 
 
-# -- helpers -------------------------------------------------------------------------------------
+class Asked(NamedTuple):
+    """The conversation of a row, as a query; the answer after it; and the form that it had.
+
+    Of our own rows the query keeps other keys.
+    """
+
+    query: Query
+    answer: Any
+    form: Form
 
 
-def short(value: Any) -> str:
-    """A value as it is shown in a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+def asked(row: Row) -> Asked:
+    """What a row asks.
+
+    The id is ``id``, else ``prompt_id``, of Alpaca's form else ``idx``, else a hash of the
+    messages. Answers after the last user turn are cut off.
+
+    Raises:
+        Unusable: ``unknown_shape``; or of somebody else's row ``no_user_turn``,
+            ``turns_do_not_alternate`` or ``empty_query``.
+        DataError: it is malformed, or cannot be stored as UTF-8 JSON.
+    """
+    given = {k: v for k, v in row.items() if v is not None}
+    form = next((form for form in FORMS if form.fits(given)), None)
+    if form is None:
+        raise Unusable(
+            "unknown_shape",
+            f"no known shape of record, its keys are {', '.join(row) or '(none)'}; give "
+            "'prompt' or 'messages', 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
+        )
+    found = form.turns(given)
+    if not isinstance(found, list):
+        raise DataError(f"a conversation must be a list of turns, found {short(found)}")
+    turns = list(map(_turn, found))
+    end = len(turns)
+    while end > 1 and turns[end - 1]["role"] == "assistant":
+        end -= 1
+    ours = form is OWN and not _ANSWERED & given.keys()
+    if not ours:
+        _check_conversation(turns[:end])
+    ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
+    more = {k: v for k, v in row.items() if k not in form.reads} if ours else {}
+    query = Query.from_dict(
+        {
+            **more,
+            "id": next((given[k] for k in ids if k in given), None),
+            "messages": turns[:end],
+            "system": given.get("system"),
+        }
+    )
+    answer = turns[end]["content"] if end < len(turns) else None
+    return Asked(storable(query), answer, form)
 
 
-def _assistant(text: str) -> dict[str, str]:
-    return Message("assistant", text).to_dict()
+def _turn(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"a turn must be an object with a role and a content, found {short(turn)}")
+    who = turn.get("role") or turn.get("from")
+    if not isinstance(who, str) or who not in _SPEAKERS:
+        raise DataError(f"a turn must be from one of {', '.join(_SPEAKERS)}, found {short(turn)}")
+    text = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    return {"role": _SPEAKERS[who], "content": text}
 
 
-def _dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
-    return [m.to_dict() for m in messages]
+def _check_conversation(turns: Sequence[Mapping[str, Any]]) -> None:
+    """Somebody else's set may hold conversations that cannot be asked: a reason to drop them."""
+    roles = [turn["role"] for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    last = turns[-1]["content"] if turns else None
+    if "user" not in spoken:
+        raise Unusable("no_user_turn", "the conversation has no user turn")
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+        raise Unusable("turns_do_not_alternate", "user and assistant do not take turns")
+    if isinstance(last, str) and not last.strip():
+        raise Unusable("empty_query", "the last user turn is empty")
 
 
-def _foreign(rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Other keys, but for those that our own records would read as theirs."""
-    ours = ("messages", "prompt", "system", "principles", "responses", "finish_reasons")
-    return {k: v for k, v in rest.items() if k not in ours}
+S = TypeVar("S", bound=Record)
 
 
-def _text_or_empty(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be a text, found {short(value)}")
-    return value
+def storable(record: S) -> S:
+    """The record; half a surrogate pair, NaN or a date would fail hours later.
+
+    Raises:
+        DataError: it cannot be written as a line.
+    """
+    try:
+        dump_line(record).encode()
+    except (TypeError, ValueError) as e:
+        raise DataError(f"it cannot be stored as UTF-8 JSON: {e}") from None
+    return record
 
 
-def _response(value: Any, name: str) -> str:
-    """A text, or a list of one text or one assistant turn."""
+# -- which record a row is -----------------------------------------------------------------------
+
+_PAIR = frozenset({"chosen", "rejected"})
+_RELEASE = frozenset({"p_system", "n_system", "raw", "principles"})
+_HALF = frozenset({"completion", "label"})
+#: Pairs of keys where a row's own ratings stand.
+_RATINGS = (("chosen_rating", "rejected_rating"), ("score_chosen", "score_rejected"))
+#: Keys that our own records would read as theirs.
+_OURS = {"messages", "prompt", "system", "principles", "responses", "finish_reasons"}
+
+RELEASE_TITLE = "triple (SSO release)"
+HALF_TITLE = "labelled answer"
+
+
+class Read(NamedTuple):
+    """A record, what kind of row it was read from, and the keys that it has no place for."""
+
+    title: str
+    record: Record
+    lost: frozenset[str] = frozenset()
+
+
+def record(row: Row, *, release: bool = False) -> Read:
+    """The record that a row is; a labelled answer is a triple with one response.
+
+    Args:
+        row: of any shape of docs/formats.md.
+        release: whether an Alpaca pair is one of the authors' release, of which a record may lack
+            the keys that tell.
+
+    Raises:
+        Unusable: as `asked`; also ``unknown_shape`` where two conversations stand side by side,
+            ``prompts_differ`` and ``not_rated_higher`` of a pair.
+        DataError: it is malformed, or cannot be stored as UTF-8 JSON.
+    """
+    if "responses" in row:
+        return Read("triple", storable(Triple.from_dict(row)))
+    query, answer, form = asked(row)
+    others = {"prompt", "conversations", "instruction"} & row.keys() - form.reads
+    if others and form is not PAIRED:
+        raise Unusable(
+            "unknown_shape", f"more than one kind of record: its keys are {', '.join(row)}"
+        )
+    reads = form.reads | _EVERYWHERE
+    made: Record
+    if row.keys() >= _PAIR:
+        reads |= _PAIR
+        chosen, rejected = _pair(row, form)
+        if row.get("generations") == [chosen, rejected]:
+            reads |= {"generations"}
+        if form is ALPACA and (release or _RELEASE & row.keys()):
+            title, reads = RELEASE_TITLE, reads | _RELEASE
+            made = _release(row, query, chosen, rejected)
+        else:
+            title = f"preference ({form.title})" if form.title else "preference"
+            reasons = row.get("finish_reasons") if form is OWN else None
+            if isinstance(reasons, Mapping):  # Parquet has a null where JSON has no key
+                reasons = {name: reason for name, reason in reasons.items() if reason is not None}
+                reads |= {"finish_reasons"}
+            made = Preference.from_dict(
+                {
+                    "id": query.id,
+                    "prompt": query.messages,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "finish_reasons": reasons,
+                }
+            )
+    elif row.keys() >= _HALF:
+        title, label = HALF_TITLE, row["label"]
+        if not isinstance(label, bool):
+            raise DataError(f"label must be true or false, found {short(label)}")
+        text = _answer(row["completion"], "completion")
+        half = Triple(query.id, query.messages, None, {"good" if label else "bad": text})
+        return Read(title, storable(half), frozenset(row.keys() - reads - _HALF))
+    elif answer is not None or (form is ALPACA and row.get("output")):
+        title, reads = "answered query", reads | {"output"}
+        text = _answer(row["output"] if answer is None else answer, "the answer")
+        made = Triple(query.id, query.messages, None, {"good": text})
+    else:
+        title, made = "query", query
+    extra = {k: v for k, v in row.items() if k not in reads | _OURS}
+    made = replace(made, extra={**extra, **query.extra} if made is query else extra)
+    return Read(title, storable(made), frozenset(row.keys() - reads - made.extra.keys()))
+
+
+def _pair(row: Row, form: Form) -> tuple[str, str]:
+    """The chosen and the rejected answer, which answer the same prompt and are rated as such."""
+    sides = {name: row[name] for name in ("chosen", "rejected")}
+    if form is PAIRED and not _is_conversation(sides["rejected"]):
+        raise DataError(f"rejected must be a conversation too, found {short(sides['rejected'])}")
+    chosen, rejected = (
+        _answer(value[-1:] if form is PAIRED else value, name) for name, value in sides.items()
+    )
+    if form is PAIRED and sides["chosen"][:-1] != sides["rejected"][:-1]:
+        raise Unusable("prompts_differ", "chosen and rejected do not answer the same prompt")
+    for better, worse in _RATINGS:
+        above, below = row.get(better), row.get(worse)
+        if isinstance(above, int | float) and isinstance(below, int | float) and not above > below:
+            raise Unusable("not_rated_higher", f"{better} {above} is not above {worse} {below}")
+    return chosen, rejected
+
+
+def _answer(value: Any, name: str) -> str:
+    """A text, an assistant turn, or a list of one of these."""
     found = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if isinstance(found, Mapping) and found.get("role") == "assistant":
-        found = found.get("content")
+    if isinstance(found, Mapping) and (turn := _turn(found))["role"] == "assistant":
+        found = turn["content"]
     if not isinstance(found, str):
         raise DataError(f"{name} must be one text or one assistant turn, found {short(value)}")
     return found
 
 
-# -- which shape ---------------------------------------------------------------------------------
-
-_PAIR = frozenset({"chosen", "rejected"})
-_QUERY = frozenset({"prompt", "messages"})
-_OWN = _QUERY | {"id", "system", "finish_reasons"}
-_ALPACA = _PAIR | {"id", "idx", "instruction", "input", "history", "system"}
-_RELEASE = frozenset({"p_system", "n_system", "raw", "principles"})
-
-
-def _turns(value: Any) -> list[Any]:
-    ok = isinstance(value, list) and len(value) > 1 and all(isinstance(t, Mapping) for t in value)
-    return value if ok else []
-
-
-def _has_pair(record: Mapping[str, Any], *more: str) -> bool:
-    return record.keys() >= {*_PAIR, *more} and not _turns(record["chosen"])
-
-
-def _ends_in_answer(record: Mapping[str, Any]) -> bool:
-    turns = _turns(record.get("messages"))
-    return bool(turns) and turns[-1].get("role") == "assistant"
+def _release(row: Row, query: Query, chosen: str, rejected: str) -> Triple:
+    """A record of the authors' release, whose guidelines are whole system messages."""
+    raw = row.get("raw")
+    plain = _answer(raw, "raw") if raw is not None else ""
+    responses = {**({"plain": plain} if plain else {}), "good": chosen, "bad": rejected}
+    first = query.messages[0]
+    system = first.content if first.role == "system" else ""
+    good, bad = (_guideline(row, key, system) for key in ("p_system", "n_system"))
+    principles = None
+    if good or bad:
+        if not (good and bad):
+            raise DataError("p_system and n_system belong together, and one of them is missing")
+        entries = row.get("principles")
+        found = entries if isinstance(entries, list) else []
+        names = [entry.get("feature") for entry in found if isinstance(entry, Mapping)]
+        principles = Principles(good, bad, [name for name in names if isinstance(name, str)])
+    return Triple(query.id, query.messages, principles, responses)
 
 
-def _is_bare(record: Mapping[str, Any]) -> bool:
-    """Neither a response nor a label: nothing but a query."""
-    more = {"responses", "instruction", "conversations", "completion", *_PAIR}
-    return not more & record.keys()
-
-
-SHAPES = {
-    "triple": Shape(
-        "a triple of a run",
-        lambda r: "responses" in r,
-        _OWN | {"principles", "responses"},
-        lambda r: Triple.from_dict(r),
-    ),
-    "release": Shape(
-        "a record of the SSO release",
-        lambda r: _has_pair(r, "instruction") and bool(_RELEASE & r.keys()),
-        _ALPACA | _RELEASE,
-        read_release,
-    ),
-    "alpaca": Shape(
-        "an Alpaca record with a ranking",
-        lambda r: _has_pair(r, "instruction") and not _RELEASE & r.keys(),
-        _ALPACA,
-        read_alpaca,
-    ),
-    "sharegpt": Shape(
-        "a ShareGPT record with a ranking",
-        lambda r: _has_pair(r, "conversations"),
-        frozenset({"id", "conversations", "system", "chosen", "rejected"}),
-        read_sharegpt,
-    ),
-    "preference": Shape(
-        "a preference", lambda r: _has_pair(r, "prompt"), _OWN | _PAIR, read_preference
-    ),
-    "pair": Shape(
-        "a pair of conversations",
-        lambda r: r.keys() >= _PAIR and bool(_turns(r["chosen"])),
-        frozenset({"id", "prompt_id", "prompt", "messages", "generations", *_PAIR}),
-        read_pair,
-    ),
-    "unpaired": Shape(
-        "a labelled answer",
-        lambda r: r.keys() >= {"prompt", "completion", "label"},
-        frozenset({"id", "prompt", "system", "completion", "label"}),
-        read_half,
-    ),
-    "chat": Shape(
-        "a conversation with its answer",
-        lambda r: _is_bare(r) and _ends_in_answer(r),
-        frozenset({"id", "messages"}),
-        read_chat,
-    ),
-    "query": Shape(
-        "a query",
-        lambda r: _is_bare(r) and not _ends_in_answer(r) and not r.keys().isdisjoint(_QUERY),
-        _OWN,
-        lambda r: Query.from_dict(r),
-    ),
-}
-
-
-def shapes_of(record: Mapping[str, Any]) -> list[str]:
-    """The shapes that a record has; more than one is no shape."""
-    return [name for name, shape in SHAPES.items() if shape.fits(record)]
+def _guideline(row: Row, key: str, system: str) -> str:
+    """What a system message of the release says beyond the query's own."""
+    whole = row.get(key) or ""
+    if not isinstance(whole, str):
+        raise DataError(f"{key} must be a text, found {short(whole)}")
+    if not system or not whole.startswith(system):
+        return whole
+    tail = whole[len(system) :]
+    if not tail.strip():
+        raise DataError(f"{key} holds no guideline beyond the query's own system message")
+    # "You are" is no message before "You are kind.": only a whole one is cut off.
+    return tail.lstrip() if tail[0].isspace() else whole

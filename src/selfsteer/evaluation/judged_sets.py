@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.data.files import file_rows
+from selfsteer.data.files import read_rows
 from selfsteer.data.records import Message, Query, Verdict, content_id
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
 from selfsteer.errors import DataError
@@ -88,7 +88,7 @@ def read_questions(settings: JudgedSet, limit: int | None = None) -> list[Questi
     """
     path = Path(resolve_path(settings.questions))
     found: dict[str, Question] = {}
-    for where, row in file_rows(path):
+    for where, row in read_rows(path):
         if limit is not None and len(found) == limit:
             break
         try:
@@ -165,7 +165,7 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
     path = Path(resolve_path(settings.baseline))
     wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
     found: dict[str, str] = {}
-    for where, row in file_rows(path):
+    for where, row in read_rows(path):
         answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
         if answer is None:
             raise DataError(f"{where} is no answer: it needs 'response' or 'output', a text.")

@@ -1,18 +1,17 @@
 """The README of an exported data set or model: how it was made, how good it is, what it is not for.
 
-A card is made of what the run folder says of itself (`selfsteer.report.summary.load`). Folders of
-the machine that it was made on are cut down to their last name.
+A card is made of an `Origin`, which whoever reads the run fills in. Folders of the machine that it
+was made on are cut down to their last name.
 """
 
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import interval
 
 PAPER = "https://arxiv.org/abs/2410.17131"
@@ -41,6 +40,56 @@ _PAIRS = {
 }
 
 
+class Step(NamedTuple):
+    """A stage that led to the preferences: records in and out, drops by reason."""
+
+    name: str
+    n_in: int
+    n_out: int
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card tells of the run that a data set or a model comes from.
+
+    Args:
+        name: of the run.
+        method: that made these pairs; the baseline's, if they are the baseline's.
+        iteration: counted from 1.
+        iterations: of the run.
+        model: the policy that the run began with.
+        principles: where they came from, in words; None where the method has none.
+        sampling: settings, of which temperature, top_p and max_new_tokens are told.
+        training: settings of the policy's training.
+        queries: where they came from, in words.
+        seed: of the run.
+        made: when, and with which versions.
+        steps: the stages up to the preferences.
+        quality: figures of the pairs (``preferences`` of ``quality.json``); None: not measured.
+        judge: who judged, in words; None: nobody.
+        trained_on: pairs that the policy was trained on, if it was.
+        evaluation: held-out queries, and the figures of the start and of this model.
+    """
+
+    name: str
+    method: str
+    iteration: int
+    iterations: int
+    model: str
+    principles: str | None
+    sampling: Mapping[str, Any]
+    training: Mapping[str, Any]
+    queries: str
+    seed: int
+    made: str
+    steps: Sequence[Step]
+    quality: Mapping[str, Any] | None = None
+    judge: str | None = None
+    trained_on: int | None = None
+    evaluation: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
+
+
 def public_name(source: str) -> str:
     """A model or a file as the world may know it: a hub id as it is, of a path the last name.
 
@@ -59,11 +108,19 @@ def _on_hub(source: str) -> bool:
     )
 
 
+def judge_name(judge: Any) -> str:
+    """Who a recipe's judge is: its kind, or a section with ``kind`` and perhaps ``model``."""
+    section = judge if isinstance(judge, Mapping) else {"kind": str(judge)}
+    if section.get("kind") == "oracle":
+        return "the testbed's oracle"
+    if model := section.get("model"):
+        return f"{public_name(model)} ({section.get('kind')})"
+    return "people's labels" if section.get("kind") == "human" else str(section.get("kind"))
+
+
 def dataset_card(
-    found: Mapping[str, Any],
+    origin: Origin,
     *,
-    iteration: int,
-    baseline: bool,
     count: int,
     files: Sequence[str],
     left_out: Sequence[str],
@@ -72,62 +129,52 @@ def dataset_card(
     """The card of one iteration's preferences.
 
     Args:
-        found: what the run says of itself.
-        iteration: counted from 1.
-        baseline: whether these are the baseline's preferences.
+        origin: the run.
         count: preferences.
         files: of the data, relative to the card.
         left_out: what the run has and the data set has not, one sentence each.
         queries_license: of the prompts, as an identifier of the hub; None is unknown.
     """
-    recipe = found["recipe"]
-    method = recipe["baseline"] if baseline else recipe["method"]
+    sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
     data_files = [{"split": "train", "path": list(files)}]
     front = {
         **_license(queries_license),
         "task_categories": ["text-generation"],
         "tags": ["preference", "dpo", "self-steering-optimization", "synthetic"],
-        "size_categories": [_size(count)],
+        "size_categories": [sizes[min(max(len(str(count)) - 3, 0), len(sizes) - 1)]],
         "configs": [{"config_name": "default", "data_files": data_files}],
     }
     licence = queries_license or "unknown, check before you publish"
-    steered = (
+    pairs = _PAIRS.get(
+        origin.method,
         "The chosen one was written under a good principle and the rejected one under a bad one; "
-        f"the principles were then taken away ([Self-Steering Optimization]({PAPER}))"
+        f"the principles were then taken away ([Self-Steering Optimization]({PAPER}))",
     )
-    answers = "rejected answers" if method == "spin" else "answers"
-    features = " `features`, if it is there: what the two principles were about."
-    if "principles" not in recipe:
-        features = ""
-    risks = (
-        "A rejected answer can be good, and a chosen one wrong."
-        if "principles" not in recipe
-        else "The rejected answers are **deliberately bad**: they were asked to be wrong, "
-        "unhelpful, or unsafe. Never show them to people as answers and never fine-tune on them "
-        "alone. A chosen answer can be wrong as well."
-    )
+    answers = "rejected answers" if origin.method == "spin" else "answers"
+    features, risks = "", "A rejected answer can be good, and a chosen one wrong."
+    if origin.principles is not None:
+        features = " `features`, if it is there: what the two principles were about."
+        risks = (
+            "The rejected answers are **deliberately bad**: they were asked to be wrong, "
+            "unhelpful, or unsafe. Never show them to people as answers and never fine-tune on "
+            "them alone. A chosen answer can be wrong as well."
+        )
     return _page(
         front,
-        f"# {recipe['name']}: {count:,} preferences without annotators",
-        "Each record is a prompt with a chosen and a rejected answer. "
-        f"{_PAIRS.get(method, steered)}. "
+        f"# {origin.name}: {count:,} preferences without annotators",
+        f"Each record is a prompt with a chosen and a rejected answer. {pairs}. "
         "No person compared the answers.",
         "## How it was made",
-        _list(
-            ("Method", _METHODS[method]),
-            ("Iteration", f"{iteration} of {recipe['iterations']}"),
-            ("Model", public_name(recipe["policy"]["model"])),
-            *_principles(recipe, method),
-            ("Sampling", _settings(recipe["sampling"], "temperature", "top_p", "max_new_tokens")),
-            ("Queries", _queries(recipe["queries"])),
-            ("Seed", str(recipe["seed"])),
-            ("Made", _made(found, iteration, baseline=baseline)),
+        _how(
+            origin,
+            ("Model", public_name(origin.model)),
+            sampling=_settings(origin.sampling, "temperature", "top_p", "max_new_tokens"),
         ),
         "## Counts",
-        _stage_table(found, iteration, baseline=baseline),
+        _steps(origin),
         f"Left out of the data set: {' '.join(left_out) or 'nothing.'}",
         "## Quality",
-        _quality(found, method, iteration),
+        _quality(origin),
         "## Columns",
         "`id`, `prompt`, `chosen`, `rejected` (chats), and `finish_reasons`: `length` where an "
         f"answer was cut off by the token budget.{features}",
@@ -141,86 +188,47 @@ def dataset_card(
     )
 
 
-def model_card(found: Mapping[str, Any], *, iteration: int, baseline: bool) -> str:
+def model_card(origin: Origin) -> str:
     """The card of the policy that an iteration trained."""
-    recipe = found["recipe"]
-    method = recipe["baseline"] if baseline else recipe["method"]
-    base = recipe["policy"]["model"]
-    training = recipe["training"]
-    where = f"{'baseline/' if baseline else ''}iteration-{iteration}/policy"
-    entry = found["stages"].get(where, {})
+    base = public_name(origin.model)
     front = {
-        **({"base_model": base} if _on_hub(base) else {}),
+        **({"base_model": origin.model} if _on_hub(origin.model) else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["self-steering-optimization", "preference", "dpo"],
     }
-    steered = (
+    pairs = _PAIRS.get(
+        origin.method,
         "Models wrote the one under a good and the other under a bad principle "
-        f"([Self-Steering Optimization]({PAPER}))"
+        f"([Self-Steering Optimization]({PAPER}))",
     )
-    away = (
-        "rejected answers" if "principles" not in recipe else "answers that were deliberately bad"
-    )
-    settings = _settings(
-        training, "base", "beta", "learning_rate", "batch_size", "epochs", "max_length"
-    )
+    steered = origin.principles is not None
+    away = "answers that were deliberately bad" if steered else "rejected answers"
+    names = ("base", "beta", "learning_rate", "batch_size", "epochs", "max_length")
+    count = "unknown" if origin.trained_on is None else f"{origin.trained_on:,} pairs"
     return _page(
         front,
-        f"# {recipe['name']}",
-        f"{public_name(base)}, trained on pairs of a chosen and a rejected answer. "
-        f"{_PAIRS.get(method, steered)}. No person compared answers.",
+        f"# {origin.name}",
+        f"{base}, trained on pairs of a chosen and a rejected answer. {pairs}. "
+        "No person compared answers.",
         "## How it was made",
-        _list(
-            ("Method", _METHODS[method]),
-            ("Iteration", f"{iteration} of {recipe['iterations']}"),
-            ("Base model", public_name(base)),
-            ("Trained on", f"{entry['n_out']:,} pairs" if "n_out" in entry else "unknown"),
-            ("Training", settings),
-            *_principles(recipe, method),
-            ("Queries", _queries(recipe["queries"])),
-            ("Seed", str(recipe["seed"])),
-            ("Made", _made(found, iteration, baseline=baseline)),
+        _how(
+            origin,
+            ("Base model", base),
+            ("Trained on", count),
+            ("Training", _settings(origin.training, *names)),
         ),
         "## Data",
-        _stage_table(found, iteration, baseline=baseline),
-        _quality(found, method, iteration),
+        _steps(origin),
+        _quality(origin),
         "## Evaluation",
-        _evaluation(found, f"{method}/iteration-{iteration}"),
+        _evaluation(origin),
         "## Licence",
-        f"That of {public_name(base)}, whose weights these were; the queries' own terms may apply.",
+        f"That of {base}, whose weights these were; the queries' own terms may apply.",
         "## Intended use and risks",
         "A chat model for the uses of its base model, with the same limits. Training steered it "
         f"away from {away}; its safety was not evaluated. Prompts unlike those above were not "
         "measured.",
-    )
-
-
-def _principles(recipe: Mapping[str, Any], method: str) -> list[tuple[str, str]]:
-    """The line about principles, where the method has any."""
-    if "principles" not in recipe:
-        return []
-    settings = recipe["principles"]
-    return [("Principles", f"{settings['mode']}: {_principle_source(settings)}")]
-
-
-def _principle_source(settings: Mapping[str, Any]) -> str:
-    """Where the principles come from."""
-    if settings["mode"] == "fixed":
-        return "texts given by the author of the run"
-    own = settings.get("catalogue")
-    texts = f"the texts of the catalogue {public_name(own)}" if own else "the built-in texts"
-    if settings["mode"] == "picked":
-        return f"{texts} of the features"
-    writer = settings.get("writer")
-    writer = public_name(writer) if isinstance(writer, str) else "the policy"
-    return f"written per query by {writer}, {texts} where its answer was unusable"
-
-
-def _queries(settings: Mapping[str, Any]) -> str:
-    """Where the queries come from."""
-    return public_name(settings["path"]) + (
-        ", grown with the policy itself" if settings.get("augment") else ""
     )
 
 
@@ -231,53 +239,40 @@ def _page(front: Mapping[str, Any], *parts: str) -> str:
 
 def _license(given: str | None) -> dict[str, str]:
     """The hub knows licences by identifiers; another one is ``other``, with its name."""
-    if given is None:
-        return {"license": "unknown"}
-    if re.fullmatch(r"[a-z0-9.+-]+", given):
-        return {"license": given}
+    if given is None or re.fullmatch(r"[a-z0-9.+-]+", given):
+        return {"license": given or "unknown"}
     return {"license": "other", "license_name": given}
 
 
-def _size(count: int) -> str:
-    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
-    return names[min(max(len(str(count)) - 3, 0), len(names) - 1)]
+def _how(origin: Origin, *about: tuple[str, str], sampling: str | None = None) -> str:
+    return _list(
+        ("Method", _METHODS[origin.method]),
+        ("Iteration", f"{origin.iteration} of {origin.iterations}"),
+        *about,
+        ("Principles", origin.principles),
+        ("Sampling", sampling),
+        ("Queries", origin.queries),
+        ("Seed", str(origin.seed)),
+        ("Made", origin.made),
+    )
 
 
-def _list(*items: tuple[str, str]) -> str:
-    return "\n".join(f"- {name}: {text}" for name, text in items)
+def _list(*items: tuple[str, str | None]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in items if text is not None)
 
 
 def _settings(values: Mapping[str, Any], *names: str) -> str:
     return ", ".join(f"{name} {values[name]}" for name in names)
 
 
-def _made(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> str:
-    """When, and with which versions."""
-    stage = f"{'baseline/' if baseline else ''}iteration-{iteration}/preferences"
-    entries = [e for e in RunFolder(Path(found["run"])).ledger() if e.get("stage") == stage]
-    began = [e for e in entries if e["event"] == "begin"]
-    if not began:
-        return "unknown"
-    when = time.strftime("%Y-%m-%d", time.gmtime(began[-1]["time"]))
-    return f"{when}, with {', '.join(f'{k} {v}' for k, v in began[-1]['versions'].items())}"
-
-
-def _stage_table(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> str:
+def _steps(origin: Origin) -> str:
     """Records in and out of each stage that led to the preferences, drops by reason."""
-    where = f"{'baseline/' if baseline else ''}iteration-{iteration}/"
-    shared = ("queries", "augment", f"iteration-{iteration}/principles")
-    after = (f"{where}quality", f"{where}policy")
-    rows = [
-        (name, f"{e['n_in']:,}", f"{e['n_out']:,}", _counts(e["dropped"]))
-        for name, e in found["stages"].items()
-        if e["event"] == "finish"
-        and (name in shared or (name.startswith(where) and name not in after))
-    ]
+    rows = [(s.name, f"{s.n_in:,}", f"{s.n_out:,}", _counts(s.dropped)) for s in origin.steps]
     return _table(("stage", "in", "out", "dropped, by reason"), rows)
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) or "none"
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items() if n) or "none"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -285,29 +280,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def judge_name(judge: Any) -> str:
-    """Who a recipe's judge is: its kind, or a section with ``kind`` and perhaps ``model``."""
-    section = judge if isinstance(judge, Mapping) else {"kind": str(judge)}
-    if section.get("kind") == "oracle":
-        return "the testbed's oracle"
-    if model := section.get("model"):
-        return f"{public_name(model)} ({section.get('kind')})"
-    return "people's labels" if section.get("kind") == "human" else str(section.get("kind"))
-
-
-def _quality(found: Mapping[str, Any], method: str, iteration: int) -> str:
-    measured = found["quality"].get(method, [])
-    if len(measured) < iteration:
+def _quality(origin: Origin) -> str:
+    figures = origin.quality
+    if figures is None:
         return "Not measured."
-    figures = measured[iteration - 1]["preferences"]
-    judge = found["recipe"].get("judge")
-    if judge is None or figures["accuracy"] is None:
-        accuracy = "not measured, since the run had no judge"
-    else:
+    accuracy = "not measured, since the run had no judge"
+    if origin.judge is not None and figures["accuracy"] is not None:
         accuracy = (
-            f"{figures['accuracy']:.3f} of {figures['pairs']:,} pairs, by {judge_name(judge)} ("
-            f"{_counts({k: n for k, n in figures['verdicts'].items() if n})}; first is the chosen "
-            "answer)"
+            f"{figures['accuracy']:.3f} of {figures['pairs']:,} pairs, by {origin.judge} ("
+            f"{_counts(figures['verdicts'])}; first is the chosen answer)"
         )
     policyness, tokens = figures["on_policyness"], figures["tokens"]
     gap = figures.get("steering_gap")
@@ -325,20 +306,15 @@ def _quality(found: Mapping[str, Any], method: str, iteration: int) -> str:
     )
 
 
-def _evaluation(found: Mapping[str, Any], label: str) -> str:
-    evaluation = found["evaluation"]
-    if evaluation is None or label not in evaluation["models"]:
+def _evaluation(origin: Origin) -> str:
+    if origin.evaluation is None:
         return "Not evaluated."
+    queries, *models = origin.evaluation
     rows = []
-    for name, shown in (("base", "start"), (label, "this model")):
-        figures = evaluation["models"][name]
-        cells = [_interval(figures.get(key)) for key in ("score", "win_rate")]
-        rows.append((shown, *cells, f"{figures['tokens']:.1f}"))
-    judge = found["recipe"].get("judge")
-    who = "No judge." if judge is None else f"Judge: {judge_name(judge)}."
+    for name, figures in zip(("start", "this model"), models, strict=True):
+        cells = [figures.get(key) for key in ("score", "win_rate")]
+        shown = [interval(cell, ".3f") if cell else "" for cell in cells]
+        rows.append((name, *shown, f"{figures['tokens']:.1f}"))
+    who = "No judge." if origin.judge is None else f"Judge: {origin.judge}."
     table = _table(("model", "score", "win rate against the start", "mean tokens"), rows)
-    return f"{evaluation['queries']:,} held-out queries, 95 % intervals. {who}\n\n{table}"
-
-
-def _interval(value: Sequence[float | None] | None) -> str:
-    return interval(value, ".3f") if value else ""
+    return f"{queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"

@@ -1,29 +1,215 @@
-"""Our records to files of other programs; what a format cannot say is counted and reported."""
+"""Our records to files of other programs; what a format cannot say is counted and reported.
 
+`FORMATS` has one entry for each: a function from a record to its rows, and what is lost on the way.
+"""
+
+import hashlib
 import io
 import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from selfsteer.data import shapes
 from selfsteer.data.jsonl import Records, at, batched, dump_line, write_atomic
-from selfsteer.data.records import Preference, Triple
+from selfsteer.data.records import Message, Preference, Triple
 from selfsteer.errors import ConfigError, DataError
+from selfsteer.principles.contexts import context_messages
 from selfsteer.terminal import progress_bar
-
-R = TypeVar("R", Triple, Preference)
 
 #: Rows of one Parquet file: some hundred MB at the papers' 2,048 tokens per response.
 ROWS_PER_SHARD = 20_000
 
-#: Rows that are Python objects at a time.
+#: Rows that are Python objects at a time, and a row group of Parquet.
 ROWS_TOGETHER = 1000
+
+Row = dict[str, Any]
+#: Names of the models that wrote the chosen and the rejected answers, if known.
+Models = tuple[str, str] | None
+
+
+# -- a record's rows -----------------------------------------------------------------------------
+
+
+def _assistant(text: str) -> Row:
+    return Message("assistant", text).to_dict()
+
+
+def _prompt(preference: Preference) -> list[Row]:
+    return [m.to_dict() for m in preference.prompt]
+
+
+def _trl(p: Preference, models: Models) -> list[Row]:
+    """The four columns that every preference has."""
+    return [replace(p, finish_reasons={}, extra={}).to_dict()]
+
+
+def _prompts(p: Preference, models: Models) -> list[Row]:
+    return [{"id": p.id, "prompt": _prompt(p)}]
+
+
+def _unpaired(p: Preference, models: Models) -> list[Row]:
+    """The two labelled answers, the good one first."""
+    return [
+        {"id": p.id, "prompt": _prompt(p), "completion": [_assistant(text)], "label": label}
+        for text, label in ((p.chosen, True), (p.rejected, False))
+    ]
+
+
+def _alpaca(messages: Sequence[Message]) -> Row:
+    """A conversation as Alpaca has it: last user turn, pairs before it, system message."""
+    said = [m.content for m in messages if m.role != "system"]
+    return {
+        "instruction": said[-1],
+        "history": [list(pair) for pair in zip(said[:-1:2], said[1:-1:2], strict=True)],
+        "system": messages[0].content if messages[0].role == "system" else "",
+    }
+
+
+def _llama_factory(p: Preference, models: Models) -> list[Row]:
+    return [{"id": p.id, **_alpaca(p.prompt), "chosen": p.chosen, "rejected": p.rejected}]
+
+
+def _sharegpt(p: Preference, models: Models) -> list[Row]:
+    names = {"user": "human", "assistant": "gpt"}
+    said = [{"from": names[m.role], "value": m.content} for m in p.prompt if m.role != "system"]
+    return [
+        {
+            "id": p.id,
+            "conversations": said,
+            "system": _alpaca(p.prompt)["system"],
+            "chosen": {"from": "gpt", "value": p.chosen},
+            "rejected": {"from": "gpt", "value": p.rejected},
+        }
+    ]
+
+
+def _distilabel(p: Preference, models: Models) -> list[Row]:
+    """The columns of distilabel's FormatChatGenerationDPO.
+
+    Ratings are an order, 1 for the chosen and 0 for the rejected answer, not points given.
+    """
+    prompt = _prompt(p)
+    first = next(m.content for m in p.prompt if m.role == "user")
+    row: Row = {
+        "id": p.id,
+        "prompt": first,
+        "prompt_id": hashlib.sha256(first.encode()).hexdigest(),
+        "messages": prompt,
+        "generations": [p.chosen, p.rejected],
+        "ratings": [1.0, 0.0],
+    }
+    if models is not None:
+        row["generation_models"] = list(models)
+    for i, (side, text) in enumerate((("chosen", p.chosen), ("rejected", p.rejected))):
+        row[side] = [*prompt, _assistant(text)]
+        row[f"{side}_rating"] = row["ratings"][i]
+        if models is not None:
+            row[f"{side}_model"] = models[i]
+    return [row]
+
+
+def _chat(p: Preference, models: Models) -> list[Row]:
+    """The chosen conversation, for fine-tuning."""
+    return [{"messages": [*_prompt(p), _assistant(p.chosen)]}]
+
+
+def _parquet(p: Preference, models: Models) -> list[Row]:
+    more = {"finish_reasons": dict(p.finish_reasons), "features": p.extra.get("features")}
+    return [{**row, **more} for row in _trl(p, models)]
+
+
+def _authors(t: Triple, models: Models) -> list[Row]:
+    """A triple with a good and a bad response as the authors' release has it."""
+    good, bad = (
+        context_messages(t.messages, t.principles, context)[0].content if t.principles else ""
+        for context in ("good", "bad")
+    )
+    row = {"idx": t.id, **_alpaca(t.messages), "p_system": good, "n_system": bad}
+    texts = {"chosen": t.responses["good"], "rejected": t.responses["bad"]}
+    return [{**row, **texts, "raw": t.responses.get("plain", "")}]
+
+
+# -- formats -------------------------------------------------------------------------------------
+
+#: What a format cannot say in words, and whether a record has it.
+Loss = tuple[str, Callable[[Any], bool]]
+
+
+def _cut(*responses: str) -> Loss:
+    return (
+        "a response was cut off; the format cannot say so, and it will train as if it ended there",
+        lambda record: any(record.finish_reasons.get(name) == "length" for name in responses),
+    )
+
+
+def _empty_system(record: Preference | Triple) -> bool:
+    messages = record.messages if isinstance(record, Triple) else record.prompt
+    return messages[0] == ("system", "")
+
+
+_PAIR_CUT = _cut("chosen", "rejected")
+_NO_SYSTEM: Loss = ("an empty system message is left out", _empty_system)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that can be exported to.
+
+    Args:
+        rows: a record's rows; the record is a triple for ``authors``, else a preference.
+        losses: what of a record it cannot say.
+        keeps: keys of ``extra`` that it has a place for.
+        entry: how LLaMA-Factory's ``dataset_info.json`` describes it.
+    """
+
+    rows: Callable[[Any, Models], list[Row]]
+    losses: tuple[Loss, ...] = ()
+    keeps: tuple[str, ...] = ()
+    entry: Mapping[str, Any] | None = None
+
+
+FORMATS = {
+    "trl": Format(_trl, (_PAIR_CUT,)),
+    "trl-prompts": Format(_prompts, (("the two responses are left out", lambda p: True),)),
+    "trl-unpaired": Format(_unpaired, (_PAIR_CUT,)),
+    "llama-factory": Format(
+        _llama_factory,
+        (_NO_SYSTEM, _PAIR_CUT),
+        entry={
+            "formatting": "alpaca",
+            "columns": {"prompt": "instruction", "history": "history"},
+        },
+    ),
+    "llama-factory-sharegpt": Format(
+        _sharegpt,
+        (_NO_SYSTEM, _PAIR_CUT),
+        entry={"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+    ),
+    "distilabel": Format(_distilabel, (_PAIR_CUT,)),
+    "chat": Format(
+        _chat,
+        (("the id and the rejected response are left out", lambda p: True), _cut("chosen")),
+    ),
+    "parquet": Format(_parquet, keeps=("features",)),
+    "authors": Format(
+        _authors,
+        (
+            ("no plain response, raw is empty", lambda t: not t.responses.get("plain")),
+            ("no principles, p_system and n_system are empty", lambda t: t.principles is None),
+            (
+                "the features' names are left out",
+                lambda t: bool(t.principles and t.principles.features),
+            ),
+            _NO_SYSTEM,
+            _cut("plain", "good", "bad"),
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -36,199 +222,113 @@ class Exported:
 
 
 def export(
-    preferences: Records[Preference],
+    records: Records[Any],
     fmt: str,
     folder: Path,
-    name: str,
+    name: str = "",
     *,
-    models: tuple[str, str] | None = None,
+    models: Models = None,
+    card: Callable[[list[str], list[str]], str] | None = None,
+    rows_per_file: int = ROWS_PER_SHARD,
 ) -> Exported:
-    """Writes preferences in another program's format; a file of the same name is replaced.
+    """Writes records in another program's format; a file of the same name is replaced.
 
     Args:
-        preferences: of a run.
-        fmt: ``llama-factory`` and ``llama-factory-sharegpt`` write ``NAME.json`` and its entry in
-            ``dataset_info.json``, where other entries stay. All others write ``train.jsonl``,
-            which ``datasets.load_dataset(folder)`` opens: ``trl`` (id, prompt, chosen, rejected),
-            ``trl-prompts`` (id, prompt), ``trl-unpaired`` (id, prompt, completion, label; two
-            records a preference), ``distilabel`` (the columns of its FormatChatGenerationDPO),
-            ``chat`` (messages: the chosen side, for fine-tuning).
+        records: triples for ``authors``, of which those with a good and a bad response are taken;
+            else preferences.
+        fmt: of `FORMATS`. ``llama-factory`` and ``llama-factory-sharegpt`` write ``NAME.json`` and
+            its entry in ``dataset_info.json``, where other entries stay; ``authors`` writes
+            ``triples.json``; ``parquet`` ``data/train-*.parquet``; all others ``train.jsonl``.
+            `datasets.load_dataset(folder)` opens the last two.
         folder: made if need be; LLaMA-Factory's own ``data`` folder will do.
         name: of the data set, for LLaMA-Factory alone.
         models: who wrote the chosen and the rejected answers, for distilabel alone.
+        card: for parquet: (names of the files, what is left out) → the text of ``README.md``.
+        rows_per_file: of parquet.
 
     Raises:
         ConfigError: no such format, or a name that cannot be a file's.
         DataError: nothing to export, or a ``dataset_info.json`` that cannot be added to.
     """
-    if fmt == "authors":
-        raise ConfigError(
-            "The authors' format holds principles and plain responses, which a preference no "
-            "longer has. Export the triples."
-        )
-    if fmt == "parquet":
-        raise ConfigError("A Parquet data set has a card that tells of its run: export the run.")
     if fmt not in FORMATS:
-        raise ConfigError(f"There is no format {fmt!r}; formats are {', '.join(FORMATS)}.")
-    if not len(preferences):
-        raise DataError("There is no preference to export.")
-    count = len(preferences)
-    sides = {"trl-prompts": (), "chat": ("chosen",)}.get(fmt, ("chosen", "rejected"))
-    lost = _Lost(count, sides)
-    passing = map(lost.note, _counted(preferences))
-    records: Iterable[Mapping[str, Any]]
-    left_out = []
-    match fmt:
-        case "trl":
-            records = map(shapes.write_preference, passing)
-        case "trl-prompts":
-            records = map(shapes.write_prompt, passing)
-            left_out += _said(count, count, "the two responses are left out")
-        case "trl-unpaired":
-            records = (half for p in passing for half in shapes.write_halves(p))
-            count *= 2
-        case "chat":
-            records = map(shapes.write_chat, passing)
-            left_out += _said(count, count, "the id and the rejected response are left out")
-        case "distilabel":
-            records = (shapes.write_pair(p, models) for p in passing)
-        case "llama-factory":
-            records = map(shapes.write_alpaca, passing)
-        case _:
-            records = map(shapes.write_sharegpt, passing)
-    if fmt in _LLAMA_FACTORY:
-        paths = _write_llama_factory(records, fmt, folder, name)
-        left_out += _said(lost.systemless, count, "an empty system message is left out")
+        raise ConfigError(f"Unknown format {fmt!r}; choose one of {', '.join(FORMATS)}.")
+    form, n_in = FORMATS[fmt], len(records)
+    taken: Iterable[Any] = records
+    count, left_out = n_in, []
+    if fmt == "authors":
+        both = {"good", "bad"}
+        whole = array("q", (i for i, t in enumerate(records) if both <= t.responses.keys()))
+        taken, count = at(records, whole), len(whole)
+        left_out = _said({"without a good and a bad response, left out": n_in - count}, n_in)
+    if not count:
+        raise DataError(
+            f"There is nothing to export: of {n_in:,} records none has a good and a bad response."
+        )
+    lost = Counter(dict.fromkeys((what for what, _ in form.losses), 0))
+    rows = (row for record in _noted(taken, form, lost, count) for row in form.rows(record, models))
+    if fmt == "parquet":
+        features = any("features" in p.extra for p in records)
+        paths = _write_parquet(rows, folder, count, rows_per_file, features=features)
+    elif fmt == "authors":
+        paths = [folder / "triples.json"]
+        write_atomic(paths[0], _json_list(rows))
+    elif form.entry is not None:
+        paths = _write_llama_factory(rows, form.entry, folder, name)
     else:
         # datasets gives a file of this name the split of this name, whatever else is there.
         paths = [folder / "train.jsonl"]
-        write_atomic(paths[0], map(dump_line, records))
-    return Exported(paths, count, [*left_out, *lost.sentences()])
+        write_atomic(paths[0], map(dump_line, rows))
+    left_out += _said(lost, count)
+    if card is not None:  # last: it must not name a file that is not there
+        names = [str(path.relative_to(folder)) for path in paths]
+        paths = [folder / "README.md", *paths]
+        write_atomic(paths[0], card(names, left_out))
+    return Exported(paths, count * 2 if fmt == "trl-unpaired" else count, left_out)
 
 
-def export_triples(triples: Records[Triple], folder: Path) -> Exported:
-    """Writes ``triples.json``, a list of records of the authors' release; see `read_triples`.
-
-    A triple without a good and a bad response has no place in it and is left out.
-
-    Raises:
-        DataError: no triple has both.
-    """
-    both = {"good", "bad"}
-    whole = array("q", (i for i, t in enumerate(triples) if both <= t.responses.keys()))
-    count, n_in = len(whole), len(triples)
-    if not whole:
-        raise DataError(
-            f"None of the {n_in:,} triples has a good and a bad response, so there is nothing to "
-            "export."
-        )
-    lost = _Lost(count, ("plain", "good", "bad"))
-    no_plain = bare = named = 0
-
-    def written() -> Iterator[Mapping[str, Any]]:
-        nonlocal no_plain, bare, named
-        for t in map(lost.note, _counted(at(triples, whole), count)):
-            no_plain += not t.responses.get("plain")
-            bare += t.principles is None
-            named += t.principles is not None and bool(t.principles.features)
-            yield shapes.write_release(t)
-
-    path = folder / "triples.json"
-    write_atomic(path, _json_list(written()))
-    left_out = [
-        *_said(n_in - count, n_in, "without a good and a bad response, left out"),
-        *_said(no_plain, count, "no plain response, raw is empty"),
-        *_said(bare, count, "no principles, p_system and n_system are empty"),
-        *_said(named, count, "the features' names are left out"),
-        *_said(lost.systemless, count, "an empty system message is left out"),
-        *lost.sentences(),
-    ]
-    return Exported([path], count, left_out)
+def _noted(records: Iterable[Any], form: Format, lost: Counter[str], count: int) -> Iterator[Any]:
+    """The records; counts what the format has no place for as they pass."""
+    with progress_bar("export", count) as bar:
+        for record in records:
+            lost.update(what for what, has in form.losses if has(record))
+            lost.update(
+                f"the key {key!r} is left out" for key in record.extra if key not in form.keeps
+            )
+            yield record
+            bar.advance(1)
 
 
-def export_parquet(
-    preferences: Records[Preference],
-    folder: Path,
-    card: Callable[[list[str], list[str]], str],
-    rows: int = ROWS_PER_SHARD,
-) -> Exported:
-    """Writes ``data/train-*.parquet`` and a card that names them, for ``datasets.load_dataset``.
+def _said(lost: Mapping[str, int], count: int) -> list[str]:
+    return [f"{n:,} of {count:,} records: {what}." for what, n in lost.items() if n]
 
-    The columns are id, prompt, chosen, rejected (chats), finish_reasons, and the names of the
-    features where the preferences have them.
 
-    Args:
-        preferences: of a run.
-        folder: made if need be; shards of an earlier export are removed.
-        card: (the files' names, relative to the folder; what is left out, one sentence each) → the
-            text of ``README.md``.
-        rows: of one file.
-
-    Raises:
-        DataError: nothing to export.
-    """
+def _write_parquet(
+    rows: Iterator[Row], folder: Path, count: int, per_file: int, *, features: bool
+) -> list[Path]:
+    """``data/train-*.parquet``; those of an earlier export are removed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count = len(preferences)
-    if not count:
-        raise DataError("There is no preference to export.")
     chat = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    reasons = pa.struct({"chosen": pa.string(), "rejected": pa.string()})
-    columns = {
-        "id": pa.string(),
-        "prompt": chat,
-        "chosen": chat,
-        "rejected": chat,
-        "finish_reasons": reasons,
-    }
-    if any("features" in p.extra for p in preferences):
+    columns = {"id": pa.string(), "prompt": chat, "chosen": chat, "rejected": chat}
+    columns["finish_reasons"] = pa.struct({"chosen": pa.string(), "rejected": pa.string()})
+    if features:
         columns["features"] = pa.list_(pa.string())
-    lost = _Lost(count, (), kept=frozenset({"features"}))
-    shards = -(-count // rows)
-    names = [f"data/train-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
-    passing = map(lost.note, _counted(preferences))
-    schema = pa.schema(columns)
-    for name in names:
-        pieces = [
-            pa.Table.from_pylist(list(map(_parquet_row, part)), schema=schema)
-            for part in batched(islice(passing, rows), ROWS_TOGETHER)
-        ]
+    schema, files = pa.schema(columns), -(-count // per_file)
+    paths = [folder / "data" / f"train-{i:05d}-of-{files:05d}.parquet" for i in range(files)]
+    for path in paths:
         buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables(pieces).combine_chunks(), buffer)
-        write_atomic(folder / name, buffer.getvalue())
-    left_out = lost.sentences()
-    # The card last: it must not name a file that is not there.
-    write_atomic(folder / "README.md", card(names, left_out))
-    for old in (folder / "data").glob("train-*-of-*.parquet"):
-        if f"data/{old.name}" not in names:
-            old.unlink()
-    paths = [folder / "README.md", *(folder / name for name in names)]
-    return Exported(paths, count, left_out)
-
-
-def _parquet_row(preference: Preference) -> dict[str, Any]:
-    return {
-        **shapes.write_preference(preference),
-        "finish_reasons": dict(preference.finish_reasons),
-        "features": preference.extra.get("features"),
-    }
-
-
-_LLAMA_FACTORY: dict[str, dict[str, Any]] = {
-    "llama-factory": {
-        "formatting": "alpaca",
-        "columns": {"prompt": "instruction", "history": "history"},
-    },
-    "llama-factory-sharegpt": {
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations"},
-    },
-}
+        with pq.ParquetWriter(buffer, schema) as writer:
+            for part in batched(islice(rows, per_file), ROWS_TOGETHER):
+                writer.write_table(pa.Table.from_pylist(part, schema))
+        write_atomic(path, buffer.getvalue())
+    for old in set((folder / "data").glob("train-*-of-*.parquet")) - set(paths):
+        old.unlink()
+    return paths
 
 
 def _write_llama_factory(
-    records: Iterable[Mapping[str, Any]], fmt: str, folder: Path, name: str
+    rows: Iterator[Row], entry: Mapping[str, Any], folder: Path, name: str
 ) -> list[Path]:
     data, info = folder / f"{name}.json", folder / "dataset_info.json"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or data == info:
@@ -244,82 +344,20 @@ def _write_llama_factory(
             raise DataError(f"{info} is there and cannot be added to: {e}.") from None
         if not isinstance(entries, dict):
             raise DataError(f"{info} is there and cannot be added to: it is not an object.")
-    form = _LLAMA_FACTORY[fmt]
     same = {key: key for key in ("system", "chosen", "rejected")}
-    entries[name] = {
-        "file_name": data.name,
-        "formatting": form["formatting"],
-        "ranking": True,
-        "columns": {**form["columns"], **same},
-    }
+    columns = {**entry["columns"], **same}
+    entries[name] = {"file_name": data.name, "ranking": True, **entry, "columns": columns}
     # The entry last: it must not name a file that is not there.
-    write_atomic(data, _json_list(records))
+    write_atomic(data, _json_list(rows))
     write_atomic(info, json.dumps(entries, indent=2) + "\n")  # read with the locale's encoding
     return [data, info]
 
 
-def _json_list(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A list of records, of which there is one at least, indented as json.dumps would."""
+def _json_list(rows: Iterable[Row]) -> Iterator[str]:
+    """A list of rows, of which there is one at least, indented as json.dumps would."""
     before = "[\n  "
-    for record in records:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2)
+    for row in rows:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, indent=2)
         yield before + text.replace("\n", "\n  ")
         before = ",\n  "
     yield "\n]\n"
-
-
-def _counted(records: Iterable[R], count: int | None = None) -> Iterator[R]:
-    total = len(records) if count is None and isinstance(records, Sized) else count
-    with progress_bar("export", total) as bar:
-        for record in records:
-            yield record
-            bar.advance(1)
-
-
-class _Lost:
-    """What a format has no place for, counted as the records pass."""
-
-    def __init__(
-        self, records: int, sides: tuple[str, ...], kept: frozenset[str] = frozenset()
-    ) -> None:
-        """``sides``: responses of which it matters that they were cut off; ``kept``: other keys."""
-        self._records, self._sides, self._kept = records, sides, kept
-        self._cut = 0
-        self._keys: Counter[str] = Counter()
-        #: records whose system message is empty
-        self.systemless = 0
-
-    def note(self, record: R) -> R:
-        """Counts one and gives it back."""
-        messages = record.messages if isinstance(record, Triple) else record.prompt
-        self.systemless += messages[0] == ("system", "")
-        self._cut += any(record.finish_reasons.get(side) == "length" for side in self._sides)
-        self._keys.update(key for key in record.extra if key not in self._kept)
-        return record
-
-    def sentences(self) -> list[str]:
-        """One each for cut responses and for every key without a place."""
-        what = (
-            "a response was cut off; the format cannot say so, and it will train as if it ended "
-            "there"
-        )
-        keys = ((n, f"the key {key!r} is left out") for key, n in self._keys.items())
-        return [s for n, w in ((self._cut, what), *keys) for s in _said(n, self._records, w)]
-
-
-def _said(count: int, records: int, what: str) -> list[str]:
-    """A sentence about some of the records; none where it is about none."""
-    return [f"{count:,} of {records:,} records: {what}."] if count else []
-
-
-#: What can be exported to; ``authors`` takes triples, the others preferences.
-FORMATS = (
-    "trl",
-    "trl-prompts",
-    "trl-unpaired",
-    *_LLAMA_FACTORY,
-    "distilabel",
-    "chat",
-    "parquet",
-    "authors",
-)

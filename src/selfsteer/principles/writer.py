@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from selfsteer.data.curate import transcript, words
+from selfsteer.data.curate import words
 from selfsteer.data.records import Message, Principles, Query
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import PrinciplesConfig
@@ -26,7 +26,7 @@ def feature_prompt(query: Query, count: int, catalogue: Catalogue = BUILT_IN) ->
             "user",
             f"Name the {count} qualities that matter most in an answer to the query below. "
             f"{_domain(catalogue)}Choose from {', '.join(catalogue.choosable)}. Answer with the "
-            f"names only.\n\nQuery: {transcript(query)}",
+            f"names only.\n\nQuery: {query.transcript}",
         )
     ]
 
@@ -136,7 +136,7 @@ def principle_prompt(
     notes = _domain(catalogue)
     if catalogue.language != "English":
         notes += f"Write the guidelines in {catalogue.language}. "
-    return [*turns, Message("user", _asked(transcript(query), sides, notes))]
+    return [*turns, Message("user", _asked(query.transcript, sides, notes))]
 
 
 def _asked(query: str, adjectives: tuple[str, ...] | None, notes: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Preference, Principles, Triple
 from selfsteer.errors import SelfsteerError
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness
@@ -23,7 +23,6 @@ from selfsteer.models.load import load_chat
 from selfsteer.models.store import NOT_WHOLE, read_chunk, sequence_key
 from selfsteer.recipe.sections import Policy, resolve_path
 from selfsteer.report import summary
-from selfsteer.run.folder import read_shards
 from selfsteer.run.progress import progress_of
 from selfsteer.terminal import progress_bar
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from selfsteer.data.jsonl import (
     Record,
@@ -31,6 +31,7 @@ from selfsteer.data.jsonl import (
     read_jsonl,
     write_atomic,
 )
+from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -63,22 +64,6 @@ class StageResult:
     dropped: Counter[str] = field(default_factory=Counter)
     one_to_one: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-class Dropped(NamedTuple):
-    """A record that a stage left out, with as much of it as there was."""
-
-    id: str
-    reason: str
-    record: Record | Mapping[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """One line of a stage's ``.dropped.jsonl``."""
-        out: dict[str, Any] = {"id": self.id, "reason": self.reason}
-        if self.record is not None:
-            own = self.record if isinstance(self.record, Mapping) else self.record.to_dict()
-            out["record"] = dict(own)
-        return out
 
 
 class Drops:
@@ -406,13 +391,6 @@ def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None
     expected = {"n_in": n_in, "sha256": hashlib.sha256(text).hexdigest()}
     ok = isinstance(counts, dict) and expected.items() <= counts.items()
     return counts if ok else None
-
-
-def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
-    """All records of a folder of shards, in order."""
-    for shard in sorted(folder.glob("shard-*.jsonl")):
-        for _, value in read_jsonl(shard):
-            yield value
 
 
 def read_dropped(path: Path) -> Iterator[Dropped]:

@@ -20,7 +20,7 @@ from selfsteer.data import curate
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, write_atomic
 from selfsteer.data.queries import contamination, load_queries
-from selfsteer.data.records import Message, Query, content_id
+from selfsteer.data.records import Dropped, Message, Query, content_id
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
@@ -33,7 +33,7 @@ from selfsteer.errors import DataError
 from selfsteer.judges.base import load_judges
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import check_budget, check_sampler
@@ -77,7 +77,7 @@ def prompt(how: str, sources: Sequence[Query]) -> list[Message]:
         how: depth or breadth (one source), or instruct (several).
         sources: shown without their system messages; of a conversation all turns.
     """
-    shown = [curate.transcript(q) for q in sources]
+    shown = [q.transcript for q in sources]
     if how == "instruct":
         shown = [f"{i}. {text}" for i, text in enumerate(shown, 1)]
     listed = "\n".join(shown)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import digest_path
-from selfsteer.data.files import file_rows
+from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.evaluation.implicit_reward import ImplicitReward
@@ -74,7 +74,7 @@ def benchmark_rewards(
         raise ConfigError(f"--beta must be above 0 and finite, found {beta:g}.")
     else:
         scorer = ImplicitReward(policy, reference, beta or 0.1, per_token=per_token)
-    items, dropped, examples = read_items(file_rows(file), file.stem)
+    items, dropped, examples = read_items(read_rows(file), file.stem)
     if not items:
         said = f" {examples[0]}." if examples else ""
         raise DataError(

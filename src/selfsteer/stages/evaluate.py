@@ -12,7 +12,7 @@ import numpy as np
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Query, Verdict
+from selfsteer.data.records import Dropped, Query, Verdict
 from selfsteer.engines.answers import answers as ask
 from selfsteer.engines.base import Completion, Request
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
@@ -21,7 +21,7 @@ from selfsteer.principles import writer
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import Evaluation, JudgeConfig, PrinciplesConfig, Sampling
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.queries import reading_notes

@@ -17,12 +17,12 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
-from selfsteer.data.records import Preference, Triple
+from selfsteer.data.records import Dropped, Preference, Triple
 from selfsteer.errors import ArtifactError
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
 from selfsteer.run.cost import Cost, Scale, scoring
-from selfsteer.run.folder import Dropped, Drops, RunFolder, StageResult
+from selfsteer.run.folder import Drops, RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar

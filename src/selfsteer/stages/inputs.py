@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Stored
 from selfsteer.data.records import Preference, Query, Triple
-from selfsteer.data.stored import Stored
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import RunFolder

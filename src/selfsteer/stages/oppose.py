@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfsteer.data.digests import derive_seed
+from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import dump_line, write_atomic
-from selfsteer.data.reading import import_records
-from selfsteer.data.records import Message, Preference, Triple
+from selfsteer.data.reading import Drops, read
+from selfsteer.data.records import Dropped, Message, Preference, Triple
+from selfsteer.data.shapes import record
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Engine, Request
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.recipe.sections import Sampling, WriterConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.sample import check_budget, params_of
@@ -36,8 +38,10 @@ def given_answers(path: str) -> dict[tuple[Message, ...], str]:
             "set as JSON Lines and give its path."
         )
     answers: dict[tuple[Message, ...], str] = {}
-    for record in import_records(source).records:
-        pair = record.to_triple() if isinstance(record, Preference) else record
+    for _, found in read(read_rows(source), record, Drops()):
+        pair = found.record
+        if isinstance(pair, Preference):
+            pair = pair.to_triple()
         if isinstance(pair, Triple) and "good" in pair.responses:
             answers.setdefault(pair.messages, pair.responses["good"])
     if not answers:

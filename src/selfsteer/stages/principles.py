@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Records, dump_line, write_atomic
-from selfsteer.data.records import Message, Query, Triple
-from selfsteer.data.stored import Stored
+from selfsteer.data.jsonl import Records, Stored, dump_line, write_atomic
+from selfsteer.data.records import Dropped, Message, Query, Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Completion, Engine, Request, SamplingParams
 from selfsteer.principles import writer
@@ -21,7 +20,7 @@ from selfsteer.principles.lint import lint
 from selfsteer.principles.writer import Outcome
 from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import check_budget

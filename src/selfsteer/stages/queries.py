@@ -51,8 +51,11 @@ class ReadQueries(Stage):
         if self.settings.against:
             write_atomic(run / "contaminated.jsonl", dump_lines(found.overlaps))
         write_atomic(run / "queries.jsonl", map(dump_line, found.queries))
-        n_in = len(found.queries) + sum(found.dropped.values())
-        return StageResult(n_in, len(found.queries), found.dropped, notes=reading_notes(found))
+        with run.drops(self.name) as drops:
+            for one in found.left_out:
+                drops.add(one)
+        n_in = len(found.queries) + drops.counts.total()
+        return StageResult(n_in, len(found.queries), drops.counts, notes=reading_notes(found))
 
     def check(self) -> Iterator[str]:
         """See `Stage.check`."""

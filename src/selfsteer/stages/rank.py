@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Records
-from selfsteer.data.records import Preference, Query, Verdict
-from selfsteer.data.stored import Stored
+from selfsteer.data.jsonl import Records, Stored
+from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request
 from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge
 from selfsteer.judges.stats import accuracy
 from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult, read_dropped, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import check_sampler, params_of

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records
-from selfsteer.data.records import Triple
+from selfsteer.data.records import Dropped, Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams
 from selfsteer.errors import ConfigError
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Loading, Sampling
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_triples, subset
 from selfsteer.terminal import progress_bar

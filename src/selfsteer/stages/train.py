@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.records import Dropped
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
     Generator,
@@ -18,7 +19,7 @@ from selfsteer.recipe.sections import (
 )
 from selfsteer.run import cost
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
 from selfsteer.stages.inputs import preferences_of, stored_pairs
 

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import read_jsonl
+from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Preference, Query
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
 from selfsteer.judges.stats import known_interval, verdict_counts, worth
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report import summary
-from selfsteer.run.folder import read_shards
 
 #: Keys beside a query that name its class, in the order in which they are looked for.
 CLASS_KEYS = ("class", "category", "subset", "kind", "source")

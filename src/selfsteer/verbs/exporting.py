@@ -1,18 +1,23 @@
 """A run's data and models for other programs, with the cards that tell how they were made."""
 
 import shutil
+import time
 from array import array
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import disk_errors, write_atomic
-from selfsteer.data.stored import Stored
+from selfsteer.data.jsonl import Stored, disk_errors, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.formats import FORMATS, Exported, export, export_parquet, export_triples
-from selfsteer.formats.cards import dataset_card, model_card, public_name
-from selfsteer.formats.export import R
+from selfsteer.formats import FORMATS, Exported, export
+from selfsteer.formats.cards import (
+    Origin,
+    Step,
+    dataset_card,
+    judge_name,
+    model_card,
+    public_name,
+)
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features, names_safety
 from selfsteer.stages.inputs import stored_preferences, stored_triples
@@ -42,45 +47,45 @@ def export_run(
         ConfigError: unknown format, or a licence where there is no card.
         ArtifactError: the run has not come that far.
     """
-    if fmt not in FORMATS:
-        raise ConfigError(f"Unknown format {fmt!r}; choose one of {', '.join(FORMATS)}.")
-    if queries_license is not None and fmt != "parquet":
+    if queries_license is not None and fmt in FORMATS and fmt != "parquet":
         raise ConfigError(
             f"--queries-license goes into a data set's card, and {fmt} has none. Leave it out or "
             "take --format parquet."
         )
     source = _iteration(found, iteration, baseline=baseline)
+    records: Stored[Any]
     if fmt == "authors":
-        for triples in (source / "filtered.jsonl", source / "samples"):
-            if triples.exists():
-                kept, said = _allowed(found, stored_triples(triples))
-                exported = export_triples(kept, folder)
-                return replace(exported, left_out=[*said, *exported.left_out])
-        raise ArtifactError(f"{source} has no triples yet; run it first.")
-    if not any((source / "preferences").glob("shard-*.jsonl")):
-        raise ArtifactError(f"{source} has no preferences yet; run it first.")
-    preferences, said = _allowed(found, stored_preferences(source / "preferences"))
-    if fmt == "parquet":
-
-        def card(files: list[str], left_out: list[str]) -> str:
-            return dataset_card(
-                found,
-                iteration=iteration,
-                baseline=baseline,
-                count=len(preferences),
-                files=files,
-                left_out=[*said, *left_out],
-                queries_license=queries_license,
-            )
-
-        exported = export_parquet(preferences, folder, card)
+        written = [p for n in ("filtered.jsonl", "samples") if (p := source / n).exists()]
+        if not written:
+            raise ArtifactError(f"{source} has no triples yet; run it first.")
+        records = stored_triples(written[0])
     else:
-        models = _writers(found, iteration, baseline=baseline)
-        exported = export(preferences, fmt, folder, found["recipe"]["name"], models=models)
-    return replace(exported, left_out=[*said, *exported.left_out])
+        if not any((source / "preferences").glob("shard-*.jsonl")):
+            raise ArtifactError(f"{source} has no preferences yet; run it first.")
+        records = stored_preferences(source / "preferences")
+    kept, unsafe = _allowed(found, records)
+
+    def card(files: list[str], left_out: list[str]) -> str:
+        return dataset_card(
+            origin_of(found, iteration, baseline=baseline),
+            count=len(kept),
+            files=files,
+            left_out=[*unsafe, *left_out],
+            queries_license=queries_license,
+        )
+
+    exported = export(
+        kept,
+        fmt,
+        folder,
+        found["recipe"]["name"],
+        models=_writers(found, iteration, baseline=baseline),
+        card=card if fmt == "parquet" else None,
+    )
+    return Exported(exported.paths, exported.count, [*unsafe, *exported.left_out])
 
 
-def _allowed(found: Mapping[str, Any], records: Stored[R]) -> tuple[Stored[R], list[str]]:
+def _allowed(found: Mapping[str, Any], records: Stored[Any]) -> tuple[Stored[Any], list[str]]:
     """What the run's recipe lets out, and what it does not, said.
 
     The bad response to a query about Safety was written under a principle that asks for harm.
@@ -99,8 +104,8 @@ def _allowed(found: Mapping[str, Any], records: Stored[R]) -> tuple[Stored[R], l
     if silent:
         raise ConfigError(
             f"hygiene.export_unsafe is false, but {silent:,} of {len(records):,} records name no "
-            "feature, so nobody knows whether they are about Safety. Set it to true if these texts "
-            "may leave the run."
+            "feature, so it is unknown whether they are about Safety. Set it to true if these "
+            "texts may leave the run."
         )
     count = len(records) - len(safe)
     return records.take(safe), [
@@ -130,7 +135,7 @@ def export_model(found: Mapping[str, Any], iteration: int, folder: Path, *, base
         for path in files:
             shutil.copy2(path, partial / path.name)
             bar.advance(1)
-        card = model_card(found, iteration=iteration, baseline=baseline)
+        card = model_card(origin_of(found, iteration, baseline=baseline))
         write_atomic(partial / "README.md", card)
         partial.replace(folder)
     return folder
@@ -141,6 +146,71 @@ def _iteration(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> P
     if baseline and not found["recipe"].get("baseline"):
         raise ConfigError(f"{run} has no baseline.")
     return RunFolder(run).iteration(iteration, baseline=baseline)
+
+
+# -- what the run says of itself -----------------------------------------------------------------
+
+
+def origin_of(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> Origin:
+    """What a card tells of an iteration of a run (`selfsteer.report.summary.load`)."""
+    recipe, stages = found["recipe"], found["stages"]
+    method = recipe["baseline"] if baseline else recipe["method"]
+    where = f"{'baseline/' if baseline else ''}iteration-{iteration}/"
+    shared = ("queries", "augment", f"iteration-{iteration}/principles")
+    after = (f"{where}quality", f"{where}policy")
+    begun = [
+        e
+        for e in RunFolder(Path(found["run"])).ledger()
+        if e["event"] == "begin" and e["stage"] == f"{where}preferences"
+    ]
+    measured = found["quality"].get(method, [])
+    evaluation, label = found["evaluation"], f"{method}/iteration-{iteration}"
+    models = evaluation["models"] if evaluation else {}
+    queries, judge = recipe["queries"], recipe.get("judge")
+    return Origin(
+        name=recipe["name"],
+        method=method,
+        iteration=iteration,
+        iterations=recipe["iterations"],
+        model=recipe["policy"]["model"],
+        principles=_principles(recipe["principles"]) if "principles" in recipe else None,
+        sampling=recipe["sampling"],
+        training=recipe["training"],
+        queries=public_name(queries["path"])
+        + (", grown with the policy itself" if queries.get("augment") else ""),
+        seed=recipe["seed"],
+        made=_made(begun[-1]) if begun else "unknown",
+        steps=[
+            Step(name, e["n_in"], e["n_out"], e["dropped"])
+            for name, e in stages.items()
+            if e["event"] == "finish"
+            and (name in shared or (name.startswith(where) and name not in after))
+        ],
+        quality=measured[iteration - 1]["preferences"] if len(measured) >= iteration else None,
+        judge=None if judge is None else judge_name(judge),
+        trained_on=stages.get(f"{where}policy", {}).get("n_out"),
+        evaluation=(evaluation["queries"], models["base"], models[label])
+        if label in models
+        else None,
+    )
+
+
+def _made(begin: Mapping[str, Any]) -> str:
+    when = time.strftime("%Y-%m-%d", time.gmtime(begin["time"]))
+    return f"{when}, with {', '.join(f'{k} {v}' for k, v in begin['versions'].items())}"
+
+
+def _principles(settings: Mapping[str, Any]) -> str:
+    """Where the principles come from."""
+    own, mode = settings.get("catalogue"), settings["mode"]
+    texts = f"the texts of the catalogue {public_name(own)}" if own else "the built-in texts"
+    if mode == "fixed":
+        return f"{mode}: texts given by the author of the run"
+    if mode == "picked":
+        return f"{mode}: {texts} of the features"
+    writer = settings.get("writer")
+    writer = public_name(writer) if isinstance(writer, str) else "the policy"
+    return f"{mode}: written per query by {writer}, {texts} where its answer was unusable"
 
 
 def _writers(found: Mapping[str, Any], iteration: int, *, baseline: bool) -> tuple[str, str]:

@@ -22,7 +22,7 @@ def import_(
 ) -> None:
     """Convert other programs' preferences, triples or prompts; the format is recognised."""
     from selfsteer.data.jsonl import dump_line, write_atomic
-    from selfsteer.formats import import_records
+    from selfsteer.data.reading import import_records
 
     if to.exists():
         raise ConfigError(f"{to} is there already; choose another name or move it away.")
