@@ -1,9 +1,7 @@
-"""Stages hold one shard of their records, not all of them."""
+"""Records that stay on disk: stored, spooled, exported, imported, curated."""
 
-import gc
 import json
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +18,20 @@ from selfsteer.data.jsonl import (
 )
 from selfsteer.data.queries import load_queries
 from selfsteer.data.reading import import_records
-from selfsteer.data.records import Preference, Query, Triple
-from selfsteer.engines.base import Completion, SamplingParams
+from selfsteer.data.records import Preference, Query
 from selfsteer.errors import DataError
 from selfsteer.formats import FORMATS, export
-from selfsteer.recipe.read import load_recipe
-from selfsteer.recipe.sections import Queries, Recipe, resolve_path
-from selfsteer.run.folder import StageResult
-from selfsteer.stages.filter import filter_triples, to_preferences
-from selfsteer.stages.plan import stored_preferences, stored_triples, subset
-from selfsteer.stages.principles import write_principles
-from selfsteer.stages.sample import sample
+from selfsteer.recipe.sections import Queries
+from selfsteer.stages.inputs import stored_preferences, stored_triples, subset
+from tests.census import RECORDS, SHARD, Census, census, write_shards
 
-RECORDS = 150
-SHARD = 10
-
-
-def line(number: int) -> dict[str, Any]:
-    return {
-        "id": f"q{number:04d}",
-        "messages": [{"role": "user", "content": f"What is the colour of number {number}?"}],
-        "principles": {"good": "Be true.", "bad": "Be false.", "features": ["Accuracy"]},
-        "responses": {
-            "plain": f"It may be {number}.",
-            "good": f"It is green, as number {number} should be.",
-            "bad": f"It is a smell of {number}.",
-        },
-    }
+__all__ = ["census"]
 
 
 @pytest.fixture
 def triples(tmp_path: Path) -> Path:
     """A folder of shards."""
-    rows = [line(i) for i in range(RECORDS)]
-    for number, part in enumerate(batched(rows, 64)):
-        write_atomic(tmp_path / "triples" / f"shard-{number:05d}.jsonl", dump_lines(part))
-    return tmp_path / "triples"
-
-
-def recipe(tmp_path: Path, *more: str) -> Recipe:
-    fixed = "principles={mode: fixed, good: Be true., bad: Be false., shard_size: 10}"
-    given = (f"runs_dir={tmp_path}", fixed, f"sampling.shard_size={SHARD}", *more)
-    return load_recipe("smoke", given)
+    return write_shards(tmp_path / "triples")
 
 
 # -- sets on disk ----------------------------------------------------------------------------------
@@ -125,94 +95,17 @@ def test_a_subset_is_the_same_whatever_the_order_of_the_rest(tmp_path: Path, tri
 # -- what is in memory -----------------------------------------------------------------------------
 
 
-class Census:
-    """How many of the records that were made are still there, at most."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made = self.alive = self.most = 0
-        for kind in (Query, Triple, Preference):
-            monkeypatch.setattr(kind, "__post_init__", self._counting(kind.__post_init__))
-
-    def _counting(self, check: Callable[[Any], None]) -> Callable[[Any], None]:
-        def counted(record: Any) -> None:
-            check(record)
-            self.made += 1
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-            weakref.finalize(record, self._gone)
-
-        return counted
-
-    def _gone(self) -> None:
-        self.alive -= 1
-
-
-@pytest.fixture
-def census(monkeypatch: pytest.MonkeyPatch) -> Iterator[Census]:
-    gc.collect()
-    gc.disable()
-    yield Census(monkeypatch)
-    gc.enable()
-
-
-class Echo:
-    """An engine that answers at once."""
-
-    def generate(
-        self,
-        conversations: Sequence[Any],
-        sampling: SamplingParams,
-        seed: int,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
-    ) -> list[Completion]:
-        return [Completion(f"{seed} {i}", "stop", 1, 1) for i in range(len(conversations))]
-
-
-def run_sample(tmp_path: Path, triples: Path) -> StageResult:
-    models = dict.fromkeys(("plain", "good", "bad"), "m")
-    found, echo = stored_triples(triples), Echo()
-    return sample(found, recipe(tmp_path), models, tmp_path / "s", "s", lambda source: echo)
-
-
-def run_filter(tmp_path: Path, triples: Path) -> StageResult:
-    r = recipe(tmp_path, "hygiene.max_length_ratio=9", "hygiene.match_lengths=true")
-    policy = resolve_path(r.policy.model)
-    return filter_triples(stored_triples(triples), r, policy, tmp_path, tmp_path / "scores")
-
-
-def run_preferences(tmp_path: Path, triples: Path) -> StageResult:
-    found = stored_triples(triples)
-    return to_preferences(found, recipe(tmp_path), tmp_path / "p", cleaned=False)
-
-
-def run_principles(tmp_path: Path, triples: Path) -> StageResult:
-    (tmp_path / "q.jsonl").write_text(
-        "".join(dump_line({"id": f"q{i:04d}", "prompt": f"Number {i}?"}) for i in range(RECORDS))
-    )
-    found = Stored(tmp_path / "q.jsonl", Query.from_dict)
-    return write_principles(found, recipe(tmp_path), "", tmp_path, "principles")
-
-
-@pytest.mark.parametrize("stage", [run_sample, run_filter, run_preferences, run_principles])
-def test_a_stage_holds_a_shard_of_its_records(
-    tmp_path: Path, triples: Path, census: Census, stage: Callable[[Path, Path], StageResult]
-) -> None:
-    monkey = "selfsteer.stages.filter.TOGETHER"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monkey, SHARD)
-        result = stage(tmp_path, triples)
-    assert result.n_out == RECORDS
-    assert census.made >= RECORDS
-    assert census.most <= 4 * SHARD + 4, "a shard in, a shard out, and what is being read"
-
-
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_export_and_import_hold_a_few_records(
     tmp_path: Path, triples: Path, census: Census, fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_preferences(tmp_path, triples)
+    pairs = (
+        Preference(t.id, t.messages, t.responses["good"], t.responses["bad"])
+        for t in stored_triples(triples)
+    )
+    write_atomic(tmp_path / "p.jsonl", map(dump_line, pairs))
     census.most = census.alive
-    found, folder = stored_preferences(tmp_path / "p"), tmp_path / fmt
+    found, folder = stored_preferences(tmp_path / "p.jsonl"), tmp_path / fmt
     records = stored_triples(triples) if fmt == "authors" else found
     exported = export(records, fmt, folder, "data", rows_per_file=SHARD)
     assert exported.count == RECORDS * (2 if fmt == "trl-unpaired" else 1)
