@@ -7,9 +7,8 @@ import regex
 from selfsteer.data import curate
 from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
-from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import SCRIPTS, Queries
+from selfsteer.recipe.sections import SCRIPTS, GrownQueries, Queries
 
 
 def query(text: str, id_: str = "q", system: str | None = None) -> Query:
@@ -92,19 +91,13 @@ def test_every_known_script_is_one_of_unicode() -> None:
 )
 def test_settings_that_cannot_work_are_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        validate(Queries, {"path": "q.jsonl", **values}, "queries")
+        validate(GrownQueries, {"path": "q.jsonl", **values}, "queries")
 
 
 def test_evaluation_queries_refuse_what_they_have_no_use_for() -> None:
     for name, value in (("augment", {"to": 9}), ("per_iteration", 4)):
-        values = {
-            "name": "n",
-            "policy": {"model": "m"},
-            "queries": {"path": "q.jsonl"},
-            "evaluation": {"queries": {"path": "e.jsonl", name: value}},
-        }
-        with pytest.raises(ConfigError, match=f"{name} has no effect on evaluation"):
-            recipe_of(values, "recipe")
+        with pytest.raises(ConfigError, match=f"unknown key '{name}'"):
+            validate(Queries, {"path": "e.jsonl", name: value}, "evaluation.queries")
 
 
 # -- duplicates ----------------------------------------------------------------------------------
