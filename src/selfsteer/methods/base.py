@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
@@ -130,11 +130,10 @@ class Recipe(Section):
         """How many rounds there are."""
         return 0
 
-    @model_validator(mode="after")
-    def _plain_name(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name must be a plain folder name, found {self.name!r}")
-        return self
+            yield f"name must be a plain folder name, found {self.name!r}"
 
 
 class Aligning(Recipe):
@@ -297,14 +296,9 @@ class Aligning(Recipe):
 
     # -- what contradicts itself -------------------------------------------------------------------
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for fault in self.faults():
-            raise ValueError(fault)
-        return self
-
     def faults(self) -> Iterator[str]:
-        """What contradicts itself, the first one counts."""
+        """See `Section.faults`."""
+        yield from super().faults()
         if self.reward and self.method in {d.label for d in self.reward.data}:
             yield f"a set of reward.data is called {self.method!r}, as the run's own"
         if self.benchmarks and self.benchmarks.judged:
@@ -349,10 +343,10 @@ class Aligning(Recipe):
     def engine_faults(self) -> Iterator[str]:
         """Engines that contradict themselves or cannot answer with every model of this recipe."""
         engine = self.sampling.engine
-        yield from engine.faults("sampling.engine")
+        yield from engine.conflicts("sampling.engine")
         clusters = {engine.address} if engine.kind == "ray" else set()
         for where, other in self.engines().items():
-            yield from other.faults(where, named=True)
+            yield from other.conflicts(where, named=True)
             if other.model is None:
                 yield f"{where}.model is missing"
             if other.kind == "ray":
@@ -407,7 +401,7 @@ class Principled(Aligning):
         return {} if writer is None else {"principles.writer": writer}
 
     def faults(self) -> Iterator[str]:
-        """See `Aligning.faults`."""
+        """See `Section.faults`."""
         if self.principles.features == "none" and not self.hygiene.export_unsafe:
             yield (
                 "hygiene.export_unsafe: false knows pairs about Safety by their features, and "

@@ -28,7 +28,7 @@ class BestOfN(Plain):
         return (*super().judges, *([self.ranking.judge] if self.ranking.judge else []))
 
     def faults(self) -> Iterator[str]:
-        """See `Aligning.faults`."""
+        """See `Section.faults`."""
         ranker = self.ranking.judge or self.judge
         if ranker is None:
             yield "method best-of-n needs someone who ranks: set ranking.judge or judge"

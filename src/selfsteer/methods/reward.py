@@ -1,8 +1,7 @@
 """A Bradley-Terry reward model on given preferences, and nothing else."""
 
-from typing import Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Iterator
+from typing import Literal
 
 from selfsteer.methods.base import Plan, Recipe, reward_stage
 from selfsteer.recipe.sections import Reward
@@ -21,12 +20,12 @@ class RewardModel(Recipe):
         plan(reward_stage(self, self.reward, own=None))
         return plan.stages
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
+        yield from super().faults()
         if not self.reward.data:
-            raise ValueError("method reward needs reward.data: preference sets, or run folders")
+            yield "method reward needs reward.data: preference sets, or run folders"
         if "own_weight" in self.reward.model_fields_set:
-            raise ValueError("reward.own_weight has no effect: the run has no pairs of its own")
+            yield "reward.own_weight has no effect: the run has no pairs of its own"
         if "layout" in self.policy.model_fields_set:
-            raise ValueError("policy.layout has no effect with method reward; remove it")
-        return self
+            yield "policy.layout has no effect with method reward; remove it"

@@ -30,6 +30,6 @@ class SelfRewarding(Plain):
         return True
 
     def faults(self) -> Iterator[str]:
-        """See `Aligning.faults`."""
+        """See `Section.faults`."""
         yield from answers_must_differ(self)
         yield from super().faults()

@@ -6,13 +6,13 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from selfsteer.errors import ConfigError
 from selfsteer.objectives import BaseName, ObjectiveName, Weighting
@@ -58,6 +58,25 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+    #: The setting that a plain value stands for: ``engine: vllm`` is ``engine: {kind: vllm}``.
+    short: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        plain = cls.short is not None and isinstance(value, str | bool)
+        return {cls.short: value} if plain else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if faults := "; ".join(self.faults()):
+            raise ValueError(faults)
+        return self
+
+    def faults(self) -> Iterator[str]:
+        """What contradicts itself, and settings that have no effect beside the others."""
+        yield from ()
 
 
 def _f(
@@ -198,10 +217,7 @@ class EngineSettings(Section):
         {}, "vllm: more arguments of vllm.LLM, such as max_num_seqs or quantization"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+    short: ClassVar[str | None] = "kind"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -211,7 +227,7 @@ class EngineSettings(Section):
             own = ["kind", "model", "tensor_parallel", "max_model_len", "engine_args"]
         return {name: getattr(self, name) for name in own}
 
-    def faults(self, where: str, *, named: bool = False) -> list[str]:
+    def conflicts(self, where: str, *, named: bool = False) -> list[str]:
         """What contradicts itself, and settings that have no effect.
 
         Args:
@@ -289,16 +305,16 @@ class EngineConfig(EngineSettings):
         """What answers depend on; replicas are none: the same shards, seeds and batches."""
         return self.answering.identity if self.kind == "ray" else super().identity
 
-    def faults(self, where: str, *, named: bool = False) -> list[str]:
-        """See `EngineSettings.faults`."""
-        found = super().faults(where, named=named)
+    def conflicts(self, where: str, *, named: bool = False) -> list[str]:
+        """See `EngineSettings.conflicts`."""
+        found = super().conflicts(where, named=named)
         replica = self.replica
         if self.kind != "ray" or replica is None:
             return found
         inner = f"{where}.replica"
         if replica.kind == "ray":
             return [*found, f"{inner} of kind ray would be a cluster in a cluster"]
-        found += replica.faults(inner)
+        found += replica.conflicts(inner)
         if replica.base_url is not None:
             found.append(
                 f"{inner}.base_url names one server for all replicas; ask it with {where} of kind "
@@ -315,10 +331,7 @@ class EngineConfig(EngineSettings):
 class WriterConfig(EngineConfig):
     """Who writes principles, or rewrites answers: folder, hub id, or engine with its model."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+    short: ClassVar[str | None] = "model"
 
 
 #: Unicode scripts that queries can be bounded to, as Unicode names them.
@@ -344,12 +357,11 @@ class Augment(Section):
     max_new_tokens: int = _f(256, "budget of a new query, tokens", gt=0)
     attempts: int = _f(10, "rounds; each asks for what is still missing", gt=0)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         total = self.depth + self.breadth + self.instruct
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"depth, breadth and instruct must add up to 1, found {total:g}")
-        return self
+            yield f"depth, breadth and instruct must add up to 1, found {total:g}"
 
 
 class Queries(Section):
@@ -367,18 +379,17 @@ class Queries(Section):
     against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
     ngram: int = _f(8, "words shared with one of them that make a query contaminated", gt=0)
 
-    @model_validator(mode="after")
-    def _curation(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
-            raise ValueError(f"min_chars {self.min_chars} exceeds max_chars {self.max_chars}")
+            yield f"min_chars {self.min_chars} exceeds max_chars {self.max_chars}"
         for script in self.scripts or ():
             if script not in SCRIPTS:
                 near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}")
+                yield f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}"
         if "ngram" in self.model_fields_set and not self.against and not self._grows():
-            raise ValueError("ngram has no effect without 'against' or 'augment'; remove it")
-        return self
+            yield "ngram has no effect without 'against' or 'augment'; remove it"
 
     def _grows(self) -> bool:
         return False
@@ -444,34 +455,29 @@ class PrinciplesConfig(Section):
         """Whether anything is asked of a model at all."""
         return self.mode == "generated" or (self.mode == "picked" and self.features == "model")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        found = []
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if self.mode == "fixed":
             if (self.good is None) != (self.bad is None):
-                found.append("good and bad come together; give both")
+                yield "good and bad come together; give both"
             elif self.good is None and self.path is None:
-                found.append("mode fixed needs good and bad, or path")
+                yield "mode fixed needs good and bad, or path"
             elif self.good is not None and self.good == self.bad:
-                found.append("good and bad are the same text")
+                yield "good and bad are the same text"
             idle = set(type(self).model_fields) - {"mode", "good", "bad", "path", "shard_size"}
         else:
             idle = {"good", "bad", "path"}
             if self.features == "none" and (self.mode, self.written_from) != ("generated", "query"):
-                found.append("features none is for mode generated with written_from query")
+                yield "features none is for mode generated with written_from query"
             if self.mode == "picked":
                 idle |= {"writer", "written_from", "examples", "candidates"}
             if not self.asks_a_model:
                 idle |= {"max_new_tokens", "temperature", "top_p", "batch_size"}
             if self.temperature == 0 and self.candidates > 1:
-                found.append("candidates: at temperature 0 all of them are the same answer")
-        found += [
-            f"{name} has no effect with mode {self.mode} and features {self.features}; remove it"
-            for name in sorted(idle & self.model_fields_set)
-        ]
-        if found:
-            raise ValueError("; ".join(found))
-        return self
+                yield "candidates: at temperature 0 all of them are the same answer"
+        for name in sorted(idle & self.model_fields_set):
+            chosen = f"mode {self.mode} and features {self.features}"
+            yield f"{name} has no effect with {chosen}; remove it"
 
 
 class Sampling(Section):
@@ -524,18 +530,17 @@ class Bound(Section):
     quantile: float | None = _f(None, "of what is left so far; 0 keeps all", ge=0, lt=1)
     at_least: float | None = _f(None, "nats per token")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if value is False:  # what YAML makes of the word off
-            value = "off"
-        return {"rule": value} if isinstance(value, str) else value
+    short: ClassVar[str | None] = "rule"
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of the word
+
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if sum(v is not None for v in (self.rule, self.quantile, self.at_least)) != 1:
-            raise ValueError("give exactly one of mean, off, {quantile: …} and {at_least: …}")
-        return self
+            yield "give exactly one of mean, off, {quantile: …} and {at_least: …}"
 
 
 class Filter(Section):
@@ -550,16 +555,12 @@ class Filter(Section):
     )
     gap: Bound = _f(Bound(rule="mean"), "for both steering gaps, nats (SSO v1's release)")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"enabled": value} if isinstance(value, bool) else value
+    short: ClassVar[str | None] = "enabled"
 
-    @model_validator(mode="after")
-    def _no_idle_settings(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if not self.enabled and self.model_fields_set - {"enabled"}:
-            raise ValueError("a filter that is not enabled has no other settings")
-        return self
+            yield "a filter that is not enabled has no other settings"
 
 
 JudgeKind = Literal["oracle", "chat", "reward", "human"]
@@ -606,28 +607,26 @@ class JudgeConfig(Section):
             return {"kind": kind}
         return {"kind": kind, "path" if kind == "human" else "model": rest}
 
-    @model_validator(mode="after")
-    def _only_its_own_settings(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         own = _JUDGE_KEYS[self.kind]
         for name in sorted(self.model_fields_set - own - {"kind"}):
-            raise ValueError(f"{name} has no effect with a judge of kind {self.kind}; remove it")
+            yield f"{name} has no effect with a judge of kind {self.kind}; remove it"
         for name in sorted(own & {"model", "path"}):
             if not getattr(self, name):
-                raise ValueError(f"a judge of kind {self.kind} needs a {name}")
+                yield f"a judge of kind {self.kind} needs a {name}"
         if self.engine.model is not None:
-            raise ValueError("engine.model has no effect: judge.model names the model; remove it")
+            yield "engine.model has no effect: judge.model names the model; remove it"
         kind = self.engine.answering.kind
         idle = {"openai": _MODEL_KEYS - {"model"}, "vllm": {"batch_size", "device"}}
         for name in sorted(idle.get(kind, set()) & self.model_fields_set):
-            raise ValueError(f"{name} has no effect with an engine of kind {kind}; remove it")
+            yield f"{name} has no effect with an engine of kind {kind}; remove it"
         if self.engine.kind == "ray":
-            raise ValueError(
+            yield (
                 "an engine of kind ray answers shards, which a judge has none of; use vllm, or "
                 "openai with launch"
             )
-        for fault in self.asked.faults("engine", named=True):
-            raise ValueError(fault)
-        return self
+        yield from self.asked.conflicts("engine", named=True)
 
     @property
     def asked(self) -> EngineConfig:
@@ -669,8 +668,8 @@ class Optimisation(Schedule):
         "iteration", "frozen reference: this iteration's start, or the very first policy"
     )
 
-    def _refuse_unused(self, objective: str) -> None:
-        """Refuses the constants that an objective and this base would ignore."""
+    def _unused(self, objective: str) -> Iterator[str]:
+        """The constants that an objective and this base would ignore."""
         unused = unused_arguments(
             objective,
             self.base,
@@ -678,11 +677,8 @@ class Optimisation(Schedule):
             use_weight=getattr(self, "use_weight", True),
             use_steer=getattr(self, "use_steer", True),
         )
-        if unused:
-            raise ValueError(
-                f"{unused[0]} has no effect with objective {objective} and base {self.base}; "
-                "remove it"
-            )
+        for name in unused:
+            yield f"{name} has no effect with objective {objective} and base {self.base}; remove it"
 
 
 class Selection(Section):
@@ -696,12 +692,11 @@ class Selection(Section):
     max_unfinished: float = _f(0.1, "share of answers cut off, above the start's", gt=0)
     stop: float = _f(2.0, "training ends at a candidate so many times over a bound", ge=1)
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         idle = sorted(self.model_fields_set - {"points"})
         if self.points == 0 and idle:
-            raise ValueError(f"{idle[0]} has no effect with points 0; remove it")
-        return self
+            yield f"{idle[0]} has no effect with points 0; remove it"
 
 
 class Generator(Optimisation):
@@ -714,12 +709,11 @@ class Generator(Optimisation):
     per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
     selection: Selection = Selection()
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        self._refuse_unused(self.objective)
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
+        yield from self._unused(self.objective)
         if self.per_half and self.objective != "sso":
-            raise ValueError("per_half splits objective sso; leave objective unset")
-        return self
+            yield "per_half splits objective sso; leave objective unset"
 
 
 class PolicyTraining(Optimisation):
@@ -736,10 +730,9 @@ class Training(PolicyTraining):
         None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
     )
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        self._refuse_unused("pbaa")
-        return self
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
+        yield from self._unused("pbaa")
 
 
 class OnlineTraining(PolicyTraining):
@@ -751,10 +744,9 @@ class OnlineTraining(PolicyTraining):
     use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
     detach_weight: bool = _f(False, "stop the gradient through W")
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        self._refuse_unused("sso-online")
-        return self
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
+        yield from self._unused("sso-online")
 
 
 class RewardData(Section):
@@ -764,10 +756,7 @@ class RewardData(Section):
     name: str | None = _f(None, "in tables; null: the path's last part")
     weight: float = _f(1.0, "passes per epoch: 0.5 takes a seeded half, 2 each pair twice", gt=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+    short: ClassVar[str | None] = "path"
 
     @property
     def label(self) -> str:
@@ -798,17 +787,16 @@ class Reward(Schedule):
         rest, data = {k: v for k, v in value.items() if k != "data"}, value["data"]
         return rest if data is None else {**rest, "data": [data]}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if self.batch_size % self.forward_pairs:
-            raise ValueError(
+            yield (
                 f"forward_pairs {self.forward_pairs} does not divide batch_size {self.batch_size}"
             )
         labels = [d.label for d in self.data]
         twice = next((x for i, x in enumerate(labels) if x in labels[:i]), None)
         if twice is not None:
-            raise ValueError(f"two sets of data are called {twice!r}; give each a name")
-        return self
+            yield f"two sets of data are called {twice!r}; give each a name"
 
 
 class Ranking(Section):
@@ -822,11 +810,10 @@ class JudgedRanking(Ranking):
 
     judge: JudgeConfig | None = _f(None, "who ranks them; null: the recipe's judge")
 
-    @model_validator(mode="after")
-    def _can_rank(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if self.judge is not None and self.judge.kind == "human":
-            raise ValueError("people have not seen answers that are sampled now: no judge human")
-        return self
+            yield "people have not seen answers that are sampled now: no judge human"
 
 
 class Evaluation(Section):
@@ -846,10 +833,7 @@ class HarnessTask(Section):
     )
     fewshot: int | None = _f(None, "worked examples before a question; null: the task's own", ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    short: ClassVar[str | None] = "name"
 
 
 class JudgedSet(Section):
@@ -876,13 +860,12 @@ class JudgedSet(Section):
         style, _, path = value.partition(":")
         return {"style": style, "questions": path}
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         if not self.questions:
-            raise ValueError("it names no questions; give STYLE:PATH")
+            yield "it names no questions; give STYLE:PATH"
         if self.style == "mt-bench" and self.baseline is not None:
-            raise ValueError("baseline has no effect in style mt-bench; remove it")
-        return self
+            yield "baseline has no effect in style mt-bench; remove it"
 
     @property
     def name(self) -> str:
@@ -903,22 +886,21 @@ class Benchmarks(Section):
     max_new_tokens: int | None = _f(None, "of those answers; null: as in sampling", gt=0)
     limit: int | None = _f(None, "only the first questions of each task and set; null: all", gt=0)
 
-    @model_validator(mode="after")
-    def _used(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
         names = [t.name for t in self.tasks] + [s.name for s in self.judged]
         if not names:
-            raise ValueError("it names neither tasks nor judged sets")
+            yield "it names neither tasks nor judged sets"
         twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
         if twice is not None:
-            raise ValueError(f"two benchmarks are called {twice!r}; give one a label")
+            yield f"two benchmarks are called {twice!r}; give one a label"
         for needed, own in (
             ("tasks", {"task_folders", "chat_template", "batch_size"}),
             ("judged", {"judge", "temperature", "max_new_tokens"}),
         ):
             idle = sorted(own & self.model_fields_set)
             if idle and not getattr(self, needed):
-                raise ValueError(f"{idle[0]} has no effect without {needed}; remove it")
-        return self
+                yield f"{idle[0]} has no effect without {needed}; remove it"
 
 
 Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
@@ -949,12 +931,11 @@ class TrainConfig(Optimisation, Loading):
     output: str = _f(..., "folder for the trained model", costs_only=True)
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        self._refuse_unused(self.objective)
+    def faults(self) -> Iterator[str]:
+        """See `Section.faults`."""
+        yield from self._unused(self.objective)
         if self.reference == "first":
-            raise ValueError("train takes the given model as reference")
-        return self
+            yield "train takes the given model as reference"
 
 
 def resolve_path(value: str) -> str:
