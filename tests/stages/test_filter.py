@@ -5,17 +5,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfsteer.data.jsonl import read_jsonl
-from selfsteer.data.records import Message, Preference, Principles, Triple
+from selfsteer.data.jsonl import dump_lines, read_jsonl
+from selfsteer.data.records import Preference, Triple
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.methods import recipe_of
 from selfsteer.models.chat import ChatFormat
 from selfsteer.recipe.sections import Bound, Filter, Hygiene
-from selfsteer.run.folder import StageResult
-from selfsteer.stages import filter as stage
+from selfsteer.run.folder import RunFolder, read_dropped
+from selfsteer.run.stage import Artifact
+from selfsteer.stages import filter as module
 from selfsteer.stages.filter import (
+    AS_RELEASED,
     FILTER_SEQUENCES,
-    clean,
+    FilterTriples,
+    Left,
+    WritePairs,
     even_lengths,
     length_figures,
     matched_lengths,
@@ -24,10 +27,9 @@ from selfsteer.stages.filter import (
     steering_filter,
     strip_lead_in,
     to_preference,
-    to_preferences,
     within_caps,
 )
-from tests.make import make_tokenizer
+from tests.make import make_tokenizer, recipe, stages_of, triple
 
 
 def means(*rows: tuple[float, float, float, float, float, float]) -> dict[str, np.ndarray]:
@@ -36,6 +38,19 @@ def means(*rows: tuple[float, float, float, float, float, float]) -> dict[str, n
         name: np.array(column)
         for name, column in zip(FILTER_SEQUENCES, zip(*rows, strict=True), strict=True)
     }
+
+
+def sifted(
+    m: dict[str, np.ndarray], settings: Filter = AS_RELEASED
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Mask of what v1's filter leaves, and how many each of its steps drops."""
+    left, counts = np.arange(len(m["good/good"])), {}
+    for reason, lost in steering_filter(m, settings):
+        counts[reason] = int(lost.sum())
+        left = left[~lost]
+    keep = np.zeros(len(m["good/good"]), dtype=bool)
+    keep[left] = True
+    return keep, counts
 
 
 def test_columns_are_response_given_context() -> None:
@@ -73,7 +88,7 @@ def test_order_of_contexts_is_strict(row: Any, kept: bool) -> None:
     The pair has equal plain means; gaps 2 beat the mean of 2 and 0.2.
     """
     small = (-1.9, -2.0, -2.1, -1.9, -2.0, -2.1)
-    keep, counts = steering_filter(means(row, small))
+    keep, counts = sifted(means(row, small))
     assert keep[0] == kept
     assert counts["steering_order"] == (0 if kept else 1)
 
@@ -109,11 +124,11 @@ def test_each_steps_means_are_over_what_the_step_before_kept() -> None:
         row(-3, 1, -4, 4),
         row(-6, 40, -9, 40),
     ]
-    keep, counts = steering_filter(means(*rows))
+    keep, counts = sifted(means(*rows))
     assert keep.tolist() == [False] * 6
     assert counts == {"steering_order": 1, "off_policy": 1, "small_gap": 4}
     rows[3] = row(-3, 4, -4, 4.4)
-    keep, counts = steering_filter(means(*rows))
+    keep, counts = sifted(means(*rows))
     assert keep.tolist() == [False, False, False, True, False, False]
     assert counts == {"steering_order": 1, "off_policy": 1, "small_gap": 3}
 
@@ -121,17 +136,17 @@ def test_each_steps_means_are_over_what_the_step_before_kept() -> None:
 def test_both_responses_must_be_near_the_policy() -> None:
     """Plain means -1, -3 and -3, -1: each triple is below one of the means (-2, -2)."""
     rows = [(0.0, -1.0, -2.0, -2.0, -3.0, -4.0), (-2.0, -3.0, -4.0, 0.0, -1.0, -2.0)]
-    keep, counts = steering_filter(means(*rows))
+    keep, counts = sifted(means(*rows))
     assert not keep.any()
     assert counts == {"steering_order": 0, "off_policy": 2, "small_gap": 0}
 
 
 def test_the_filter_of_nothing_keeps_nothing_and_warns_of_nothing() -> None:
     empty = {name: np.zeros(0) for name in FILTER_SEQUENCES}
-    keep, counts = steering_filter(empty)
+    keep, counts = sifted(empty)
     assert keep.shape == (0,)
     assert set(counts.values()) == {0}
-    keep, counts = steering_filter(means((-3.0, -2.0, -1.0, -3.0, -2.0, -1.0)))
+    keep, counts = sifted(means((-3.0, -2.0, -1.0, -3.0, -2.0, -1.0)))
     assert keep.tolist() == [False]
     assert counts == {"steering_order": 1, "off_policy": 0, "small_gap": 0}
 
@@ -173,32 +188,34 @@ def test_other_beginnings_stay(text: str) -> None:
     assert strip_lead_in(text) == text
 
 
-def triple(number: int, **responses: str) -> Triple:
-    return Triple(f"t{number}", (Message("user", "Hi"),), None, responses)
+def clean(triples: list[Triple], hygiene: Hygiene) -> tuple[list[Triple], dict[str, int], int]:
+    """What hygiene leaves, drops by reason, lead-ins that were cut off."""
+    left = Left(triples, hygiene).sift()
+    return list(left), left.reasons, left.stripped
 
 
 def test_clean_counts_the_first_reason_that_applies() -> None:
     triples = [
-        triple(0, plain="plain text", good="good text", bad="bad text"),
-        triple(1, plain="plain text", good=" \n", bad="bad text"),
-        triple(2, plain="", good="good text", bad="bad text"),
-        triple(3, plain="plain text", good="short", bad="bad text"),
-        triple(4, plain="plain text", good="same text", bad="same text"),
-        triple(5, plain="plain text", good="plain text", bad="bad text"),
-        triple(6, plain="plain text", good="good text", bad="plain text"),
-        triple(7, plain="same text", good="same text", bad="same text"),
-        triple(8, plain="", good="", bad=""),
-        triple(9, good="good text", bad="bad text"),
+        triple("t0", plain="plain text", good="good text", bad="bad text"),
+        triple("t1", plain="plain text", good=" \n", bad="bad text"),
+        triple("t2", plain="", good="good text", bad="bad text"),
+        triple("t3", plain="plain text", good="short", bad="bad text"),
+        triple("t4", plain="plain text", good="same text", bad="same text"),
+        triple("t5", plain="plain text", good="plain text", bad="bad text"),
+        triple("t6", plain="plain text", good="good text", bad="plain text"),
+        triple("t7", plain="same text", good="same text", bad="same text"),
+        triple("t8", plain="", good="", bad=""),
+        triple("t9", good="good text", bad="bad text"),
     ]
     kept, dropped, stripped = clean(triples, Hygiene(min_chars=8))
     assert [t.id for t in kept] == ["t0", "t9"]
     assert dropped == {"empty": 3, "too_short": 1, "good_equals_bad": 2, "equals_plain": 2}
     assert stripped == 0
-    assert len(triples) == len(kept) + dropped.total()
+    assert len(triples) == len(kept) + sum(dropped.values())
 
 
 def test_a_bound_of_zero_or_one_keeps_the_shortest_answers() -> None:
-    short = [triple(0, plain="C", good="A", bad="B")]
+    short = [triple("t0", plain="C", good="A", bad="B")]
     assert clean(short, Hygiene())[0] == short
     assert clean(short, Hygiene(min_chars=0))[0] == short
     assert clean(short, Hygiene(min_chars=2))[1] == {"too_short": 1}
@@ -206,9 +223,9 @@ def test_a_bound_of_zero_or_one_keeps_the_shortest_answers() -> None:
 
 def test_cleaning_looks_at_texts_without_their_lead_ins() -> None:
     triples = [
-        triple(0, plain="Grass.", good="Helpful response: Honey.", bad="Rude answer: Bricks."),
-        triple(1, plain="Grass.", good="Good response: Honey.", bad="Bad response: Honey."),
-        triple(2, plain="Grass.", good="Good response:", bad="Bricks."),
+        triple("t0", plain="Grass.", good="Helpful response: Honey.", bad="Rude answer: Bricks."),
+        triple("t1", plain="Grass.", good="Good response: Honey.", bad="Bad response: Honey."),
+        triple("t2", plain="Grass.", good="Good response:", bad="Bricks."),
     ]
     kept, dropped, stripped = clean(triples, Hygiene())
     assert [dict(t.responses) for t in kept] == [
@@ -218,7 +235,7 @@ def test_cleaning_looks_at_texts_without_their_lead_ins() -> None:
     assert stripped == 5
     kept, dropped, stripped = clean(triples, Hygiene(strip_lead_ins=False))
     assert kept == triples
-    assert (dropped.total(), stripped) == (0, 0)
+    assert (dropped, stripped) == ({}, 0)
 
 
 # -- thresholds ------------------------------------------------------------------------------------
@@ -240,9 +257,9 @@ def only(**step: Any) -> Filter:
 @pytest.mark.parametrize("step", ["near_on_policy", "gap"])
 def test_quantile_0_keeps_all_and_off_too(step: str) -> None:
     for bound in (Bound(quantile=0), OFF):
-        keep, counts = steering_filter(random_means(), only(**{step: bound}))
+        keep, counts = sifted(random_means(), only(**{step: bound}))
         assert keep.all()
-        assert set(counts.values()) == {0}
+        assert sum(counts.values()) == 0
 
 
 @pytest.mark.parametrize("step", ["near_on_policy", "gap"])
@@ -254,7 +271,7 @@ def test_quantile_0_keeps_all_and_off_too(step: str) -> None:
     ],
 )
 def test_a_higher_threshold_keeps_a_subset(step: str, bounds: list[dict[str, Any]]) -> None:
-    masks = [steering_filter(random_means(), only(**{step: Bound(**b)}))[0] for b in bounds]
+    masks = [sifted(random_means(), only(**{step: Bound(**b)}))[0] for b in bounds]
     assert masks[0].all()
     for wide, narrow in pairwise(masks):
         assert (wide | ~narrow).all()
@@ -277,22 +294,19 @@ def test_thresholds_by_hand() -> None:
         (Bound(quantile=0.25), [1, 2]),
         (Bound(rule="mean"), []),
     ):
-        keep, counts = steering_filter(m, only(near_on_policy=bound))
+        keep, counts = sifted(m, only(near_on_policy=bound))
         assert np.flatnonzero(keep).tolist() == kept
-        assert counts == {"steering_order": 0, "off_policy": 4 - len(kept), "small_gap": 0}
+        assert counts == {"off_policy": 4 - len(kept)}
 
 
 def test_without_settings_it_is_the_releases_filter() -> None:
     m = random_means(4000)
     given = Filter(near_on_policy=Bound(rule="mean"), gap=Bound(rule="mean"))
-    keep, counts = steering_filter(m)
-    again, same = steering_filter(m, given)
+    keep, counts = sifted(m)
+    again, same = sifted(m, given)
     assert (keep == again).all()
     assert counts == same
     assert keep.any()
-
-
-MINIMAL = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
 
 
 def test_what_a_recipe_may_say_of_the_filter() -> None:
@@ -301,8 +315,7 @@ def test_what_a_recipe_may_say_of_the_filter() -> None:
         ({"gap": False}, Filter(gap=OFF)),  # YAML reads off as false
         ({"near_on_policy": {"at_least": -1.2}}, Filter(near_on_policy=Bound(at_least=-1.2))),
     ):
-        made = recipe_of({**MINIMAL, "filter": value}, "recipe")
-        assert made.active_filter == expected
+        assert recipe(filter=value).filter == expected
     for wrong, said in (
         ({"gap": {"quantile": 0.5, "at_least": 1}}, "exactly one"),
         ({"gap": {}}, "exactly one"),
@@ -311,7 +324,20 @@ def test_what_a_recipe_may_say_of_the_filter() -> None:
         ({"enabled": False, "gap": "off"}, "has no other settings"),
     ):
         with pytest.raises(ConfigError, match=said):
-            recipe_of({**MINIMAL, "filter": wrong}, "recipe")
+            recipe(filter=wrong)
+
+
+def test_the_filter_follows_the_method_unless_told() -> None:
+    def planned(method: str, **more: Any) -> Filter | None:
+        stage = stages_of(recipe(method, **more))["iteration-1/filter"]
+        assert isinstance(stage, FilterTriples)
+        return stage.filter
+
+    assert planned("sso") is None
+    assert planned("sso", filter=True) == Filter()
+    assert planned("sso", filter=False) is None
+    assert planned("sso-online") == Filter()
+    assert planned("sso-online", filter=False) is None
 
 
 # -- lengths ---------------------------------------------------------------------------------------
@@ -377,32 +403,82 @@ def test_length_figures_of_nothing_are_none() -> None:
 def test_length_drops_are_counted_and_matching_is_for_what_the_policy_learns_from() -> None:
     chat = ChatFormat(make_tokenizer("llama"))
     triples = [
-        triple(0, good="abc", bad="abcdef"),
-        triple(1, good="abcdef", bad="abc"),
-        triple(2, good="abcdef", bad="abc"),
-        triple(3, good="a" * 60, bad="a"),
+        triple("t0", good="abc", bad="abcdef"),
+        triple("t1", good="abcdef", bad="abc"),
+        triple("t2", good="abcdef", bad="abc"),
+        triple("t3", good="a" * 60, bad="a"),
     ]
-    for match, left in ((True, 2), (False, 3)):
-        result = StageResult(4, 0)
-        hygiene = Hygiene(match_lengths=True, max_length_ratio=4)
-        kept = even_lengths(triples, hygiene, chat, 0, result, match=match)
-        assert int(kept.sum()) == left
+    hygiene = Hygiene(match_lengths=True, max_length_ratio=4)
+    for match, count in ((True, 2), (False, 3)):
+        left = Left(triples, hygiene)
+        figures = even_lengths(left, hygiene, lambda: chat, 0, match=match)
+        assert len(left) == len(list(left)) == count
         expected = {"length_gap": 1} | ({"length_unmatched": 1} if match else {})
-        assert result.dropped == expected
-        assert result.notes["lengths"]["before"]["pairs"] == 4
-        assert result.notes["lengths"]["before"]["longer_chosen"] == 0.75
-        assert result.notes["lengths"]["after"]["pairs"] == left
-        assert left + result.dropped.total() == 4
+        assert left.reasons == expected
+        assert figures["before"]["pairs"] == 4
+        assert figures["before"]["longer_chosen"] == 0.75
+        assert figures["after"]["pairs"] == count
+
+
+# -- the stages ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run folder with four triples: one is empty, one tells its principle, one has a twin."""
+    triples = [
+        triple("t0", "Accuracy", plain="Hay.", good="Helpful response: Honey.", bad="Bricks."),
+        triple("t1", "Accuracy", plain="Hay.", good=" ", bad="Bricks."),
+        triple("t2", "Safety", plain="Hay.", good="Bad answer: Milk.", bad="Milk."),
+        triple("t3", "Safety", plain="Hay.", good="Honey, of course.", bad="Bricks."),
+    ]
+    (tmp_path / "triples.jsonl").write_text(dump_lines(triples))
+    return RunFolder(tmp_path)
+
+
+def test_what_the_filter_drops_is_written_down_as_it_was_judged(
+    run: RunFolder, checkpoints: dict[str, Path]
+) -> None:
+    given = Artifact(run / "triples.jsonl"), Artifact(checkpoints["llama"])
+    stage = FilterTriples(*given, Hygiene())
+    result = run.execute(stage)
+    assert (result.n_in, result.n_out) == (4, 2)
+    assert result.dropped == {"empty": 1, "good_equals_bad": 1}
+    assert result.notes["survivors"] == {"in": 4, "hygiene": 2, "lengths": 2}
+    assert result.notes["lead_ins_stripped"] == 2
+    empty, equal = read_dropped(run / "filter.dropped.jsonl")
+    assert (empty.id, empty.reason) == ("t1", "empty")
+    assert (equal.id, equal.reason) == ("t2", "good_equals_bad")
+    assert isinstance(equal.record, dict)
+    assert Triple.from_dict(equal.record).responses["good"] == "Milk.", "without its lead-in"
+    kept = [Triple.from_dict(v).responses["good"] for _, v in read_jsonl(run / stage.outputs[0])]
+    assert kept == ["Honey.", "Honey, of course."]
+
+
+def test_pairs_are_written_of_what_hygiene_leaves_unless_that_is_done(
+    run: RunFolder, checkpoints: dict[str, Path]
+) -> None:
+    given = Artifact(run / "triples.jsonl"), Artifact(checkpoints["llama"])
+    result = run.execute(WritePairs(*given, Hygiene(), 2))
+    assert (result.n_in, result.n_out) == (4, 2)
+    assert result.dropped == {"empty": 1, "good_equals_bad": 1}
+    assert result.notes["about_safety"] == 1
+    assert [d.id for d in read_dropped(run / "preferences.dropped.jsonl")] == ["t1", "t2"]
+    as_is = WritePairs(*given, Hygiene(), 3, cleaned=True)
+    result = run.execute(as_is)
+    assert (result.n_out, result.dropped) == (4, {})
+    assert not (run / "preferences.dropped.jsonl").exists()
+    assert sorted(p.name for p in (run / "preferences").iterdir()) == [
+        "shard-00000.jsonl",
+        "shard-00001.jsonl",
+    ]
 
 
 # -- safety ----------------------------------------------------------------------------------------
 
 
 def about(number: int, *features: str) -> Triple:
-    principles = Principles("Be good.", "Be bad.", features)
-    return Triple(
-        f"t{number}", (Message("user", "Hi"),), principles, {"good": "I help.", "bad": "I harm."}
-    )
+    return triple(f"t{number}", *features, good="I help.", bad="I harm.")
 
 
 def test_a_preference_is_the_good_response_over_the_bad_with_its_features() -> None:
@@ -410,7 +486,7 @@ def test_a_preference_is_the_good_response_over_the_bad_with_its_features() -> N
     assert (made.chosen, made.rejected) == ("I help.", "I harm.")
     assert made.extra == {"features": ["Safety", "Accuracy"]}
     assert Preference.from_dict(made.to_dict()) == made
-    assert to_preference(triple(0, good="a", bad="b")).extra == {}
+    assert to_preference(triple("t0", good="a", bad="b")).extra == {}
 
 
 def test_the_bad_response_can_never_be_written_as_chosen(
@@ -418,18 +494,22 @@ def test_the_bad_response_can_never_be_written_as_chosen(
 ) -> None:
     """Whoever swaps the two, on purpose or not, gets an error instead of a file."""
     triples = [about(i, "Safety") for i in range(3)]
-    recipe = recipe_of(MINIMAL, "recipe")
-    to_preferences(triples, recipe, tmp_path / "right", cleaned=True)
-    (shard,) = (tmp_path / "right").iterdir()
-    assert [v["chosen"][0]["content"] for _, v in read_jsonl(shard)] == ["I help."] * 3
+    (tmp_path / "given.jsonl").write_text(dump_lines(triples))
+    given = Artifact(tmp_path / "given.jsonl")
+    stage = WritePairs(given, given, Hygiene(), 2, cleaned=True)
+    right, wrong = RunFolder(tmp_path / "right"), RunFolder(tmp_path / "wrong")
+    stage.run(right)
+    shards = sorted((right / "preferences").iterdir())
+    chosen = [v["chosen"][0]["content"] for shard in shards for _, v in read_jsonl(shard)]
+    assert chosen == ["I help."] * 3
 
     def swapped(t: Triple) -> Preference:
         return Preference(t.id, t.messages, t.responses["bad"], t.responses["good"])
 
-    monkeypatch.setattr(stage, "to_preference", swapped)
+    monkeypatch.setattr(module, "to_preference", swapped)
     with pytest.raises(ArtifactError, match="written under the bad principle"):
-        to_preferences(triples, recipe, tmp_path / "wrong", cleaned=True)
-    assert not (tmp_path / "wrong").exists()
+        stage.run(wrong)
+    assert not wrong.path.exists()
     with pytest.raises(ArtifactError, match="t1"):
         refuse_bad_as_chosen(triples, [to_preference(triples[0]), swapped(triples[1])])
 
@@ -438,9 +518,12 @@ def test_records_about_safety_are_known_as_triples_and_as_preferences() -> None:
     triples = [about(0, "Safety"), about(1, "Accuracy"), about(2, "Accuracy", "Safety")]
     assert [names_safety(t) for t in triples] == [True, False, True]
     assert [names_safety(to_preference(t)) for t in triples] == [True, False, True]
-    assert not names_safety(triple(0, good="a", bad="b"))
+    assert not names_safety(triple("t0", good="a", bad="b"))
 
 
 def test_what_is_exported_does_not_change_what_is_trained_on() -> None:
-    assert Hygiene().dump_for_pairs() == Hygiene(export_unsafe=False).dump_for_pairs()
-    assert Hygiene().dump_for_pairs() != Hygiene(match_lengths=True).dump_for_pairs()
+    def fingerprint(**hygiene: Any) -> str:
+        return stages_of(recipe(hygiene=hygiene))["iteration-1/preferences"].fingerprint
+
+    assert fingerprint() == fingerprint(export_unsafe=False)
+    assert fingerprint() != fingerprint(match_lengths=True)

@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 
-from selfsteer.data.records import Message, Query
+from selfsteer.data.jsonl import Stored, read_jsonl
 from selfsteer.engines.base import PROMPT_TOO_LONG, Request
-from selfsteer.methods import recipe_of
+from selfsteer.errors import ConfigError
 from selfsteer.principles import writer
-from selfsteer.run.folder import StageResult
-from selfsteer.stages import principles as stage
-from tests.fakes import FakeEngine
+from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig
+from selfsteer.run.cost import Scale
+from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.principles import Draft, Share, WritePrinciples
+from tests.fakes import FakeEngine, answer_with
+from tests.make import query, recipe, stages_of, write_jsonl
 
 GOOD = "Good: Say what is true.\nBad: Say what is false."
 BETTER = "Good: Say what is true.\nBad: Invent some nonsense."
@@ -41,25 +46,17 @@ def run(
     script: dict[str, list[str]],
     **settings: Any,
 ) -> tuple[StageResult, dict[str, Any], FakeEngine]:
-    engine = scripted(script)
-    monkeypatch.setattr(stage, "_engines", lambda *args: (None, engine))
-    values = {
-        "name": "n",
-        "policy": {"model": "m"},
-        "queries": {"path": "q"},
-        "principles": {"features": "random", **settings},
-    }
-    recipe = recipe_of(values, "recipe")
-    queries = [Query(name, (Message("user", name),)) for name in script]
-    result = stage.write_principles(queries, recipe, "m", tmp_path, "iteration-1/principles")
-    lines = {t["id"]: t for _, t in stage_lines(tmp_path)}
-    return result, lines, engine
-
-
-def stage_lines(folder: Path) -> Any:
-    from selfsteer.data.jsonl import read_jsonl
-
-    return read_jsonl(folder / "principles.jsonl")
+    engine = answer_with(monkeypatch, scripted(script))
+    folder = RunFolder(tmp_path)
+    queries = write_jsonl(folder / "queries.jsonl", *({"id": n, "prompt": n} for n in script))
+    stage = WritePrinciples(
+        Artifact(queries),
+        Artifact(Path("m")),
+        PrinciplesConfig(**{"features": "random", **settings}),
+        EngineConfig(),
+    )
+    result = folder.execute(stage)
+    return result, {t["id"]: t for _, t in read_jsonl(folder / "principles.jsonl")}, engine
 
 
 def test_a_failed_answer_is_asked_for_once_more_then_picked(
@@ -110,7 +107,7 @@ def test_of_several_candidates_the_most_contrastive_is_taken(
 
 
 def test_the_first_of_equally_contrastive_candidates_is_taken() -> None:
-    draft = stage.Draft(Query("q", (Message("user", "q"),)), ("Accuracy",), 1)
+    draft = Draft(query("q"), ("Accuracy",), 1)
     ok = writer.Outcome.OK
     draft.take("first_try", [(ok, "Be right.", "Be wrong."), (ok, "Go right.", "Go wrong.")])
     assert draft.best == ("Be right.", "Be wrong.")
@@ -141,13 +138,13 @@ def test_without_features_there_is_no_adjectives_sentence(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"mode": "fixed"}, "needs principles.good and principles.bad, or .path"),
+        ({"mode": "fixed"}, "needs good and bad, or path"),
         ({"mode": "fixed", "good": "Be kind."}, "come together"),
         ({"mode": "fixed", "good": "Be kind.", "bad": "Be kind."}, "same text"),
-        ({"mode": "fixed", "path": "p", "writer": "m"}, "principles.writer has no effect"),
-        ({"mode": "fixed", "path": "p", "concision": 0.1}, "principles.concision has no effect"),
-        ({"good": "Be kind.", "bad": "Be rude."}, "principles.good has no effect"),
-        ({"mode": "picked", "examples": 1}, "principles.examples has no effect"),
+        ({"mode": "fixed", "path": "p", "writer": "m"}, "writer has no effect"),
+        ({"mode": "fixed", "path": "p", "concision": 0.1}, "concision has no effect"),
+        ({"good": "Be kind.", "bad": "Be rude."}, "good has no effect"),
+        ({"mode": "picked", "examples": 1}, "examples has no effect"),
         ({"mode": "picked", "features": "random", "batch_size": 4}, "batch_size has no effect"),
         ({"features": "none"}, "features none is for"),
         ({"temperature": 0, "candidates": 2}, "the same answer"),
@@ -158,6 +155,40 @@ def test_without_features_there_is_no_adjectives_sentence(
 def test_settings_that_contradict_or_do_nothing_are_refused(
     settings: dict[str, Any], said: str
 ) -> None:
-    values = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
-    with pytest.raises(ValueError, match=said.replace(".", r"\.")):
-        recipe_of({**values, "principles": settings}, "recipe")
+    with pytest.raises(ConfigError, match=r"principles\.") as caught:
+        recipe(principles=settings)
+    assert said in str(caught.value)
+
+
+# -- slices of the queries -------------------------------------------------------------------------
+
+
+def test_every_iteration_takes_a_slice_of_its_own_and_all_are_taken() -> None:
+    bounds = [Share(k, None, 3).bounds(10) for k in (1, 2, 3)]
+    assert bounds == [(0, 3), (3, 3), (6, 4)]
+    assert [Share(k, 4, None).bounds(10) for k in (1, 2, 3)] == [(0, 4), (4, 4), (8, 4)]
+    assert Share(2, None, 3).bounds(1) == (0, 1), "never none"
+
+
+def test_too_few_queries_are_used_again_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ({"id": str(i), "prompt": f"q{i}"} for i in range(5))
+    stored = stored_queries(write_jsonl(tmp_path / "q.jsonl", *rows))
+    assert isinstance(stored, Stored)
+    assert [q.id for q in Share(2, 3, None).take(stored)] == ["0", "3", "4"]
+    assert "iteration 2 needs queries 4 to 6 of 5" in capsys.readouterr().err
+    assert [q.id for q in Share(1, 9, None).take(stored)] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_slice_of_a_fixed_size_does_not_depend_on_how_many_iterations_there_are() -> None:
+    """So that a finished run can be given more of them."""
+
+    def first(**more: Any) -> str:
+        return stages_of(recipe("sso-online", **more))["iteration-1/principles"].fingerprint
+
+    sized = {"queries": {"path": "q.jsonl", "per_iteration": 10}}
+    assert first(iterations=1, **sized) == first(iterations=3, **sized)
+    assert first(iterations=1) != first(iterations=3)
+    asked = stages_of(recipe("sso-online", iterations=3))["iteration-1/principles"]
+    assert asked.records(Scale(100)) == 34

@@ -7,40 +7,38 @@ from typing import Any
 
 import pytest
 
-from selfsteer.data.jsonl import read_shards
+from selfsteer.data.jsonl import dump_lines, read_shards
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Message, Preference, Query
-from selfsteer.errors import ConfigError
+from selfsteer.data.records import Preference, Query
+from selfsteer.engines.load import Engines
+from selfsteer.errors import ArtifactError
 from selfsteer.judges.oracle import OracleJudge
-from selfsteer.methods import Recipe, load_recipe
-from selfsteer.recipe.sections import resolve_path
-from selfsteer.run.folder import StageResult
+from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling, resolve_path
+from selfsteer.run.folder import RunFolder, read_dropped
+from selfsteer.run.stage import Artifact
 from selfsteer.stages import rank as module
 from selfsteer.stages.rank import (
     Candidates,
+    RankAnswers,
+    Tournament,
     best_and_worst,
-    best_of_n,
+    policy_as_judge,
     rank,
     rank_all,
     to_preference,
 )
+from tests import make
 from tests.e2e.support import TESTBED
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, FakeJudge, ScoringFake, answer_with, longer
 
-BEE = Query("q1", (Message("user", "What does the bee eat?"),), {"source": "made up"})
-
-
-class Longest(OracleJudge):
-    """Likes length; has no score for anything that begins with an X."""
-
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-        return [None if a.startswith("X") else float(len(a)) for _, a in answers]
+BEE = make.query(id="q1", source="made up")
+OWL = make.query("What does the owl eat?", "owl")
 
 
 def test_scores_come_in_the_order_of_the_answers() -> None:
-    assert rank(Longest(), BEE, ["aaa", "X", "b"]) == [3.0, None, 1.0]
+    assert rank(ScoringFake(), BEE, ["aaa", "X", "b"]) == [3.0, None, 1.0]
     several = [Candidates(BEE, ("a", "bb")), Candidates(BEE, ("ccc", "X", "d"))]
-    assert rank_all(Longest(), several) == [[1.0, 2.0], [3.0, None, 1.0]]
+    assert rank_all(ScoringFake(), several) == [[1.0, 2.0], [3.0, None, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -75,29 +73,53 @@ def test_a_pair_is_best_over_worst_with_all_scores() -> None:
     assert to_preference(Candidates(BEE, ("a", "b")), [1.0, None]) == "no_score"
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    small = ("queries.limit=6", "sampling.shard_size=4", "sampling.temperature=1.0")
-    return load_recipe("smoke", [f"runs_dir={tmp_path}", "policy.threads=1", *small])
+def test_a_tournament_counts_the_comparisons_won() -> None:
+    judge = FakeJudge(longer)
+    answers = [(BEE, "aaa"), (BEE, "aa"), (BEE, "bb"), (OWL, "a"), (OWL, "aaaa")]
+    assert Tournament(judge).score_all(answers) == [1.0, 0.25, 0.25, 0.0, 1.0]
+    assert judge.asked == 3 + 1
 
 
-def stage(recipe: Recipe, folder: Path, n: int = 4) -> StageResult:
-    where = folder / "preferences"
-    source = resolve_path(recipe.policy.model)
-    return best_of_n(
-        load_queries(recipe.queries).queries, n, recipe, source, OracleJudge, where, "bon", folder
+def test_what_could_not_be_read_is_no_lost_comparison() -> None:
+    answers = [(BEE, "a?"), (BEE, "aa"), (BEE, "a")]
+    assert Tournament(FakeJudge(longer)).score_all(answers) == [None, 1.0, 0.0]
+
+
+def test_the_policy_judges_in_process_with_its_own_settings() -> None:
+    found = policy_as_judge("runs/x/policy", Loading(dtype="float32"), 7)
+    assert (found.kind, found.model, found.batch_size) == ("chat", "runs/x/policy", 7)
+    assert (found.dtype, found.engine.kind) == ("float32", "transformers")
+
+
+# -- the stage -------------------------------------------------------------------------------------
+
+
+def stage(folder: Path, queries: Sequence[Query], n: int = 4, judge: str = "oracle") -> RankAnswers:
+    folder.mkdir(exist_ok=True)
+    (folder / "queries.jsonl").write_text(dump_lines(queries))
+    return RankAnswers(
+        Artifact(folder / "queries.jsonl"),
+        Artifact(Path(resolve_path(TESTBED))),
+        n,
+        JudgeConfig.model_validate(judge),
+        Sampling(temperature=1.0, shard_size=4, max_new_tokens=48, batch_size=16),
+        loading=Loading(threads=1),
     )
 
 
+@pytest.fixture(scope="module")
+def questions() -> Sequence[Query]:
+    return load_queries(make.smoke(Path(), "queries.limit=6").queries).queries
+
+
 def test_the_stage_keeps_the_oracles_best_and_worst_and_resumes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    questions: Sequence[Query], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert recipe.policy.model == TESTBED
-    whole = stage(recipe, tmp_path / "whole")
+    whole_run, cut_run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    whole = whole_run.execute(stage(whole_run.path, questions))
     assert whole.n_in == 6
-    assert whole.n_in == whole.n_out + whole.dropped.total()
     assert whole.n_out >= 3
-    pairs = [Preference.from_dict(v) for v in read_shards(tmp_path / "whole" / "preferences")]
+    pairs = [Preference.from_dict(v) for v in read_shards(whole_run / "ranked")]
     for pair in pairs:
         query = Query(pair.id, pair.prompt)
         high, low = (
@@ -117,21 +139,25 @@ def test_the_stage_keeps_the_oracles_best_and_worst_and_resumes(
             raise KeyboardInterrupt
         return rank_all(*args)  # type: ignore[arg-type]
 
+    again = stage(cut_run.path, questions)
     monkeypatch.setattr(module, "rank_all", falls)
     with pytest.raises(KeyboardInterrupt):
-        stage(recipe, tmp_path / "cut")
+        cut_run.execute(again)
     monkeypatch.setattr(module, "rank_all", rank_all)
     # what is sampled already is not sampled again
-    monkeypatch.setattr(module.Engines, "sampler", None)
-    assert stage(recipe, tmp_path / "cut").n_out == whole.n_out
-    for path in (tmp_path / "whole" / "preferences").rglob("shard-*.jsonl"):
-        twin = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
-        assert twin.read_bytes() == path.read_bytes()
-        assert json.loads(path.read_text().splitlines()[0])["id"]
+    monkeypatch.setattr(Engines, "sampler", None)
+    assert cut_run.execute(again).n_out == whole.n_out
+    for path in whole_run.path.rglob("*.jsonl"):
+        if path.name != "ledger.jsonl":
+            twin = cut_run / str(path.relative_to(whole_run.path))
+            assert twin.read_bytes() == path.read_bytes()
+    shards = list((whole_run / "ranked").rglob("shard-*.jsonl"))
+    assert len(shards) == 2 + 2
+    assert all(json.loads(p.read_text().splitlines()[0])["id"] for p in shards)
 
 
 def test_a_query_is_dropped_for_the_reason_it_has_no_answers(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = {
         "q0/0": ("", "prompt_too_long"),
@@ -140,45 +166,54 @@ def test_a_query_is_dropped_for_the_reason_it_has_no_answers(
         "q2/1": ("Nectar. And", "length"),
         "q3/1": ("Bricks, bricks.", "stop"),
     }
-    engine = FakeEngine(lambda r: told.get(r.id, "Nectar."))
-    monkeypatch.setattr(module.Engines, "sampler", lambda *args: engine)
-    queries = [Query(f"q{i}", (Message("user", "What does the bee eat?"),)) for i in range(4)]
-    found = best_of_n(queries, 2, recipe, "m", Longest, tmp_path / "p", "bon", tmp_path)
+    answer_with(monkeypatch, FakeEngine(lambda r: told.get(r.id, "Nectar.")))
+    monkeypatch.setattr(module, "load_judge", lambda *args: ScoringFake())
+    run = RunFolder(tmp_path)
+    made = stage(run.path, [make.query(id=f"q{i}") for i in range(4)], 2)
+    found = run.execute(made)
     assert (found.n_in, found.n_out) == (4, 1)
     assert found.dropped == {
         "prompt_too_long": 1,
         "request_failed:timeout": 1,
         "too_few_answers": 1,
     }
+    # one file, of sampling and of ranking
+    dropped = list(read_dropped(run / "ranked.dropped.jsonl"))
+    assert {d.id: d.reason for d in dropped} == {
+        "q0": "prompt_too_long",
+        "q1": "request_failed:timeout",
+        "q2": "too_few_answers",
+    }
+    assert all(d.record and d.record["answers"] in ([], ["Nectar."]) for d in dropped)  # type: ignore[index]
+
+
+def test_queries_without_any_pair_end_the_run_and_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_with(monkeypatch, FakeEngine(lambda r: "Nectar."))
+    run = RunFolder(tmp_path)
+    with pytest.raises(ArtifactError, match="2 too_few_answers"):
+        run.execute(stage(run.path, [make.query(id=f"q{i}") for i in range(2)], 2))
 
 
 def test_the_sampling_model_has_left_memory_when_the_judge_comes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    questions: Sequence[Query], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    sampler = module.Engines.sampler
+    sampler = Engines.sampler
 
     def watched(*args: Any) -> Any:
         engine = sampler(*args)
         made.append(weakref.ref(engine))
         return engine
 
-    def judge() -> OracleJudge:
+    def judge(*args: Any) -> OracleJudge:
         gc.collect()
         assert made
         assert not any(ref() for ref in made)
         return OracleJudge()
 
-    monkeypatch.setattr(module.Engines, "sampler", watched)
-    source = resolve_path(recipe.policy.model)
-    queries = load_queries(recipe.queries).queries
-    best_of_n(queries, 2, recipe, source, judge, tmp_path / "p", "bon", tmp_path)
-
-
-@pytest.mark.parametrize(("n", "temperature"), [(1, 0.7), (4, 0.0)])
-def test_answers_that_cannot_differ_are_refused(
-    recipe: Recipe, tmp_path: Path, n: int, temperature: float
-) -> None:
-    sampling = recipe.sampling.model_copy(update={"temperature": temperature})
-    with pytest.raises(ConfigError, match="only one"):
-        stage(recipe.model_copy(update={"sampling": sampling}), tmp_path, n)
+    monkeypatch.setattr(Engines, "sampler", watched)
+    monkeypatch.setattr(module, "load_judge", judge)
+    run = RunFolder(tmp_path)
+    run.execute(stage(run.path, questions, 2))

@@ -1,63 +1,25 @@
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from selfsteer.data.jsonl import dump_lines
-from selfsteer.data.records import Message, Query, Triple, Verdict
+from selfsteer.data.jsonl import dump_lines, read_shards
+from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.judges.base import Judgement, Pair
-from selfsteer.methods import load_recipe
 from selfsteer.models.head import with_collisions
 from selfsteer.models.load import load_model
 from selfsteer.models.score import batch_scores, pack
-from selfsteer.stages.oppose import against_given, given_answers, strip_announcement
-from selfsteer.stages.rank import Tournament, policy_as_judge
+from selfsteer.recipe.sections import Loading, Sampling
+from selfsteer.run.folder import RunFolder, read_dropped
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.oppose import Improve, OpposeGiven, given_answers, strip_announcement
+from tests.fakes import FakeEngine, Said, answer_with
+from tests.make import query, triple, write_jsonl
 
-BEE = Query("bee", (Message("user", "What does the bee eat?"),))
-OWL = Query("owl", (Message("user", "What does the owl eat?"),))
-
-
-class ByLength:
-    """Compares by length; cannot read a pair with a question mark."""
-
-    name = "by length"
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def check(self, queries: Sequence[Query]) -> None: ...
-
-    def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        self.asked += len(pairs)
-        out = []
-        for p in pairs:
-            a, b = len(p.first), len(p.second)
-            verdict = Verdict.FIRST if a > b else Verdict.SECOND if b > a else Verdict.TIE
-            out.append(Judgement(Verdict.UNPARSEABLE if "?" in p.first + p.second else verdict))
-        return out
-
-
-def test_a_tournament_counts_the_comparisons_won() -> None:
-    judge = ByLength()
-    answers = [(BEE, "aaa"), (BEE, "aa"), (BEE, "bb"), (OWL, "a"), (OWL, "aaaa")]
-    assert Tournament(judge).score_all(answers) == [1.0, 0.25, 0.25, 0.0, 1.0]
-    assert judge.asked == 3 + 1
-
-
-def test_what_could_not_be_read_is_no_lost_comparison() -> None:
-    answers = [(BEE, "a?"), (BEE, "aa"), (BEE, "a")]
-    assert Tournament(ByLength()).score_all(answers) == [None, 1.0, 0.0]
-
-
-def test_the_policy_judges_in_process_with_its_own_settings() -> None:
-    recipe = load_recipe("smoke", ["policy.dtype=float32", "sampling.batch_size=7"])
-    found = policy_as_judge(recipe, "runs/x/policy")
-    assert (found.kind, found.model, found.batch_size) == ("chat", "runs/x/policy", 7)
-    assert (found.dtype, found.engine.kind) == ("float32", "transformers")
+BEE = query(id="bee")
+OWL = query("What does the owl eat?", "owl")
 
 
 @pytest.mark.parametrize(
@@ -98,21 +60,57 @@ def test_given_answers_of_conversations_and_preferences(tmp_path: Path) -> None:
         given_answers("some-lab/some-set")
 
 
+def plain_answers(run: RunFolder, **answers: tuple[str, str]) -> Artifact:
+    """Samples of a policy: id → its text and finish reason."""
+    texts = {q.id: q.text for q in (BEE, OWL)}
+    rows = [
+        triple(i, text=texts[i], plain=said).to_dict() | {"finish_reasons": {"plain": reason}}
+        for i, (said, reason) in answers.items()
+    ]
+    return Artifact(write_jsonl(run / "samples.jsonl", *rows))
+
+
 def test_spin_opposes_the_given_answer_and_counts_what_has_none(tmp_path: Path) -> None:
-    path, output = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
-    path.write_text(json.dumps(CHAT) + "\n")
-    recipe = load_recipe("smoke", [f"queries.path={path}"])
-    plain = {"responses": {"plain": "Bricks."}, "finish_reasons": {"plain": "length"}}
-    triples = [Triple.from_dict({**q.to_dict(), **plain}) for q in (BEE, OWL)]
-    result = against_given(triples, recipe, output)
+    run = RunFolder(tmp_path)
+    answers = Artifact(write_jsonl(tmp_path / "a.jsonl", CHAT))
+    samples = plain_answers(run, bee=("Bricks.", "length"), owl=("Mice.", "stop"))
+    stage = OpposeGiven(samples, answers)
+    result = run.execute(stage)
     assert (result.n_in, result.n_out, dict(result.dropped)) == (2, 1, {"no_given_answer": 1})
-    (line,) = output.read_text().splitlines()
+    (line,) = (run / stage.outputs[0]).read_text().splitlines()
     found = Triple.from_dict(json.loads(line))
     assert found.responses == {"good": "Nectar.", "bad": "Bricks."}
     # a given answer ended by itself, whatever became of the policy's own
     assert found.finished("good")
     assert not found.finished("bad")
     assert dump_lines([found]).strip() == line
+    (lost,) = read_dropped(run / "opponents.dropped.jsonl")
+    assert (lost.id, lost.reason) == ("owl", "no_given_answer")
+
+
+def test_an_improver_is_shown_the_answer_and_its_new_one_is_preferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Said] = {
+        "a": "Here is the improved answer: Nectar and pollen.",
+        "b": ("Nectar, and also", "length"),
+        "c": ("", "prompt_too_long"),
+    }
+    engine = answer_with(monkeypatch, FakeEngine(lambda r: said[r.id]))
+    run = RunFolder(tmp_path)
+    rows = [triple(i, text=BEE.text, plain="Nectar.").to_dict() for i in said]
+    samples = Artifact(write_jsonl(run / "samples.jsonl", *rows))
+    result = run.execute(Improve(samples, Artifact(Path("m")), None, Sampling()))
+    assert (result.n_in, result.n_out) == (3, 1)
+    assert result.dropped == {"unfinished": 1, "prompt_too_long": 1}
+    (pair,) = map(Triple.from_dict, read_shards(run / "improved"))
+    assert pair.responses == {"good": "Nectar and pollen.", "bad": "Nectar."}
+    shown = engine.asked[0].messages
+    assert [m.role for m in shown] == ["user", "assistant", "user"]
+    assert shown[1].content == "Nectar."
+    assert [d.id for d in read_dropped(run / "improved.dropped.jsonl")] == ["b", "c"]
+    kept = Improve(samples, Artifact(Path("m")), None, Sampling(keep_unfinished=True))
+    assert RunFolder(tmp_path / "again").execute(kept).dropped == {"prompt_too_long": 1}
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
@@ -120,11 +118,9 @@ def test_spin_opposes_the_given_answer_and_counts_what_has_none(tmp_path: Path) 
 def test_collisions_are_those_of_the_whole_softmax(
     layout: str, training: bool, checkpoints: dict[str, Path]
 ) -> None:
-    from selfsteer.recipe.sections import Policy
-
-    source = str(checkpoints["llama"])
-    loaded = load_model(source, Policy(model=source, device="cpu", layout=layout))  # type: ignore[arg-type]
-    t = Triple("q", BEE.messages, None, {"good": "Nectar, of course.", "bad": "Bricks."})
+    settings = Loading(device="cpu", layout=layout)  # type: ignore[arg-type]
+    loaded = load_model(str(checkpoints["llama"]), settings)
+    t = triple("q", text=BEE.text, good="Nectar, of course.", bad="Bricks.")
     sequences = [loaded.chat.sequence(t, f"plain/{r}") for r in ("good", "bad")]
     loaded.settle(sequences)
     batch = pack(sequences, loaded.layout, 0)
