@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 from selfsteer.data.digests import derive_seed, digest, digest_path
 from selfsteer.data.jsonl import read_shards, write_atomic
+from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.run.folder import RunFolder, Stage, StageResult, refuse, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, read_dropped, refuse, run_shards
+from selfsteer.run.stage import COSTS_ONLY, Stage
 
 # -- files ----------------------------------------------------------------------------------------
 
@@ -160,16 +163,21 @@ def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
 # -- ledger and stages ----------------------------------------------------------------------------
 
 
-def stage(
-    run: RunFolder, result: StageResult | BaseException, inputs: Any = 1, name: str = "one"
-) -> Stage:
-    def work() -> StageResult:
-        if isinstance(result, BaseException):
-            raise result
-        write_atomic(run / f"{name}.jsonl", "made\n")
-        return result
+@dataclass(frozen=True)
+class Made(Stage):
+    """A stage that makes one file and returns, or raises, what it is given."""
 
-    return Stage(name, (f"{name}.jsonl",), {"setting": inputs}, work)
+    result: StageResult | BaseException = field(metadata=COSTS_ONLY)
+    setting: Any = 1
+    title: str = field(default="one", kw_only=True)
+
+    makes = ("{name}.jsonl",)
+
+    def run(self, run: RunFolder) -> StageResult:
+        if isinstance(self.result, BaseException):
+            raise self.result
+        write_atomic(run / self.outputs[0], "made\n")
+        return self.result
 
 
 def drops(**reasons: int) -> Counter[str]:
@@ -178,13 +186,13 @@ def drops(**reasons: int) -> Counter[str]:
 
 def test_a_finished_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    first = stage(run, StageResult(5, 3, drops(empty=1, unfinished=1), notes={"a": 1}))
+    first = Made(StageResult(5, 3, drops(empty=1, unfinished=1), notes={"a": 1}))
     assert not run.is_done(first)
     assert run.stale([first]) == []
     run.execute(first)
     assert run.is_done(first)
     begin, finish = run.ledger()
-    assert (begin["event"], begin["stage"]) == ("begin", "one")
+    assert (begin["event"], begin["stage"], begin["kind"]) == ("begin", "one", "Made")
     assert begin["versions"]["torch"]
     assert {k: finish[k] for k in ("event", "n_in", "n_out", "dropped", "notes", "outputs")} == {
         "event": "finish",
@@ -192,9 +200,9 @@ def test_a_finished_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: P
         "n_out": 3,
         "dropped": {"empty": 1, "unfinished": 1},
         "notes": {"a": 1},
-        "outputs": ["one.jsonl"],
+        "outputs": ["one.jsonl", "one.dropped.jsonl"],
     }
-    other = stage(run, StageResult(1, 1), inputs=2)
+    other = Made(StageResult(1, 1), setting=2)
     assert not run.is_done(other)
     assert [e["stage"] for e in run.stale([other])] == ["one"]
     assert [e["stage"] for e in run.stale([])] == ["one"]
@@ -206,29 +214,29 @@ def test_a_finished_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: P
 def test_a_stage_that_began_and_broke_is_not_done(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run.execute(stage(run, KeyboardInterrupt()))
+        run.execute(Made(KeyboardInterrupt()))
     assert [e["event"] for e in run.ledger()] == ["begin"]
-    assert not run.is_done(stage(run, StageResult(1, 1)))
-    assert run.stale([stage(run, StageResult(1, 1))]) == []
-    assert len(run.stale([stage(run, StageResult(1, 1), inputs=2)])) == 1
+    assert not run.is_done(Made(StageResult(1, 1)))
+    assert run.stale([Made(StageResult(1, 1))]) == []
+    assert len(run.stale([Made(StageResult(1, 1), setting=2)])) == 1
 
 
 def test_counts_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(ArtifactError, match="one lost count: 5 in, 3 out, 1 dropped"):
-        run.execute(stage(run, StageResult(5, 3, drops(empty=1))))
-    assert not run.is_done(stage(run, StageResult(5, 3)))
-    run.execute(stage(run, StageResult(5, 8, one_to_one=False)))
-    assert run.is_done(stage(run, StageResult(5, 8)))
+        run.execute(Made(StageResult(5, 3, drops(empty=1))))
+    assert not run.is_done(Made(StageResult(5, 3)))
+    run.execute(Made(StageResult(5, 8, one_to_one=False)))
+    assert run.is_done(Made(StageResult(5, 8)))
 
 
 def test_nothing_left_is_an_error_that_lists_the_drops(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(ArtifactError, match=r"of 5 records.*4 unfinished, 1 empty"):
-        run.execute(stage(run, StageResult(5, 0, drops(empty=1, unfinished=4))))
-    assert not run.is_done(stage(run, StageResult(5, 0)))
+        run.execute(Made(StageResult(5, 0, drops(empty=1, unfinished=4))))
+    assert not run.is_done(Made(StageResult(5, 0)))
     with pytest.raises(ArtifactError, match="there were none"):
-        run.execute(stage(run, StageResult(0, 0), name="two"))
+        run.execute(Made(StageResult(0, 0), title="two"))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
@@ -236,28 +244,28 @@ def test_a_torn_last_line_of_the_ledger_is_left_out_and_written_after(
     tmp_path: Path, cut: int
 ) -> None:
     run = RunFolder(tmp_path)
-    run.execute(stage(run, StageResult(1, 1)))
-    run.execute(stage(run, StageResult(1, 1), name="two"))
+    run.execute(Made(StageResult(1, 1)))
+    run.execute(Made(StageResult(1, 1), title="two"))
     path = run / "ledger.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     whole = 4 if cut == 1 else 3  # without its line end alone, the last entry is still whole
     assert len(run.ledger()) == whole
-    assert run.is_done(stage(run, StageResult(1, 1)))
-    assert run.is_done(stage(run, StageResult(1, 1), name="two")) == (cut == 1)
-    run.execute(stage(run, StageResult(1, 1), name="two"))
+    assert run.is_done(Made(StageResult(1, 1)))
+    assert run.is_done(Made(StageResult(1, 1), title="two")) == (cut == 1)
+    run.execute(Made(StageResult(1, 1), title="two"))
     assert len(run.ledger()) == whole + 2
-    assert run.is_done(stage(run, StageResult(1, 1), name="two"))
+    assert run.is_done(Made(StageResult(1, 1), title="two"))
 
 
 def test_superseded_work_is_moved_and_not_deleted(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for made in ("first", "second"):
-        run.execute(stage(run, StageResult(1, 1)))
+        run.execute(Made(StageResult(1, 1)))
         (run / "one.jsonl").write_text(made)
         run.supersede(run.stale([]))
         assert not (run / "one.jsonl").exists()
-        assert not run.is_done(stage(run, StageResult(1, 1)))
-        assert run.stale([stage(run, StageResult(1, 1), inputs=2)]) == []
+        assert not run.is_done(Made(StageResult(1, 1)))
+        assert run.stale([Made(StageResult(1, 1), setting=2)]) == []
     kept = sorted(p.read_text() for p in (run / "superseded").rglob("one.jsonl"))
     assert kept == ["first", "second"]
 
@@ -281,12 +289,12 @@ class Worker:
 
     def __call__(
         self, number: int, items: Sequence[int]
-    ) -> tuple[list[dict[str, int]], Counter[str]]:
+    ) -> tuple[list[dict[str, int]], list[Dropped]]:
         if number == self.stop_at:
             raise KeyboardInterrupt
         self.asked.append(number)
-        kept = [{"x": 2 * i} for i in items if i % 3]
-        return kept, Counter({"three": len(items) - len(kept)})
+        lost = [Dropped(str(i), "three", {"x": i}) for i in items if i % 3 == 0]
+        return [{"x": 2 * i} for i in items if i % 3], lost
 
 
 ITEMS = list(range(10))
@@ -294,7 +302,9 @@ DOUBLED = [{"x": x} for x in (2, 4, 8, 10, 14, 16)]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """A folder of shards and what was dropped of it."""
+    beside = folder.with_name(f"{folder.name}.dropped.jsonl")
+    return {p.name.removeprefix(folder.name): p.read_bytes() for p in (*folder.iterdir(), beside)}
 
 
 def test_shards_hold_everything_in_order(tmp_path: Path) -> None:
@@ -305,6 +315,8 @@ def test_shards_hold_everything_in_order(tmp_path: Path) -> None:
     assert (result.n_in, result.n_out, result.dropped) == (10, 6, {"three": 4})
     lines = [len((tmp_path / f"shard-0000{i}.jsonl").read_text().splitlines()) for i in range(3)]
     assert lines == [2, 3, 1]
+    dropped = list(read_dropped(tmp_path.with_name(f"{tmp_path.name}.dropped.jsonl")))
+    assert dropped == [Dropped(str(i), "three", {"x": i}) for i in (0, 3, 6, 9)]
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -343,14 +355,15 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
     ],
 )
 def test_a_damaged_shard_is_done_again(tmp_path: Path, damage: Any) -> None:
-    run_shards(tmp_path, ITEMS, 4, Worker())  # type: ignore[arg-type]
-    whole = snapshot(tmp_path)
-    damage(tmp_path)
+    folder = tmp_path / "a"
+    run_shards(folder, ITEMS, 4, Worker())  # type: ignore[arg-type]
+    whole = snapshot(folder)
+    damage(folder)
     worker = Worker()
-    result = run_shards(tmp_path, ITEMS, 4, worker)  # type: ignore[arg-type]
+    result = run_shards(folder, ITEMS, 4, worker)  # type: ignore[arg-type]
     assert worker.asked == [1]
     assert result.n_out == 6
-    assert snapshot(tmp_path) == whole
+    assert snapshot(folder) == whole
 
 
 def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:
@@ -359,6 +372,41 @@ def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:
     run_shards(tmp_path, ITEMS, 4, worker)  # type: ignore[arg-type]
     assert worker.asked == [1, 2]
     assert list(read_shards(tmp_path)) == DOUBLED
+
+
+# -- drops -----------------------------------------------------------------------------------------
+
+LOST = [Dropped("a", "empty"), Dropped("b", "empty", {"x": "é"}), Dropped("c", "too_long")]
+
+
+def test_drops_are_counted_and_written_and_a_broken_stage_leaves_none(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for _ in range(2):  # a second try says what the first one said
+        with run.drops("iteration-1/filter") as drops:
+            for one in LOST:
+                drops.add(one)
+        assert drops.counts == {"empty": 2, "too_long": 1}
+        assert list(read_dropped(run / "iteration-1/filter.dropped.jsonl")) == LOST
+
+    def breaks() -> None:
+        with run.drops("iteration-1/filter") as drops:
+            drops.add(LOST[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaks()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "iteration-1"]
+
+
+def test_a_stage_without_drops_has_no_file_of_them(tmp_path: Path) -> None:
+    """Neither its own, nor what one that was killed left there."""
+    run = RunFolder(tmp_path)
+    (run / ".one.dropped.jsonl.partial").write_text("of one that was killed")
+    (run / "one.dropped.jsonl").write_text("of another try")
+    with run.drops("one"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert list(read_dropped(run / "one.dropped.jsonl")) == []
 
 
 def test_a_digest_sees_a_change_anywhere_in_a_large_file(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import read_jsonl
-from selfsteer.data.records import Message, Query
+from selfsteer.data.records import Dropped, Message, Query
 from selfsteer.errors import DataError
-from selfsteer.recipe.sections import Augment, Queries
+from selfsteer.recipe.sections import Augment, GrownQueries
 from selfsteer.stages.augment import Outcome, augment, parse_query, prompt
 from tests.fakes import FakeEngine, Said
 
@@ -29,11 +30,11 @@ def fresh(text: str, rng: random.Random) -> str:
 
 
 def grow(tmp_path: Path, engine: FakeEngine, to: int = 12, **more: Any) -> tuple[Any, list[Query]]:
-    given = {k: more.pop(k) for k in list(more) if k in ("evaluation", "check")}
+    given = {k: more.pop(k) for k in list(more) if k in ("evaluation", "check", "drop")}
     seeds = more.pop("seeds", SEEDS)
     names = ("depth", "breadth", "instruct", "attempts")
     own = {k: more.pop(k) for k in names if k in more}
-    settings = Queries(path="q.jsonl", augment=Augment(to=to, **own), **more)
+    settings = GrownQueries(path="q.jsonl", augment=Augment(to=to, **own), **more)
     path = tmp_path / "augmented.jsonl"
     result = augment(seeds, settings, engine, path, seed=3, **given)
     return result, [Query.from_dict(v) for _, v in read_jsonl(path)]
@@ -139,6 +140,7 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
         if "judge" in query.text:
             raise DataError("not of this world")
 
+    told: list[Dropped] = []
     result, queries = grow(
         tmp_path,
         scripted(lambda text, rng: next(left)),
@@ -148,12 +150,15 @@ def test_each_refusal_is_counted_by_its_reason(tmp_path: Path) -> None:
         scripts=("Latin",),
         evaluation=evaluation,
         check=check,
+        drop=told.append,
         ngram=6,
         depth=0.0,
         breadth=0.0,
         instruct=1.0,
         seeds=SEEDS,
     )
+    assert Counter(d.reason for d in told) == result.dropped
+    assert all(set(d.to_dict()["record"]) >= {"how", "sources", "text"} for d in told)
     # a seed told again is one that was shown, or another one
     again = {k: result.dropped.pop(k, 0) for k in ("equals_source", "duplicate_but_case")}
     assert sum(again.values()) == 2

@@ -110,7 +110,7 @@ def test_an_improver_is_shown_the_answer_and_its_new_one_is_preferred(
     assert shown[1].content == "Nectar."
     assert [d.id for d in read_dropped(run / "improved.dropped.jsonl")] == ["b", "c"]
     kept = Improve(samples, Artifact(Path("m")), None, Sampling(keep_unfinished=True))
-    assert RunFolder(tmp_path / "again").execute(kept).dropped == {"prompt_too_long": 1}
+    assert kept.run(RunFolder(tmp_path / "again")).dropped == {"prompt_too_long": 1}
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])

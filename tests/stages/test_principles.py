@@ -1,5 +1,7 @@
 """Which of a writer's answers is taken, when it is asked again, and what is counted."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from selfsteer.run.stage import Artifact
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.principles import Draft, Share, WritePrinciples
 from tests.fakes import FakeEngine, answer_with
-from tests.make import query, recipe, stages_of, write_jsonl
+from tests.make import query, recipe, smoke, stages_of, write_jsonl
 
 GOOD = "Good: Say what is true.\nBad: Say what is false."
 BETTER = "Good: Say what is true.\nBad: Invent some nonsense."
@@ -158,6 +160,29 @@ def test_settings_that_contradict_or_do_nothing_are_refused(
     with pytest.raises(ConfigError, match=r"principles\.") as caught:
         recipe(principles=settings)
     assert said in str(caught.value)
+
+
+def test_a_budget_is_held_against_the_context_of_the_model_that_has_it(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    """A writer answers with principles alone, and nobody where they are fixed."""
+    writer = tmp_path / "writer"
+    shutil.copytree(checkpoints["llama"], writer)
+    config = json.loads((writer / "config.json").read_text())
+    (writer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 96}))
+
+    def check(*more: str) -> list[str]:
+        return [note for stage in smoke(tmp_path, *more).plan() for note in stage.check()]
+
+    given = (f"principles.writer={writer}", "principles.max_new_tokens=64")
+    check(*given, "sampling.max_new_tokens=128")
+    with pytest.raises(ConfigError, match=r"principles\.max_new_tokens 96 .*writer has a context"):
+        check(*given, "principles.max_new_tokens=96")
+    own = (f"policy.model={writer}", "sampling.max_new_tokens=48")
+    # the default of 256 tokens for principles does not matter
+    check("principles={mode: fixed, good: Be kind., bad: Be rude.}", *own)
+    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens 96"):
+        check("principles={mode: picked, features: random}", *own, "sampling.max_new_tokens=96")
 
 
 # -- slices of the queries -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from selfsteer.data.jsonl import (
     Record,
@@ -67,7 +67,7 @@ class StageResult:
 
 
 class Drops:
-    """What a stage drops, counted by reason and written down as it comes."""
+    """What a stage drops, counted by reason and written down as it comes; a block that ends it."""
 
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()
@@ -84,16 +84,19 @@ class Drops:
                 self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
             self._file.write(dump_line(dropped))
 
-    def close(self, *, keep: bool) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Puts the file in its place; without a drop there is none."""
-        self._path.unlink(missing_ok=True)
-        if self._file is not None:
-            with disk_errors(self._path):
+        with disk_errors(self._path):
+            if self._file is not None:
                 self._file.close()
-            if keep:
+            if self._file is not None and kind is None:
                 self._partial.replace(self._path)
             else:
-                self._partial.unlink()
+                self._path.unlink(missing_ok=True)
+                self._partial.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -218,16 +221,9 @@ class RunFolder:
         entries = [e for e in self.ledger() if e.get("stage") == stage]
         return entries[-1] if entries else None
 
-    @contextmanager
-    def drops(self, stage: str) -> Iterator[Drops]:
+    def drops(self, stage: str) -> Drops:
         """Where a stage of this name writes down what it drops."""
-        drops = Drops(self / f"{stage}.dropped.jsonl")
-        try:
-            yield drops
-        except BaseException:
-            drops.close(keep=False)
-            raise
-        drops.close(keep=True)
+        return Drops(self / f"{stage}.dropped.jsonl")
 
     def is_done(self, stage: "Stage") -> bool:
         """Whether the ledger says so and what it made is still there."""
@@ -350,29 +346,28 @@ def run_shards(
         skipped: told the number of items of each shard that was already there.
     """
     result = StageResult(len(items), 0)
-    drops = Drops(folder.with_name(f"{folder.name}.dropped.jsonl"))
-    for number, part in enumerate(batched(items, shard_size)):
-        shard, mark = _shard_files(folder, number)
-        done = _finished_shard(shard, mark, len(part))
-        if done is None:
-            records, dropped = work(number, part)
-            text = dump_lines(records).encode()
-            write_atomic(shard, text)
-            done = {
-                "n_in": len(part),
-                "n_out": len(records),
-                "dropped": [d.to_dict() for d in dropped],
-                "sha256": hashlib.sha256(text).hexdigest(),
-            }
-            write_atomic(mark, dump_line(done))
-        else:
-            skipped(len(part))
-        for waiting in folder.glob(f"answers-{number:05d}.*"):  # all of them are in the shard
-            waiting.unlink()
-        result.n_out += done["n_out"]
-        for one in done["dropped"]:
-            drops.add(Dropped(one["id"], one["reason"], one.get("record")))
-    drops.close(keep=True)
+    with Drops(folder.with_name(f"{folder.name}.dropped.jsonl")) as drops:
+        for number, part in enumerate(batched(items, shard_size)):
+            shard, mark = _shard_files(folder, number)
+            done = _finished_shard(shard, mark, len(part))
+            if done is None:
+                records, dropped = work(number, part)
+                text = dump_lines(records).encode()
+                write_atomic(shard, text)
+                done = {
+                    "n_in": len(part),
+                    "n_out": len(records),
+                    "dropped": [d.to_dict() for d in dropped],
+                    "sha256": hashlib.sha256(text).hexdigest(),
+                }
+                write_atomic(mark, dump_line(done))
+            else:
+                skipped(len(part))
+            for waiting in folder.glob(f"answers-{number:05d}.*"):  # all of them are in the shard
+                waiting.unlink()
+            result.n_out += done["n_out"]
+            for one in done["dropped"]:
+                drops.add(Dropped(**one))
     result.dropped = drops.counts
     return result
 
@@ -397,4 +392,4 @@ def read_dropped(path: Path) -> Iterator[Dropped]:
     """What a stage dropped; nothing where it dropped nothing."""
     if path.exists():
         for _, value in read_jsonl(path):
-            yield Dropped(value["id"], value["reason"], value.get("record"))
+            yield Dropped(**value)

@@ -1,0 +1,68 @@
+"""What of the evaluation queries is counted, asked and kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selfsteer.recipe.sections import Evaluation, Queries, Sampling
+from selfsteer.run.folder import RunFolder, read_dropped
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.evaluate import Evaluate
+from tests.fakes import FakeEngine, answer_with
+from tests.make import write_jsonl
+
+PROMPTS = ("Why is it so?", "Why is it so?", "Who?", "Where is it then?", "Which is too long?")
+
+
+def stage(run: RunFolder, *models: str) -> Evaluate:
+    """An evaluation on `PROMPTS`; the run's own query is the first of them."""
+    run.path.mkdir(exist_ok=True)
+    own = Artifact(write_jsonl(run / "queries.jsonl", {"id": "a", "prompt": PROMPTS[0]}))
+    held_out = write_jsonl(run.path.parent / "e.jsonl", *({"prompt": p} for p in PROMPTS))
+    return Evaluate(
+        own,
+        {name: Artifact(Path(name)) for name in ("base", *models)},
+        {"sso": models[-1]},
+        Evaluation(queries=Queries(path=str(held_out), min_chars=5)),
+        Sampling(),
+        None,
+    )
+
+
+def test_what_is_dropped_of_the_evaluation_queries_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = ("", "prompt_too_long")
+    engine = FakeEngine(lambda r: lost if "long" in r.messages[0].content else "So.")
+    answer_with(monkeypatch, engine)
+    run = RunFolder(tmp_path / "run")
+    result = run.execute(stage(run, "sso/iteration-1"))
+    assert (result.n_in, result.n_out) == (5, 2)
+    assert result.dropped == {"duplicate": 1, "too_short": 1, "prompt_too_long": 1}
+    assert "1 of 3 evaluation queries are also alignment queries" in capsys.readouterr().err
+    asked = [r.messages[0].content for r in engine.asked]
+    assert sorted(asked) == sorted(2 * ("Why is it so?", "Where is it then?", "Which is too long?"))
+    # the same query has the same seed, whoever answers
+    assert len({(r.id, r.seed) for r in engine.asked}) == 3
+    (dropped,) = read_dropped(run / "evaluation.dropped.jsonl")
+    assert dropped.reason == "prompt_too_long"
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["queries"] == 2
+    assert list(report["models"]) == ["base", "sso/iteration-1"]
+
+
+def test_answers_of_an_earlier_try_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, engine = RunFolder(tmp_path / "run"), FakeEngine(lambda r: "So.")
+    made = stage(run, "sso/iteration-1", "sso/iteration-2")
+    answer_with(monkeypatch, engine)
+    run.execute(made)
+    whole = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    (run / "evaluation/answers-sso-iteration-2.jsonl").unlink()
+    engine.asked.clear()
+    run.execute(made)
+    assert len(engine.asked) == 3
+    assert (run / "evaluation.json").read_bytes() == whole
