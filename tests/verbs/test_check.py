@@ -1,18 +1,15 @@
 """The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from selfsteer.data.records import Message, Principles, Triple, Verdict
-from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.steering import FEW, steering, strangers
-from selfsteer.methods import Recipe, load_recipe
 from selfsteer.run.folder import RunFolder
-from selfsteer.stages.estimate import Rates, Workload, disk_bytes, seconds, workload
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs.check import conclusion
 from selfsteer.verbs.checks import Checks
@@ -133,91 +130,6 @@ def test_strangers_never_lend_ones_own_text() -> None:
     assert strangers([a, a]) == [a, a], "one principle for all: there is no other"
 
 
-def recipe(tmp_path: Path, *more: str, name: str = "smoke") -> Recipe:
-    return load_recipe(name, [f"runs_dir={tmp_path}", *more])
-
-
-def planned(recipe: Recipe, queries: int, held_out: int) -> Workload:
-    stages = recipe.plan()
-    return workload(recipe, stages, queries, held_out)
-
-
-def test_the_workload_of_the_generator_way(tmp_path: Path) -> None:
-    """10 queries, triples for 4; base, baseline and policy answer 5 held-out queries.
-
-    Answers: good and bad 4 + 10 + 10 (baseline); plain 4 + 3·5. Scored: triples 7 sequences of 4
-    and bad/plain for the generator's reference; samples 6 of 10, twice. Trained, at 3 forwards:
-    generator 4 sequences of 4, policy and baseline 2 of 10.
-    """
-    work = planned(recipe(tmp_path, "generator.queries=4"), 10, 5)
-    assert work.principles == 10
-    assert work.answers == {"good": 24, "bad": 24, "plain": 19}
-    assert work.forwards == 8 * 4 + 2 * 6 * 10
-    assert work.training == 3 * (4 * 4 + 2 * (2 * 10))
-    assert work.models == 3
-    assert work.judged == 10 + 4 + 10 + 2 * 5, "samples, triples, the baseline's, evaluation"
-    assert planned(recipe(tmp_path, "judge=null"), 10, 5).judged == 0
-    assert work.unknown == []
-
-
-def test_the_workload_of_other_ways(tmp_path: Path) -> None:
-    common = ("policy.model=package:selfsteer.testbed/checkpoint", "queries.path=q.jsonl")
-    online = planned(recipe(tmp_path, *common, "name=v1", name="sso-online"), 30, 0)
-    assert online.principles == 30, "three iterations of a third each"
-    assert online.answers == {"good": 30, "bad": 30, "plain": 30}
-    assert online.training == 3 * 6 * 30
-    steps = "training.selection.points=0"
-    plain = ("baseline=null", "principles=null", "generator=null", steps, "evaluation=null")
-    ranked = planned(recipe(tmp_path, "method=best-of-n", *plain), 10, 0)
-    assert ranked.forwards == 2 * 10, "without principles there is no steering gap to score"
-    assert ranked.judged == 4 * 10 + 10, "the oracle scores each of 4 answers; quality"
-    itself = planned(recipe(tmp_path, "method=self-rewarding", *plain), 10, 0)
-    assert itself.judged == 6 * 10 + 10, "the policy compares each answer with each other"
-    revised = planned(recipe(tmp_path, "method=sgpo", *plain), 10, 0)
-    assert revised.answers == {"plain": 10 + 10}, "an answer and what is made of it"
-    assert (revised.judged, revised.unknown) == (10, [])
-    halves = recipe(
-        tmp_path,
-        "baseline=null",
-        "evaluation=null",
-        "generator.per_half=true",
-        "generator.base=simpo",
-        "training.gradient_checkpointing=true",
-    )
-    work = planned(halves, 10, 0)
-    assert work.models == 3
-    assert work.training == 3 * (2 * 10 + 2 * 10) + 4 * 2 * 10
-
-
-def test_the_workload_is_that_of_the_grown_query_set(tmp_path: Path) -> None:
-    grown = planned(recipe(tmp_path, "queries.augment.to=40", "evaluation=null"), 10, 0)
-    assert grown.unknown == ["augment"]
-    same = planned(recipe(tmp_path, "evaluation=null"), 40, 0)
-    same.unknown = grown.unknown
-    assert grown == same
-
-
-def test_seconds_and_bytes_by_hand(tmp_path: Path) -> None:
-    work = Workload(principles=10, training=30, models=2, judged=6)
-    work.answers.update({"good": 10, "plain": 5})
-    work.score("iteration-1", "triples", ("plain/good", "good/good"), 4)
-    work.score("iteration-1", "triples", ("plain/good",), 7)
-    rates = Rates(0.5, {"good": 2.0, "plain": 1.0}, 0.1)
-    assert seconds(work, rates) == pytest.approx(
-        {"principles": 5, "sampling": 25, "scoring": 1.1, "training": 3, "judging": 0}
-    )
-    assert seconds(work, replace(rates, per_judged=0.5))["judging"] == 3
-    found = disk_bytes(work, recipe(tmp_path, "sampling.max_new_tokens=100"), 1000, 2)
-    assert found == {
-        "models": 2 * 1000 * 2,
-        "checkpoints": 2 * 1000 * 12,
-        "samples": 2 * 15 * 100 * 5,
-        "scores": 11 * 100 * 4,
-    }
-    lora = recipe(tmp_path, "policy.lora.rank=4")
-    assert disk_bytes(work, lora, 1000, 2)["checkpoints"] == 0
-
-
 def test_a_failure_ends_its_own_check_only() -> None:
     told: list[Line] = []
     checks = Checks(told.append)
@@ -267,8 +179,3 @@ def test_times_and_intervals_as_a_person_says_them() -> None:
     assert interval((0.0941, 0.0838, 0.1039)) == "+0.094 [+0.084, +0.104]"
     assert interval((0.5, 0.25, 1.0), ".2f") == "0.50 [0.25, 1.00]"
     assert interval((0.5, None, None)) == "+0.500"
-
-
-def test_stages_of_a_model_that_is_nowhere_are_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names nothing"):
-        planned(recipe(tmp_path, "policy.model=package:selfsteer.testbed/none"), 1, 0)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.methods import load_recipe
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Objective
-from selfsteer.recipe.sections import resolve_path
+from selfsteer.recipe.sections import Loading, resolve_path
+from selfsteer.run.cost import Scale
 from selfsteer.verbs import planning
 from selfsteer.verbs.planning import Lengths, Machine, Shape, forward_flops, shape_of, tokens_of
+from tests.make import smoke
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -47,8 +48,7 @@ def test_the_size_of_llama_3_8b(tmp_path: Path) -> None:
 
 def test_parameters_are_counted_in_the_files(checkpoints: dict[str, Path], family: str) -> None:
     folder = checkpoints[family]
-    recipe = load_recipe("smoke", [f"policy.model={folder}", "policy.device=cpu"])
-    model = load_model(str(folder), recipe.policy).model
+    model = load_model(str(folder), Loading(device="cpu")).model
     assert shape_of(str(folder)).parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -101,9 +101,8 @@ def test_tokens_and_operations_by_hand() -> None:
 
 def planned(tmp_path: Path, *more: str, queries: int = 100, machine: Machine) -> dict[str, Any]:
     given = ("policy.model=none/such", "evaluation=null", "judge=null", "baseline=null")
-    recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", *given, *more])
-    stages = recipe.plan()
-    return planning.plan(recipe, stages, queries, 0, TINY, Lengths(2, 3, 4), machine)
+    recipe = smoke(tmp_path, *given, *more)
+    return planning.plan(recipe, Scale(queries), TINY, Lengths(2, 3, 4), machine)
 
 
 def test_the_stages_of_the_generator_way_by_hand(tmp_path: Path) -> None:
@@ -176,8 +175,7 @@ def test_adapters_are_trained_alone(tmp_path: Path) -> None:
 
 
 def test_a_response_is_never_longer_than_its_budget(tmp_path: Path) -> None:
-    recipe = load_recipe("smoke", [f"runs_dir={tmp_path}", "sampling.max_new_tokens=50"])
-    stages = recipe.plan()
+    recipe = smoke(tmp_path, "sampling.max_new_tokens=50")
     shape = shape_of(resolve_path(recipe.policy.model))
-    found = planning.plan(recipe, stages, 10, 5, shape, Lengths(), Machine())
+    found = planning.plan(recipe, Scale(10, 5), shape, Lengths(), Machine())
     assert found["assumptions"]["response_tokens"] == 50
