@@ -53,7 +53,7 @@ def test_overrides_nest_keep_types_and_null_means_default() -> None:
         {**MINIMAL, "baseline": "pbaa", "training": {"beta": 0.3}},
         ["training.learning_rate=5e-7", "name=7", "baseline=null", "training.beta=null", "seed=3"],
     )
-    made = recipe_of(values, "recipe")
+    made: Any = recipe_of(values, "recipe")
     assert made.training.learning_rate == 5e-7
     assert made.name == "7"
     assert made.baseline is None
@@ -193,7 +193,7 @@ def test_comments_do_not_change_a_recipe() -> None:
 
 def test_a_date_is_a_text_and_what_yaml_cannot_make_is_one_too() -> None:
     values = merge(MINIMAL, ["name=2026-11-21", "queries.path=2024-13-45", "seed=7"])
-    made = recipe_of(values, "recipe")
+    made: Any = recipe_of(values, "recipe")
     assert (made.name, made.queries.path, made.seed) == ("2026-11-21", "2024-13-45", 7)
     assert merge(MINIMAL, ["name=!!int x"])["name"] == "!!int x"
 

@@ -250,11 +250,12 @@ def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
 
 
 def descriptions(model: type[Section], prefix: str = "") -> dict[str, str]:
-    """Each dotted key's description, sections included."""
+    """Each dotted key's description, sections included; the method's is its class's first line."""
     out = {}
     for name, info in model.model_fields.items():
         subs = subsections(info.annotation)
-        doc = (subs[0].__doc__ or "").split("\n")[0] if subs else ""
+        described = subs or [model] * (name == "method")
+        doc = (described[0].__doc__ or "").split("\n")[0] if described else ""
         out[prefix + name] = (info.description or doc).rstrip(".")
         for sub in subs:
             out |= descriptions(sub, f"{prefix}{name}.")
