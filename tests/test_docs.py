@@ -36,9 +36,10 @@ def commands() -> list[str]:
     return found
 
 
-def test_the_readme_shows_every_verb() -> None:
+def test_the_readme_shows_the_four_commands_and_stays_short() -> None:
     shown = {c.split()[1] for c in commands()}
-    assert {"run", "train", "queries", "init", "show", "chat", "export", "import", "push"} <= shown
+    assert {"init", "check", "run", "chat"} <= shown
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
 
 
 @pytest.mark.parametrize("line", commands())
