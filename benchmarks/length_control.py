@@ -24,11 +24,11 @@ CASES = ("difficulty known", "nothing known", "from three other models")
 
 def simulate(seed: int) -> dict[str, dict[str, float]]:
     """Case → error of the raw and of the controlled win rate, whether intervals hold the truth."""
-    from selfsteer.evaluation.length_control import Compared, difficulties, length_controlled
+    from selfsteer.evaluation.judged_sets import Compared, difficulties, length_controlled
 
     rng = np.random.default_rng(seed)
     easy = rng.normal(size=QUESTIONS)
-    baseline = rng.integers(1000, 2500, QUESTIONS)
+    rng.integers(1000, 2500, QUESTIONS)  # the baseline's lengths: only differences count
     longer = (rng.normal(300, 600, QUESTIONS) - 200 * easy).astype(int)
 
     def verdicts(model: float, length: float) -> np.ndarray:
@@ -43,20 +43,11 @@ def simulate(seed: int) -> dict[str, dict[str, float]]:
         name: dict(zip(map(str, range(QUESTIONS)), w, strict=True)) for name, w in wins.items()
     }
     estimated = difficulties(by_id, "mine")
-    known = {CASES[0]: easy, CASES[1]: None, CASES[2]: np.array(list(estimated.values()))}
+    known = {CASES[0]: easy.tolist(), CASES[1]: [], CASES[2]: list(estimated.values())}
+    compared = [Compared(win, more) for win, more in zip(wins["mine"], longer, strict=True)]
     found = {}
     for case, difficulty in known.items():
-        compared = [
-            Compared(
-                str(i),
-                float(wins["mine"][i]),
-                int(baseline[i] + longer[i]),
-                int(baseline[i]),
-                None if difficulty is None else float(difficulty[i]),
-            )
-            for i in range(QUESTIONS)
-        ]
-        fit = length_controlled(compared, np.random.default_rng(seed), 500)
+        fit = length_controlled(compared, difficulty, np.random.default_rng(seed), 500)
         assert fit.win_rate is not None
         assert fit.length_effect is not None
         rate, effect = np.array(fit.win_rate), np.array(fit.length_effect)

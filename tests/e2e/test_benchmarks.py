@@ -294,3 +294,34 @@ def test_a_chat_judge_on_a_server_is_asked_once(tmp_path: Path, here: Here) -> N
     answers = next((tmp_path / "out").glob("benchmarks/*/two-*.answers.jsonl"))
     (line,) = map(json.loads, answers.read_text().splitlines())
     assert len(line["responses"]) == 2
+
+
+def test_answers_of_a_run_go_to_the_official_tools(
+    smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    questions = rows(
+        tmp_path / "question.jsonl",
+        *({"question_id": 81 + i, "turns": [r["q"], r["q"]]} for i, r in enumerate(QUIZ[:2])),
+    )
+    args = ("export", run, "--format", "mt-bench", "--to", tmp_path / "to")
+    fails(here(*args), 2, "--questions FILE")
+    ended = here(*args, "--questions", questions, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["answers"] == 6
+    assert [Path(p).stem for p in found["paths"]] == ["done-base", "done-pbaa", "done-sso"]
+    for path in found["paths"]:
+        lines = list(map(json.loads, Path(path).read_text().splitlines()))
+        assert [line["question_id"] for line in lines] == [81, 82]
+        assert all(len(line["choices"][0]["turns"]) == 2 for line in lines)
+    # stored in the run: not sampled a second time, and the baseline of other judged sets
+    stored = sorted(run.glob("benchmarks/*/question-*.answers.jsonl"))
+    assert len(stored) == 3
+    monkeypatch.setattr("selfsteer.engines.load.Engines.sampler", None)
+    shown = here(*args, "--questions", questions)
+    assert shown.code == 0, shown.err
+    assert "gen_judgment.py --model-list done-base done-pbaa done-sso" in shown.out
+    fails(here(*args, "--questions", questions, "--baseline"), 2, "--baseline")
+    fails(here("export", run, "--to", tmp_path / "x", "--questions", questions), 2, "mt-bench")

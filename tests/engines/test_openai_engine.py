@@ -27,11 +27,12 @@ from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.load import Engines
 from selfsteer.engines.openai import OpenAIEngine, Usage, retry_after, status_fault
 from selfsteer.errors import ConfigError, EngineError
-from selfsteer.judges.base import Pair, judge_inputs, load_judge
+from selfsteer.judges.base import Pair, load_judge
 from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig
+from selfsteer.run.stage import identity
 from tests import fakes
 from tests.fakes import FAULTS, Server, completion, say, sends, serving, status
 
@@ -487,7 +488,7 @@ def test_a_judge_asked_of_a_server(server: Server, tmp_path: Path) -> None:
     assert [j.verdict for j in again.compare_all(pairs)] == [Verdict.FIRST] * 3
     assert len(server.asked) == asked + 1
     one, *others = (
-        judge_inputs(validate(JudgeConfig, {**values, "engine": {**engine, **more}}, "judge"))
+        identity(validate(JudgeConfig, {**values, "engine": {**engine, **more}}, "judge"))
         for more in ({}, {"concurrency": 9}, {"extra_body": {"top_k": 1}})
     )
     assert [other == one for other in others] == [True, False]

@@ -12,13 +12,8 @@ import pytest
 from selfsteer.data.records import Message, Query
 from selfsteer.errors import DataError
 from selfsteer.evaluation.benchmark_table import markdown
-from selfsteer.evaluation.judged_sets import (
-    Answered,
-    Question,
-    judge_set,
-    read_baseline,
-    read_questions,
-)
+from selfsteer.evaluation.judged_sets import judge_set
+from selfsteer.evaluation.questions import Answered, Question, read_baseline, read_questions
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, Exchange, rate
 from selfsteer.judges.oracle import OracleJudge
@@ -219,7 +214,7 @@ def test_a_baseline_is_of_one_model_and_what_was_not_answered_is_no_answer(tmp_p
     )
     assert read_baseline(settings, questions) == {"a": "So."}
     write(answers, {"id": "a", "response": "So."}, {"id": "a", "response": "Thus."})
-    with pytest.raises(DataError, match="line 2 answers question 'a' otherwise"):
+    with pytest.raises(DataError, match="line 2 answers question 'a'"):
         read_baseline(settings, questions)
 
 
@@ -252,7 +247,7 @@ def test_win_rates_drops_and_lengths_against_a_baseline() -> None:
         "first": 1, "second": 1, "tie": 1, "inconsistent": 0, "unparseable": 0
     }  # fmt: skip
     assert found["win_rate"][0] == 0.5
-    assert found["values"] == {"0": 1.0, "1": 0.0, "2": 0.5}
+    assert found["values"] == {"": {"0": 1.0, "1": 0.0, "2": 0.5}}
     assert found["dropped"] == {"no_baseline_answer": 1, "prompt_too_long": 1}
     assert found["characters"] == [3.67, 4.0]
     assert "found 1.5 and 1.5" in found["length_controlled"]["reason"]
@@ -260,7 +255,7 @@ def test_win_rates_drops_and_lengths_against_a_baseline() -> None:
     found = judge_set(settings, questions, answers, baseline, lost, 0)["mine"]
     assert found["win_rate"] == (0.5, None, None)  # the equal pair ties without being asked
     assert found["dropped"]["no_verdict"] == 2
-    assert found["values"] == {"2": 0.5}
+    assert found["values"][""] == {"2": 0.5}
     answers["mine"]["2"] = answered("m")
     found = judge_set(settings, questions, answers, baseline, lost, 0)["mine"]
     assert found["win_rate"] is None
@@ -294,7 +289,7 @@ def test_ratings_by_turn_and_category_with_unparseable_ones_counted() -> None:
     assert {k: v[0] for k, v in found["turns"].items()} == {"1": pytest.approx(16 / 3), "2": 4.0}
     assert {k: v[0] for k, v in found["categories"].items()} == {"writing": 6.0}
     assert found["dropped"] == {"no_rating": 1, "prompt_too_long": 1}
-    assert found["values"] == {"a": 6.0}
+    assert found["values"] == {"": {"a": 6.0}}
 
 
 def test_arena_games_are_weighted_and_their_values_add_up_to_the_score() -> None:
@@ -310,7 +305,7 @@ def test_arena_games_are_weighted_and_their_values_add_up_to_the_score() -> None
     settings = JudgedSet(style="arena-hard", questions="q.jsonl")
     found = judge_set(settings, questions, answers, baseline, chat_judge(say)[0], 0)["mine"]
     assert found["win_rate"][0] == pytest.approx((0 + 6 + 2) / (2 + 6 + 2))
-    assert np.mean(list(found["values"].values())) == pytest.approx(0.8)
+    assert np.mean(list(found["values"][""].values())) == pytest.approx(0.8)
 
 
 def test_the_table_shows_every_model_and_what_was_lost() -> None:

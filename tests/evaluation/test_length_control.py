@@ -3,9 +3,22 @@
 import numpy as np
 import pytest
 
-from selfsteer.evaluation.length_control import Compared, difficulties, length_controlled
+from selfsteer.evaluation.judged_sets import (
+    Compared,
+    LengthControlled,
+    difficulties,
+    length_controlled,
+)
 
 LENGTH, DIFFICULTY = 1.2, 0.8
+
+
+def fit(
+    compared: list[Compared], rng: np.random.Generator | None = None, resamples: int = 2000
+) -> LengthControlled:
+    """The fit with the questions' own difficulties, or without an instruction term."""
+    known = [c.difficulty for c in compared if c.difficulty is not None]
+    return length_controlled(compared, known, rng or np.random.default_rng(0), resamples)
 
 
 def simulated(seed: int, model: float, *, shift: int = 300) -> tuple[list[Compared], float]:
@@ -16,13 +29,12 @@ def simulated(seed: int, model: float, *, shift: int = 300) -> tuple[list[Compar
     """
     rng = np.random.default_rng(seed)
     hard = rng.normal(size=800)
-    baseline = rng.integers(1000, 2500, 800)
+    rng.integers(1000, 2500, 800)  # the baseline's lengths: only differences count
     longer = (rng.normal(shift, 600, 800) + 200 * hard).astype(int)
     logit = model + LENGTH * np.tanh(longer / longer.std(ddof=1)) + DIFFICULTY * hard
     wins = (rng.random(800) < 1 / (1 + np.exp(-logit))).astype(float)
     compared = [
-        Compared(str(i), float(wins[i]), int(baseline[i] + longer[i]), int(baseline[i]), hard[i])
-        for i in range(800)
+        Compared(win, more, easy) for win, more, easy in zip(wins, longer, hard, strict=True)
     ]
     return compared, float((1 / (1 + np.exp(-model - DIFFICULTY * hard))).mean())
 
@@ -30,7 +42,7 @@ def simulated(seed: int, model: float, *, shift: int = 300) -> tuple[list[Compar
 @pytest.mark.parametrize("seed", range(5))
 def test_a_known_length_effect_is_found_and_taken_out(seed: int) -> None:
     compared, truth = simulated(seed, -0.4)
-    found = length_controlled(compared, np.random.default_rng(0), 500)
+    found = fit(compared, resamples=500)
     assert found.win_rate is not None
     value, low, high = found.win_rate
     assert low is not None
@@ -52,14 +64,14 @@ def test_a_known_length_effect_is_found_and_taken_out(seed: int) -> None:
 
 def test_the_unit_of_difficulty_does_not_matter() -> None:
     compared, _ = simulated(0, -0.4)
-    plain = length_controlled(compared, np.random.default_rng(0), 100)
+    plain = fit(compared, resamples=100)
     for scale, offset in ((200.0, 1500.0), (1e-3, 0.0)):
         other = [
-            Compared(c.id, c.win, c.length, c.baseline_length, scale * c.difficulty + offset)
+            Compared(c.win, c.longer, scale * c.difficulty + offset)
             for c in compared
             if c.difficulty is not None
         ]
-        found = length_controlled(other, np.random.default_rng(0), 100)
+        found = fit(other, resamples=100)
         assert found.win_rate == pytest.approx(plain.win_rate, abs=1e-4)
         assert found.difficulty_effect is not None
         assert found.difficulty_effect * scale == pytest.approx(plain.difficulty_effect, abs=1e-3)
@@ -69,7 +81,7 @@ def test_most_intervals_hold_the_truth() -> None:
     hits = 0
     for seed in range(100, 120):
         compared, truth = simulated(seed, 0.3, shift=-200)
-        found = length_controlled(compared, np.random.default_rng(0), 200)
+        found = fit(compared, resamples=200)
         assert found.win_rate is not None
         _, low, high = found.win_rate
         assert low is not None
@@ -80,41 +92,36 @@ def test_most_intervals_hold_the_truth() -> None:
 
 def test_equal_lengths_give_back_the_raw_win_rate() -> None:
     wins = [1.0, 0.0, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5]
-    compared = [Compared(str(i), w, 100, 100, -0.1 * i) for i, w in enumerate(wins)]
-    found = length_controlled(compared, np.random.default_rng(0))
+    compared = [Compared(w, 0, -0.1 * i) for i, w in enumerate(wins)]
+    found = fit(compared)
     assert found.win_rate is not None
     assert found.win_rate[0] == np.mean(wins)
-    assert found.values == wins
+    assert list(found.values if found.values is not None else ()) == wins
     assert found.length_effect is None
 
 
 def test_lengths_that_match_but_for_chance_give_nearly_the_raw_win_rate() -> None:
     rng = np.random.default_rng(3)
-    compared = [
-        Compared(str(i), float(rng.random() < 0.7), 1000 + int(rng.integers(-9, 10)), 1000)
-        for i in range(800)
-    ]
-    found = length_controlled(compared, rng, 500)
+    compared = [Compared(float(rng.random() < 0.7), int(rng.integers(-9, 10))) for _ in range(800)]
+    found = fit(compared, rng, 500)
     raw = float(np.mean([c.win for c in compared]))
     assert found.win_rate is not None
     assert found.win_rate[0] == pytest.approx(raw, abs=0.005)
-    assert np.mean(found.values or []) == pytest.approx(found.win_rate[0], abs=1e-12)
+    assert found.values is not None
+    assert np.mean(found.values) == pytest.approx(found.win_rate[0], abs=1e-12)
 
 
 def test_a_difference_that_is_always_the_same_cannot_be_told_from_the_model() -> None:
-    compared = [Compared(str(i), float(i % 3 > 0), 150, 100) for i in range(30)]
-    found = length_controlled(compared, np.random.default_rng(0))
+    compared = [Compared(float(i % 3 > 0), 50) for i in range(30)]
+    found = fit(compared)
     assert found.length_effect is None
     assert found.win_rate is not None
     assert found.win_rate[0] == pytest.approx(2 / 3)
 
 
 def test_verdicts_that_follow_length_alone_still_have_a_figure() -> None:
-    compared = [
-        Compared(str(i), float(i % 2), 1000 + (1 if i % 2 else -1) * (50 + i), 1000)
-        for i in range(40)
-    ]
-    found = length_controlled(compared, np.random.default_rng(0))
+    compared = [Compared(float(i % 2), (1 if i % 2 else -1) * (50 + i)) for i in range(40)]
+    found = fit(compared)
     assert found.length_effect is not None
     assert found.length_effect[0] > 3
     assert found.win_rate is not None
@@ -123,8 +130,8 @@ def test_verdicts_that_follow_length_alone_still_have_a_figure() -> None:
 
 @pytest.mark.parametrize("wins", [1, 9, 51, 60])
 def test_too_few_wins_or_losses_say_nothing_of_length(wins: int) -> None:
-    compared = [Compared(str(i), float(i < wins), 100 + i % 7, 100) for i in range(60)]
-    found = length_controlled(compared, np.random.default_rng(0))
+    compared = [Compared(float(i < wins), i % 7) for i in range(60)]
+    found = fit(compared)
     assert found.win_rate is None
     assert f"found {wins} and {60 - wins}" in found.reason
 
@@ -133,16 +140,15 @@ def test_the_instruction_term_needs_twice_as_many() -> None:
     rng = np.random.default_rng(0)
     for wins, used in ((19, False), (20, True)):
         compared = [
-            Compared(str(i), float(i < wins), 100 + int(rng.integers(50)), 100, float(rng.normal()))
-            for i in range(60)
+            Compared(float(i < wins), int(rng.integers(50)), float(rng.normal())) for i in range(60)
         ]
-        found = length_controlled(compared, rng, 100)
+        found = fit(compared, rng, 100)
         assert found.length_effect is not None
         assert (found.difficulty_effect is not None) == used
 
 
 def test_a_single_verdict_has_no_interval() -> None:
-    found = length_controlled([Compared("a", 1.0, 9, 5)], np.random.default_rng(0))
+    found = fit([Compared(1.0, 4)])
     assert found.win_rate == (1.0, None, None)
 
 
@@ -164,18 +170,16 @@ def test_the_instruction_term_of_other_models_takes_out_what_hard_questions_did(
     rng = np.random.default_rng(5)
     others = {
         name: {
-            c.id: float(rng.random() < 1 / (1 + np.exp(-2 * (c.difficulty or 0.0)))) for c in mine
+            str(i): float(rng.random() < 1 / (1 + np.exp(-2 * (c.difficulty or 0.0))))
+            for i, c in enumerate(mine)
         }
         for name in ("one", "two", "three")
     }
-    wins = {"mine": {c.id: c.win for c in mine}, **others}
+    wins = {"mine": {str(i): c.win for i, c in enumerate(mine)}, **others}
     known = difficulties(wins, "mine")
 
     def effect(given: dict[str, float]) -> float:
-        compared = [
-            Compared(c.id, c.win, c.length, c.baseline_length, given.get(c.id)) for c in mine
-        ]
-        found = length_controlled(compared, np.random.default_rng(0), 100)
+        found = length_controlled(mine, list(given.values()), np.random.default_rng(0), 100)
         assert found.length_effect is not None
         return found.length_effect[0]
 

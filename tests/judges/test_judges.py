@@ -17,7 +17,7 @@ from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Request
 from selfsteer.errors import ArtifactError, ConfigError, DataError, NumericsError
 from selfsteer.judges import store
-from selfsteer.judges.base import Judgement, Pair, ScoringJudge, judge_inputs, load_judge
+from selfsteer.judges.base import Judgement, Pair, ScoringJudge, load_judge
 from selfsteer.judges.chat import ChatJudge, combine, question
 from selfsteer.judges.people import HumanJudge, pair_digest
 from selfsteer.judges.reading import extract_verdict
@@ -26,6 +26,7 @@ from selfsteer.judges.stats import CLASSES, agreement, cohen_kappa, judge_report
 from selfsteer.models.load import load_reward
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.run.stage import identity
 from tests.fakes import FakeEngine
 from tests.make import make_checkpoint
 
@@ -489,20 +490,18 @@ def test_a_judge_can_be_named_in_one_word() -> None:
 def test_fingerprints_follow_labels_and_weights_not_their_paths(
     reward_model: Path, tmp_path: Path
 ) -> None:
-    assert judge_inputs(None) is None
-    assert judge_inputs(JudgeConfig(kind="oracle")) == "oracle"
     path = tmp_path / "l.jsonl"
     path.write_text("{}\n")
     human = JudgeConfig(kind="human", path=str(path))
-    before = judge_inputs(human)
+    before = identity(human)
     path.write_text('{"a": 1}\n')
-    assert judge_inputs(human) != before
+    assert identity(human) != before
     moved = shutil.copytree(reward_model, tmp_path / "moved")
-    one, other = (judge_inputs(reward_config(f)) for f in (reward_model, moved))
+    one, other = (identity(reward_config(f)) for f in (reward_model, moved))
     assert one == other
-    assert judge_inputs(reward_config(moved, tie_margin=0.5)) != one
+    assert identity(reward_config(moved, tie_margin=0.5)) != one
     (moved / "model.safetensors").write_bytes(b"other")
-    assert judge_inputs(reward_config(moved)) != one
+    assert identity(reward_config(moved)) != one
     with pytest.raises(ConfigError, match="there is no file"):
         load_judge(JudgeConfig(kind="human", path=str(tmp_path / "none")))
 

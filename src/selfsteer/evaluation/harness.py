@@ -2,7 +2,7 @@
 
 The harness makes prompts, filters and metrics; the model, its chat template and its end of turn
 are ours. What a task reports first is its score unless a metric is named. Values per question
-are kept where the score is their mean, so that two models can be compared question by question.
+are kept if the score is their mean, so that two models can be compared question by question.
 """
 
 import difflib
@@ -11,8 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.records import Message
-from selfsteer.errors import ArtifactError, ConfigError, SelfsteerError
+from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.recipe.sections import Benchmarks, HarnessTask, resolve_path
 from selfsteer.terminal import progress_bar, say
 
@@ -40,199 +39,146 @@ class Unavailable(ArtifactError):
     """A task cannot be asked here: its data or a package that it needs is missing."""
 
 
-def benchmark_inputs(settings: Benchmarks) -> dict[str, Any]:
-    """What benchmark figures depend on beside models and judge, for the fingerprint of a stage.
+def harness_identity(settings: Benchmarks) -> dict[str, Any]:
+    """What scores depend on beside model and task; the batch size changes rounding only.
 
     Raises:
         ConfigError: a task folder is missing.
     """
-    named = [n for s in settings.judged for n in (s.questions, s.baseline) if n is not None]
-    paths = [Path(resolve_path(n)) for n in named]
-    return {
-        "settings": settings.model_dump(exclude={"judge", "batch_size"}),
-        "harness": Harness(settings).identity,
-        # what is not there is said by whoever reads it
-        "judged": [digest_path(p) if p.is_file() else "missing" for p in paths],
-    }
+    own = settings.model_dump(include={"chat_template", "limit"})
+    return {**own, "folders": [digest_path(f) for f in _folders(settings)]}
 
 
-class Harness:
-    """The tasks that a recipe names.
+def check_tasks(settings: Benchmarks) -> None:
+    """Fails now if a task has no such name, or no score of its own.
 
     Raises:
-        ConfigError: a task folder is not there.
+        ConfigError: says which, and what is near; or the harness is not installed.
     """
-
-    def __init__(self, settings: Benchmarks) -> None:
-        self.settings = settings
-        self.folders = [Path(resolve_path(f)) for f in settings.task_folders]
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise ConfigError(f"benchmarks.task_folders: there is no folder {folder}.")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What scores depend on beside model and task; the batch size changes rounding only."""
-        own = self.settings.model_dump(include={"chat_template", "limit"})
-        return {**own, "folders": [digest_path(f) for f in self.folders]}
-
-    @property
-    def _manager(self) -> Any:
-        folders = tuple(self.folders)
-        with quiet():
-            own = _index(folders, everything=False)
-            # a group may hold tasks of the harness, which only its whole index finds
-            kinds = [own.task_index.get(t.name) for t in self.settings.tasks]
-            if all(e is not None and e.kind.name == "TASK" for e in kinds):
-                return own
-            return _index(folders, everything=True)
-
-    def check(self) -> None:
-        """Fails now if a task has no such name, or no score of its own.
-
-        Raises:
-            ConfigError: says which, and what is near; or the harness is not installed.
-        """
-        if find_spec("lm_eval") is None:
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "benchmarks.tasks needs lm-evaluation-harness: pip install 'selfsteer[eval]'."
+        )
+    manager = _manager(settings)
+    for task in settings.tasks:
+        entry = manager.task_index.get(task.name)
+        if entry is None:
+            names = [n for n in manager.all_tasks if "/" not in n]
+            near = difflib.get_close_matches(task.name, names, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(
-                "benchmarks.tasks needs lm-evaluation-harness: pip install 'selfsteer[eval]'."
+                f"benchmarks.tasks: neither lm-evaluation-harness {version('lm_eval')} nor the "
+                f"task folders have a task {task.name!r}.{hint}"
             )
-        for task in self.settings.tasks:
-            entry = self._manager.task_index.get(task.name)
-            if entry is None:
-                names = [n for n in self._manager.all_tasks if "/" not in n]
-                near = difflib.get_close_matches(task.name, names, n=3)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
-                raise ConfigError(
-                    f"benchmarks.tasks: lm-evaluation-harness {version('lm_eval')} has no task "
-                    f"{task.name!r}, nor do the task folders.{hint}"
-                )
-            if entry.kind.name == "TAG":
-                members = sorted(entry.tags)
-                raise ConfigError(
-                    f"benchmarks.tasks: {task.name} is a label of {len(members)} tasks without a "
-                    f"score of its own. Name the one you mean: {', '.join(members[:20])}."
-                )
+        if entry.kind.name == "TAG":
+            members = sorted(entry.tags)
+            raise ConfigError(
+                f"benchmarks.tasks: {task.name} is a label of {len(members)} tasks without a "
+                f"score of its own. Name the one you mean: {', '.join(members[:20])}."
+            )
 
-    def run(self, task: HarnessTask, loaded: "LoadedModel", seed: int) -> dict[str, Any]:
-        """Asks a task of a model.
 
-        Returns:
-            ``score``, ``stderr`` (None where the harness gives none), ``metric``, ``questions``,
-            ``truncated`` (requests whose beginning was cut off to fit the model), ``all`` (every
-            figure that the harness reports), ``examples`` (a few questions as they were asked) and
-            ``values``: question → value of the score's metric, None where the score is not their
-            mean.
+def run_task(
+    task: HarnessTask, settings: Benchmarks, loaded: "LoadedModel", seed: int
+) -> dict[str, Any]:
+    """Asks a task of a model.
 
-        Raises:
-            Unavailable: data or a package that the task needs is missing.
-            ConfigError: the task has no such metric, or leaves the model no room.
-        """
-        from lm_eval.evaluator import evaluate
+    The global generators are seeded: tasks draw from them (GPQA shuffles its choices while
+    loading).
 
-        with quiet(), in_process(), seeded(seed):
-            try:
-                tasks = self._manager.load([task.name])
-            except Exception as e:  # whatever the task's own code and its data set raise
-                raise _unavailable(task.name, e) from e
-            _set_fewshot(task, tasks["tasks"], seed)
-            lm = harness_model(loaded, self.settings.batch_size, task.name)
-            try:
-                found: Any = evaluate(
-                    lm,
-                    tasks,
-                    limit=self.settings.limit,
-                    bootstrap_iters=RESAMPLES,
-                    apply_chat_template=self.settings.chat_template,
-                    fewshot_as_multiturn=self.settings.chat_template,
-                )
-            except AssertionError as e:
-                if "max tokens to generate" not in str(e):
-                    raise
-                raise ConfigError(
-                    f"Task {task.name} leaves no room for a prompt: {e} Choose a task that "
-                    "generates less, or a model with a longer context."
-                ) from e
-        return summarise(task, found, lm.truncated)
+    Returns:
+        ``score``, ``stderr`` (None if the harness gives none), ``metric``, ``questions``,
+        ``truncated`` (requests whose beginning was cut off to fit the model), ``all`` (every
+        figure that the harness reports), ``examples`` (a few questions as they were asked) and
+        ``values``: figure → question → value of the score's metric, empty if the score is not
+        their mean.
+
+    Raises:
+        Unavailable: data or a package that the task needs is missing.
+        ConfigError: the task has no such metric, or leaves the model no room.
+    """
+    from lm_eval.evaluator import evaluate
+    from transformers import set_seed
+
+    set_seed(seed % 2**32)
+    # the harness would bootstrap in a pool, which forks a process that holds a model
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    manager = _manager(settings)
+    with _quiet():
+        try:
+            tasks = manager.load([task.name])
+        except Exception as e:  # whatever the task's own code and its data set raise
+            raise _unavailable(task.name, e) from e
+        _set_fewshot(task, tasks["tasks"], seed)
+        lm = _harness_model(loaded, settings.batch_size, task.name)
+        try:
+            found: Any = evaluate(
+                lm,
+                tasks,
+                limit=settings.limit,
+                bootstrap_iters=RESAMPLES,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )
+        except AssertionError as e:
+            if "max tokens to generate" not in str(e):
+                raise
+            raise ConfigError(
+                f"Task {task.name} leaves no room for a prompt: {e} Choose a task that "
+                "generates less, or a model with a longer context."
+            ) from e
+    return _summarise(task, found, lm.truncated)
+
+
+def _folders(settings: Benchmarks) -> tuple[Path, ...]:
+    folders = tuple(Path(resolve_path(f)) for f in settings.task_folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"benchmarks.task_folders: there is no folder {folder}.")
+    return folders
+
+
+def _manager(settings: Benchmarks) -> Any:
+    """The index of the task folders; with the harness's own if a named task may need it."""
+    folders = _folders(settings)
+    own = _index(folders, everything=False)
+    # a group may hold tasks of the harness, which only its whole index finds
+    kinds = [own.task_index.get(t.name) for t in settings.tasks]
+    if all(e is not None and e.kind.name == "TASK" for e in kinds):
+        return own
+    return _index(folders, everything=True)
 
 
 @cache
 def _index(folders: tuple[Path, ...], *, everything: bool) -> Any:
-    """The harness' index of tasks; reading its own 14,000 takes seconds."""
+    """The harness's index of tasks; reading its own 14,000 takes seconds."""
     from lm_eval.tasks import TaskManager
 
     if everything:
         say("  reading the tasks of lm-evaluation-harness (some seconds)")
-    return TaskManager(include_path=list(folders), include_defaults=everything)
+    with _quiet():
+        return TaskManager(include_path=list(folders), include_defaults=everything)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """The harness' own news is left out; its warnings about us are not the user's to mend.
-
-    What it and its tasks print goes to stderr: stdout belongs to our results.
-    """
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-@contextmanager
-def in_process() -> Iterator[None]:
-    """The harness' bootstrap is done here: its pool would fork a process that holds a model."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
+def _quiet() -> Iterator[None]:
+    """Hides the harness's log and warnings; what it and its tasks print goes to stderr."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
         yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators, which tasks draw from: GPQA shuffles its choices while loading.
-
-    What they were is put back.
-    """
-    import random
-
-    import numpy as np
-    import torch
-
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the harness draws from
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-
-
-def _unavailable(task: str, error: Exception) -> SelfsteerError:
-    said = " ".join(str(error).split()) or type(error).__name__
+def _unavailable(task: str, error: Exception) -> Unavailable:
+    cause = " ".join(str(error).split()) or type(error).__name__
+    todo = (
+        "With a connection, run the same command again; without one, fetch its data set "
+        "elsewhere into the Hugging Face cache (HF_HOME) and copy that here, or name a task "
+        "folder whose YAML reads local files. A gated data set needs `hf auth login`."
+    )
     if isinstance(error, ImportError):
-        todo = (
-            "Install what it names; pip install 'selfsteer[eval]' has what the papers' tasks need."
-        )
-    else:
-        todo = (
-            "With a connection, run the same command again; without one, fetch its data set "
-            "elsewhere into the Hugging Face cache (HF_HOME) and copy that here, or name a task "
-            "folder whose YAML reads local files. A gated data set needs `hf auth login`."
-        )
-    return Unavailable(f"Task {task} cannot be asked here: {said[:300].rstrip('.')}. {todo}")
+        todo = "Install it; pip install 'selfsteer[eval]' has what the papers' tasks need."
+    return Unavailable(f"Task {task} cannot be asked here: {cause[:300].rstrip('.')}. {todo}")
 
 
 def _set_fewshot(task: HarnessTask, leaves: Mapping[str, Any], seed: int) -> None:
@@ -248,58 +194,45 @@ def _set_fewshot(task: HarnessTask, leaves: Mapping[str, Any], seed: int) -> Non
         leaf.set_fewshot_seed(seed=seed)
 
 
-def summarise(task: HarnessTask, found: Mapping[str, Any], truncated: int) -> dict[str, Any]:
-    """What is kept of the harness' results; see `Harness.run`.
-
-    Raises:
-        ConfigError: there is no such metric.
-    """
-    figures = found["results"][task.name]
-    scores = {
-        key: value
-        for key, value in figures.items()
-        if "," in key and "_stderr," not in key and _is_number(value)
-    }
-    wanted = task.metric
-    chosen = next((k for k in scores if wanted in (None, k, k.partition(",")[0])), None)
+def _summarise(task: HarnessTask, found: Mapping[str, Any], truncated: int) -> dict[str, Any]:
+    """What is kept of the harness's results; see `run_task`."""
+    figures = {k: v for k, v in found["results"][task.name].items() if _is_number(v)}
+    scores = [k for k in figures if "," in k and "_stderr," not in k]
+    chosen = next((k for k in scores if task.metric in (None, k, k.partition(",")[0])), None)
     if chosen is None:
         raise ConfigError(
-            f"benchmarks.tasks: {task.name} reports no metric {wanted or 'that is a number'}; it "
-            f"reports {', '.join(scores) or 'none'}."
+            f"benchmarks.tasks: {task.name} reports no metric "
+            f"{task.metric or 'that is a number'}; it reports {', '.join(scores) or 'none'}."
         )
     metric, _, kind = chosen.partition(",")
-    stderr = figures.get(f"{metric}_stderr,{kind}")
+    rows = [(leaf, row) for leaf, found_rows in found["samples"].items() for row in found_rows]
+    mine = [(leaf, row) for leaf, row in rows if row["filter"] == kind]
     values = {
-        f"{leaf}/{row['doc_id']}": row[metric]
-        for leaf, rows in found["samples"].items()
-        for row in rows
-        if row["filter"] == kind and _is_number(row.get(metric))
+        f"{leaf}/{row['doc_id']}": float(row[metric])
+        for leaf, row in mine
+        if _is_number(row.get(metric))
     }
-    numbers = {key: float(value) for key, value in values.items()}
-    score = float(scores[chosen])
-    is_mean = bool(numbers) and math.isclose(
-        math.fsum(numbers.values()) / len(numbers), score, rel_tol=0, abs_tol=1e-9
+    score = float(figures[chosen])
+    is_mean = bool(values) and math.isclose(
+        math.fsum(values.values()) / len(values), score, rel_tol=0, abs_tol=1e-9
     )
-    asked = {(leaf, row["doc_id"]) for leaf, rows in found["samples"].items() for row in rows}
     return {
         "metric": chosen,
         "score": score,
-        "stderr": float(stderr) if _is_number(stderr) else None,
-        "higher_is_better": _direction(found, task.name, metric),
-        "questions": len(asked),
+        "stderr": figures.get(f"{metric}_stderr,{kind}"),
+        "higher_is_better": found["higher_is_better"].get(task.name, {}).get(metric),
+        "questions": len({(leaf, row["doc_id"]) for leaf, row in rows}),
         "truncated": truncated,
-        "all": {k: v for k, v in figures.items() if _is_number(v)},
+        "all": figures,
         "examples": [
             {
                 "prompt": row["arguments"][0][0],
                 "answers": [str(a) for a in row["filtered_resps"]],
                 "target": str(row["target"]),
             }
-            for rows in found["samples"].values()
-            for row in rows[:EXAMPLES]
-            if row["filter"] == kind
-        ][:EXAMPLES],
-        "values": numbers if is_mean else None,
+            for _, row in mine[:EXAMPLES]
+        ],
+        "values": {"": values} if is_mean else {},
     }
 
 
@@ -308,13 +241,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
-    said = found["higher_is_better"].get(task, {}).get(metric)
-    return said if isinstance(said, bool) else None
-
-
-def harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
-    """The harness' own model class around ours: our template, our end of turn, one progress bar.
+def _harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
+    """The harness's own model class around ours: our template, our end of turn, one progress bar.
 
     ``truncated`` counts the requests that did not fit and lost their beginning.
     """
@@ -322,7 +250,6 @@ def harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
 
     class Model(HFLM):  # type: ignore[misc, unused-ignore]  # the harness ships partly untyped
         truncated = 0
-        _advance: Callable[[int], None]
 
         @property
         def eot_token_id(self) -> int:
@@ -333,28 +260,6 @@ def harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
         ) -> str:
             turns = loaded.chat.folded([Message(m["role"], m["content"]) for m in chat_history])
             return super().apply_chat_template([m.to_dict() for m in turns], add_generation_prompt)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            with self._shown(len(requests)):
-                return super().generate_until(requests, disable_tqdm=True)
-
-        def loglikelihood(
-            self, requests: list[Any], disable_tqdm: bool = True
-        ) -> list[tuple[float, bool]]:
-            with self._shown(len(requests)):
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(
-            self, requests: list[Any], disable_tqdm: bool = True
-        ) -> list[float]:
-            with self._shown(len(requests)):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        @contextmanager
-        def _shown(self, total: int) -> Iterator[None]:
-            with progress_bar(label, total) as bar:
-                self._advance = bar.advance
-                yield
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._model_generate(context, *args, **kwargs)
@@ -373,10 +278,18 @@ def harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
-            room = kwargs.get("left_truncate_len")
-            if room:
-                lengths = Counter(len(self.tok_encode(text)) > room for text in strings)
-                self.truncated += lengths[True]
+            if room := kwargs.get("left_truncate_len"):
+                self.truncated += sum(len(self.tok_encode(text)) > room for text in strings)
             return super().tok_batch_encode(strings, *args, **kwargs)
 
+    def with_bar(ask: Any) -> Any:
+        def asked(self: Any, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
+            with progress_bar(label, len(requests)) as bar:
+                self._advance = bar.advance
+                return ask(self, requests, disable_tqdm=True)
+
+        return asked
+
+    for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
+        setattr(Model, kind, with_bar(getattr(HFLM, kind)))
     return Model(pretrained=loaded.model, tokenizer=loaded.chat.tokenizer, batch_size=batch_size)

@@ -5,6 +5,7 @@ a reference it is β·log π(y|x), which prefers short answers; per token both a
 length of y.
 """
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,32 +45,31 @@ class ImplicitReward:
         Raises:
             ConfigError: policy and reference make different tokens of the same text.
         """
-        sources = [self.policy.model, *([self.reference] if self.reference else [])]
-        sources = [resolve_path(s) for s in sources]
+        sources = [resolve_path(s) for s in (self.policy.model, self.reference) if s is not None]
         limits = [load_context_length(s, self.policy) for s in sources]
-        limit = min((x for x in limits if x is not None), default=None)
-        totals, encoded, fits = np.zeros(0), None, [False]
-        for sign, source in zip((1.0, -1.0), sources, strict=False):
+        limit = min((x for x in limits if x is not None), default=math.inf)
+        sums, made = [], []
+        for source in sources:
             loaded = load_model(source, self.policy, inference=True)
-            mine = [
-                EncodedSequence(loaded.chat.prompt_ids(q.messages), loaded.chat.response_ids(text))
-                for q, text in answers
-            ]
-            if encoded is not None and mine != encoded:
+            made.append(
+                [
+                    EncodedSequence(
+                        loaded.chat.prompt_ids(q.messages), loaded.chat.response_ids(text)
+                    )
+                    for q, text in answers
+                ]
+            )
+            if made[0] != made[-1]:
                 raise ConfigError(
                     f"{self.reference} and {self.policy.model} make different tokens of the same "
                     "conversation, so their log-probs cannot be compared. The reference must be "
                     "the model that the policy was trained from."
                 )
-            encoded = mine
-            fits = [limit is None or len(s) <= limit for s in mine]
-            kept = [s for s, fit in zip(mine, fits, strict=True) if fit]
+            kept = [s for s in made[0] if len(s) <= limit]
             with tempfile.TemporaryDirectory() as folder:
                 values = scored(Path(folder), loaded, kept, f"scoring under {Path(source).name}")
-            sums = np.array([float(v.double().sum()) for v in values])
-            totals = sign * sums + (totals if sign < 0 else 0.0)
+            sums.append(np.array([float(v.double().sum()) for v in values]))
             del loaded
-        assert encoded is not None
-        lengths = [len(s.response_ids) for s, fit in zip(encoded, fits, strict=True) if fit]
-        found = iter(self.beta * totals / (np.array(lengths) if self.per_token else 1.0))
-        return [float(next(found)) if fit else None for fit in fits]
+        lengths = np.array([len(s.response_ids) for s in kept]) if self.per_token else 1.0
+        rewards = iter(self.beta * (sums[0] - sum(sums[1:])) / lengths)
+        return [float(next(rewards)) if len(s) <= limit else None for s in made[0]]

@@ -1,43 +1,28 @@
-"""Question sets whose answers are judged: AlpacaEval, Arena-Hard and MT-Bench style.
-
-A row is one question. These are read, each with an optional ``id`` (or ``question_id``, ``uid``)::
-
-    {"prompt": "What does the bee eat?"}                          # or messages, or instruction
-    {"turns": ["Describe Vietnam.", "Shorter."], "category": "writing", "reference": ["…", "…"]}
-
-Baseline answers are rows with the same id, or the same question, and ``response`` or ``output``;
-what `selfsteer` writes as a model's answers is one. Without an id, a question's content is its id.
-"""
+"""Judged question sets: win rates in AlpacaEval's and Arena-Hard's style, ratings in MT-Bench's."""
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from selfsteer.data.files import read_rows
-from selfsteer.data.records import Message, Query, Verdict, content_id
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
-from selfsteer.errors import DataError
-from selfsteer.evaluation.length_control import Compared, difficulties, length_controlled
+from selfsteer.data.records import Verdict
+from selfsteer.evaluation.questions import Answered, Question
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.chat import ChatJudge, Exchange, rate
 from selfsteer.judges.stats import (
     Interval,
     game,
+    known_interval,
     mean_interval,
     statistic_interval,
     verdict_counts,
     worth,
 )
-from selfsteer.recipe.sections import JudgedSet, resolve_path
-
-_IDS = ("id", "question_id", "uid")
-_ANSWERS = ("response", "output")
+from selfsteer.recipe.sections import JudgedSet
 
 #: Marks of style that are counted beside the length, each per answer.
 STYLE = {
@@ -46,157 +31,22 @@ STYLE = {
     "bold": re.compile(r"\*\*[^*\n]+\*\*"),
 }
 
+#: Of φ and ψ, in logits. On the public leaderboard |φ| is 0.2 to 3.0 and ψ below 1.3; with 800
+#: questions the prior changes a win rate by less than 0.001.
+PRIOR_SD = 3.0
+
+#: Wins, and losses, needed for each of φ and ψ: with fewer a logistic regression fits chance
+#: (Peduzzi et al. 1996, J. Clin. Epidemiol. 49).
+EVENTS = 10
+
 
 @dataclass(frozen=True)
-class Question:
-    """One question: the conversation up to the first answer, and the user turns after it."""
+class Compared:
+    """A judged question: the share won, 0 to 1, how much longer the answer is, how hard it is."""
 
-    id: str
-    start: tuple[Message, ...]
-    later: tuple[str, ...] = ()
-    category: str | None = None
-    references: tuple[str | None, ...] = ()
+    win: float
+    longer: int
     difficulty: float | None = None
-
-    def query(self, answers: Sequence[str]) -> Query:
-        """What is asked after these answers."""
-        messages = list(self.start)
-        for answer, turn in zip(answers, self.later, strict=False):
-            messages += [Message("assistant", answer), Message("user", turn)]
-        return Query(self.id, tuple(messages))
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A model's answers to one question, one per turn as far as there are any.
-
-    ``missing`` says why the last turn has none; None where all have one.
-    """
-
-    id: str
-    responses: tuple[str, ...]
-    finish_reasons: tuple[str, ...]
-    missing: str | None = None
-
-
-def read_questions(settings: JudgedSet, limit: int | None = None) -> list[Question]:
-    """The questions of a set, in the order of its file.
-
-    Raises:
-        DataError: names file and line of what is no question, an id that is there twice, or a
-            second turn where the style has none.
-    """
-    path = Path(resolve_path(settings.questions))
-    found: dict[str, Question] = {}
-    for where, row in read_rows(path):
-        if limit is not None and len(found) == limit:
-            break
-        try:
-            asked = _question(row)
-        except DataError as e:
-            raise DataError(f"{where} is no question: {e}.") from None
-        if asked.later and settings.style != "mt-bench":
-            raise DataError(
-                f"{where} has {len(asked.later) + 1} turns; style {settings.style} judges one "
-                "answer. Use style mt-bench, or give one turn."
-            )
-        if asked.id in found:
-            raise DataError(f"{where}: the id {asked.id!r} is there twice. Make ids unique.")
-        found[asked.id] = asked
-    if not found:
-        raise DataError(f"{path} holds no question.")
-    return list(found.values())
-
-
-def _question(row: Mapping[str, Any]) -> Question:
-    later: list[str] = []
-    turns = row.get("turns")
-    if turns is not None:
-        texts: list[Any] = []
-        if isinstance(turns, list):
-            texts = [t.get("content") if isinstance(t, Mapping) else t for t in turns]
-        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise DataError("turns must be a list of texts")
-        prompt, *later = texts
-        query = Query.from_dict({"prompt": prompt, "system": row.get("system")})
-    elif isinstance(row.get("instruction"), str):
-        text = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-        query = Query.from_dict({"prompt": text, "system": row.get("system")})
-    else:
-        own = {k: row[k] for k in ("prompt", "messages", "system") if row.get(k) is not None}
-        query = Query.from_dict(own)
-    given = next((row[k] for k in _IDS if row.get(k) is not None), None)
-    everything = [*query.messages, *(Message("user", t) for t in later)]
-    difficulty = row.get("difficulty")
-    if difficulty is not None and not _is_number(difficulty):
-        raise DataError(f"difficulty must be a number, found {difficulty!r}")
-    category = row.get("category")
-    return Question(
-        content_id(everything) if given is None else str(given),
-        query.messages,
-        tuple(later),
-        None if category is None else str(category),
-        _references(row.get("reference")),
-        difficulty,
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _references(given: Any) -> tuple[str | None, ...]:
-    """A correct answer for each turn as far as there are any; None where one has none."""
-    found = given if isinstance(given, list) else [given]
-    if not all(r is None or isinstance(r, str) or _is_number(r) for r in found):
-        raise DataError(f"reference must be a text, or a list of one per turn, found {given!r}")
-    return tuple(None if r is None or r == "" else str(r) for r in found)
-
-
-def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[str, str]:
-    """Question id → the answer to beat; questions without one are left out.
-
-    Rows of `selfsteer` itself that say why there is no answer are none.
-
-    Raises:
-        DataError: a row is no answer, a question has two, or none has one.
-    """
-    assert settings.baseline is not None
-    path = Path(resolve_path(settings.baseline))
-    wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
-    found: dict[str, str] = {}
-    for where, row in read_rows(path):
-        answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
-        if answer is None:
-            raise DataError(f"{where} is no answer: it needs 'response' or 'output', a text.")
-        try:
-            asked = _question(row)
-        except DataError:  # an answer may come without its question
-            given = next((row[k] for k in _IDS if row.get(k) is not None), None)
-            key = wanted.get(str(given))
-        else:
-            key = wanted.get(asked.id) or wanted.get(content_id(asked.start))
-        finish = str(row.get("finish_reason"))
-        if (
-            key is None
-            or row.get("missing")
-            or finish.startswith((PROMPT_TOO_LONG, REQUEST_FAILED))
-        ):
-            continue
-        if found.setdefault(key, answer) != answer:
-            raise DataError(
-                f"{where} answers question {key!r} otherwise than an earlier line. Which one is to "
-                "be beaten? Keep the answers of one model."
-            )
-    if not found:
-        raise DataError(
-            f"{path} answers none of the questions of {settings.questions}. Answers are found by "
-            "id, or by equal question."
-        )
-    return found
-
-
-# -- judging ---------------------------------------------------------------------------------------
 
 
 def judge_set(
@@ -207,7 +57,7 @@ def judge_set(
     judge: Judge,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Model → what the judge says of its answers.
+    """Model → figures of the judge's verdicts on its answers.
 
     Args:
         settings: the style.
@@ -218,123 +68,93 @@ def judge_set(
         seed: of the intervals.
 
     Returns:
-        For each model the figures of `_compare` or `_rate`. ``values`` are per question and add
-        up to the score; ``dropped`` counts questions without a figure by reason.
+        ``values`` holds, by figure (``""``, and ``LC`` if length-controlled) and question, the
+        values whose mean is the figure; ``dropped`` counts questions without one by reason.
     """
     if settings.style == "mt-bench":
         return {
             model: _rate(questions, found, judge, np.random.default_rng(seed))
             for model, found in answers.items()
         }
-    return _compare(settings.style, questions, answers, baseline, judge, seed)
+    reports, compared = {}, {}
+    for model, found in answers.items():
+        rng = np.random.default_rng(seed)
+        reports[model], compared[model] = _compare(
+            settings.style, questions, found, baseline, judge, rng
+        )
+    for model, mine in compared.items():
+        if mine:
+            controlled, values = _control(compared, model, np.random.default_rng(seed))
+            reports[model]["length_controlled"] = controlled
+            reports[model]["values"] |= values
+    return reports
 
 
 def _compare(
     style: str,
     questions: Sequence[Question],
-    answers: Mapping[str, Mapping[str, Answered]],
+    found: Mapping[str, Answered],
     baseline: Mapping[str, str],
     judge: Judge,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Win rates against the baseline, raw and length-controlled."""
-    reports: dict[str, dict[str, Any]] = {}
-    compared: dict[str, list[Compared]] = {}
-    for model, found in answers.items():
-        rng = np.random.default_rng(seed)
-        dropped: Counter[str] = Counter()
-        asked: list[tuple[Question, str, str]] = []
-        for q in questions:
-            missing = "no_baseline_answer" if q.id not in baseline else found[q.id].missing
-            if missing:
-                dropped[missing] += 1
-            else:
-                asked.append((q, found[q.id].responses[0], baseline[q.id]))
-        pairs = [Pair(q.query(()), mine, theirs) for q, mine, theirs in asked]
-        out: dict[str, Any] = {"questions": len(questions)}
-        won, stake = _verdicts(style, judge, pairs, out, dropped)
-        kept = [i for i, s in enumerate(stake) if s]
-        compared[model] = [
-            Compared(q.id, won[i] / stake[i], len(mine), len(theirs), q.difficulty)
-            for i, (q, mine, theirs) in enumerate(asked)
-            if stake[i]
-        ]
-        w, s = np.array([won[i] for i in kept]), np.array([stake[i] for i in kept])
-        out |= {
-            "judged": len(kept),
-            "dropped": dict(sorted(dropped.items())),
-            "unfinished": sum(a.finish_reasons[:1] == ("length",) for a in found.values()),
-            "characters": _means([(len(mine), len(theirs)) for _, mine, theirs in asked]),
-            "style": {
-                name: _means([(len(p.findall(a)), len(p.findall(b))) for _, a, b in asked])
-                for name, p in STYLE.items()
-            },
-            "win_rate": _ratio(w, s, rng) if kept else None,
-        }
-        if kept:
-            # what each question moves the ratio by; equal stakes give back the wins themselves
-            rate = w.sum() / s.sum()
-            values = rate + (w - rate * s) / s.mean()
-            out["values"] = dict(zip((c.id for c in compared[model]), values.tolist(), strict=True))
-        reports[model] = out
-    wins = {model: {c.id: c.win for c in found} for model, found in compared.items()}
-    for model, out in reports.items():
-        if compared[model]:
-            out["length_controlled"] = _control(compared[model], wins, model, seed)
-    return reports
-
-
-def _verdicts(
-    style: str, judge: Judge, pairs: Sequence[Pair], out: dict[str, Any], dropped: Counter[str]
-) -> tuple[list[float], list[float]]:
-    """What was won and what was at stake of each pair; stake 0 where it could not be judged."""
-    hard = style == "arena-hard"
-    if hard and isinstance(judge, ChatJudge):
+    rng: np.random.Generator,
+) -> tuple[dict[str, Any], dict[str, Compared]]:
+    """The win rate against the baseline, lengths and style; and each judged question."""
+    lost = {q.id: found[q.id].missing for q in questions}
+    lost |= {q.id: "no_baseline_answer" for q in questions if q.id not in baseline}
+    pairs = [
+        Pair(q.query(), found[q.id].responses[0], baseline[q.id])
+        for q in questions
+        if not lost[q.id]
+    ]
+    weighted = style == "arena-hard"
+    if weighted and isinstance(judge, ChatJudge):
         judgements = judge.compare_all(pairs, margins=True)
     else:
         judgements = judge.compare_all(pairs)
-    out["verdicts"] = verdict_counts(j.verdict for j in judgements)
-    lost = [j for j in judgements if j.verdict is Verdict.UNPARSEABLE]
-    dropped.update(j.reason or "unparseable" for j in lost)
-    if hard:
-        games = [game(j) for j in judgements]
-        return [won for won, _ in games], [stake for _, stake in games]
-    values = [worth(j.verdict) for j in judgements]
-    return [w or 0.0 for w in values], [float(w is not None) for w in values]
-
-
-def _ratio(won: np.ndarray, stake: np.ndarray, rng: np.random.Generator) -> Interval:
-    return statistic_interval(
-        lambda rows: float(won[rows].sum() / stake[rows].sum()), len(won), rng
-    )
+    unread = [j.reason or "unparseable" for j in judgements if j.verdict is Verdict.UNPARSEABLE]
+    games = {
+        p.query.id: game(j) if weighted else (win, 1.0)
+        for p, j in zip(pairs, judgements, strict=True)
+        if (win := worth(j.verdict)) is not None
+    }
+    won, stake = np.array([*games.values()]).reshape(-1, 2).T
+    report = {
+        "questions": len(questions),
+        "verdicts": verdict_counts(j.verdict for j in judgements),
+        "judged": len(games),
+        "dropped": dict(sorted(Counter([*filter(None, lost.values()), *unread]).items())),
+        "unfinished": sum(a.finish_reasons[:1] == ("length",) for a in found.values()),
+        "characters": _means([(len(p.first), len(p.second)) for p in pairs]),
+        "style": {
+            name: _means([(len(mark.findall(p.first)), len(mark.findall(p.second))) for p in pairs])
+            for name, mark in STYLE.items()
+        },
+        "win_rate": None,
+        "values": {},
+    }
+    if games:
+        report["win_rate"] = statistic_interval(
+            lambda rows: float(won[rows].sum() / stake[rows].sum()), len(games), rng
+        )
+        # what each question moves the ratio by; equal stakes give back the wins themselves
+        rate = won.sum() / stake.sum()
+        values = rate + (won - rate * stake) / stake.mean()
+        report["values"] = {"": dict(zip(games, values.tolist(), strict=True))}
+    compared = {
+        q.id: Compared(
+            games[q.id][0] / games[q.id][1],
+            len(found[q.id].responses[0]) - len(baseline[q.id]),
+            q.difficulty,
+        )
+        for q in questions
+        if q.id in games
+    }
+    return report, compared
 
 
 def _means(pairs: Sequence[tuple[int, int]]) -> list[float] | None:
     """(model, baseline) per answer."""
     return [round(float(v), 2) for v in np.mean(pairs, axis=0)] if pairs else None
-
-
-def _control(
-    compared: Sequence[Compared], wins: Mapping[str, Mapping[str, float]], model: str, seed: int
-) -> dict[str, Any]:
-    """Length-controlled figures of one model, and where the instruction term came from."""
-    source = "the questions' own"
-    if any(c.difficulty is None for c in compared):
-        known = difficulties(wins, model)
-        source = "the other models" if known else "none"
-        compared = [
-            Compared(c.id, c.win, c.length, c.baseline_length, known.get(c.id)) for c in compared
-        ]
-    found = length_controlled(compared, np.random.default_rng(seed))
-    out: dict[str, Any] = {
-        "win_rate": found.win_rate,
-        "length_effect": found.length_effect,
-        "difficulty_effect": found.difficulty_effect,
-        "difficulty_from": source if found.difficulty_effect is not None else "none",
-    }
-    if found.values is None:
-        return {**out, "reason": found.reason}
-    return {**out, "values": dict(zip((c.id for c in compared), found.values, strict=True))}
 
 
 def _rate(
@@ -348,38 +168,160 @@ def _rate(
     A question without a rating of every turn has none: later turns are rated lower, so that what
     is missing would change the mean.
     """
-    exchanges: list[tuple[Question, int, Exchange]] = []
-    dropped: Counter[str] = Counter()
+    places = [(q, turn) for q in questions for turn in range(len(found[q.id].responses))]
+    ratings = rate(
+        judge,
+        [
+            Exchange(
+                q.query(found[q.id].responses[:turn]),
+                found[q.id].responses[turn],
+                dict(enumerate(q.references)).get(turn),
+            )
+            for q, turn in places
+        ],
+    )
+    dropped = Counter(reason for rating, reason in ratings if rating is None)
     for q in questions:
-        answered = found[q.id]
-        if answered.missing:
-            dropped[answered.missing] += 1 + len(q.later) - len(answered.responses)
-        for turn, response in enumerate(answered.responses):
-            reference = q.references[turn] if turn < len(q.references) else None
-            asked = q.query(answered.responses[:turn])
-            exchanges.append((q, turn, Exchange(asked, response, reference)))
-    ratings = rate(judge, [e for _, _, e in exchanges])
-    turns: dict[str, list[float]] = {}
-    by_question: dict[str, list[float]] = {}
-    for (q, turn, _), (rating, reason) in zip(exchanges, ratings, strict=True):
-        if rating is None:
-            dropped[reason] += 1
-            continue
-        turns.setdefault(str(turn + 1), []).append(rating)
-        by_question.setdefault(q.id, []).append(rating)
-    asked_for = {q.id: 1 + len(q.later) for q in questions}
-    values = {i: float(np.mean(r)) for i, r in by_question.items() if len(r) == asked_for[i]}
-    categories: dict[str, list[float]] = {}
-    for q in questions:
-        if q.category is not None and q.id in values:
-            categories.setdefault(q.category, []).append(values[q.id])
+        if reason := found[q.id].missing:
+            dropped[reason] += 1 + len(q.later) - len(found[q.id].responses)
+    turns, by_question, categories = (defaultdict[Any, list[float]](list) for _ in range(3))
+    for (q, turn), (rating, _) in zip(places, ratings, strict=True):
+        if rating is not None:
+            turns[str(turn + 1)].append(rating)
+            by_question[q].append(rating)
+    values = {q: float(np.mean(r)) for q, r in by_question.items() if len(r) == 1 + len(q.later)}
+    for q, value in values.items():
+        if q.category is not None:
+            categories[q.category].append(value)
     return {
         "questions": len(questions),
         "judged": len(values),
         "dropped": dict(sorted(dropped.items())),
         "unfinished": sum("length" in a.finish_reasons for a in found.values()),
-        "score": mean_interval(list(values.values()), rng) if values else None,
+        "score": known_interval(values.values(), rng),
         "turns": {t: mean_interval(r, rng) for t, r in sorted(turns.items())},
-        "categories": {c: mean_interval(rated, rng) for c, rated in sorted(categories.items())},
-        "values": values,
+        "categories": {c: mean_interval(r, rng) for c, r in sorted(categories.items())},
+        "values": {"": {q.id: value for q, value in values.items()}},
     }
+
+
+# -- length control --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """The fit of one model.
+
+    ``values`` are the pseudo-values of the questions, in their order: their mean is the win rate
+    and their spread its uncertainty (each is the win rate plus the question's influence on it), so
+    that two models are compared question by question as with plain means. Effects are None if
+    the term is not in the model; if ``reason`` says why there are too few verdicts, all is.
+    """
+
+    win_rate: Interval | None = None
+    length_effect: Interval | None = None
+    difficulty_effect: float | None = None
+    values: np.ndarray | None = None
+    reason: str = ""
+
+
+def _control(
+    compared: Mapping[str, Mapping[str, Compared]], model: str, rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Length-controlled figures of one model, and its values; the instruction term's origin."""
+    mine, source = compared[model], "the questions' own"
+    known = {i: c.difficulty for i, c in mine.items() if c.difficulty is not None}
+    if len(known) < len(mine):
+        known = difficulties(
+            {m: {i: c.win for i, c in of.items()} for m, of in compared.items()}, model
+        )
+        source = "the other models" if known else "none"
+    found = length_controlled(list(mine.values()), list(known.values()), rng)
+    report = {k: v for k, v in vars(found).items() if k != "values"}
+    report["difficulty_from"] = source if found.difficulty_effect is not None else "none"
+    if found.values is None:
+        return report, {}
+    return report, {"LC": dict(zip(mine, found.values.tolist(), strict=True))}
+
+
+def difficulties(wins: Mapping[str, Mapping[str, float]], model: str) -> dict[str, float]:
+    """γ_x of each question of a model, from the other models' wins on it; empty without others.
+
+    Log-odds of their wins with half a win and half a loss added, centred; a question that no other
+    model was judged on is average, 0.
+    """
+    odds: dict[str, float] = {}
+    for question in wins[model]:
+        seen = [w[question] for name, w in wins.items() if name != model and question in w]
+        if seen:
+            odds[question] = math.log((sum(seen) + 0.5) / (len(seen) - sum(seen) + 0.5))
+    if not odds:
+        return {}
+    mean = math.fsum(odds.values()) / len(odds)
+    return {question: odds.get(question, mean) - mean for question in wins[model]}
+
+
+def length_controlled(
+    compared: Sequence[Compared],
+    difficulty: Sequence[float],
+    rng: np.random.Generator,
+    resamples: int = 2000,
+) -> LengthControlled:
+    """The win rate that the judge would give if both answers were equally long (arXiv 2404.04475).
+
+    With the instruction x, the published model of m against a baseline b is::
+
+        P(m beats b on x) = σ(θ + φ·tanh((len(m) - len(b)) / s) + ψ·γ_x)
+
+    θ is the model, φ what the judge gives for length, s the standard deviation of the differences,
+    γ_x how hard the instruction is. The length-controlled win rate is the mean over x of
+    σ(θ + ψ·γ_x). docs/benchmarks.md says where this fit differs from the published one: γ_x is
+    `difficulties` unless the questions bring their own, φ and ψ have a wide normal prior, so that
+    verdicts which follow length entirely still have a figure, and θ has none, so that equal
+    lengths give back the raw win rate exactly.
+
+    Args:
+        compared: one model's verdicts of one judging.
+        difficulty: γ_x of each, in any unit; empty: no instruction term.
+        rng: of the intervals.
+        resamples: of the bootstrap over pseudo-values.
+
+    Raises:
+        ValueError: no questions.
+    """
+    wins = np.array([c.win for c in compared])
+    longer = np.array([c.longer for c in compared], dtype=np.float64)
+    if len(wins) < 2 or np.ptp(longer) == 0:
+        # nothing to control for, or nothing that could be told from the model
+        return LengthControlled(mean_interval(wins.tolist(), rng, resamples), values=wins)
+    events = min(wins.sum(), (1 - wins).sum())
+    if events < EVENTS:
+        return LengthControlled(
+            reason=f"{EVENTS} wins and {EVENTS} losses are needed to tell length from chance, "
+            f"found {wins.sum():g} and {(1 - wins).sum():g}"
+        )
+    columns = [np.ones(len(wins)), np.tanh(longer / longer.std(ddof=1))]
+    spread = float(np.std(difficulty)) if len(difficulty) else 0.0
+    if spread > 0 and events >= 2 * EVENTS:
+        # in units of its spread, so that the prior means the same for any scale
+        columns.append((np.array(difficulty) - np.mean(difficulty)) / spread)
+    design = np.column_stack(columns)
+    precision = np.array([0.0, *[PRIOR_SD**-2] * (len(columns) - 1)]) / len(wins)
+    import statsmodels.api as sm
+
+    model = sm.GLM(wins, design, family=sm.families.Binomial())
+    fitted = np.asarray(model.fit_regularized(alpha=precision, L1_wt=0.0).params)
+    equal = design.copy()
+    equal[:, 1] = 0.0
+    chance, predicted = (1 / (1 + np.exp(-x @ fitted)) for x in (design, equal))
+    # each question's influence on the coefficients, then on the mean of the predictions
+    curvature = (design * (chance * (1 - chance))[:, None]).T @ design / len(wins)
+    score = design * (wins - chance)[:, None] - precision * fitted
+    influence = score @ np.linalg.inv(curvature + np.diag(precision))
+    values = predicted + influence @ ((predicted * (1 - predicted)) @ equal / len(wins))
+    return LengthControlled(
+        mean_interval(values, rng, resamples),
+        mean_interval(fitted[1] + influence[:, 1], rng, resamples),
+        float((fitted[2] + influence[:, 2]).mean()) / spread if len(columns) > 2 else None,
+        values,
+    )

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.judges.stats import Interval, proportion_interval
+from selfsteer.judges.base import by_scores
+from selfsteer.judges.stats import WORTH, proportion_interval
 
 #: Bins of the stated probability, evenly from 0.5 to 1.
 BINS = 10
@@ -45,13 +46,8 @@ class ScoredPair:
 
 
 def win(difference: float) -> float:
-    """1 where the chosen response scores better, ½ for a tie, 0 else."""
-    return 0.5 if difference == 0 else float(difference > 0)
-
-
-def accuracy_interval(pairs: Sequence[ScoredPair]) -> Interval:
-    """Share of pairs that the model orders rightly, ties ½, with Wilson's 95 % interval."""
-    return proportion_interval(sum(win(p.difference) for p in pairs), len(pairs))
+    """1 if the chosen response scores better, ½ for a tie, 0 else."""
+    return WORTH[by_scores(difference, 0.0)]
 
 
 def calibration(differences: Sequence[float], bins: int = BINS) -> dict[str, Any]:
@@ -104,23 +100,24 @@ def reward_quality(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
     """
     if not pairs:
         return {"pairs": 0}
-    sources = dict.fromkeys(p.source for p in pairs)
-    by_length = {
-        name: [p for p in pairs if length_class(p.chosen_tokens, p.rejected_tokens) == name]
-        for name, _ in LENGTHS
-    }
-    longer = [win(float(p.chosen_tokens - p.rejected_tokens)) for p in pairs]
+    sources: dict[str, list[ScoredPair]] = {}
+    lengths: dict[str, list[ScoredPair]] = {name: [] for name, _ in LENGTHS}
+    for p in pairs:
+        sources.setdefault(p.source, []).append(p)
+        lengths[length_class(p.chosen_tokens, p.rejected_tokens)].append(p)
+    longer = sum(win(p.chosen_tokens - p.rejected_tokens) for p in pairs)
     return {
-        "pairs": len(pairs),
-        "accuracy": accuracy_interval(pairs),
+        **_group(pairs),
         "ties": sum(p.difference == 0 for p in pairs),
         "mean_difference": float(np.mean([p.difference for p in pairs])),
-        "longer_is_chosen": proportion_interval(sum(longer), len(pairs)),
+        "longer_is_chosen": proportion_interval(longer, len(pairs)),
         "calibration": calibration([p.difference for p in pairs]),
-        "by_source": {name: _group([p for p in pairs if p.source == name]) for name in sources},
-        "by_length": {name: _group(found) for name, found in by_length.items() if found},
+        "by_source": {name: _group(found) for name, found in sources.items()},
+        "by_length": {name: _group(found) for name, found in lengths.items() if found},
     }
 
 
 def _group(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
-    return {"pairs": len(pairs), "accuracy": accuracy_interval(pairs)}
+    """How many, and the share that the model orders rightly, ties ½."""
+    right = sum(win(p.difference) for p in pairs)
+    return {"pairs": len(pairs), "accuracy": proportion_interval(right, len(pairs))}

@@ -105,14 +105,14 @@ def read_items(
         try:
             item = _item(row, str(number), default_subset)
         except DataError as e:
-            dropped["malformed"] += 1
-            examples.setdefault("malformed", f"{where}: {e}")
-            continue
-        if set(item.chosen) & set(item.rejected):
-            dropped["equal"] += 1
-            examples.setdefault("equal", f"{where}: a chosen answer is also a rejected one")
-            continue
-        items.append(item)
+            reason, fault = "malformed", str(e)
+        else:
+            if not set(item.chosen) & set(item.rejected):
+                items.append(item)
+                continue
+            reason, fault = "equal", "a chosen answer is also a rejected one"
+        dropped[reason] += 1
+        examples.setdefault(reason, f"{where}: {fault}")
     return items, dropped, list(examples.values())
 
 
@@ -124,8 +124,7 @@ def _item(row: Mapping[str, Any], number: str, default_subset: str) -> Item:
     prompt = row.get("prompt") or before
     if not prompt:
         raise DataError("a row needs a prompt, or conversations with one")
-    identity = row.get("id")
-    identity = number if identity is None else str(identity)
+    identity = number if row.get("id") is None else str(row["id"])
     query = Query.from_dict({"id": identity, "prompt": prompt})
     return Item(identity, str(row.get("subset") or default_subset), query, chosen, rejected)
 
@@ -217,12 +216,8 @@ def evaluate(items: Sequence[Item], scorer: Scorer, rng: np.random.Generator) ->
         DataError: nothing is left.
     """
     scores = iter(scorer.score_all([(i.query, a) for i in items for a in i.answers]))
-    kept: list[tuple[Item, list[float]]] = []
-    for item in items:
-        mine = [next(scores) for _ in item.answers]
-        known = [s for s in mine if s is not None]
-        if len(known) == len(mine):
-            kept.append((item, known))
+    scored = [(item, [next(scores) for _ in item.answers]) for item in items]
+    kept = [(item, [s for s in mine if s is not None]) for item, mine in scored if None not in mine]
     if not kept:
         raise DataError("No row is left: all are too long for the model. See its context length.")
     wins: dict[str, list[float]] = {}
@@ -233,9 +228,8 @@ def evaluate(items: Sequence[Item], scorer: Scorer, rng: np.random.Generator) ->
         total, size = sum(values), len(values)
         figures[name] = Figure(total / size, rng.beta(total + 0.5, size - total + 0.5, DRAWS))
         subsets[name] = {"rows": size, "accuracy": proportion_interval(total, size)}
-    for name in subsets:
-        prompts = _ties([(i, s) for i, s in kept if i.subset == name]) if _is_ties(name) else []
-        if prompts and not np.isnan(value := ties_score(prompts)):
+        prompts = _ties([(i, s) for i, s in kept if name.lower() == "ties" and i.subset == name])
+        if not np.isnan(value := ties_score(prompts)):
             picks = rng.integers(0, len(prompts), (DRAWS, len(prompts)))
             draws = np.array([ties_score([prompts[i] for i in row]) for row in picks])
             figures[name] = Figure(value, draws)
@@ -254,25 +248,16 @@ def evaluate(items: Sequence[Item], scorer: Scorer, rng: np.random.Generator) ->
 
 def _sections(figures: Mapping[str, Figure]) -> dict[str, Any]:
     """Which benchmark the subsets are of, its sections, its score, and what of it is missing."""
-    layout: dict[str, dict[str, int]] = {}
+    benchmark, found, layout = None, dict(figures), dict[str, dict[str, int]]()
     first = {s for subsets in SECTIONS.values() for s in subsets} | set(PRIOR_SETS)
     second = {name.lower(): name for name in SUBSETS_2}
     if first & figures.keys():
         benchmark, layout = "RewardBench", dict(SECTIONS)
         if set(PRIOR_SETS) & figures.keys():
             layout["Prior Sets"] = dict.fromkeys(PRIOR_SETS, 1)
-        found = dict(figures)
     elif second.keys() & {name.lower() for name in figures}:
         benchmark, layout = "RewardBench 2", {name: {name: 1} for name in SUBSETS_2}
         found = {second.get(name.lower(), name): figure for name, figure in figures.items()}
-    else:
-        return {
-            "benchmark": None,
-            "sections": {},
-            "score": None,
-            "missing": [],
-            "others": [*figures],
-        }
     sections: dict[str, dict[str, Any]] = {}
     parts: list[tuple[Figure, float]] = []
     for section, weights in layout.items():
@@ -286,14 +271,10 @@ def _sections(figures: Mapping[str, Figure]) -> dict[str, Any]:
     return {
         "benchmark": benchmark,
         "sections": sections,
-        "score": mean_of([f for f, _ in parts], [w for _, w in parts]).interval,
+        "score": mean_of([f for f, _ in parts], [w for _, w in parts]).interval if parts else None,
         "missing": [n for weights in layout.values() for n in weights if n not in found],
         "others": [name for name in found if name not in known],
     }
-
-
-def _is_ties(subset: str) -> bool:
-    return subset.lower() == "ties"
 
 
 def _ties(rows: Sequence[tuple[Item, Sequence[float]]]) -> list[dict[str, Margins]]:
@@ -311,43 +292,45 @@ def _ties(rows: Sequence[tuple[Item, Sequence[float]]]) -> list[dict[str, Margin
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table in percent; a section stands above its subsets."""
-    lines = [
-        f"### {report['benchmark'] or 'Preference sets'}: {report['model']}",
-        "",
-        "| | % | 95 % | rows |",
-        "|---|---:|---|---:|",
-    ]
+    own_names = {name.lower(): name for name in report["subsets"]}
 
-    def row(name: str, value: Interval | None, rows: Any = "") -> None:
-        if value is None:
-            lines.append(f"| {name} | | not in the file | |")
-            return
-        low, high = (f"{100 * (x or 0.0):.1f}" for x in value[1:])
-        lines.append(f"| {name} | {100 * value[0]:.1f} | {low} – {high} | {rows} |")
-
-    def subset(name: str) -> None:
+    def subset(name: str) -> tuple[str, Interval, str]:
+        name = own_names[name.lower()]
         found = report["subsets"][name]
-        row(name, found.get("score", found["accuracy"]), f"{found['rows']:,}")
+        return name, found.get("score", found["accuracy"]), f"{found['rows']:,}"
 
+    rows: list[tuple[str, Interval | None, str]] = []
     if report["score"] is not None:
-        row("**Score**", report["score"])
-    by_lower = {name.lower(): name for name in report["subsets"]}
+        rows.append(("**Score**", report["score"], ""))
     for section, found in report["sections"].items():
-        if found["subsets"] == [section]:
-            subset(by_lower[section.lower()])
-            continue
-        row(f"**{section}**", found["score"])
-        for name in found["subsets"]:
-            subset(name)
-    for name in report["others"]:
-        subset(name)
-    row("all rows alike", report["accuracy"], f"{report['rows']:,}")
-    said = [f"Scored by {report['scored_by']}."]
+        if found["subsets"] != [section]:
+            rows.append((f"**{section}**", found["score"], ""))
+        rows += map(subset, found["subsets"])
+    rows += map(subset, report["others"])
+    rows.append(("all rows alike", report["accuracy"], f"{report['rows']:,}"))
+    notes = [f"Scored by {report['scored_by']}."]
     if report["missing"]:
-        said.append(
-            f"Not in the file, so the score is not comparable: {', '.join(report['missing'])}."
-        )
-    drops = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
-    if drops:
-        said.append(f"Dropped: {drops}.")
-    return "\n".join([*lines, "", " ".join(said), ""])
+        names = ", ".join(report["missing"])
+        notes.append(f"Not in the file, so the score is not comparable: {names}.")
+    if report["dropped"]:
+        drops = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
+        notes.append(f"Dropped: {drops}.")
+    return "\n".join(
+        [
+            f"### {report['benchmark'] or 'Preference sets'}: {report['model']}",
+            "",
+            "| | % | 95 % | rows |",
+            "|---|---:|---|---:|",
+            *(_row(*row) for row in rows),
+            "",
+            " ".join(notes),
+            "",
+        ]
+    )
+
+
+def _row(name: str, value: Interval | None, rows: str) -> str:
+    if value is None:
+        return f"| {name} | | not in the file | |"
+    low, high = (f"{100 * (x or 0.0):.1f}" for x in value[1:])
+    return f"| {name} | {100 * value[0]:.1f} | {low} – {high} | {rows} |"

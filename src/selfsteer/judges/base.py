@@ -8,9 +8,8 @@ and human labels (`people`).
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from selfsteer.data.digests import digest_path, model_digest
 from selfsteer.data.records import Query, Verdict
 from selfsteer.errors import ConfigError
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
@@ -121,22 +120,6 @@ def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judg
 def load_judges(settings: Iterable[JudgeConfig]) -> list[Judge]:
     """`load_judge` of several, without a folder."""
     return [judge for s in settings if (judge := load_judge(s)) is not None]
-
-
-def judge_inputs(settings: JudgeConfig | None) -> Any:
-    """What a judge's verdicts depend on, for the fingerprint of a stage.
-
-    Raises:
-        ConfigError: the labels are not there.
-    """
-    if settings is None or settings.kind == "oracle":
-        return settings and "oracle"
-    if settings.kind == "human":
-        return {"kind": "human", "labels": digest_path(labels_path(settings))}
-    found = settings.model_dump(exclude={"model", "path", "engine"})
-    if settings.engine.kind != "transformers":
-        found["engine"] = settings.asked.identity
-    return {**found, "model": model_digest(judge_source(settings))}
 
 
 def judge_source(settings: JudgeConfig) -> str:

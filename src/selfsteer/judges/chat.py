@@ -8,7 +8,7 @@ that is read is `selfsteer.judges.reading`.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +163,8 @@ class ChatJudge:
             Request(k, tuple(c), derive_seed("judge", k))
             for k, c in zip(keys, conversations, strict=True)
         ]
-        return [
-            {
-                "text": c.text,
-                "finish_reason": c.finish_reason,
-                "prompt_tokens": c.prompt_tokens,
-                "completion_tokens": c.completion_tokens,
-            }
-            for c in answers(self._engine, asked, self._sampling, advance=advance).values()
-        ]
+        found = answers(self._engine, asked, self._sampling, advance=advance)
+        return [asdict(answer) for answer in found.values()]
 
     def _load_engine(self) -> Engine:
         from selfsteer.engines.load import Engines

@@ -301,16 +301,8 @@ class Aligning(Recipe):
         yield from super().faults()
         if self.reward and self.method in {d.label for d in self.reward.data}:
             yield f"a set of reward.data is called {self.method!r}, as the run's own"
-        if self.benchmarks and self.benchmarks.judged:
-            judge = self.benchmarks.judge or self.judge
-            rated = any(s.style == "mt-bench" for s in self.benchmarks.judged)
-            if judge is None:
-                yield "benchmarks.judged needs a judge; set benchmarks.judge or judge"
-            elif rated and judge.kind == "human":
-                yield (
-                    "benchmarks.judged of style mt-bench needs a judge that rates; people's "
-                    "labels compare. Set benchmarks.judge to chat:MODEL"
-                )
+        if self.benchmarks:
+            yield from self.benchmarks.faults(self.benchmarks.judge or self.judge)
         yield from self.engine_faults()
         budget, shortest = self.sampling.max_new_tokens, self.shortest
         if budget > shortest:

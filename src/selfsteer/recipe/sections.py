@@ -902,6 +902,16 @@ class Benchmarks(Section):
             if idle and not getattr(self, needed):
                 yield f"{idle[0]} has no effect without {needed}; remove it"
 
+    def faults(self, judge: JudgeConfig | None) -> Iterator[str]:
+        """Why this judge cannot judge the judged sets."""
+        if self.judged and judge is None:
+            yield "benchmarks.judged needs a judge; set benchmarks.judge or judge"
+        elif judge and judge.kind == "human" and any(s.style == "mt-bench" for s in self.judged):
+            yield (
+                "benchmarks.judged of style mt-bench needs a judge that rates, and human labels "
+                "compare. Set benchmarks.judge to chat:MODEL"
+            )
+
 
 Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 

@@ -207,9 +207,9 @@ def _section_identity(section: BaseModel) -> Any:
     if isinstance(section, JudgeConfig) and section.engine.base_url is not None:
         found["model"] = section.model
     if isinstance(section, Benchmarks):
-        from selfsteer.evaluation.harness import Harness
+        from selfsteer.evaluation.harness import harness_identity
 
-        found["harness"] = Harness(section).identity
+        found["harness"] = harness_identity(section)
     return found
 
 

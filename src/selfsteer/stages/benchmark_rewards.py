@@ -56,54 +56,63 @@ def benchmark_rewards(
     """
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} would hold JSON; choose an --out that ends in .json.")
-    source = resolve_path(model)
-    policy = validate(Policy, {"model": source, **loading}, "options of rewardbench")
-    scorer: Scorer
-    if is_reward_model(source, policy):
-        for name, given in (("--ref", reference), ("--beta", beta), ("--per-token", per_token)):
-            if given not in (None, False):
-                raise ConfigError(f"{name} has no effect: {model} is a reward model; leave it out.")
-        judge = {"kind": "reward", "model": source, "batch_size": batch_size or 32, **loading}
-        scorer = RewardJudge(validate(JudgeConfig, judge, "options of rewardbench"), None)
-    elif batch_size is not None:
-        raise ConfigError(
-            f"--batch-size has no effect: {model} is a chat model, whose sequences are put "
-            "together by their length; leave it out."
-        )
-    elif beta is not None and not 0 < beta < math.inf:
-        raise ConfigError(f"--beta must be above 0 and finite, found {beta:g}.")
-    else:
-        scorer = ImplicitReward(policy, reference, beta or 0.1, per_token=per_token)
+    scorer = _scorer(model, reference, beta, batch_size, loading, per_token=per_token)
     items, dropped, examples = read_items(read_rows(file), file.stem)
     if not items:
-        said = f" {examples[0]}." if examples else ""
         raise DataError(
-            f"{file} has no row with prompt, chosen and rejected answers.{said} Give JSONL, JSON, "
-            "Parquet or CSV with these columns, and subset where there are several."
+            f"{file} has no row with prompt, chosen and rejected answers. "
+            f"{''.join(f'{e}. ' for e in examples[:1])}Give JSONL, JSON, Parquet or CSV with these "
+            "columns, and subset where there are several."
         )
     found = evaluate(items, scorer, np.random.default_rng(seed))
-    if found["too_long"]:
-        dropped["too_long"] = found["too_long"]
+    if too_long := found.pop("too_long"):
+        dropped["too_long"] = too_long
     report = {
         "model": model,
         "reference": reference,
         "file": str(file),
         "file_digest": digest_path(file),
-        "rows_read": len(items) + dropped.total() - found.pop("too_long"),
+        "rows_read": found["rows"] + dropped.total(),
         "dropped": dict(sorted(dropped.items())),
         "examples": examples,
         **found,
         "versions": versions(),
     }
     text = markdown(report)
-    written = []
     kind = "-ref" * (reference is not None) + "-per-token" * per_token
-    path = output or _in_run(Path(source), f"{file.stem}{kind}")
-    if path is not None:
-        written = [path, path.with_suffix(".md")]
-        write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        write_atomic(written[1], text)
-    return report, text, written
+    path = output or _in_run(Path(resolve_path(model)), f"{file.stem}{kind}")
+    if path is None:
+        return report, text, []
+    write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_atomic(path.with_suffix(".md"), text)
+    return report, text, [path, path.with_suffix(".md")]
+
+
+def _scorer(
+    model: str,
+    reference: str | None,
+    beta: float | None,
+    batch_size: int | None,
+    loading: Mapping[str, Any],
+    *,
+    per_token: bool,
+) -> Scorer:
+    source = resolve_path(model)
+    policy = validate(Policy, {"model": source, **loading}, "options of rewardbench")
+    if is_reward_model(source, policy):
+        for name, given in (("--ref", reference), ("--beta", beta), ("--per-token", per_token)):
+            if given not in (None, False):
+                raise ConfigError(f"{name} has no effect: {model} is a reward model; leave it out.")
+        judge = {"kind": "reward", "model": source, "batch_size": batch_size or 32, **loading}
+        return RewardJudge(validate(JudgeConfig, judge, "options of rewardbench"))
+    if batch_size is not None:
+        raise ConfigError(
+            f"--batch-size has no effect: {model} is a chat model, whose sequences are put "
+            "together by their length; leave it out."
+        )
+    if beta is not None and not 0 < beta < math.inf:
+        raise ConfigError(f"--beta must be above 0 and finite, found {beta:g}.")
+    return ImplicitReward(policy, reference, beta or 0.1, per_token=per_token)
 
 
 def _in_run(model: Path, name: str) -> Path | None:

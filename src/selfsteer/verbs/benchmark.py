@@ -1,11 +1,18 @@
 """``selfsteer benchmark``: benchmarks of models or of a run's models, without a recipe."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.verbs.common import AsJson
+from selfsteer.errors import ConfigError
+from selfsteer.terminal import out
+from selfsteer.verbs.common import AsJson, aligning
+
+if TYPE_CHECKING:
+    from selfsteer.evaluation.official import Official
+    from selfsteer.stages.benchmarking import Contestant, Setup
+    from selfsteer.view import RunView
 
 #: Settings of a recipe that have an effect here.
 SECTIONS = ("benchmarks", "policy", "sampling", "judge", "seed")
@@ -56,27 +63,23 @@ def benchmark(
 
     Example: selfsteer benchmark BASE runs/mine/iteration-1/policy --task ifeval --task gsm8k
     """
-    from selfsteer.terminal import out
-
     named = {"tasks": task, "task_folders": task_folder, "judged": judged}
     given = [f"benchmarks.{k}={v}" for k, v in (("judge", judge), ("limit", limit)) if v]
     setup = _setup(models[0], named, [*given, *(settings or [])])
     rows = _rows(models)
-    from selfsteer.data.digests import model_digest
     from selfsteer.run.folder import RunFolder
-    from selfsteer.stages.benchmarking import Contestant, benchmark, check_benchmarks
+    from selfsteer.stages import benchmarking
 
-    check_benchmarks(setup.settings, setup.judge)
-    contestants = [Contestant(label, s, model_digest(s)) for label, s in rows.items()]
+    benchmarking.check_benchmarks(setup.settings, setup.judge)
     with RunFolder(to).locked():
-        benchmark(contestants, setup, to)
+        benchmarking.benchmark(contestants(rows), setup, to)
     if as_json:
         out.print_json((to / "benchmarks.json").read_text("utf-8"))
     else:
         out.print((to / "benchmarks.md").read_text("utf-8"), markup=False, end="")
 
 
-def _setup(first: str, named: dict[str, list[str] | None], settings: list[str]) -> Any:
+def _setup(first: str, named: dict[str, list[str] | None], settings: list[str]) -> "Setup":
     """These benchmarks, with the settings of the first run's recipe where it is a run."""
     from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
     from selfsteer.stages.benchmarking import Settings, Setup
@@ -97,30 +100,88 @@ def _setup(first: str, named: dict[str, list[str] | None], settings: list[str]) 
 
 def _rows(named: list[str]) -> dict[str, str]:
     """Row → model; a run folder is its base, baseline and policy."""
-    from selfsteer.errors import ConfigError
     from selfsteer.models.load import check_source
     from selfsteer.recipe.sections import resolve_path
-    from selfsteer.report import summary
+    from selfsteer.view import RunView
 
     rows: dict[str, str] = {}
     for name in named:
         source = resolve_path(name)
-        if not (Path(source) / "resolved.json").is_file():
-            check_source(source)
-            found = {name: source}
-        else:
-            made = summary.load(Path(source))
-            models, method = made["models"], made["recipe"]["method"]
-            if "policy" not in models:
-                raise ConfigError(f"{name} has no trained policy yet; finish the run first.")
-            found = {"base": resolve_path(models["base"])}
-            for label, kind in ((made["recipe"]["baseline"], "baseline"), (method, "policy")):
-                if kind in models:
-                    found[label] = models[kind]
+        if (Path(source) / "resolved.json").is_file():
+            found = run_models(RunView.open(Path(source)))
             if len(named) > 1:
                 found = {f"{name}/{label}": path for label, path in found.items()}
+        else:
+            check_source(source)
+            found = {name: source}
         twice = sorted(found.keys() & rows.keys())
         if twice:
             raise ConfigError(f"{twice[0]} is named twice.")
         rows |= found
     return rows
+
+
+def run_models(run: "RunView") -> dict[str, str]:
+    """Label → model of a run: ``base``, its baseline and its own policy.
+
+    Raises:
+        ConfigError: the run has not trained its policy yet.
+    """
+    from selfsteer.recipe.sections import resolve_path
+
+    if "policy" not in run.models:
+        raise ConfigError(f"{run.folder} has no trained policy yet; finish the run first.")
+    labels = {"base": "base", "baseline": run.methods[-1], "policy": run.recipe.method}
+    return {
+        label: resolve_path(run.models[kind])
+        for kind, label in labels.items()
+        if kind in run.models
+    }
+
+
+def contestants(rows: dict[str, str]) -> list["Contestant"]:
+    """Rows of a benchmark, each known by its model's content."""
+    from selfsteer.data.digests import model_digest
+    from selfsteer.stages.benchmarking import Contestant
+
+    return [Contestant(label, source, model_digest(source)) for label, source in rows.items()]
+
+
+def export_answers(run: "RunView", style: str, questions: Path | None, to: Path) -> "Official":
+    """Writes what a run's models answer to a question set for the official tool of a style.
+
+    Answers that the run has stored are used; others are sampled now, as its benchmarks would be,
+    and stored in the run.
+
+    Args:
+        run: with a trained policy.
+        style: one of `selfsteer.evaluation.official.FILES`.
+        questions: the tool's question file; None: the set of that style that the run has judged.
+        to: made if need be.
+
+    Raises:
+        ConfigError: no question file is named, and the run has judged no set of that style, or
+            several.
+    """
+    from selfsteer.evaluation.official import write_official
+    from selfsteer.recipe.sections import Benchmarks, JudgedSet
+    from selfsteer.run.folder import RunFolder
+    from selfsteer.stages.benchmarking import Contest, Setup
+
+    recipe, models = aligning(run.recipe), contestants(run_models(run))
+    sets = [s for s in recipe.benchmarks.judged if s.style == style] if recipe.benchmarks else []
+    if questions is not None:
+        sets = [JudgedSet.model_validate(f"{style}:{questions}")]
+    if len(sets) != 1:
+        raise ConfigError(
+            f"{run.folder} has judged {len(sets)} sets in style {style}. Name the questions: "
+            "--questions FILE."
+        )
+    settings = recipe.benchmarks or Benchmarks(judged=tuple(sets))
+    whole = settings.model_copy(update={"limit": None})
+    setup = Setup(whole, None, recipe.sampling, recipe.policy.loading, recipe.seed)
+    contest = Contest(models, setup, run.folder)
+    with RunFolder(run.folder).locked():
+        asked, given = contest.answers(sets[0], {})
+    named = {f"{recipe.name}-{label}": found for label, found in given.items()}
+    return write_official(style, asked, named, to)

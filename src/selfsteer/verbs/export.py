@@ -1,5 +1,6 @@
 """``selfsteer export``: a run's preferences or its policy for other programs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ def export(
         typer.Option(
             "--format",
             help="trl (default), trl-prompts, trl-unpaired, llama-factory, llama-factory-sharegpt, "
-            "distilabel, chat, parquet or authors",
+            "distilabel, chat, parquet or authors; or answers for an official benchmark: "
+            "alpaca-eval, arena-hard or mt-bench",
         ),
     ] = None,
     model: Annotated[
@@ -31,11 +33,26 @@ def export(
     queries_license: Annotated[
         str | None, typer.Option(help="licence of the queries, for the card of --format parquet")
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="question file of the official benchmark; default: the run's judged set"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a run's preferences for other trainers, or its policy, each with a card."""
+    """Export a run's preferences, its policy with a card, or its answers to a benchmark."""
+    from selfsteer.evaluation.official import FILES
     from selfsteer.report import summary
 
+    if fmt in FILES:
+        if model or baseline or iteration is not None or queries_license is not None:
+            raise ConfigError(
+                f"--format {fmt} exports the answers of base, baseline and policy, and takes "
+                "neither --model, --baseline, --iteration nor --queries-license."
+            )
+        _export_answers(run, str(fmt), questions, to, as_json)
+        return
+    if questions is not None:
+        raise ConfigError(f"--questions belongs to --format {', '.join(FILES)}.")
     if model and (fmt is not None or queries_license is not None):
         raise ConfigError(
             "--model takes neither --format nor --queries-license: those are for data."
@@ -60,3 +77,19 @@ def _print(result: dict[str, Any]) -> None:
     for reason in result["left_out"]:
         warn(reason)
     out.print(f"{result['records']:,} records: {', '.join(result['paths'])}")
+
+
+def _export_answers(run: Path, style: str, questions: Path | None, to: Path, as_json: bool) -> None:
+    """Writes answers, and prints the commands that run the official tool on them."""
+    from selfsteer.verbs.benchmark import export_answers
+    from selfsteer.view import RunView
+
+    written = export_answers(RunView.open(run), style, questions, to)
+
+    def show(result: dict[str, Any]) -> None:
+        for name, count in written.left_out.items():
+            warn(f"{name}: {count:,} questions were not answered and are left out")
+        out.print(f"{written.answers:,} answers: {', '.join(result['paths'])}", markup=False)
+        out.print(f"\nRun the official tool on them:\n\n{written.commands}", markup=False)
+
+    emit({**asdict(written), "paths": list(map(str, written.paths))}, as_json, show)

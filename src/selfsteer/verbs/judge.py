@@ -1,14 +1,19 @@
 """``selfsteer judge``: what one or two judges say of stored preferences."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, aligning, emit, load_recipe, named_judge
+from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
+
+if TYPE_CHECKING:
+    from selfsteer.data.records import Preference
+    from selfsteer.recipe.sections import JudgeConfig
 
 
 def judge(
@@ -43,39 +48,118 @@ def judge(
 ) -> None:
     """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
     from selfsteer.run.folder import RunFolder
+    from selfsteer.view import RunView
 
     if label_sheet is not None and (judges or as_json or store):
         raise ConfigError("--label-sheet judges nothing; leave --judge, --store and --json out.")
     given = [named_judge(j) for j in judges or []]
     if len(given) > 2:
         raise ConfigError(f"Give one judge or two, found {len(given)}.")
-    source, is_run = preferences, (preferences / "recipe.yaml").is_file()
+    source, is_run = preferences, (preferences / "resolved.json").is_file()
     if is_run:
-        recipe = aligning(load_recipe(str(preferences), [])[0])
-        k = recipe.iterations if iteration is None else iteration
-        source = RunFolder(preferences).iteration(k, baseline=baseline) / "preferences"
+        run = RunView.open(preferences)
+        own = aligning(run.recipe).judge
+        source = run.round(iteration, baseline=baseline).folder / "preferences"
         store = store or preferences / "judgements"
-        given = given or ([recipe.judge] if recipe.judge else [])
+        given = given or ([own] if own else [])
     elif iteration is not None or baseline:
         raise ConfigError(
             f"{preferences} is not a run folder, which --iteration and --baseline need."
         )
     if not given and label_sheet is None:
         raise ConfigError("Name a judge: --judge oracle, chat:MODEL, reward:MODEL or human:PATH.")
-    from selfsteer.verbs.judging import judge_preferences, load_preferences, pick, write_label_sheet
-
-    chosen = pick(load_preferences(source), limit, seed)
+    chosen = _chosen(source, limit, seed)
     if label_sheet is not None:
-        count = write_label_sheet(chosen, label_sheet, seed)
+        write_label_sheet(chosen, label_sheet, seed)
         out.print(
-            f"{label_sheet}: {count:,} pairs. Set each verdict to first, second or tie, then: "
-            f"selfsteer judge {preferences} --judge human:{label_sheet}"
+            f"{label_sheet}: {len(chosen):,} pairs. Set each verdict to first, second or tie, "
+            f"then: selfsteer judge {preferences} --judge human:{label_sheet}"
         )
         return
     # answers are added to the run folder, so no other process may work in it
     with RunFolder(preferences).locked() if is_run else nullcontext():
-        report = judge_preferences(chosen, given, store, seed)
+        report = _judged(chosen, given, store, seed)
     emit(report, as_json, print_judges)
+
+
+def _chosen(path: Path, limit: int | None, seed: int) -> "list[Preference]":
+    """Preferences of a JSONL file or a folder of shards; at most ``limit``, whatever their order.
+
+    Raises:
+        DataError: a record is no preference, or there is none.
+        ArtifactError: a folder without shards.
+    """
+    from selfsteer.data.digests import derive_seed
+    from selfsteer.data.jsonl import read_jsonl
+    from selfsteer.data.records import Preference
+
+    files = sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ArtifactError(f"{path} has no preferences yet; run it first.")
+    found = []
+    for file in files:
+        for number, value in read_jsonl(file):
+            try:
+                found.append(Preference.from_dict(value))
+            except DataError as e:
+                raise DataError(f"{file}, line {number}: {e}.") from None
+    if not found:
+        raise DataError(f"{path} holds no preference.")
+    if limit is None or len(found) <= limit:
+        return found
+    chosen = sorted(found, key=lambda p: derive_seed(seed, "judge", p.id))[:limit]
+    return sorted(chosen, key=lambda p: p.id)
+
+
+def _judged(
+    preferences: "Sequence[Preference]",
+    judges: "Sequence[JudgeConfig]",
+    folder: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What one or two judges say of chosen against rejected, and how far two of them agree."""
+    import numpy as np
+
+    from selfsteer.data.records import Query
+    from selfsteer.judges.base import Pair, load_judge
+    from selfsteer.judges.stats import agreement, judge_report
+
+    pairs = [Pair(Query(p.id, p.prompt), p.chosen, p.rejected) for p in preferences]
+    report: dict[str, Any] = {"pairs": len(pairs), "judges": []}
+    found = []
+    for settings in judges:
+        judge = load_judge(settings, folder)
+        assert judge is not None
+        judge.check([p.query for p in pairs])
+        found.append(judge.compare_all(pairs))
+        report["judges"].append({"name": judge.name, **judge_report(found[-1])})
+    if len(found) == 2:
+        report["agreement"] = agreement(found[0], found[1], np.random.default_rng(seed))
+    return report
+
+
+def write_label_sheet(preferences: "Sequence[Preference]", path: Path, seed: int) -> None:
+    """Writes pairs to label by hand: blind, in a random order of place, ``verdict`` null.
+
+    Filled in, the file is what a judge of kind ``human`` reads.
+
+    Raises:
+        ArtifactError: the file is there already and may hold labels.
+    """
+    from selfsteer.data.digests import derive_seed
+    from selfsteer.data.jsonl import dump_lines, write_atomic
+
+    if path.exists():
+        raise ArtifactError(f"{path} is there already and may hold labels; choose another name.")
+    lines = []
+    for p in preferences:
+        turned = derive_seed(seed, "label", p.id) % 2
+        first, second = (p.rejected, p.chosen) if turned else (p.chosen, p.rejected)
+        prompt = [m.to_dict() for m in p.prompt]
+        lines.append(
+            {"id": p.id, "prompt": prompt, "first": first, "second": second, "verdict": None}
+        )
+    write_atomic(path, dump_lines(lines))
 
 
 def print_judges(report: dict[str, Any]) -> None:

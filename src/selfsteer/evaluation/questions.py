@@ -1,0 +1,169 @@
+"""The questions of judged sets, the answers that models gave to them, and a baseline's.
+
+A row is one question. These are read, each with an optional ``id`` (or ``question_id``, ``uid``)::
+
+    {"prompt": "What does the bee eat?"}                          # or messages, or instruction
+    {"turns": ["Describe Vietnam.", "Shorter."], "category": "writing", "reference": ["…", "…"]}
+
+Baseline answers are rows with the same id, or the same question, and ``response`` or ``output``;
+the answers that selfsteer stores are such rows. Without an id, a question's content is its id.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data.files import read_rows
+from selfsteer.data.records import Message, Query, content_id
+from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
+from selfsteer.errors import DataError
+from selfsteer.recipe.sections import JudgedSet, resolve_path
+
+_IDS = ("id", "question_id", "uid")
+_ANSWERS = ("response", "output")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: the conversation up to the first answer, and the user turns after it."""
+
+    id: str
+    start: tuple[Message, ...]
+    later: tuple[str, ...] = ()
+    category: str | None = None
+    references: tuple[str | None, ...] = ()
+    difficulty: float | None = None
+
+    def query(self, answers: Sequence[str] = ()) -> Query:
+        """What is asked after these answers."""
+        messages = list(self.start)
+        for answer, turn in zip(answers, self.later, strict=False):
+            messages += [Message("assistant", answer), Message("user", turn)]
+        return Query(self.id, tuple(messages))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's answers to one question, one per turn as far as there are any.
+
+    ``missing`` says why the last turn has none; None if all have one.
+    """
+
+    id: str
+    responses: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    missing: str | None = None
+
+    def then(self, turn: Completion) -> "Answered":
+        """These answers and that to the next turn, or why there is none."""
+        if turn.missing:
+            return replace(self, missing=turn.missing)
+        responses = (*self.responses, turn.text)
+        return Answered(self.id, responses, (*self.finish_reasons, turn.finish_reason))
+
+
+def read_questions(settings: JudgedSet, limit: int | None = None) -> list[Question]:
+    """The questions of a set, in the order of its file.
+
+    Raises:
+        DataError: names file and line of what is no question, a repeated id, or a second turn
+            where the style has none.
+    """
+    path = Path(resolve_path(settings.questions))
+    found: dict[str, Question] = {}
+    for where, row in read_rows(path):
+        if len(found) == limit:
+            break
+        try:
+            asked = _question(row)
+        except DataError as e:
+            raise DataError(f"{where} is no question: {e}.") from None
+        if asked.later and settings.style != "mt-bench":
+            raise DataError(
+                f"{where} has {len(asked.later) + 1} turns; style {settings.style} judges one "
+                "answer. Use style mt-bench, or give one turn."
+            )
+        if asked.id in found:
+            raise DataError(f"{where}: the id {asked.id!r} is there twice. Make ids unique.")
+        found[asked.id] = asked
+    if not found:
+        raise DataError(f"{path} holds no question.")
+    return list(found.values())
+
+
+def _question(row: Mapping[str, Any]) -> Question:
+    given: dict[str, Any] = {k: row.get(k) for k in ("prompt", "messages", "system")}
+    later: list[Any] = []
+    if row.get("turns") is not None:
+        turns = row["turns"] if isinstance(row["turns"], list) else []
+        texts = [t.get("content") if isinstance(t, Mapping) else t for t in turns]
+        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise DataError("turns must be a list of texts")
+        given["prompt"], *later = texts
+        given["messages"] = None
+    elif isinstance(row.get("instruction"), str):
+        given["prompt"] = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+        given["messages"] = None
+    query = Query.from_dict({k: v for k, v in given.items() if v is not None})
+    category, difficulty = row.get("category"), row.get("difficulty")
+    if difficulty is not None and not _is_number(difficulty):
+        raise DataError(f"difficulty must be a number, found {difficulty!r}")
+    reference = row.get("reference")
+    references = reference if isinstance(reference, list) else [reference]
+    if not all(r is None or isinstance(r, str) or _is_number(r) for r in references):
+        raise DataError(f"reference must be a text, or a list of one per turn, found {reference!r}")
+    return Question(
+        _given_id(row) or content_id([*query.messages, *(Message("user", t) for t in later)]),
+        query.messages,
+        tuple(later),
+        None if category is None else str(category),
+        tuple(None if r in (None, "") else str(r) for r in references),
+        difficulty,
+    )
+
+
+def _given_id(row: Mapping[str, Any]) -> str | None:
+    return next((str(row[k]) for k in _IDS if row.get(k) is not None), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[str, str]:
+    """Question id → the answer to beat; questions without one are left out.
+
+    Rows that selfsteer itself wrote for an unanswered question do not count.
+
+    Raises:
+        DataError: a row is no answer, a question has two, or none has one.
+    """
+    assert settings.baseline is not None
+    path = Path(resolve_path(settings.baseline))
+    wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
+    found: dict[str, str] = {}
+    for where, row in read_rows(path):
+        answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
+        if answer is None:
+            raise DataError(f"{where} is no answer: it needs 'response' or 'output', a text.")
+        try:
+            asked = _question(row)
+            key = wanted.get(asked.id) or wanted.get(content_id(asked.start))
+        except DataError:  # an answer may come without its question
+            key = wanted.get(_given_id(row) or "")
+        lost = str(row.get("finish_reason")).startswith((PROMPT_TOO_LONG, REQUEST_FAILED))
+        if key is None or row.get("missing") or lost:
+            continue
+        if found.setdefault(key, answer) != answer:
+            raise DataError(
+                f"{where} answers question {key!r} differently from an earlier line. Keep the "
+                "answers of one model."
+            )
+    if not found:
+        raise DataError(
+            f"{path} answers none of the questions of {settings.questions}. Answers are found by "
+            "id, or by equal question."
+        )
+    return found
