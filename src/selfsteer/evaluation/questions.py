@@ -1,8 +1,9 @@
 """The questions of judged sets, the answers that models gave to them, and a baseline's.
 
-A row is one question. These are read, each with an optional ``id`` (or ``question_id``, ``uid``)::
+A row is one question: whatever `selfsteer.data.shapes` can read, or ``turns``; with an optional
+``id`` (or ``question_id``, ``uid``)::
 
-    {"prompt": "What does the bee eat?"}                          # or messages, or instruction
+    {"prompt": "What does the bee eat?"}
     {"turns": ["Describe Vietnam.", "Shorter."], "category": "writing", "reference": ["…", "…"]}
 
 Baseline answers are rows with the same id, or the same question, and ``response`` or ``output``;
@@ -12,11 +13,12 @@ the answers that selfsteer stores are such rows. Without an id, a question's con
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from selfsteer.data.files import read_rows
+from selfsteer.data.reading import read
 from selfsteer.data.records import Message, Query, content_id
+from selfsteer.data.shapes import asked
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import JudgedSet, resolve_path
@@ -71,52 +73,44 @@ def read_questions(settings: JudgedSet, limit: int | None = None) -> list[Questi
         DataError: names file and line of what is no question, a repeated id, or a second turn
             where the style has none.
     """
-    path = Path(resolve_path(settings.questions))
     found: dict[str, Question] = {}
-    for where, row in read_rows(path):
+    for where, question in read(read_rows(resolve_path(settings.questions)), _question):
         if len(found) == limit:
             break
-        try:
-            asked = _question(row)
-        except DataError as e:
-            raise DataError(f"{where} is no question: {e}.") from None
-        if asked.later and settings.style != "mt-bench":
+        if question.later and settings.style != "mt-bench":
             raise DataError(
-                f"{where} has {len(asked.later) + 1} turns; style {settings.style} judges one "
+                f"{where} has {len(question.later) + 1} turns; style {settings.style} judges one "
                 "answer. Use style mt-bench, or give one turn."
             )
-        if asked.id in found:
-            raise DataError(f"{where}: the id {asked.id!r} is there twice. Make ids unique.")
-        found[asked.id] = asked
+        if question.id in found:
+            raise DataError(f"{where}: the id {question.id!r} is there twice. Make ids unique.")
+        found[question.id] = question
     if not found:
-        raise DataError(f"{path} holds no question.")
+        raise DataError(f"{settings.questions} holds no question.")
     return list(found.values())
 
 
 def _question(row: Mapping[str, Any]) -> Question:
-    given: dict[str, Any] = {k: row.get(k) for k in ("prompt", "messages", "system")}
+    """A row as a question; with ``turns`` the first one is the prompt."""
     later: list[Any] = []
     if row.get("turns") is not None:
         turns = row["turns"] if isinstance(row["turns"], list) else []
         texts = [t.get("content") if isinstance(t, Mapping) else t for t in turns]
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise DataError("turns must be a list of texts")
-        given["prompt"], *later = texts
-        given["messages"] = None
-    elif isinstance(row.get("instruction"), str):
-        given["prompt"] = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-        given["messages"] = None
-    query = Query.from_dict({k: v for k, v in given.items() if v is not None})
-    category, difficulty = row.get("category"), row.get("difficulty")
+        prompt, *later = texts
+        start = asked({"prompt": prompt, "system": row.get("system")}).query.messages
+    else:
+        start = asked(row).query.messages
+    category, difficulty, reference = map(row.get, ("category", "difficulty", "reference"))
     if difficulty is not None and not _is_number(difficulty):
         raise DataError(f"difficulty must be a number, found {difficulty!r}")
-    reference = row.get("reference")
     references = reference if isinstance(reference, list) else [reference]
     if not all(r is None or isinstance(r, str) or _is_number(r) for r in references):
         raise DataError(f"reference must be a text, or a list of one per turn, found {reference!r}")
     return Question(
-        _given_id(row) or content_id([*query.messages, *(Message("user", t) for t in later)]),
-        query.messages,
+        _given_id(row) or content_id([*start, *(Message("user", t) for t in later)]),
+        start,
         tuple(later),
         None if category is None else str(category),
         tuple(None if r in (None, "") else str(r) for r in references),
@@ -141,16 +135,15 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
         DataError: a row is no answer, a question has two, or none has one.
     """
     assert settings.baseline is not None
-    path = Path(resolve_path(settings.baseline))
     wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
     found: dict[str, str] = {}
-    for where, row in read_rows(path):
+    for where, row in read_rows(resolve_path(settings.baseline)):
         answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
         if answer is None:
             raise DataError(f"{where} is no answer: it needs 'response' or 'output', a text.")
         try:
-            asked = _question(row)
-            key = wanted.get(asked.id) or wanted.get(content_id(asked.start))
+            question = _question(row)
+            key = wanted.get(question.id) or wanted.get(content_id(question.start))
         except DataError:  # an answer may come without its question
             key = wanted.get(_given_id(row) or "")
         lost = str(row.get("finish_reason")).startswith((PROMPT_TOO_LONG, REQUEST_FAILED))
@@ -163,7 +156,7 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
             )
     if not found:
         raise DataError(
-            f"{path} answers none of the questions of {settings.questions}. Answers are found by "
-            "id, or by equal question."
+            f"{settings.baseline} answers none of the questions of {settings.questions}. Answers "
+            "are found by id, or by equal question."
         )
     return found

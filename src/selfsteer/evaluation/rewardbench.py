@@ -14,6 +14,7 @@ those of github.com/allenai/reward-bench, read in November 2026: rewardbench/con
 rewardbench/utils.py and analysis/get_benchmark_results.py.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Query
+from selfsteer.data.shapes import Unusable
 from selfsteer.errors import DataError
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.stats import Interval, proportion_interval
@@ -98,22 +101,10 @@ def read_items(
         The items, drops by reason (``malformed``, ``equal``: a chosen answer is also a rejected
         one), and the first drop of each reason in words.
     """
-    items: list[Item] = []
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for number, (where, row) in enumerate(rows, 1):
-        try:
-            item = _item(row, str(number), default_subset)
-        except DataError as e:
-            reason, fault = "malformed", str(e)
-        else:
-            if not set(item.chosen) & set(item.rejected):
-                items.append(item)
-                continue
-            reason, fault = "equal", "a chosen answer is also a rejected one"
-        dropped[reason] += 1
-        examples.setdefault(reason, f"{where}: {fault}")
-    return items, dropped, list(examples.values())
+    drops, numbers = Drops(), itertools.count(1)
+    found = read(rows, lambda row: _item(row, str(next(numbers)), default_subset), drops)
+    items = [item for _, item in found]
+    return items, drops.counts, list(drops.examples.values())
 
 
 def _item(row: Mapping[str, Any], number: str, default_subset: str) -> Item:
@@ -126,6 +117,8 @@ def _item(row: Mapping[str, Any], number: str, default_subset: str) -> Item:
         raise DataError("a row needs a prompt, or conversations with one")
     identity = number if row.get("id") is None else str(row["id"])
     query = Query.from_dict({"id": identity, "prompt": prompt})
+    if set(chosen) & set(rejected):
+        raise Unusable("equal", "a chosen answer is also a rejected one")
     return Item(identity, str(row.get("subset") or default_subset), query, chosen, rejected)
 
 
