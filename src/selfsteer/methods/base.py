@@ -302,7 +302,7 @@ class Aligning(Recipe):
         if self.reward and self.method in {d.label for d in self.reward.data}:
             yield f"a set of reward.data is called {self.method!r}, as the run's own"
         if self.benchmarks:
-            yield from self.benchmarks.faults(self.benchmarks.judge or self.judge)
+            yield from self.benchmarks.judge_faults(self.benchmarks.judge or self.judge)
         yield from self.engine_faults()
         budget, shortest = self.sampling.max_new_tokens, self.shortest
         if budget > shortest:

@@ -902,7 +902,7 @@ class Benchmarks(Section):
             if idle and not getattr(self, needed):
                 yield f"{idle[0]} has no effect without {needed}; remove it"
 
-    def faults(self, judge: JudgeConfig | None) -> Iterator[str]:
+    def judge_faults(self, judge: JudgeConfig | None) -> Iterator[str]:
         """Why this judge cannot judge the judged sets."""
         if self.judged and judge is None:
             yield "benchmarks.judged needs a judge; set benchmarks.judge or judge"

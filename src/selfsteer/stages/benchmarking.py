@@ -82,7 +82,7 @@ def check_benchmarks(settings: Benchmarks, judge: JudgeConfig | None) -> None:
     Raises:
         SelfsteerError: a task or metric name, a question file, the judge.
     """
-    for fault in settings.faults(judge):
+    for fault in settings.judge_faults(judge):
         raise ConfigError(f"{fault}.")
     if settings.tasks:
         check_tasks(settings)
