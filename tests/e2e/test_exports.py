@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS
 from selfsteer.formats.cards import dataset_card, model_card
 from selfsteer.formats.hub import plan_upload, push
-from selfsteer.report import summary
-from selfsteer.verbs.exporting import origin_of
+from selfsteer.methods import METHODS, Aligning
+from selfsteer.methods.sso import SSO
+from selfsteer.recipe.sections import Augment, EngineConfig
+from selfsteer.view import RoundView, RunView, StageView
 from tests.e2e.support import TESTBED, Here, command, environment, fails
 
 ROOT = Path(__file__).parents[2]
@@ -123,36 +126,37 @@ def test_parquet_opens_in_datasets_and_its_card_tells_how_it_was_made(
     front, text = front_matter(tmp_path / "b" / "README.md")
     assert front["license"] == "unknown"
     assert "Queries: unknown, check before you publish." in text
-    assert "PBAA" in text
+    assert "Method: pbaa" in text
     assert "baseline/iteration-1/samples" in text
     assert "iteration-1/generator" not in text
 
 
-def test_the_card_says_whose_principles_and_queries_these_are(smoke: Path, tmp_path: Path) -> None:
-    found = summary.load(smoke)
-    stages, said = found["stages"], {}
-    for name, changes in {
+def changed(run: RunView, stages: tuple[StageView, ...] = (), **sections: Any) -> RoundView:
+    """The round of a run whose recipe has other sections, and perhaps more stages."""
+    recipe = run.recipe.model_copy(update=sections)
+    return replace(run, recipe=recipe, stages=(*run.stages, *stages)).round()
+
+
+def test_the_card_says_whose_principles_and_queries_these_are(smoke: Path) -> None:
+    run, said = RunView.open(smoke), {}
+    assert isinstance(run.recipe, SSO)
+    queries = run.stage("ReadQueries")
+    assert queries
+    grown = replace(queries, name="augment", kind="GrowQueries", n_in=16, n_out=40)
+    augmented = run.recipe.queries.model_copy(update={"augment": Augment(to=40)})
+    changes: dict[str, dict[str, Any]] = {
         "fixed": {"mode": "fixed", "good": "Be kind.", "bad": "Be cruel."},
         "own": {"mode": "picked", "catalogue": "/home/me/house.yaml"},
-        "written": {"mode": "generated", "catalogue": "/home/me/house.yaml", "writer": "/m/big"},
-    }.items():
-        recipe = {
-            **found["recipe"],
-            "principles": {**found["recipe"]["principles"], **changes},
-            "queries": {**found["recipe"]["queries"], "augment": {"to": 40}},
-        }
-        grown = {**stages["queries"], "stage": "augment", "n_in": 16, "n_out": 40}
-        said[name] = dataset_card(
-            origin_of(
-                {**found, "recipe": recipe, "stages": {**stages, "augment": grown}},
-                1,
-                baseline=False,
-            ),
-            count=16,
-            files=["a"],
-            left_out=[],
-            queries_license=None,
-        )
+        "written": {
+            "mode": "generated",
+            "catalogue": "/home/me/house.yaml",
+            "writer": EngineConfig(model="/m/big"),
+        },
+    }
+    for name, values in changes.items():
+        principles = run.recipe.principles.model_copy(update=values)
+        of = changed(run, (grown,), principles=principles, queries=augmented)
+        said[name] = dataset_card(of, count=16, files=["a"], left_out=[], queries_license=None)
     assert "Principles: fixed: texts given by the author of the run" in said["fixed"]
     assert "Principles: picked: the texts of the catalogue house.yaml of the feat" in said["own"]
     assert "by big, the texts of the catalogue house.yaml where its answer" in said["written"]
@@ -161,16 +165,19 @@ def test_the_card_says_whose_principles_and_queries_these_are(smoke: Path, tmp_p
 
 
 def test_the_card_of_a_method_without_principles_names_none(smoke: Path) -> None:
-    found = summary.load(smoke)
+    run = RunView.open(smoke)
     for method, how in (("best-of-n", "of several a judge ranked"), ("spin", "came with the prom")):
-        recipe = {k: v for k, v in found["recipe"].items() if k != "principles"}
-        changed = {**found, "recipe": {**recipe, "method": method}}
-        origin = origin_of(changed, 1, baseline=False)
-        card = dataset_card(origin, count=16, files=["a"], left_out=[], queries_license=None)
-        for text in (card, model_card(origin)):
+        of = replace(run.round(), method=method)
+        card = dataset_card(of, count=16, files=["a"], left_out=[], queries_license=None)
+        for text in (card, model_card(of)):
             assert how in text
             assert "principle" not in text.replace("/principles |", "")
             assert "deliberately bad" not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_pairs_says_how_they_came_about(method: type) -> None:
+    assert not issubclass(method, Aligning) or method.pair
 
 
 def test_export_refuses_what_has_no_effect(smoke: Path, tmp_path: Path, here: Here) -> None:
@@ -319,11 +326,11 @@ class FakeHub:
         self.private = private
         self.asked: list[tuple[str, Any]] = []
 
-    def create_repo(self, repo: str, **more: Any) -> str:
-        self.asked.append(("create", {"repo": repo, **more}))
-        return f"https://hub.test/{repo}"
+    def create_repo(self, **more: Any) -> str:
+        self.asked.append(("create", more))
+        return f"https://hub.test/{more['repo_id']}"
 
-    def repo_info(self, repo: str, *, repo_type: str) -> "FakeHub":
+    def repo_info(self, **repo: str) -> "FakeHub":
         return self
 
     def upload_folder(self, **more: Any) -> None:
@@ -342,7 +349,7 @@ def test_push_makes_the_repository_and_uploads_once(tmp_path: Path) -> None:
     made, sent = hub.asked
     assert made == (
         "create",
-        {"repo": "me/data", "private": True, "repo_type": "dataset", "exist_ok": True},
+        {"repo_id": "me/data", "private": True, "repo_type": "dataset", "exist_ok": True},
     )
     assert sent[1]["folder_path"] == tmp_path
     assert sent[1]["ignore_patterns"] == [".*", "*/.*"]

@@ -1,93 +1,20 @@
 """The README of an exported data set or model: how it was made, how good it is, what it is not for.
 
-A card is made of an `Origin`, which whoever reads the run fills in. Folders of the machine that it
-was made on are cut down to their last name.
+Folders of the machine that it was made on are cut down to their last name.
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
+from selfsteer.methods import METHODS, Aligning, Principled
+from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
 from selfsteer.terminal import interval
-
-PAPER = "https://arxiv.org/abs/2410.17131"
-
-_METHODS = {
-    "sso": "SSO, the generator way (version 2 of the paper): a data generator, trained from the "
-    "policy on its own triples, wrote the answers",
-    "sso-online": "SSO, the online way (version 1 of the paper): the policy of each iteration "
-    "wrote the answers",
-    "pbaa": "PBAA, the paper's baseline: the policy itself wrote the answers",
-    "best-of-n": "best of n: the policy wrote several plain answers, a judge ranked them",
-    "self-rewarding": "self-rewarding: the policy wrote several plain answers and ranked them",
-    "sgpo": "SGPO: the policy's answers, written again, against what they were",
-    "spin": "SPIN: given answers, against the policy's own",
-}
-
-#: How the two answers of a pair came about; methods that are not here write under principles.
-_PAIRS = {
-    "best-of-n": "Both were written by a model to the prompt alone; of several a judge ranked the "
-    "chosen one first and the rejected one last",
-    "self-rewarding": "Both were written by a model to the prompt alone; of several it ranked the "
-    "chosen one first and the rejected one last itself",
-    "sgpo": "The rejected one was written by a model to the prompt alone, the chosen one is what a "
-    "model made of it when asked to write it again, better",
-    "spin": "The chosen one came with the prompt, the rejected one was written by a model",
-}
-
-
-class Step(NamedTuple):
-    """A stage that led to the preferences: records in and out, drops by reason."""
-
-    name: str
-    n_in: int
-    n_out: int
-    dropped: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a card tells of the run that a data set or a model comes from.
-
-    Args:
-        name: of the run.
-        method: that made these pairs; the baseline's, if they are the baseline's.
-        iteration: counted from 1.
-        iterations: of the run.
-        model: the policy that the run began with.
-        principles: where they came from, in words; None where the method has none.
-        sampling: settings, of which temperature, top_p and max_new_tokens are told.
-        training: settings of the policy's training.
-        queries: where they came from, in words.
-        seed: of the run.
-        made: when, and with which versions.
-        steps: the stages up to the preferences.
-        quality: figures of the pairs (``preferences`` of ``quality.json``); None: not measured.
-        judge: who judged, in words; None: nobody.
-        trained_on: pairs that the policy was trained on, if it was.
-        evaluation: held-out queries, and the figures of the start and of this model.
-    """
-
-    name: str
-    method: str
-    iteration: int
-    iterations: int
-    model: str
-    principles: str | None
-    sampling: Mapping[str, Any]
-    training: Mapping[str, Any]
-    queries: str
-    seed: int
-    made: str
-    steps: Sequence[Step]
-    quality: Mapping[str, Any] | None = None
-    judge: str | None = None
-    trained_on: int | None = None
-    evaluation: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
+from selfsteer.view import RoundView
 
 
 def public_name(source: str) -> str:
@@ -108,33 +35,24 @@ def _on_hub(source: str) -> bool:
     )
 
 
-def judge_name(judge: Any) -> str:
-    """Who a recipe's judge is: its kind, or a section with ``kind`` and perhaps ``model``."""
-    section = judge if isinstance(judge, Mapping) else {"kind": str(judge)}
-    if section.get("kind") == "oracle":
-        return "the testbed's oracle"
-    if model := section.get("model"):
-        return f"{public_name(model)} ({section.get('kind')})"
-    return "people's labels" if section.get("kind") == "human" else str(section.get("kind"))
-
-
 def dataset_card(
-    origin: Origin,
+    of: RoundView,
     *,
     count: int,
     files: Sequence[str],
     left_out: Sequence[str],
     queries_license: str | None,
 ) -> str:
-    """The card of one iteration's preferences.
+    """The card of one round's preferences.
 
     Args:
-        origin: the run.
+        of: the round.
         count: preferences.
         files: of the data, relative to the card.
         left_out: what the run has and the data set has not, one sentence each.
         queries_license: of the prompts, as an identifier of the hub; None is unknown.
     """
+    recipe, method = _recipe(of), _method(of)
     sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
     data_files = [{"split": "train", "path": list(files)}]
     front = {
@@ -145,15 +63,11 @@ def dataset_card(
         "configs": [{"config_name": "default", "data_files": data_files}],
     }
     licence = queries_license or "unknown, check before you publish"
-    pairs = _PAIRS.get(
-        origin.method,
-        "The chosen one was written under a good principle and the rejected one under a bad one; "
-        f"the principles were then taken away ([Self-Steering Optimization]({PAPER}))",
-    )
-    answers = "rejected answers" if origin.method == "spin" else "answers"
+    answers = "rejected answers" if method.needs_answers else "answers"
     features, risks = "", "A rejected answer can be good, and a chosen one wrong."
-    if origin.principles is not None:
-        features = " `features`, if it is there: what the two principles were about."
+    if issubclass(method, Principled):
+        features = " `features`, if it is there: what the principles were about."
+    if method.bad_on_purpose:
         risks = (
             "The rejected answers are **deliberately bad**: they were asked to be wrong, "
             "unhelpful, or unsafe. Never show them to people as answers and never fine-tune on "
@@ -161,20 +75,20 @@ def dataset_card(
         )
     return _page(
         front,
-        f"# {origin.name}: {count:,} preferences without annotators",
-        f"Each record is a prompt with a chosen and a rejected answer. {pairs}. "
+        f"# {recipe.name}: {count:,} preferences without annotators",
+        f"Each record is a prompt with a chosen and a rejected answer. {method.pair}. "
         "No person compared the answers.",
         "## How it was made",
         _how(
-            origin,
-            ("Model", public_name(origin.model)),
-            sampling=_settings(origin.sampling, "temperature", "top_p", "max_new_tokens"),
+            of,
+            ("Model", public_name(recipe.policy.model)),
+            ("Sampling", _settings(recipe.sampling, "temperature", "top_p", "max_new_tokens")),
         ),
         "## Counts",
-        _steps(origin),
+        _stages(of),
         f"Left out of the data set: {' '.join(left_out) or 'nothing.'}",
         "## Quality",
-        _quality(origin),
+        _quality(of),
         "## Columns",
         "`id`, `prompt`, `chosen`, `rejected` (chats), and `finish_reasons`: `length` where an "
         f"answer was cut off by the token budget.{features}",
@@ -188,41 +102,37 @@ def dataset_card(
     )
 
 
-def model_card(origin: Origin) -> str:
-    """The card of the policy that an iteration trained."""
-    base = public_name(origin.model)
+def model_card(of: RoundView) -> str:
+    """The card of the policy that a round trained."""
+    recipe, method = _recipe(of), _method(of)
+    source = recipe.policy.model
+    base = public_name(source)
     front = {
-        **({"base_model": origin.model} if _on_hub(origin.model) else {}),
+        **({"base_model": source} if _on_hub(source) else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["self-steering-optimization", "preference", "dpo"],
     }
-    pairs = _PAIRS.get(
-        origin.method,
-        "Models wrote the one under a good and the other under a bad principle "
-        f"([Self-Steering Optimization]({PAPER}))",
-    )
-    steered = origin.principles is not None
-    away = "answers that were deliberately bad" if steered else "rejected answers"
+    away = "answers that were deliberately bad" if method.bad_on_purpose else "rejected answers"
     names = ("base", "beta", "learning_rate", "batch_size", "epochs", "max_length")
-    count = "unknown" if origin.trained_on is None else f"{origin.trained_on:,} pairs"
+    trained = next((s for s in of.stages if s.step == "policy" and s.done), None)
     return _page(
         front,
-        f"# {origin.name}",
-        f"{base}, trained on pairs of a chosen and a rejected answer. {pairs}. "
+        f"# {recipe.name}",
+        f"{base}, trained on pairs of a chosen and a rejected answer. {method.pair}. "
         "No person compared answers.",
         "## How it was made",
         _how(
-            origin,
+            of,
             ("Base model", base),
-            ("Trained on", count),
-            ("Training", _settings(origin.training, *names)),
+            ("Trained on", f"{trained.n_out:,} pairs" if trained else "unknown"),
+            ("Training", _settings(recipe.training, *names)),
         ),
         "## Data",
-        _steps(origin),
-        _quality(origin),
+        _stages(of),
+        _quality(of),
         "## Evaluation",
-        _evaluation(origin),
+        _evaluation(of),
         "## Licence",
         f"That of {base}, whose weights these were; the queries' own terms may apply.",
         "## Intended use and risks",
@@ -230,6 +140,21 @@ def model_card(origin: Origin) -> str:
         f"away from {away}; its safety was not evaluated. Prompts unlike those above were not "
         "measured.",
     )
+
+
+def _recipe(of: RoundView) -> Aligning:
+    recipe = of.run.recipe
+    assert isinstance(recipe, Aligning)  # others have no rounds
+    return recipe
+
+
+def _method(of: RoundView) -> type[Aligning]:
+    found = next(m for m in METHODS if m.model_fields["method"].default == of.method)
+    assert issubclass(found, Aligning)
+    return found
+
+
+# -- parts ---------------------------------------------------------------------------------------
 
 
 def _page(front: Mapping[str, Any], *parts: str) -> str:
@@ -244,30 +169,59 @@ def _license(given: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": given}
 
 
-def _how(origin: Origin, *about: tuple[str, str], sampling: str | None = None) -> str:
+def _how(of: RoundView, *about: tuple[str, str]) -> str:
+    recipe, method = _recipe(of), _method(of)
+    grown = getattr(recipe.queries, "augment", None) is not None
+    principles = []
+    if issubclass(method, Principled) and isinstance(recipe, Principled):
+        principles = [("Principles", _principles(recipe.principles))]
+    made = "unknown"
+    for stage in of.stages:
+        if stage.kind == "WritePairs":
+            versions = ", ".join(f"{k} {v}" for k, v in stage.versions.items())
+            made = f"{time.strftime('%Y-%m-%d', time.gmtime(stage.began))}, with {versions}"
     return _list(
-        ("Method", _METHODS[origin.method]),
-        ("Iteration", f"{origin.iteration} of {origin.iterations}"),
+        ("Method", f"{of.method}: {str(method.__doc__).splitlines()[0]}"),
+        ("Iteration", f"{of.k} of {recipe.iterations}"),
         *about,
-        ("Principles", origin.principles),
-        ("Sampling", sampling),
-        ("Queries", origin.queries),
-        ("Seed", str(origin.seed)),
-        ("Made", origin.made),
+        *principles,
+        (
+            "Queries",
+            public_name(recipe.queries.path) + (", grown with the policy itself" if grown else ""),
+        ),
+        ("Seed", str(recipe.seed)),
+        ("Made", made),
     )
 
 
-def _list(*items: tuple[str, str | None]) -> str:
-    return "\n".join(f"- {name}: {text}" for name, text in items if text is not None)
+def _principles(settings: PrinciplesConfig) -> str:
+    """Where the principles come from."""
+    own, writer = settings.catalogue, settings.writer
+    texts = f"the texts of the catalogue {public_name(own)}" if own else "the built-in texts"
+    if settings.mode == "fixed":
+        return "fixed: texts given by the author of the run"
+    if settings.mode == "picked":
+        return f"picked: {texts} of the features"
+    by = public_name(writer.model) if writer and writer.model else "the policy"
+    return f"generated: written per query by {by}, {texts} where its answer was unusable"
 
 
-def _settings(values: Mapping[str, Any], *names: str) -> str:
-    return ", ".join(f"{name} {values[name]}" for name in names)
+def _list(*items: tuple[str, str]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in items)
 
 
-def _steps(origin: Origin) -> str:
+def _settings(section: Section, *names: str) -> str:
+    return ", ".join(f"{name} {getattr(section, name)}" for name in names)
+
+
+def _stages(of: RoundView) -> str:
     """Records in and out of each stage that led to the preferences, drops by reason."""
-    rows = [(s.name, f"{s.n_in:,}", f"{s.n_out:,}", _counts(s.dropped)) for s in origin.steps]
+    before = [s for s in of.run.stages if s.kind in ("ReadQueries", "GrowQueries")]
+    rows = [
+        (s.name, f"{s.n_in:,}", f"{s.n_out:,}", _counts(s.dropped))
+        for s in (*before, *of.stages)
+        if s.done and s.step not in ("quality", "policy")
+    ]
     return _table(("stage", "in", "out", "dropped, by reason"), rows)
 
 
@@ -280,23 +234,28 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _quality(origin: Origin) -> str:
-    figures = origin.quality
-    if figures is None:
+def _judge(judge: JudgeConfig) -> str:
+    named = {"oracle": "the testbed's oracle", "human": "people's labels"}
+    own = f"{public_name(judge.model)} ({judge.kind})" if judge.model else judge.kind
+    return named.get(judge.kind, own)
+
+
+def _quality(of: RoundView) -> str:
+    if of.quality is None:
         return "Not measured."
+    figures, judge = of.quality.preferences, _recipe(of).judge
     accuracy = "not measured, since the run had no judge"
-    if origin.judge is not None and figures["accuracy"] is not None:
+    if judge is not None and figures.accuracy is not None:
         accuracy = (
-            f"{figures['accuracy']:.3f} of {figures['pairs']:,} pairs, by {origin.judge} ("
-            f"{_counts(figures['verdicts'])}; first is the chosen answer)"
+            f"{figures.accuracy:.3f} of {figures.pairs:,} pairs, by {_judge(judge)} ("
+            f"{_counts(figures.verdicts or {})}; first is the chosen answer)"
         )
-    policyness, tokens = figures["on_policyness"], figures["tokens"]
-    gap = figures.get("steering_gap")
+    likely, tokens, gap = figures.on_policyness, figures.tokens, figures.steering_gap
     return _list(
         ("Accuracy of the pairs", accuracy),
         (
             "On-policyness (mean probability per token under the policy before training)",
-            f"chosen {policyness['chosen']:.3f}, rejected {policyness['rejected']:.3f}",
+            f"chosen {likely['chosen']:.3f}, rejected {likely['rejected']:.3f}",
         ),
         (
             "Steering gap (nats per token)",
@@ -306,15 +265,15 @@ def _quality(origin: Origin) -> str:
     )
 
 
-def _evaluation(origin: Origin) -> str:
-    if origin.evaluation is None:
+def _evaluation(of: RoundView) -> str:
+    found, label, judge = of.run.evaluation, f"{of.method}/iteration-{of.k}", _recipe(of).judge
+    if found is None or label not in found.models:
         return "Not evaluated."
-    queries, *models = origin.evaluation
     rows = []
-    for name, figures in zip(("start", "this model"), models, strict=True):
-        cells = [figures.get(key) for key in ("score", "win_rate")]
-        shown = [interval(cell, ".3f") if cell else "" for cell in cells]
-        rows.append((name, *shown, f"{figures['tokens']:.1f}"))
-    who = "No judge." if origin.judge is None else f"Judge: {origin.judge}."
+    for name, shown in (("base", "start"), (label, "this model")):
+        figures = found.models[name]
+        cells = [interval(value, ".3f") for value in (figures.score, figures.win_rate)]
+        rows.append((shown, *cells, f"{figures.tokens:.1f}"))
     table = _table(("model", "score", "win rate against the start", "mean tokens"), rows)
-    return f"{queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"
+    who = "No judge." if judge is None else f"Judge: {_judge(judge)}."
+    return f"{found.queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"

@@ -1,8 +1,6 @@
 """A folder to the Hugging Face hub: first said, then done, and only if it was asked for."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +36,11 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
     Raises:
         ConfigError: the folder is absent, empty or a whole run, or the name is none of the hub.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import (
+        HFValidationError,
+        filter_repo_objects,
+        validate_repo_id,
+    )
 
     try:
         validate_repo_id(repo)
@@ -51,9 +53,9 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
             f"{folder} is a whole run. Export what is to be published first: selfsteer export "
             f"{folder} --format parquet --to DIR, or --model --to DIR."
         )
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [(p.relative_to(folder), p.stat().st_size) for p in paths]
-    shown = [(str(n), size) for n, size in names if not any(x.startswith(".") for x in n.parts)]
+    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    names = filter_repo_objects(map(str, paths), ignore_patterns=_HIDDEN)
+    shown = [(name, (folder / name).stat().st_size) for name in names]
     if not shown:
         raise ConfigError(f"{folder} holds no file to publish.")
     model = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
@@ -63,15 +65,15 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
 
 
 def _warnings(folder: Path, model: bool) -> list[str]:
+    from huggingface_hub import metadata_load
+
     card = folder / "README.md"
     if not card.exists():
         return ["there is no README.md; nobody will know what this is or how it was made"]
-    parts = card.read_text("utf-8").split("---\n")
     try:
-        front = yaml.safe_load(parts[1]) if len(parts) > 2 else None
+        known = (metadata_load(card) or {}).get("license")
     except yaml.YAMLError:
-        front = None
-    known = front.get("license") if isinstance(front, dict) else None
+        known = None
     if not model and known in (None, "unknown"):
         return ["the licence of the queries is unknown; find it out before you publish them"]
     return []
@@ -94,69 +96,56 @@ def push(upload: Upload, api: Any = None) -> str:
     """
     from huggingface_hub import HfApi
 
-    hub = HfApi() if api is None else api
-    with _one_paragraph(upload.repo):
-        url = hub.create_repo(
-            upload.repo, private=upload.private, repo_type=upload.kind, exist_ok=True
-        )
+    hub: Any = HfApi() if api is None else api
+    repo = {"repo_id": upload.repo, "repo_type": upload.kind}
+    try:
+        url = hub.create_repo(**repo, private=upload.private, exist_ok=True)
         # the hub leaves an existing repository as public as it is
-        if upload.private and not hub.repo_info(upload.repo, repo_type=upload.kind).private:
+        if upload.private and not hub.repo_info(**repo).private:
             raise ArtifactError(
                 f"{upload.repo} is there already and is public, but --private was given. Make it "
                 "private in its settings or choose another name. Nothing was uploaded."
             )
         hub.upload_folder(
-            repo_id=upload.repo,
-            repo_type=upload.kind,
+            **repo,
             folder_path=upload.folder,
             ignore_patterns=_HIDDEN,
             commit_message="Upload with selfsteer",
         )
+    except ArtifactError:
+        raise
+    except Exception as e:
+        raise _explained(e, upload.repo) from None
     return str(url)
 
 
-@contextmanager
-def _one_paragraph(repo: str) -> Iterator[None]:
+def _explained(error: Exception, repo: str) -> Exception:
+    """Why the hub took nothing and what to do, in one paragraph; other errors as they are."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
     )
 
-    login = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write, then try again"
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except LocalTokenNotFoundError:
-        raise ArtifactError(f"There is no token for the hub. {login}.") from None
-    except OfflineModeIsEnabled:
-        raise ArtifactError(
-            "HF_HUB_OFFLINE is set, so that nothing can be pushed. Unset it and try again."
-        ) from None
-    except HfHubHTTPError as e:
-        status = e.response.status_code if e.response is not None else None
-        what = f"The hub refused to write to {repo} (status {status})"
-        if status in (401, 403):
-            raise ArtifactError(f"{what}: no token, or not one that may. {login}.") from None
-        raise ArtifactError(f"{what}: {' '.join(str(e).split())}. Try again later.") from None
-    except ValueError as e:
-        # above all, what the hub says of the front matter of README.md
-        raise ArtifactError(
-            f"The hub does not take what would go to {repo}: {' '.join(str(e).split())}. Set that "
-            "right, then try again."
-        ) from None
-    except Exception as e:
-        # the client's transport has error classes of its own, which differ between versions
-        if not _is_network(e):
-            raise
+    said = " ".join(str(error).split())
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    # the client's transport has error classes of its own, which differ between versions
+    transport = type(error).__module__.startswith(("httpx", "httpcore"))
+    if isinstance(error, OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and try again."
+    elif isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+        why = (
+            f"The hub refused to write to {repo} (status {status}): no token, or not one that may. "
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write, then try "
+            "again."
+        )
+    elif isinstance(error, HfHubHTTPError):
+        why = f"The hub refused to write to {repo} (status {status}): {said}. Try again later."
+    elif isinstance(error, ValueError):  # above all, what the hub says of the front matter
+        why = f"The hub does not take what would go to {repo}: {said}. Set that right, try again."
+    elif transport or isinstance(error, ConnectionError | TimeoutError):
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise ArtifactError(
-            f"The hub at {host} cannot be reached ({' '.join(str(e).split())}). Check the network "
-            "and HF_ENDPOINT, then try again."
-        ) from None
-
-
-def _is_network(error: BaseException) -> bool:
-    transport = type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
-    return transport or isinstance(error, ConnectionError | TimeoutError)
+        why = f"The hub at {host} cannot be reached ({said}). Check the network and HF_ENDPOINT."
+    else:
+        return error
+    return ArtifactError(why)

@@ -161,6 +161,11 @@ class Aligning(Recipe):
     #: Whether an answer must stand beside each query.
     needs_answers: ClassVar[bool] = False
 
+    #: How the two answers of a pair came about, as a card tells it.
+    pair: ClassVar[str]
+    #: Whether the rejected answers were asked to be bad.
+    bad_on_purpose: ClassVar[bool] = False
+
     @abstractmethod
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         """Plans one round.
@@ -378,6 +383,13 @@ class Principled(Aligning):
     principles: PrinciplesConfig = PrinciplesConfig()
     queries: GrownQueries
     hygiene: PrincipledHygiene = PrincipledHygiene()
+
+    pair: ClassVar[str] = (
+        "The chosen one was written under a good principle and the rejected one under a bad one; "
+        "the principles were then taken away ([Self-Steering Optimization]"
+        "(https://arxiv.org/abs/2410.17131))"
+    )
+    bad_on_purpose: ClassVar[bool] = True
 
     def ask(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
         """Features, p+ and p- for the queries of a round."""

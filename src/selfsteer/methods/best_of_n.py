@@ -1,7 +1,7 @@
 """Best of n: a judge ranks plain answers; the best against the worst."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from selfsteer.methods.base import Plan
 from selfsteer.methods.plain import Plain
@@ -16,6 +16,11 @@ class BestOfN(Plain):
     method: Literal["best-of-n"] = "best-of-n"
     queries: GrownQueries
     ranking: JudgedRanking = JudgedRanking()
+
+    pair: ClassVar[str] = (
+        "Both were written by a model to the prompt alone; of several a judge ranked the chosen "
+        "one first and the rejected one last"
+    )
 
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
         """See `Plain.opposed`."""

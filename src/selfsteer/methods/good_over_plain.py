@@ -4,7 +4,7 @@ The distillation pair of Open Character Training (arXiv 2511.01689), with the po
 teacher and without the paper's KL term: β 0.1, and 0.1 of the NLL of the good answer.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from selfsteer.methods.base import Plan, Principled
 from selfsteer.objectives import BaseLoss, Objective, Term
@@ -21,6 +21,12 @@ class GoodOverPlain(Principled):
 
     method: Literal["good-over-plain"] = "good-over-plain"
     training: PolicyTraining = PolicyTraining()
+
+    pair: ClassVar[str] = (
+        "The chosen one was written under a good principle, which was then taken away, and the "
+        "rejected one to the prompt alone"
+    )
+    bad_on_purpose: ClassVar[bool] = False
 
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         """See `Aligning.round`."""

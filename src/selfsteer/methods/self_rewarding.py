@@ -4,7 +4,7 @@ Less than the paper: it scores one answer at a time and adds seed data for judgi
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from selfsteer.methods.base import Plan
 from selfsteer.methods.best_of_n import answers_must_differ
@@ -20,6 +20,11 @@ class SelfRewarding(Plain):
     method: Literal["self-rewarding"] = "self-rewarding"
     queries: GrownQueries
     ranking: Ranking = Ranking()
+
+    pair: ClassVar[str] = (
+        "Both were written by a model to the prompt alone; of several it ranked the chosen one "
+        "first and the rejected one last itself"
+    )
 
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
         """See `Plain.opposed`."""

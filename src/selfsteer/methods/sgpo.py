@@ -4,7 +4,7 @@ Less than the paper: it trains policy and improver as one model first; here noth
 the rewriting.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,11 @@ class SGPO(Plain):
     queries: GrownQueries
     improver: WriterConfig | None = Field(
         None, description="who rewrites the policy's answers; null: the policy of that iteration"
+    )
+
+    pair: ClassVar[str] = (
+        "The rejected one was written by a model to the prompt alone, the chosen one is what a "
+        "model made of it when asked to write it again, better"
     )
 
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:

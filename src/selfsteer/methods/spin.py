@@ -17,6 +17,9 @@ class SPIN(Plain):
     method: Literal["spin"] = "spin"
 
     needs_answers: ClassVar[bool] = True
+    pair: ClassVar[str] = (
+        "The chosen one came with the prompt, the rejected one was written by a model"
+    )
 
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
         """See `Plain.opposed`."""

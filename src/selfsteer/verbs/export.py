@@ -41,7 +41,6 @@ def export(
 ) -> None:
     """Export a run's preferences, its policy with a card, or its answers to a benchmark."""
     from selfsteer.evaluation.official import FILES
-    from selfsteer.report import summary
 
     if fmt in FILES:
         if model or baseline or iteration is not None or queries_license is not None:
@@ -57,17 +56,15 @@ def export(
         raise ConfigError(
             "--model takes neither --format nor --queries-license: those are for data."
         )
-    found = summary.load(run)
-    k = found["recipe"]["iterations"] if iteration is None else iteration
-    from selfsteer.verbs.exporting import export_model, export_run
+    from selfsteer.verbs.exporting import export_model, export_round
+    from selfsteer.view import RunView
 
+    of = RunView.open(run).round(iteration, baseline=baseline)
     if model:
-        folder = str(export_model(found, k, to, baseline=baseline))
+        folder = str(export_model(of, to))
         emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
-    exported = export_run(
-        found, k, fmt or "trl", to, baseline=baseline, queries_license=queries_license
-    )
+    exported = export_round(of, fmt or "trl", to, queries_license)
     paths = list(map(str, exported.paths))
     result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
     emit(result, as_json, _print)
