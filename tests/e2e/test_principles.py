@@ -98,7 +98,7 @@ def test_what_is_written_can_be_given_to_a_run(tmp_path: Path, here: Here) -> No
     ("text", "said"),
     [
         ('{"id": "a", "principles": {"good": "x"}}\n', "line 1: principles have 'good', 'bad'"),
-        ('{"id": "a", "good": "x", "bad": "y"}\n', "line 1 needs 'id' and 'principles'"),
+        ('{"id": "a", "good": "x", "bad": "y"}\n', "line 1: it needs 'id' and 'principles'"),
         ('{"id": "a", "principles": {"good": "x", "bad": "x"}}\n', "line 1: both principles"),
         ('{"id": "a", "principles": {"good": "x", "bad": "y"}}\n' * 2, "line 2 is the second"),
     ],

@@ -56,16 +56,10 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def at(items: Iterable[T], positions: Iterable[int]) -> Iterator[T]:
     """The items at these positions, which ascend; nothing after the last is read."""
-    wanted = iter(positions)
-    position = next(wanted, None)
-    if position is None:
-        return
-    for i, item in enumerate(items):
-        if i == position:
-            yield item
-            position = next(wanted, None)
-            if position is None:
-                return
+    rest, before = iter(items), -1
+    for position in positions:
+        yield next(islice(rest, position - before - 1, None))
+        before = position
 
 
 def dump_line(record: Record | Mapping[str, Any]) -> str:

@@ -126,8 +126,7 @@ class Catalogue(Section):
         Raises:
             ConfigError: a name is not in the catalogue.
         """
-        for name in more:
-            self[name]
+        self.ordered(tuple(more))
         return self.model_copy(update={"appended": {**self.appended, **more}})
 
     def ordered(self, features: tuple[str, ...]) -> tuple[str, ...]:
@@ -311,10 +310,4 @@ def catalogue_of(settings: PrinciplesConfig) -> Catalogue:
     return found
 
 
-def _built_in() -> Catalogue:
-    found, findings, _ = read(catalogue_text(None))
-    assert found is not None, findings
-    return found
-
-
-BUILT_IN = _built_in()
+BUILT_IN = Catalogue.model_validate(read_yaml(catalogue_text(None)))

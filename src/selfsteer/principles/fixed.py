@@ -1,8 +1,11 @@
 """Principles that the user has fixed: one pair for all queries, or a file by query id."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from selfsteer.data.jsonl import Records, read_jsonl
+from selfsteer.data.files import read_rows
+from selfsteer.data.jsonl import Records
+from selfsteer.data.reading import read
 from selfsteer.data.records import Principles, Query, Triple
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
@@ -50,34 +53,31 @@ class Fixed:
 
 
 def read_fixed(path: str) -> dict[str, Principles]:
-    """Principles by query id: of each line only ``id`` and ``principles`` are read.
+    """Principles by query id: of each row only ``id`` and ``principles`` are read.
 
     Raises:
         DataError: names file and line.
     """
     found: dict[str, Principles] = {}
-    for number, line in read_jsonl(Path(resolve_path(path))):
-        where = f"{path}, line {number}"
-        value = line.get("principles")
-        if not isinstance(line.get("id"), str) or not isinstance(value, dict):
-            raise DataError(
-                f"{where} needs 'id' and 'principles', found the keys "
-                f"{', '.join(line) or '(none)'}. Write "
-                '{"id": "…", "principles": {"good": "…", "bad": "…"}}.'
-            )
-        if line["id"] in found:
-            raise DataError(f"{where} is the second one with the id {line['id']!r}; keep one.")
-        unknown = set(value) - {"good", "bad", "features"}
-        if unknown or not {"good", "bad"} <= set(value):
-            raise DataError(
-                f"{where}: principles have 'good', 'bad' and perhaps 'features', found "
-                f"{', '.join(value) or '(none)'}."
-            )
-        try:
-            principles = Principles(value["good"], value["bad"], value.get("features") or ())
-        except DataError as e:
-            raise DataError(f"{where}: {e}.") from None
-        if principles.good == principles.bad:
-            raise DataError(f"{where}: both principles are the same text.")
-        found[line["id"]] = principles
+    for where, (identity, principles) in read(read_rows(resolve_path(path)), _principles):
+        if identity in found:
+            raise DataError(f"{where} is the second one with the id {identity!r}; keep one.")
+        found[identity] = principles
     return found
+
+
+def _principles(row: Mapping[str, Any]) -> tuple[str, Principles]:
+    identity, value = row.get("id"), row.get("principles")
+    if not isinstance(identity, str) or not isinstance(value, dict):
+        raise DataError(
+            f"it needs 'id' and 'principles', found the keys {', '.join(row) or '(none)'}. Write "
+            '{"id": "…", "principles": {"good": "…", "bad": "…"}}'
+        )
+    if not {"good", "bad"} <= value.keys() <= {"good", "bad", "features"}:
+        raise DataError(
+            "principles have 'good', 'bad' and perhaps 'features', found "
+            f"{', '.join(value) or '(none)'}"
+        )
+    if value["good"] == value["bad"]:
+        raise DataError("both principles are the same text")
+    return identity, Principles(value["good"], value["bad"], value.get("features") or ())

@@ -7,11 +7,10 @@ used has a named outcome.
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from selfsteer.data.curate import words
+from selfsteer.data.curate import jaccard, ngrams, words
 from selfsteer.data.records import Message, Principles, Query
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import PrinciplesConfig
@@ -265,17 +264,13 @@ def overlap(a: str, b: str) -> float:
     >>> overlap("Use few words.", "Use many words.")
     0.5
     """
-    first, second = set(words(a)), set(words(b))
-    return len(first & second) / max(len(first | second), 1)
+    return jaccard(set(words(a)), set(words(b)))
 
 
 def _copied(text: str, examples: int) -> bool:
-    runs = _runs(words(text))
-    return any(runs & _runs(words(t)) for e in EXAMPLES[:examples] for t in (e.good, e.bad))
-
-
-def _runs(found: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(found[i : i + LEAK_WORDS]) for i in range(len(found) - LEAK_WORDS + 1)}
+    shown = (text for e in EXAMPLES[:examples] for text in (e.good, e.bad))
+    runs = {run for text in shown for run in ngrams(words(text), LEAK_WORDS)}
+    return not runs.isdisjoint(ngrams(words(text), LEAK_WORDS))
 
 
 # -- principles ----------------------------------------------------------------------------------
