@@ -209,6 +209,7 @@ def _section_identity(section: BaseModel) -> Any:
     if isinstance(section, Benchmarks):
         from selfsteer.evaluation.harness import harness_identity
 
+        del found["task_folders"]  # they count by content
         found["harness"] = harness_identity(section)
     return found
 

@@ -7,7 +7,7 @@ looks at log-probs and needs plain responses, so only triples pass it.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import compress
 from pathlib import Path
@@ -294,6 +294,9 @@ def even_lengths(
 
 # -- the stages ----------------------------------------------------------------------------------
 
+#: A catalogue counts by the words that lead-ins are made of, whatever its file is called.
+BY_WORDS = {"identity": lambda path: load_catalogue(path).words}
+
 
 @dataclass(frozen=True)
 class FilterTriples(Stage):
@@ -313,7 +316,7 @@ class FilterTriples(Stage):
     policy: Artifact
     hygiene: Hygiene
     filter: Filter | None = None
-    catalogue: str | None = None
+    catalogue: str | None = field(default=None, metadata=BY_WORDS)
     trained_on: bool = False
 
     title = "filter"
@@ -398,7 +401,7 @@ class WritePairs(Stage):
     policy: Artifact
     hygiene: Hygiene
     shard_size: int
-    catalogue: str | None = None
+    catalogue: str | None = field(default=None, metadata=BY_WORDS)
     cleaned: bool = False
     rejected: str = "bad"
 
