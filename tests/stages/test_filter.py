@@ -327,19 +327,6 @@ def test_what_a_recipe_may_say_of_the_filter() -> None:
             recipe(filter=wrong)
 
 
-def test_the_filter_follows_the_method_unless_told() -> None:
-    def planned(method: str, **more: Any) -> Filter | None:
-        stage = stages_of(recipe(method, **more))["iteration-1/filter"]
-        assert isinstance(stage, FilterTriples)
-        return stage.filter
-
-    assert planned("sso") is None
-    assert planned("sso", filter=True) == Filter()
-    assert planned("sso", filter=False) is None
-    assert planned("sso-online") == Filter()
-    assert planned("sso-online", filter=False) is None
-
-
 # -- lengths ---------------------------------------------------------------------------------------
 
 
