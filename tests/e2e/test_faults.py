@@ -137,7 +137,7 @@ def test_a_server_that_dies_leaves_the_shards_so_far(
     ended = ask(here, server, tmp_path, "dies", retries=1)
     fails(ended, 3, "no usable answer to request after request", "http_503", "Finished shards")
     assert KEY not in ended.err
-    shards = sorted(p.name for p in (tmp_path / "dies/iteration-1/samples").glob("*.jsonl"))
+    shards = sorted(p.name for p in (tmp_path / "dies/iteration-1/samples").glob("shard-*.jsonl"))
     assert shards == ["shard-00000.jsonl"]
     server.always = None
     asked = len(server.asked)
@@ -182,7 +182,7 @@ def test_kill_minus_nine_inside_a_shard(
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
     stop, server.always = True, None
-    shards = sorted(p.name for p in (tmp_path / "killed/iteration-1/samples").glob("*.jsonl"))
+    shards = sorted(p.name for p in (tmp_path / "killed/iteration-1/samples").glob("shard-*.jsonl"))
     assert shards == ["shard-00000.jsonl"]
     asked = len(server.asked)
     assert ask(here, server, tmp_path, "killed").code == 0
@@ -247,7 +247,7 @@ def test_the_whole_method_through_servers_that_it_launches(tmp_path: Path, here:
     usage = [json.loads(p.read_bytes()) for p in (tmp_path / "served/usage").iterdir()]
     assert len(usage) == 1
     assert usage[0]["failed"] == {}
-    assert list((tmp_path / "served/logs").iterdir()) == []
+    assert not (tmp_path / "served/logs").exists()
 
 
 def have(*modules: str) -> bool:

@@ -1,15 +1,14 @@
 """What all engines share: the probe, batches, settings."""
 
 import random
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from selfsteer.data.records import Message
 from selfsteer.engines import load
-from selfsteer.engines.base import Completion, Request, check_probe, cut, probe
-from selfsteer.engines.ray import check_room, weights_digest
+from selfsteer.engines.base import Advance, Completion, ProbedEngine, Request, SamplingParams, cut
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge
@@ -18,21 +17,45 @@ from selfsteer.recipe.sections import EngineConfig, JudgeConfig
 # -- the probe ------------------------------------------------------------------------------------
 
 
-def said(*texts: str, reason: str = "stop") -> list[Completion]:
-    """Answers to the probe's first questions, two each."""
-    asked, _ = probe(0.7)
-    return [Completion(r.id, t, reason, 1, 1) for r, t in zip(asked, texts, strict=False)]
+class Scripted(ProbedEngine):
+    who, remedy = "X", "Do Y."
+
+    def __init__(self, *said: tuple[str, str]) -> None:
+        self.said, self.asked = said, list[Request]()
+
+    def _answer(
+        self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
+    ) -> Iterator[Completion]:
+        self.asked += requests
+        self.sampling = sampling
+        for request, (text, reason) in zip(requests[::-1], self.said[::-1], strict=False):
+            yield Completion(request.id, text, reason, 1, 1)
+
+
+def said(*texts: str, reason: str = "stop") -> list[tuple[str, str]]:
+    return [(text, reason) for text in texts]
+
+
+def test_an_engine_is_asked_first_whether_it_samples() -> None:
+    engine = Scripted(*said(*"aabcddee"))
+    assert not engine.asked
+    assert list(engine.generate([], SamplingParams(0.2, 0.8, 9))) == []
+    assert len(engine.asked) == len({r.id for r in engine.asked}) == 8
+    assert [r.messages for r in engine.asked[::2]] == [r.messages for r in engine.asked[1::2]]
+    list(engine.generate([], SamplingParams(0.2)))
+    assert len(engine.asked) == 8, "once is enough"
+    greedy = Scripted(*said(*"aabbccdd"))
+    list(greedy.generate([], SamplingParams(0.0)))
+    assert not greedy.asked, "greedy is what was asked for"
 
 
 def test_a_probe_fails_only_where_every_pair_is_alike() -> None:
-    asked, params = probe(0.2)
-    assert (len(asked), params.temperature, params.top_p) == (8, 1.0, 1.0)
-    assert [r.messages for r in asked[::2]] == [r.messages for r in asked[1::2]]
-    assert len({r.id for r in asked}) == 8
-    check_probe(said("a", "a", "b", "c"), "X", "Y.")
-    check_probe(said("", "", reason="request_failed:x"), "X", "Y.")
-    with pytest.raises(EngineError, match=r"^X ignores temperature: 2 prompts.* Y\.$"):
-        check_probe(said("a", "a", "b", "b")[::-1], "X", "Y.")
+    hot = SamplingParams(0.7)
+    list(Scripted(*said(*"aabcddee")).generate([], hot))
+    list(Scripted(*said(*"aabbccdd", reason="request_failed:x")).generate([], hot))
+    half = Scripted(*said("", "", reason="request_failed:x"), *said(*"bbccdd"))
+    with pytest.raises(EngineError, match=r"^X ignores temperature: 3 prompts.* Do Y\.$"):
+        list(half.generate([], hot))
 
 
 # -- batches --------------------------------------------------------------------------------------
@@ -132,20 +155,6 @@ def test_a_stage_joins_one_cluster() -> None:
     recipe(writer, "sampling.engine={kind: ray, address: auto}")
 
 
-def test_weights_are_told_apart_by_their_files(tmp_path: Path) -> None:
-    assert weights_digest(str(tmp_path)) is None
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"12")
-    first = weights_digest(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"123")
-    assert first != weights_digest(str(tmp_path))
-
-
-def test_gpus_that_nobody_takes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    check_room(EngineConfig(kind="ray"), [{"CPU": 4.0, "GPU": 8.0}])
-    assert "has 8 GPUs and its replicas use none" in capsys.readouterr().err
-
-
 def test_a_judge_answers_in_no_shards() -> None:
     with pytest.raises(ValueError, match="which a judge has none of"):
         JudgeConfig.model_validate({"kind": "chat", "model": "m", "engine": "ray"})
@@ -153,34 +162,6 @@ def test_a_judge_answers_in_no_shards() -> None:
         JudgeConfig.model_validate(
             {"kind": "chat", "model": "m", "engine": "vllm", "batch_size": 3}
         )
-
-
-@pytest.mark.parametrize(
-    ("replicas", "cpus", "gpus", "fits"),
-    [
-        (4, 1, 0, True),
-        (5, 1, 0, False),
-        (3, 1, 1, True),  # two on the first node, one on the second
-        (4, 1, 1, False),
-        (6, 0.5, 0.5, True),
-        (1, 8, 0, False),  # no single node has so many
-        (99, 0, 0, True),
-    ],
-)
-def test_room_is_counted_node_by_node(replicas: int, cpus: float, gpus: float, fits: bool) -> None:
-    nodes = [{"CPU": 3.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}]
-    settings = EngineConfig.model_validate(
-        {
-            "kind": "ray",
-            "replicas": replicas,
-            "resources": {"num_cpus": cpus, "num_gpus": gpus},
-        }
-    )
-    if fits:
-        check_room(settings, nodes)
-        return
-    with pytest.raises(ConfigError, match="have 4 CPUs and 3 GPUs"):
-        check_room(settings, nodes)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "ray"])

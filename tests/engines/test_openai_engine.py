@@ -25,7 +25,8 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.load import Engines
-from selfsteer.engines.openai import OpenAIEngine, Usage, retry_after, status_fault
+from selfsteer.engines.openai import OpenAIEngine, retry_after, status_fault
+from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.judges.base import Pair, load_judge
 from selfsteer.methods import recipe_of
@@ -120,7 +121,7 @@ def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
         server.always = sends(value)
         (found,) = ask(one, GREEDY, 0, CONVERSATIONS[:1])
         assert (found.text, found.finish_reason) == (text, reason)
-    assert dict(one.usage.failed) == {
+    assert as_stored(one.usage.counts)["failed"] == {
         "request_failed:content_filter": 1,
         "request_failed:tool_calls": 1,
     }
@@ -138,9 +139,9 @@ def test_a_fault_that_passes_leaves_no_trace_in_the_answers(
     one = engine(timeout=2 if hangs else 90)
     assert ask(one, GREEDY, 5) == undisturbed
     # a busy machine may be late with other answers too
-    assert one.usage.retried == 3 or (hangs and one.usage.retried > 3)
-    assert one.usage.requests == 12 + one.usage.retried
-    assert not one.usage.failed
+    assert one.usage.counts["retried"] == 3 or (hangs and one.usage.counts["retried"] > 3)
+    assert one.usage.counts["requests"] == 12 + one.usage.counts["retried"]
+    assert not as_stored(one.usage.counts)["failed"]
 
 
 @pytest.mark.parametrize("name", ["http_500", "connection", "0_choices", "invalid_utf8"])
@@ -150,8 +151,8 @@ def test_a_request_that_fails_for_good_says_why(name: str, server: Server, engin
     found = ask(one, GREEDY, 0)
     assert [i for i, c in enumerate(found) if c.missing] == [7]
     assert found[7] == Completion("q7", "", f"{REQUEST_FAILED}:{name}", 0, 0)
-    assert (one.usage.requests, one.usage.retried) == (11 + 3, 2)
-    assert dict(one.usage.failed) == {f"request_failed:{name}": 1}
+    assert (one.usage.counts["requests"], one.usage.counts["retried"]) == (11 + 3, 2)
+    assert as_stored(one.usage.counts)["failed"] == {f"request_failed:{name}": 1}
 
 
 def test_a_dead_server_stops_the_stage(server: Server, engine: Make) -> None:
@@ -220,7 +221,7 @@ def test_a_prompt_that_the_server_calls_too_long(server: Server, engine: Make) -
     one = engine()
     found = ask(one, GREEDY, 0)
     assert found == [Completion(f"q{i}", "", PROMPT_TOO_LONG, 0, 0) for i in range(12)]
-    assert not one.usage.failed
+    assert not as_stored(one.usage.counts)["failed"]
 
 
 def test_a_prompt_without_room_is_not_sent(
@@ -261,7 +262,7 @@ def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_pa
     bounded = engine(max_tokens_total=600)
     with pytest.raises(EngineError, match="max_tokens_total 600"):
         ask(bounded, GREEDY, 0, CONVERSATIONS * 20)
-    used = bounded.usage.prompt_tokens + bounded.usage.completion_tokens
+    used = bounded.usage.counts["prompt_tokens"] + bounded.usage.counts["completion_tokens"]
     assert 350 < used <= 600
     assert bounded.usage.under_way == 0
 
@@ -271,9 +272,9 @@ def test_counts_of_a_run_go_on(engine: Make, tmp_path: Path) -> None:
     ask(engine(Usage(path)), GREEDY, 0, CONVERSATIONS[:3])
     second = Usage(path)
     ask(engine(second), GREEDY, 0, CONVERSATIONS[:2])
-    assert (second.requests, second.prompt_tokens) == (5, 50)
-    assert (second.here()["requests"], second.here()["prompt_tokens"]) == (2, 20)
-    assert Usage(path).counts() == second.counts()
+    assert (second.counts["requests"], second.counts["prompt_tokens"]) == (5, 50)
+    assert (second.here["requests"], second.here["prompt_tokens"]) == (2, 20)
+    assert Usage(path).counts == second.counts
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(
@@ -334,21 +335,21 @@ def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="Nobody answers"):
         again.check()
     again.close()
-    assert list((tmp_path / "logs").iterdir()) == [], "it served well, so nobody needs its log"
+    assert not (tmp_path / "logs").exists(), "it served well, so nobody needs its log"
 
 
 def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:
     broken = f"{sys.executable} -c 'import sys; sys.exit(\"no GPU for {{model}} {{port}}\")'"
-    server = launched(tmp_path, broken)
-    with pytest.raises(EngineError, match=r"exit code 1.*s\.log: no GPU for m \d+"):
+    failed = pytest.raises(EngineError, match=r"exit code 1.*s\.log: no GPU for m \d+")
+    with launched(tmp_path, broken) as server, failed:
         server.wait(120)
-    server.close()
-    server = launched(
-        tmp_path, f"{sys.executable} -c 'import time; time.sleep(60)' {{model}}{{port}}"
-    )
-    with pytest.raises(EngineError, match="did not answer"):
+    assert "no GPU" in server.log.read_text(), "a log that says why is kept"
+    sleeps = f"{sys.executable} -c 'import time; time.sleep(60)' {{model}}{{port}}"
+    with (
+        launched(tmp_path, sleeps) as server,
+        pytest.raises(EngineError, match="did not answer"),
+    ):
         server.wait(0.1)
-    server.close()
     with pytest.raises(ConfigError, match="'no-such-server', which is no program here"):
         launched(tmp_path, "no-such-server {model} {port}")
 
@@ -438,6 +439,9 @@ def test_the_writer_is_a_model_or_an_engine_with_one() -> None:
         "base_url": None,
         "launch": None,
         "extra_body": {},
+        "tensor_parallel": 1,
+        "max_model_len": None,
+        "engine_args": {},
     }
     assert writer({**LAUNCH, "model": "some/model"}).model == "some/model"
     assert writer(HERE).base_url == HERE["base_url"]

@@ -1,19 +1,21 @@
 """Replicas on a cluster of this machine: the texts of one process, batch by batch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
-from selfsteer.engines.ray import Model, RayEngine
 from selfsteer.engines.transformers import TransformersEngine
-from selfsteer.errors import ArtifactError
+from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.load import load_model
-from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading, resolve_path
+from selfsteer.recipe.sections import EngineConfig, Loading, resolve_path
 
-ray = pytest.importorskip("ray", reason="the engine ray needs ray: pip install 'selfsteer[ray]'")
+pytest.importorskip("ray", reason="the engine ray needs ray: pip install 'selfsteer[ray]'")
+
+from selfsteer.engines.ray import RayEngine, check_room, weights_digest
 
 SOURCE = resolve_path("package:selfsteer.testbed/checkpoint")
 LOADING = Loading(device="cpu", threads=1)
@@ -27,7 +29,7 @@ REQUESTS = [Request(f"r{i}", (Message("user", QUESTIONS[i % 3]),), i) for i in r
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[RayEngine]:
-    found = RayEngine(SETTINGS, Model(EngineSettings(), SOURCE, LOADING, 4, True))
+    found = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True)
     yield found
     found.close()
 
@@ -49,7 +51,7 @@ def test_replicas_give_the_texts_of_one_process(engine: RayEngine) -> None:
 def test_two_engines_that_do_not_fit_take_turns(
     engine: RayEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = RayEngine(SETTINGS, engine.model)
+    other = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True)
     expected = answers(engine, REQUESTS[:3], PARAMS)
     assert answers(other, REQUESTS[:3], PARAMS) == expected
     assert engine in RayEngine._with_replicas
@@ -61,7 +63,52 @@ def test_two_engines_that_do_not_fit_take_turns(
 
 
 def test_what_a_replica_cannot_do_is_its_own_error(engine: RayEngine) -> None:
-    lost = RayEngine(SETTINGS, Model(EngineSettings(), "no/such-model", LOADING, 4, True))
+    lost = RayEngine(SETTINGS, "no/such-model", LOADING, 4, at_hand=True)
     with pytest.raises(ArtifactError, match="no/such-model cannot be loaded"):
         answers(lost, REQUESTS[:2], PARAMS)
     lost.close()
+
+
+# -- room and weights ------------------------------------------------------------------------------
+
+
+def test_weights_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    assert weights_digest(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    first = weights_digest(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert first != weights_digest(str(tmp_path))
+
+
+def test_gpus_that_nobody_takes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    check_room(EngineConfig(kind="ray"), [{"CPU": 4.0, "GPU": 8.0}])
+    assert "has 8 GPUs and its replicas use none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cpus", "gpus", "fits"),
+    [
+        (4, 1, 0, True),
+        (5, 1, 0, False),
+        (3, 1, 1, True),  # two on the first node, one on the second
+        (4, 1, 1, False),
+        (6, 0.5, 0.5, True),
+        (1, 8, 0, False),  # no single node has so many
+        (99, 0, 0, True),
+    ],
+)
+def test_room_is_counted_node_by_node(replicas: int, cpus: float, gpus: float, fits: bool) -> None:
+    nodes = [{"CPU": 3.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}]
+    settings = EngineConfig.model_validate(
+        {
+            "kind": "ray",
+            "replicas": replicas,
+            "resources": {"num_cpus": cpus, "num_gpus": gpus},
+        }
+    )
+    if fits:
+        check_room(settings, nodes)
+        return
+    with pytest.raises(ConfigError, match="have 4 CPUs and 3 GPUs"):
+        check_room(settings, nodes)

@@ -10,7 +10,7 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, no_news
-from selfsteer.engines.transformers import TransformersEngine, draw, uniforms
+from selfsteer.engines.transformers import TransformersEngine, draw, streams
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
 from tests.make import FAMILIES, make_checkpoint, make_tokenizer
@@ -290,7 +290,7 @@ DRAWS = 20_000
 
 def frequencies(probabilities: list[float], sampling: SamplingParams) -> list[float]:
     logits = torch.tensor(probabilities).log().repeat(DRAWS, 1) + 3.0
-    tokens = draw(logits, sampling, uniforms(torch.arange(DRAWS), 0))
+    tokens = draw(logits, sampling, streams(range(DRAWS), 1)[:, 0])
     counts = torch.bincount(tokens, minlength=len(probabilities))
     assert int(counts.sum()) == DRAWS
     return counts.tolist()
@@ -335,7 +335,7 @@ def test_draws_follow_the_tempered_nucleus(
 def test_rows_are_drawn_from_their_own_distributions() -> None:
     logits = torch.tensor([[9.0, 0, 0, 0], [0, 0, 0, 9.0], [0, 9.0, 0, 0]])
     for step in range(9):
-        drawn = draw(logits, SamplingParams(0.5, 0.9), uniforms(torch.arange(3), step))
+        drawn = draw(logits, SamplingParams(0.5, 0.9), streams(range(3), 9)[:, step])
         assert drawn.tolist() == [0, 3, 1]
 
 
@@ -344,7 +344,7 @@ def test_a_row_is_drawn_alike_beside_rows_that_need_more_of_the_vocabulary() -> 
     sharp = torch.zeros(1000)
     sharp[100:140] = 9.0
     flat = torch.zeros(1000)
-    sampling, u = SamplingParams(1.0, 0.8), uniforms(torch.arange(64), 0)
+    sampling, u = SamplingParams(1.0, 0.8), streams(range(64), 1)[:, 0]
     alone = draw(sharp.repeat(64, 1), sampling, u)
     both = draw(torch.stack([sharp, flat]).repeat(64, 1), sampling, u.repeat_interleave(2))
     assert both[::2].tolist() == alone.tolist()
@@ -354,14 +354,16 @@ def test_a_row_is_drawn_alike_beside_rows_that_need_more_of_the_vocabulary() -> 
 
 def test_the_ends_of_a_stream_stay_within_the_nucleus() -> None:
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
-    last = torch.tensor([1 - 2.0**-52], dtype=torch.float64)
+    last = torch.tensor([(1 - 2.0**-53) * (1 - 2.0**-52)], dtype=torch.float64)
     for top_p, ends in ((1.0, (0, 3)), (0.65, (1, 2))):
         found = [int(draw(logits, SamplingParams(1.0, top_p), u)) for u in (last * 0, last)]
         assert tuple(found) == ends
 
 
-def test_streams_are_those_of_splitmix64() -> None:
-    """Numbers of the reference implementation for the seed 1234567."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    found = [float(uniforms(torch.tensor([1234567]), step)) for step in range(4)]
-    assert found == [(number >> 12) * 2.0**-52 for number in known]
+def test_a_stream_belongs_to_its_seed() -> None:
+    numbers = streams([3, 2**63 - 1, 3], 4)
+    assert numbers.dtype == torch.float64
+    assert torch.equal(numbers[0], numbers[2])
+    assert not torch.equal(numbers[0], numbers[1])
+    assert torch.equal(streams([3], 9)[0, :4], numbers[0]), "whatever the budget"
+    assert float(numbers.max()) < 1

@@ -1,12 +1,13 @@
 """Answers by id, kept in a file as they come, so that no finished answer is asked for again."""
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from selfsteer.data.jsonl import disk_errors, dump_line, dump_lines, write_atomic
+from selfsteer.data.jsonl import disk_errors, dump_line
 from selfsteer.engines.base import (
     REQUEST_FAILED,
     Advance,
@@ -47,17 +48,18 @@ def answers(
     if found:
         advance(len(found), 0)
     todo = [r for r in requests if r.id not in found]
-    if todo and store is None:
-        found |= {c.id: c for c in engine.generate(todo, sampling, advance)}
-    elif todo and store is not None:
-        write_atomic(store, dump_lines(map(asdict, found.values())))
-        with open(store, "a", encoding="utf-8") as file:
+    if todo:
+        path = store or Path(os.devnull)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        with file:
+            file.write("\n")  # ends a line that a kill cut short
             for answer in engine.generate(todo, sampling, advance):
                 found[answer.id] = answer
                 if not answer.finish_reason.startswith(REQUEST_FAILED):
-                    with disk_errors(store):
+                    with disk_errors(path):
                         file.write(dump_line(asdict(answer)))
-                        file.flush()
     return {r.id: found[r.id] for r in requests}
 
 

@@ -70,58 +70,21 @@ class Completion:
         return self.finish_reason if lost else None
 
 
+def stop_ids(chat: ChatFormat, configured: int | list[int] | None) -> list[int]:
+    """Tokens that end an answer: that of the chat template, and those of the checkpoint."""
+    more = [configured] if isinstance(configured, int) else configured or []
+    return sorted({chat.end_of_turn, *more})
+
+
 def completion(
-    name: str, chat: ChatFormat, stop_ids: Collection[int], prompt_tokens: int, ids: Sequence[int]
+    name: str, chat: ChatFormat, stops: Collection[int], prompt_tokens: int, ids: Sequence[int]
 ) -> Completion:
-    """The answer that sampled tokens make; an end of turn within the budget is its last token."""
-    finished = bool(ids) and ids[-1] in stop_ids
-    text = chat.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-    reason = "stop" if finished else "length"
-    return Completion(name, text.strip(), reason, prompt_tokens, len(ids))
-
-
-#: Asked under two seeds each, hot: an engine that samples cannot answer all of them twice alike.
-PROBES = (
-    "Invent a name for a village and say who lives there.",
-    "Tell me something that surprises you.",
-    "Write the first two sentences of a story.",
-    "Name a few things that you could pack for a journey.",
-)
-PROBE_TOKENS = 32
-
-
-def probe(temperature: float) -> tuple[list[Request], SamplingParams]:
-    """Open questions under two seeds each, and how to ask them; `check_probe` has the verdict."""
-    asked = [
-        Request(f"probe/{i}/{seed}", (Message("user", text),), seed)
-        for i, text in enumerate(PROBES)
-        for seed in (1, 2)
-    ]
-    return asked, SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
-
-
-def check_probe(found: Iterable[Completion], who: str, remedy: str) -> None:
-    """Fails if every question of `probe` got the same answer twice.
-
-    Args:
-        found: the answers to `probe`, in any order.
-        who: the engine, for the message.
-        remedy: what may help, a sentence.
-
-    Raises:
-        EngineError: the temperature is ignored.
-    """
-    texts: dict[str, list[str]] = {}
-    for answer in found:
-        if answer.missing is None:
-            texts.setdefault(answer.id.rpartition("/")[0], []).append(answer.text)
-    pairs = [pair for pair in texts.values() if len(pair) == 2]
-    if pairs and all(first == second for first, second in pairs):
-        raise EngineError(
-            f"{who} ignores temperature: {len(pairs)} prompts, each asked under two seeds, got the "
-            "same answers twice, so good, bad and plain answers would hardly differ. "
-            f"{remedy}"
-        )
+    """The answer that sampled tokens make; it ends with the first token that ends a turn."""
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    if end is None:
+        return Completion(name, text, "length", prompt_tokens, len(ids))
+    return Completion(name, text, "stop", prompt_tokens, end + 1)
 
 
 def cut(requests: Iterable[Request], size: int) -> list[list[Request]]:
@@ -160,3 +123,65 @@ class Engine(Protocol):
             advance: receives (requests, new tokens) as they finish.
         """
         ...
+
+
+#: Asked under two seeds each, hot: an engine that samples cannot answer all of them twice alike.
+PROBES = (
+    "Invent a name for a village and say who lives there.",
+    "Tell me something that surprises you.",
+    "Write the first two sentences of a story.",
+    "Name a few things that you could pack for a journey.",
+)
+PROBE_TOKENS = 32
+
+
+class ProbedEngine:
+    """An engine that schedules requests itself, and is asked first whether it samples at all.
+
+    ``who`` names it in the error that it ignores the temperature, ``remedy`` says what may help.
+    """
+
+    batch_size = None
+    who: str
+    remedy: str
+    _probed = False
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        advance: Advance = no_news,
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`; texts are stripped.
+
+        Raises:
+            EngineError: the temperature is ignored, or the engine failed.
+        """
+        if sampling.temperature > 0 and not self._probed:
+            self._probe(sampling.temperature)
+            self._probed = True
+        yield from self._answer(requests, sampling, advance)
+
+    def _answer(
+        self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
+    ) -> Iterator[Completion]:
+        raise NotImplementedError
+
+    def _probe(self, temperature: float) -> None:
+        asked = [
+            Request(f"{i}/{seed}", (Message("user", text),), seed)
+            for i, text in enumerate(PROBES)
+            for seed in (1, 2)
+        ]
+        hot = SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
+        texts: dict[str, list[str]] = {}
+        for answer in self._answer(asked, hot, no_news):
+            if answer.missing is None:
+                texts.setdefault(answer.id.partition("/")[0], []).append(answer.text)
+        pairs = [pair for pair in texts.values() if len(pair) == 2]
+        if pairs and all(first == second for first, second in pairs):
+            raise EngineError(
+                f"{self.who} ignores temperature: {len(pairs)} prompts, each asked under two "
+                "seeds, got the same answers twice, so good, bad and plain answers would hardly "
+                f"differ. {self.remedy}"
+            )

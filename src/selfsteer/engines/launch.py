@@ -1,4 +1,4 @@
-"""A server of one's own choice, started for one model on loopback and ended with its stage."""
+"""Servers and libraries that start processes of their own, outside of the ranks of a training."""
 
 import os
 import shlex
@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import Self
 
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.terminal import progress_bar, say
@@ -23,24 +22,17 @@ LOOK_EVERY_S = 0.25
 #: Last characters of a server's log that an error shows.
 LOG_TAIL = 400
 
-
-#: Set by `run.ranks.launch` for its ranks: the process id of the one that started them.
-LAUNCHER = "SELFSTEER_LAUNCHER"
-
-#: What a rank inherits from its launcher; servers that it starts must not take themselves for one.
-_OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
-_OF_LAUNCHERS = (LAUNCHER, "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
-
-
-def in_world() -> bool:
-    """Whether this process is one of several ranks, even where the several are one."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+#: Variables that make a process a rank of a launcher's world.
+_OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_"),
+    *("SELFSTEER_LAUNCHER", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
+)
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's environment without what makes it a rank."""
-    theirs = (*_OF_RANKS, *_OF_LAUNCHERS)
-    return {k: v for k, v in os.environ.items() if not in_world() or not k.startswith(theirs)}
+    """This process's environment without what makes it one of several ranks."""
+    in_world = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return {k: v for k, v in os.environ.items() if not in_world or not k.startswith(_OF_RANKS)}
 
 
 @contextmanager
@@ -57,13 +49,6 @@ def out_of_world() -> Iterator[None]:
         os.environ.update(removed)
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def check_command(launch: str) -> None:
     """Fails if the program of a ``launch`` command is not there.
 
@@ -71,17 +56,19 @@ def check_command(launch: str) -> None:
         ConfigError: says which.
     """
     try:
-        words = shlex.split(launch)
+        program = shlex.split(launch)[0]
     except ValueError as e:
         raise ConfigError(f"launch cannot be read as a command ({e}): {launch!r}.") from None
-    if shutil.which(words[0]) is None:
+    if shutil.which(program) is None:
         raise ConfigError(
-            f"launch starts {words[0]!r}, which is no program here. Install it, or give its path."
+            f"launch starts {program!r}, which is no program here. Install it, or give its path."
         )
 
 
 class LaunchedServer:
-    """A server that lives until `close`, or until this process is gone.
+    """A server for one model on loopback; it ends with this block, or with this process.
+
+    The log of a server that served well is removed.
 
     Args:
         launch: the command; ``{model}`` and ``{port}`` are filled in. No shell reads it.
@@ -92,14 +79,15 @@ class LaunchedServer:
 
     def __init__(self, launch: str, model: str, log: Path, hidden: str) -> None:
         check_command(launch)
-        self.log, self.port = log, free_port()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         words = [
             w.replace("{model}", model).replace("{port}", str(self.port))
             for w in shlex.split(launch)
         ]
-        self.name = Path(words[0]).name
-        self.failed = False
+        self.name, self.log, self.failed = Path(words[0]).name, log, False
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
@@ -110,6 +98,19 @@ class LaunchedServer:
                 env={k: v for k, v in plain_environment().items() if k != hidden},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the server
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object = None, *rest: object) -> None:
+        """Ends the server and its children."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        if kind is None and not self.failed:
+            self.log.unlink(missing_ok=True)
+            with suppress(OSError):  # other logs are there
+                self.log.parent.rmdir()
 
     def wait(self, seconds: float) -> None:
         """Returns when the server answers.
@@ -122,10 +123,9 @@ class LaunchedServer:
             while not self._answers():
                 self.check()
                 if time.monotonic() - start > seconds:
-                    self.failed = True
-                    raise EngineError(
+                    raise self._error(
                         f"{self.name} did not answer on port {self.port} within {seconds:g} s. "
-                        f"Raise launch_timeout, or look at its log {self.log}: {self._tail()}"
+                        "Raise launch_timeout, or see"
                     )
                 time.sleep(LOOK_EVERY_S)
                 bar.advance(0)
@@ -139,36 +139,22 @@ class LaunchedServer:
         """
         code = self._process.poll()
         if code is not None:
-            self.failed = True
-            raise EngineError(
-                f"{self.name} ended with exit code {code}; finished shards are kept. See its log "
-                f"{self.log}: {self._tail()}"
-            )
+            said = f"{self.name} ended with exit code {code}; finished answers are kept. See"
+            raise self._error(said)
 
-    def close(self) -> None:
-        """Ends the server and its children."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _tail(self) -> str:
-        text = self.log.read_text("utf-8", errors="replace")[-LOG_TAIL:]
-        return " ".join(text.split()) or "it is empty"
+    def _error(self, said: str) -> EngineError:
+        self.failed = True
+        tail = " ".join(self.log.read_text("utf-8", errors="replace")[-LOG_TAIL:].split())
+        return EngineError(f"{said} its log {self.log}: {tail or 'it is empty'}")
 
     def _answers(self) -> bool:
         # llama.cpp lists its model while it is still loading; only /health says so
         health = self._status("/health")
-        if health in (None, 200, 503):
-            return health == 200
-        return self._status("/v1/models") == 200
+        return health == 200 or (health not in (None, 503) and self._status("/v1/models") == 200)
 
     def _status(self, path: str) -> int | None:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with direct.open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as e:
-            e.close()
-            return e.code
-        except (OSError, HTTPException):
-            return None
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=5)
+        with closing(connection), suppress(OSError, HTTPException):
+            connection.request("GET", path)
+            return connection.getresponse().status
+        return None

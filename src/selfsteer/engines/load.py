@@ -1,8 +1,8 @@
 """From a recipe's settings to an engine: who answers for which model."""
 
 import tempfile
-from collections import Counter
-from contextlib import ExitStack
+from collections import Counter, defaultdict
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 from selfsteer.data.digests import digest
 from selfsteer.engines.base import Engine
 from selfsteer.engines.launch import LaunchedServer, check_command
-from selfsteer.engines.openai import OpenAIEngine, Usage
+from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading, resolve_path
+from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
 from selfsteer.terminal import say
 
 if TYPE_CHECKING:
+    from selfsteer.engines.openai import OpenAIEngine
     from selfsteer.models.load import LoadedModel
 
 
@@ -25,15 +26,13 @@ class Engines:
 
     Args:
         home: folder for counts of requests (``usage/``) and for logs of servers that failed
-            (``logs/``); None: counts are forgotten, logs lie in a temporary folder.
+            (``logs/``); None: counts are forgotten, logs are in a temporary folder.
     """
 
     def __init__(self, home: Path | None) -> None:
         self.home = home
-        self._usage: dict[str, Usage] = {}
-        self._labels: dict[str, str] = {}
         self._made: dict[str, Engine] = {}
-        self._servers: list[LaunchedServer] = []
+        self._usage: dict[str, tuple[str, Usage]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -41,23 +40,12 @@ class Engines:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
     ) -> None:
-        for server in self._servers:
-            server.failed |= kind is not None
-        self.close()
-
-    def close(self) -> None:
-        """Ends what was started, says what was asked; logs of servers that served well go."""
         self._made.clear()  # a model in process leaves memory: a judge's may come next
-        self._stack.close()
-        for server in self._servers:
-            if not server.failed:
-                server.log.unlink(missing_ok=True)
-                if self.home is None:
-                    server.log.parent.rmdir()
+        self._stack.__exit__(kind, error, trace)
         for label, counts in self.asked.items():
             retried = f" ({counts['retried']:,} retried)" if counts["retried"] else ""
             say(
@@ -65,20 +53,17 @@ class Engines:
                 f"{counts['prompt_tokens']:,} tokens in, {counts['completion_tokens']:,} out"
             )
 
+    def close(self) -> None:
+        """Ends what was started and reports what was asked."""
+        self.__exit__()
+
     @property
     def asked(self) -> dict[str, dict[str, Any]]:
         """Server → what this block asked of it, of all its models together."""
-        found: dict[str, dict[str, Any]] = {}
-        for key, usage in self._usage.items():
-            counts, label = usage.here(), self._labels[key]
-            if not counts["requests"]:
-                continue
-            if before := found.get(label):
-                failed = Counter(before["failed"]) + Counter(counts["failed"])
-                counts = {n: v + before[n] for n, v in counts.items() if n != "failed"}
-                counts["failed"] = dict(sorted(failed.items()))
-            found[label] = counts
-        return found
+        found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for label, usage in self._usage.values():
+            found[label] += usage.here
+        return {label: as_stored(counts) for label, counts in found.items() if counts["requests"]}
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -112,7 +97,7 @@ class Engines:
         self,
         settings: EngineSettings,
         source: str,
-        model_settings: Loading,
+        loading: Loading,
         batch_size: int,
         *,
         at_hand: bool = False,
@@ -122,78 +107,62 @@ class Engines:
         Args:
             settings: who answers.
             source: folder or hub id; with ``base_url`` the name that the settings give counts.
-            model_settings: how a model in process is loaded.
+            loading: how a model in process is loaded.
             batch_size: of an engine in process.
             at_hand: whether ``source`` can be read here even if a server answers.
         """
         key = digest([settings.kind, settings.identity, source, batch_size])
         if key not in self._made:
-            self._made[key] = self._make(settings, source, model_settings, batch_size, at_hand)
+            self._made[key] = self._make(settings, source, loading, batch_size, at_hand)
         return self._made[key]
 
     def _make(
-        self,
-        settings: EngineSettings,
-        source: str,
-        model_settings: Loading,
-        batch_size: int,
-        at_hand: bool,
+        self, settings: EngineSettings, source: str, loading: Loading, size: int, at_hand: bool
     ) -> Engine:
         check_installed(settings)
         if settings.kind == "transformers":
             from selfsteer.engines.transformers import TransformersEngine
             from selfsteer.models.load import load_model
 
-            loaded = load_model(source, model_settings, inference=True)
-            return TransformersEngine(loaded, batch_size)
+            return TransformersEngine(load_model(source, loading, inference=True), size)
+        engine: Any
         if settings.kind == "vllm":
             from selfsteer.engines.vllm import VllmEngine
 
-            here = VllmEngine(settings, source, model_settings)
-            self._stack.callback(here.close)
-            return here
-        if isinstance(settings, EngineConfig) and settings.kind == "ray":
-            from selfsteer.engines.ray import Model, RayEngine
+            engine = VllmEngine(settings, source, loading)
+        elif isinstance(settings, EngineConfig) and settings.kind == "ray":
+            from selfsteer.engines.ray import RayEngine
 
-            if Path(source).is_dir():  # replicas work elsewhere
-                source = str(Path(source).absolute())
-            model = Model(settings.answering, source, model_settings, batch_size, at_hand)
-            there = RayEngine(settings, model)
-            self._stack.callback(there.close)
-            return there
-        local = {}
-        if at_hand:
+            engine = RayEngine(settings, source, loading, size, at_hand=at_hand)
+        else:
+            engine = self._server(settings, source, loading if at_hand else None)
+        self._stack.callback(engine.close)
+        made: Engine = engine
+        return made
+
+    def _server(
+        self, settings: EngineSettings, source: str, loading: Loading | None
+    ) -> "OpenAIEngine":
+        """Asks a server; its prompts are checked here where the model can be loaded."""
+        from selfsteer.engines.openai import OpenAIEngine
+
+        name = digest(settings.identity)
+        label = settings.base_url or str(settings.launch).split()[0]
+        path = self.home / "usage" / f"{name}.json" if self.home else None
+        _, usage = self._usage.setdefault(name, (label, Usage(path)))
+        model, base_url, local = settings.model or "", settings.base_url or "", dict[str, Any]()
+        if settings.launch is not None:
+            logs = self.home / "logs" if self.home else Path(tempfile.mkdtemp(prefix="selfsteer-"))
+            log = logs / f"server-{name}-{len(self._made)}.log"
+            server = LaunchedServer(settings.launch, source, log, hidden=settings.api_key_env)
+            self._stack.enter_context(server).wait(settings.launch_timeout)
+            model, base_url, local = source, server.base_url, {"server": server}
+        if loading is not None:
             from selfsteer.models.load import load_chat, load_context_length
 
-            local = {
-                "chat": load_chat(source, model_settings),
-                "context_length": load_context_length(source, model_settings),
-            }
-        return self._server(settings, source, local)
-
-    def _server(self, settings: EngineSettings, source: str, local: dict[str, Any]) -> OpenAIEngine:
-        name = digest(settings.identity)
-        if name not in self._usage:
-            path = self.home / "usage" / f"{name}.json" if self.home else None
-            self._usage[name] = Usage(path)
-            self._labels[name] = settings.base_url or str(settings.launch).split()[0]
-        usage, server = self._usage[name], None
-        model, base_url = settings.model, settings.base_url
-        if settings.launch is not None:
-            folder = (
-                self.home / "logs" if self.home else Path(tempfile.mkdtemp(prefix="selfsteer-"))
-            )
-            log = folder / f"server-{name}-{len(self._servers)}.log"
-            server = LaunchedServer(settings.launch, source, log, hidden=settings.api_key_env)
-            self._servers.append(server)
-            model, base_url = source, server.base_url
-            self._stack.callback(server.close)
-            server.wait(settings.launch_timeout)
-        assert model is not None
-        assert base_url is not None
-        engine = OpenAIEngine(settings, model, base_url, usage, server=server, **local)
-        self._stack.callback(engine.close)
-        return engine
+            local["chat"] = load_chat(source, loading)
+            local["context_length"] = load_context_length(source, loading)
+        return OpenAIEngine(settings, model, base_url, usage, **local)
 
 
 def check_installed(settings: EngineSettings) -> None:
@@ -224,21 +193,11 @@ def check_engine(settings: EngineSettings) -> None:
         check_cluster(settings)
         if settings.address is None:  # replicas of a cluster have what is installed there
             check_engine(settings.answering)
-        return
-    if settings.kind in ("transformers", "vllm"):
-        return
-    if settings.launch is not None:
+    elif settings.launch is not None:
         check_command(settings.launch)
-        return
-    assert settings.base_url is not None
-    engine = OpenAIEngine(settings, settings.model or "", settings.base_url, Usage())
-    try:
-        engine.check()
-    finally:
-        engine.close()
+    elif settings.base_url is not None:
+        from selfsteer.engines.openai import OpenAIEngine
 
-
-def writer_source(writer: EngineConfig) -> str:
-    """Folder, hub id or server's name of the model that writes."""
-    assert writer.model is not None
-    return writer.model if writer.base_url else resolve_path(writer.model)
+        engine = OpenAIEngine(settings, settings.model or "", settings.base_url, Usage())
+        with closing(engine):
+            engine.check()

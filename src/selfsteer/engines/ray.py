@@ -8,19 +8,30 @@ able to read the weights itself.
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ray
+from ray.util.actor_pool import ActorPool
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from selfsteer.data.digests import digest
-from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, cut, no_news
+from selfsteer.engines.base import (
+    Advance,
+    Completion,
+    Engine,
+    Request,
+    SamplingParams,
+    cut,
+    no_news,
+)
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, SelfsteerError
-from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
+from selfsteer.recipe.sections import EngineConfig, Loading
 from selfsteer.terminal import say, warn
 
 #: Deaths of one replica, or of whatever it answers, after which the stage stops.
@@ -32,40 +43,25 @@ SHARE = 1024
 #: Seconds that a node may take to say whether it can read the weights.
 NODE_TIMEOUT_S = 120.0
 
-#: Said for us where the user did not: Ray keeps quiet, and sends no statistics.
-ENVIRONMENT = {
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a replica loads: see `Engines.get`."""
-
-    settings: EngineSettings
-    source: str
-    model_settings: Loading
-    batch_size: int
-    at_hand: bool
-
 
 class Replica:
-    """Lives on a node and answers one batch after the other; a Ray actor."""
+    """Lives on a node and answers one batch after the other; a Ray actor.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: what `Engines.get` makes its engine of.
+    """
+
+    def __init__(self, **model: Any) -> None:
         self.model = model
-        self._engine: Any = None
+
+    @cached_property
+    def _engine(self) -> Engine:
+        from selfsteer.engines.load import Engines
+
+        return Engines(None).get(**self.model)
 
     def answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
         """All answers to a batch; the model is loaded before the first one."""
-        from selfsteer.engines.load import Engines
-
-        if self._engine is None:
-            m = self.model
-            self._engine = Engines(None).get(
-                m.settings, m.source, m.model_settings, m.batch_size, at_hand=m.at_hand
-            )
         return list(self._engine.generate(batch, sampling))
 
 
@@ -77,7 +73,10 @@ class RayEngine:
 
     Args:
         settings: of kind ``ray``.
-        model: what each replica loads; a folder must be there on every node.
+        source: folder or hub id; a folder must be there on every node.
+        loading: how each replica loads it.
+        batch_size: of replicas in process.
+        at_hand: whether ``source`` can be read even if the replicas launch servers.
 
     Raises:
         ConfigError: the cluster has no room for the replicas.
@@ -87,41 +86,45 @@ class RayEngine:
 
     _with_replicas: ClassVar[list["RayEngine"]] = []
 
-    def __init__(self, settings: EngineConfig, model: Model) -> None:
-        self.settings, self.model = settings, model
-        self.batch_size = model.batch_size if model.settings.kind == "transformers" else None
+    def __init__(
+        self,
+        settings: EngineConfig,
+        source: str,
+        loading: Loading,
+        batch_size: int,
+        *,
+        at_hand: bool,
+    ) -> None:
+        self.settings, answering = settings, settings.answering
+        self.batch_size = batch_size if answering.kind == "transformers" else None
+        source = str(Path(source).absolute()) if Path(source).is_dir() else source
+        self.model = {"settings": answering, "source": source, "loading": loading}
+        self.model |= {"batch_size": batch_size, "at_hand": at_hand}
         self._pool: Any = None
-        self._ours = connect(settings)
-        try:
-            check_room(settings, resources())
-            check_nodes(model.source)
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack:
+            if connect(settings):
+                stack.callback(ray.shutdown)
+            check_room(settings, [node["Resources"] for node in alive()])
+            check_nodes(source)
+            self._leave = stack.pop_all()
 
     def close(self) -> None:
         """Ends the replicas and leaves the cluster; one of our own ends."""
-        import ray
-
         self._dismiss()
-        if self._ours:
-            ray.shutdown()
+        self._leave.close()
 
     def _dismiss(self) -> None:
         self._pool = None  # actors end when nothing refers to them
-        if self in self._with_replicas:
+        with suppress(ValueError):
             self._with_replicas.remove(self)
 
     def _replicas(self) -> Any:
         """The pool of replicas, started when they are first needed."""
         if self._pool is None:
-            import ray
-            from ray.util.actor_pool import ActorPool
-
             need, others = self.settings.resources, list(self._with_replicas)
             wanted = sum(e.settings.replicas for e in (self, *others))
-            alike = all(e.settings.resources == need for e in others)
-            if not alike or room(self.settings, resources()) < wanted:
+            fitting = room(self.settings, [node["Resources"] for node in alive()])
+            if fitting < wanted or any(e.settings.resources != need for e in others):
                 for engine in others:
                     engine._dismiss()
             replica = ray.remote(Replica).options(
@@ -130,9 +133,8 @@ class RayEngine:
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            self._pool = ActorPool(
-                [replica.remote(self.model) for _ in range(self.settings.replicas)]
-            )
+            made = [replica.remote(**self.model) for _ in range(self.settings.replicas)]
+            self._pool = ActorPool(made)
             self._with_replicas.append(self)
         return self._pool
 
@@ -147,8 +149,6 @@ class RayEngine:
         Raises:
             SelfsteerError: what a replica could not do, or that one of them died again and again.
         """
-        import ray
-
         share = min(SHARE, max(math.ceil(len(requests) / self.settings.replicas), 1))
         batches = cut(requests, self.batch_size or share)
         try:
@@ -161,10 +161,10 @@ class RayEngine:
             cause = getattr(e, "cause", None)
             if isinstance(cause, SelfsteerError):
                 raise cause from None
-            lines = str(e).strip().splitlines() or [type(e).__name__]
+            last = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
             raise EngineError(
-                f"A replica on the Ray cluster failed: {lines[-1].strip()}. Finished answers are "
-                "kept; fix the cause (Ray's own logs say more), then run the same command again."
+                f"A replica on the Ray cluster failed: {last}. Finished answers are kept; fix the "
+                "cause (Ray's own logs say more), then run the same command again."
             ) from e
 
 
@@ -174,20 +174,18 @@ def connect(settings: EngineConfig) -> bool:
     Raises:
         EngineError: there is none at ``address``.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
     if ray.is_initialized():
         return False
-    start = time.monotonic()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if settings.address is None:
-        options["include_dashboard"] = False
+    start, here = time.monotonic(), {} if settings.address else {"include_dashboard": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        # "local", because nothing would look for a cluster in the environment
-        with hushed(), out_of_world():
-            ray.init(settings.address or "local", **options)
+        with out_of_world():
+            ray.init(
+                settings.address or "local",  # no address would look for one in the environment
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **here,
+            )
     except (ConnectionError, ValueError, RuntimeError, OSError) as e:
         raise EngineError(
             f"There is no Ray cluster at {settings.address or 'this machine'} "
@@ -197,20 +195,6 @@ def connect(settings: EngineConfig) -> bool:
     n = len(alive())
     say(f"  ray: {n} node{'s' if n > 1 else ''} after {time.monotonic() - start:.0f} s")
     return True
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keeps what C++ code prints while it starts off the terminal; Python's errors are raised."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def check_cluster(settings: EngineConfig) -> None:
@@ -223,24 +207,15 @@ def check_cluster(settings: EngineConfig) -> None:
         return
     ours = connect(settings)
     try:
-        check_room(settings, resources())
+        check_room(settings, [node["Resources"] for node in alive()])
     finally:
         if ours:
-            import ray
-
             ray.shutdown()
 
 
 def alive() -> list[dict[str, Any]]:
     """The cluster's nodes that are up."""
-    import ray
-
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def resources() -> list[dict[str, float]]:
-    """What each node has, by Ray's names."""
-    return [node["Resources"] for node in alive()]
 
 
 def room(settings: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> float:
@@ -297,28 +272,21 @@ def check_nodes(source: str) -> None:
     Raises:
         ArtifactError: names the node.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     wanted, nodes = weights_digest(source), alive()
     if wanted is None or [n["NodeManagerHostname"] for n in nodes] == [os.uname().nodename]:
         return
     look = ray.remote(weights_digest).options(num_cpus=0)
-    asked = [
-        look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(source)
-        for node in nodes
-    ]
-    for node, reference in zip(nodes, asked, strict=True):
-        said: Any = "did not answer"
-        with suppress(ray.exceptions.RayError):
-            said = ray.get(reference, timeout=NODE_TIMEOUT_S)
-        if said != wanted:
-            found = {None: "has no such folder"}.get(said, "holds something else there")
-            found = said if said == "did not answer" else found
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        try:
+            asked = look.options(scheduling_strategy=there).remote(source)
+            found = ray.get(asked, timeout=NODE_TIMEOUT_S)
+            fault = "holds something else there" if found else "has no such folder"
+        except ray.exceptions.RayError:
+            found, fault = None, "did not answer"
+        if found != wanted:
             raise ArtifactError(
-                f"Ray's node {node['NodeManagerHostname']} cannot load {source}: it {found}. Each "
+                f"Ray's node {node['NodeManagerHostname']} cannot load {source}: it {fault}. Each "
                 "replica loads the weights itself: keep runs_dir and the model on a file system "
                 "that all nodes share, or give a hub id."
             )

@@ -5,9 +5,10 @@ batch and its cache. Stateful caches (state-space models) cannot give up rows, s
 through ``generate()``. Each row draws from the random stream of its own request.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
@@ -22,6 +23,7 @@ from selfsteer.engines.base import (
     completion,
     cut,
     no_news,
+    stop_ids,
 )
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import keeps_part
@@ -71,13 +73,9 @@ class TransformersEngine:
     """Answers with a model that is already in memory."""
 
     def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
-        self.loaded = loaded
-        self.batch_size = batch_size
-        stops = {loaded.chat.end_of_turn}
+        self.loaded, self.batch_size = loaded, batch_size
         configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-        if configured is not None:
-            stops |= set(configured if isinstance(configured, list) else [configured])
-        self.stop_ids = sorted(stops)
+        self.stop_ids = stop_ids(loaded.chat, configured)
 
     def generate(
         self,
@@ -98,43 +96,48 @@ class TransformersEngine:
         prompts = [chat.prompt_ids(r.messages) for r in batch]
         fits = [limit is None or len(p) + sampling.max_new_tokens <= limit for p in prompts]
         chosen = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        seeds = [wrapped(r.seed) for r, fit in zip(batch, fits, strict=True) if fit]
-        was_training = model.training
-        model.eval()
-        decode = self._generate if getattr(model, "_is_stateful", False) else self._decode
-        try:
-            with self.loaded.precision():
-                streams = torch.tensor(seeds, dtype=torch.int64, device=self.loaded.device)
-                decoded = iter(decode(chosen, sampling, streams) if chosen else [])
-        finally:
-            model.train(was_training)
+        seeds = [r.seed for r, fit in zip(batch, fits, strict=True) if fit]
+        drawn: Iterator[list[int]] = iter(())
+        if chosen:
+            was_training = model.training
+            model.eval()
+            try:
+                with self.loaded.precision():
+                    drawn = iter(self._decode(chosen, sampling, seeds).tolist())
+            finally:
+                model.train(was_training)
         return [
-            completion(r.id, chat, self.stop_ids, len(p), next(decoded))
+            completion(r.id, chat, self.stop_ids, len(p), next(drawn))
             if fit
             else Completion(r.id, "", PROMPT_TOO_LONG, len(p), 0)
             for r, p, fit in zip(batch, prompts, fits, strict=True)
         ]
 
-    def _left_pad(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, prompts))
-        pad = self.stop_ids[0]
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        return ids.to(self.loaded.device), mask.to(self.loaded.device)
-
     def _decode(
-        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, seeds_B: Tensor
-    ) -> list[list[int]]:
-        """Token ids of each answer, the stop token included where one was sampled."""
-        model = self.loaded.model
-        ids, mask = self._left_pad(prompts)
+        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, seeds: list[int]
+    ) -> Tensor:
+        """Sampled ids, a row per prompt; what follows a row's first stop token means nothing."""
+        width, pad, device = max(map(len, prompts)), self.stop_ids[0], self.loaded.device
+        left = [width - len(p) for p in prompts]
+        ids = torch.tensor([[pad] * n + [*p] for n, p in zip(left, prompts, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in left])
+        numbers_BT = streams(seeds, sampling.max_new_tokens).to(device)
+        stateful = getattr(self.loaded.model, "_is_stateful", False)
+        decode = self._whole_batch if stateful else self._shrinking_batch
+        return decode(ids.to(device), mask.to(device), sampling, numbers_BT)
+
+    def _shrinking_batch(
+        self, ids: Tensor, mask: Tensor, sampling: SamplingParams, numbers_BT: Tensor
+    ) -> Tensor:
+        """Rows that have ended leave the batch and its cache."""
+        model, size = self.loaded.model, len(ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache: Any = DynamicCache(config=model.config)
         cache.layers = [RoomyLayer() if type(c) is DynamicLayer else c for c in cache.layers]
         stops = torch.tensor(self.stop_ids, device=ids.device)
-        rows = torch.arange(len(prompts), device=ids.device)  # which prompt each batch row answers
-        alive = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
-        steps: list[tuple[Tensor, Tensor]] = []
+        rows = torch.arange(size, device=ids.device)  # which prompt each batch row answers
+        alive = torch.ones(size, dtype=torch.bool, device=ids.device)
+        drawn = torch.full((size, sampling.max_new_tokens), self.stop_ids[0], device=ids.device)
         last_only = {"logits_to_keep": 1} if keeps_part(model) else {}
         for step in range(sampling.max_new_tokens):
             logits = model(
@@ -145,8 +148,8 @@ class TransformersEngine:
                 use_cache=True,
                 **last_only,
             ).logits[:, -1]
-            token = draw(logits.float(), sampling, uniforms(seeds_B, step))
-            steps.append((rows[alive], token[alive]))
+            token = draw(logits.float(), sampling, numbers_BT[rows, step])
+            drawn[rows, step] = token
             alive = alive & ~torch.isin(token, stops)
             living = int(alive.sum())
             if living == 0 or step + 1 == sampling.max_new_tokens:
@@ -155,25 +158,21 @@ class TransformersEngine:
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
-                alive, seeds_B = alive[keep], seeds_B[keep]
+                alive = alive[keep]
             ids = token.unsqueeze(1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
-        answers: list[list[int]] = [[] for _ in prompts]
-        for row, token in steps:
-            for r, t in zip(row.tolist(), token.tolist(), strict=True):
-                answers[r].append(t)
-        return answers
+        return drawn
 
-    def _generate(
-        self, prompts: list[tuple[int, ...]], sampling: SamplingParams, seeds_B: Tensor
-    ) -> list[list[int]]:
-        ids, mask = self._left_pad(prompts)
+    def _whole_batch(
+        self, ids: Tensor, mask: Tensor, sampling: SamplingParams, numbers_BT: Tensor
+    ) -> Tensor:
+        """Through generate() of transformers, which draws as we say."""
         width = ids.shape[1]
 
         def only_the_drawn(so_far: Tensor, logits_BV: Tensor) -> Tensor:
             step = so_far.shape[1] - width
-            token_B = draw(logits_BV.float(), sampling, uniforms(seeds_B, step))
+            token_B = draw(logits_BV.float(), sampling, numbers_BT[:, step])
             return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B.unsqueeze(1), 0.0)
 
         config = GenerationConfig(
@@ -188,34 +187,15 @@ class TransformersEngine:
             generation_config=config,
             logits_processor=LogitsProcessorList([only_the_drawn]),
         )
-        answers = []
-        for row in full[:, width:].tolist():
-            end = next((i for i, t in enumerate(row) if t in self.stop_ids), len(row) - 1)
-            answers.append(row[: end + 1])
-        return answers
+        drawn: Tensor = full[:, width:]
+        return drawn
 
 
-def wrapped(value: int) -> int:
-    """The signed 64-bit integer with the low 64 bits of ``value``."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def uniforms(seeds_B: Tensor, step: int) -> Tensor:
-    """The number at ``step`` of each seed's stream, uniform in [0, 1); float64, shape (B,).
-
-    SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195): its n-th number is a
-    function of seed and n, so rows can be drawn together and leave a batch without any state.
-    """
-    bits = seeds_B + wrapped((step + 1) * 0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ _shifted(bits, shift)) * wrapped(factor)
-    # 52 bits: the product with any mass rounds to less than that mass
-    return _shifted(bits ^ _shifted(bits, 31), 12).double() * 2.0**-52
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's keeps the sign."""
-    return (bits >> by) & (2 ** (64 - by) - 1)
+def streams(seeds: Iterable[int], length: int) -> Tensor:
+    """The first numbers of each seed's stream, uniform in [0, 1); float64, shape (B, length)."""
+    numbers = np.stack([np.random.default_rng(seed).random(length) for seed in seeds])
+    # the product of any mass and a number rounds to less than that mass
+    return torch.from_numpy(numbers * (1 - 2.0**-52))
 
 
 def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
     Completion,
+    ProbedEngine,
     Request,
     SamplingParams,
-    check_probe,
     completion,
-    no_news,
-    probe,
+    stop_ids,
 )
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import EngineError
@@ -33,33 +32,40 @@ from selfsteer.terminal import say
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
-class VllmEngine:
+class VllmEngine(ProbedEngine):
     """Answers with a model that vLLM loads.
 
     Args:
         settings: of kind ``vllm``.
         source: folder or hub id.
-        model_settings: precision and permissions; vLLM itself knows where it runs.
+        loading: precision and permissions; vLLM itself knows where it runs.
 
     Raises:
         ArtifactError: the tokenizer or the config cannot be read.
         EngineError: vLLM cannot load the model.
     """
 
-    batch_size = None
+    who = "vLLM"
+    remedy = "See what sampling.engine.engine_args does to it."
 
-    def __init__(self, settings: EngineSettings, source: str, model_settings: Loading) -> None:
-        self.chat = load_chat(source, model_settings)
-        self.context_length = settings.max_model_len or load_context_length(source, model_settings)
-        self.stop_ids = sorted({self.chat.end_of_turn, *configured_stops(source, model_settings)})
-        self._probed, self._number = False, count()
+    def __init__(self, settings: EngineSettings, source: str, loading: Loading) -> None:
+        self.chat = load_chat(source, loading)
+        self.context_length = settings.max_model_len or load_context_length(source, loading)
+        try:
+            configured = GenerationConfig.from_pretrained(source).eos_token_id
+        except OSError:
+            code = loading.trust_remote_code
+            config = AutoConfig.from_pretrained(source, trust_remote_code=code)
+            configured = config.get_text_config().eos_token_id
+        self.stop_ids = stop_ids(self.chat, configured)
+        self._number = count()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         start = time.monotonic()
         import vllm
         from vllm.platforms import current_platform
 
-        dtype = model_settings.dtype
+        dtype = loading.dtype
         if dtype == "auto":
             dtype = "float32" if current_platform.is_cpu() else "bfloat16"
         try:
@@ -68,8 +74,8 @@ class VllmEngine:
                     model=source,
                     dtype=dtype,
                     seed=0,  # each request brings its own
-                    trust_remote_code=model_settings.trust_remote_code,
-                    load_format="auto" if model_settings.allow_pickle else "safetensors",
+                    trust_remote_code=loading.trust_remote_code,
+                    load_format="auto" if loading.allow_pickle else "safetensors",
                     tensor_parallel_size=settings.tensor_parallel,
                     gpu_memory_utilization=settings.memory,
                     max_model_len=settings.max_model_len,
@@ -89,23 +95,6 @@ class VllmEngine:
         """Ends vLLM's processes, and with them the memory that they hold."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        advance: Advance = no_news,
-    ) -> Iterator[Completion]:
-        """See `Engine.generate`; texts are stripped.
-
-        Raises:
-            EngineError: vLLM failed, or ignores the temperature.
-        """
-        if sampling.temperature > 0 and not self._probed:
-            found = self._answer(*probe(sampling.temperature), no_news)
-            check_probe(found, "vLLM", "See what sampling.engine.engine_args does to it.")
-            self._probed = True
-        yield from self._answer(requests, sampling, advance)
 
     def _answer(
         self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
@@ -148,15 +137,3 @@ class VllmEngine:
                     ids = list(answer.outputs[0].token_ids)
                     advance(1, len(ids))
                     yield completion(name, self.chat, self.stop_ids, prompt_tokens, ids)
-
-
-def configured_stops(source: str, settings: Loading) -> list[int]:
-    """The end tokens of a checkpoint's generation config, else of its config."""
-    try:
-        found = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-        found = config.get_text_config().eos_token_id
-    if found is None:
-        return []
-    return list(found) if isinstance(found, list) else [found]

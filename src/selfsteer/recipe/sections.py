@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from selfsteer.errors import ConfigError
 from selfsteer.objectives import BaseName, ObjectiveName, Weighting
@@ -85,6 +86,7 @@ def _f(
     *,
     costs_only: bool = False,
     content: Literal["file", "model"] | None = None,
+    kind: str | None = None,
     **bounds: Any,
 ) -> Any:
     """A field.
@@ -94,10 +96,18 @@ def _f(
         description: with the source of the default.
         costs_only: it bears on time, memory or disk and on no result.
         content: it names a file (or folder), or a model, whose content bears on results.
+        kind: it is a setting of this ``kind`` of section only; its description begins with that.
         bounds: what values are allowed.
     """
-    extra: Any = {"costs_only": costs_only, "content": content}
-    return Field(default, description=description, json_schema_extra=extra, **bounds)
+    extra: Any = {"costs_only": costs_only, "content": content, "kind": kind}
+    text = f"{kind}: {description}" if kind else description
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+def mark(field: FieldInfo, name: str) -> Any:
+    """What a field was declared with: ``costs_only``, ``content`` or ``kind``."""
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None
 
 
 class Lora(Section):
@@ -143,42 +153,15 @@ class ReplicaResources(Section):
     num_gpus: float = _f(0, "GPUs; 0.5 puts two replicas on one", ge=0)
 
 
-#: The settings of each kind of engine, ``kind`` and ``model`` aside.
-_ENGINE_KEYS: dict[str, set[str]] = {
-    "transformers": set(),
-    "vllm": {"memory", "tensor_parallel", "max_model_len", "engine_args"},
-    "openai": {
-        "base_url",
-        "launch",
-        "launch_timeout",
-        "api_key_env",
-        "concurrency",
-        "retries",
-        "backoff",
-        "timeout",
-        "max_requests",
-        "max_tokens_total",
-        "extra_body",
-    },
-    "ray": {"replicas", "resources", "address", "replica"},
-}
-
 #: Arguments of vllm.LLM that come from elsewhere in the recipe.
-_VLLM_OWN = frozenset(
-    (
-        "model",
-        "dtype",
-        "seed",
-        "trust_remote_code",
-        "load_format",
-        "tensor_parallel_size",
-        "gpu_memory_utilization",
-        "max_model_len",
-        "enable_prefix_caching",
-        "generation_config",
-        "max_logprobs",
-    )
+_VLLM_OWN = (
+    *("model", "dtype", "seed", "trust_remote_code", "load_format", "tensor_parallel_size"),
+    *("gpu_memory_utilization", "max_model_len", "enable_prefix_caching", "generation_config"),
+    "max_logprobs",
 )
+
+#: Fields of a request that come from elsewhere in the recipe.
+_SENT = ("model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream")
 
 
 class EngineSettings(Section):
@@ -189,32 +172,49 @@ class EngineSettings(Section):
         "transformers, vllm: in process; openai: a server, yours or hosted; ray: a cluster",
     )
     model: str | None = _f(None, "openai without launch: what the server calls its model")
-    base_url: str | None = _f(None, "openai: address of a server that runs, up to /v1")
+    base_url: str | None = _f(None, "address of a server that runs, up to /v1", kind="openai")
     launch: str | None = _f(
-        None, "openai: command that serves a model, with {model} and {port}; started per model"
+        None, "command that serves a model, with {model} and {port}; started per model",
+        kind="openai",
+    )  # fmt: skip
+    launch_timeout: float = _f(
+        900, "seconds until a launched server must answer", kind="openai", costs_only=True, gt=0
     )
-    launch_timeout: float = _f(900, "openai: seconds until a launched server must answer", gt=0)
     api_key_env: str = _f(
-        "OPENAI_API_KEY", "openai: environment variable with the key; unset: no key"
+        "OPENAI_API_KEY", "environment variable with the key; unset: no key",
+        kind="openai", costs_only=True,
+    )  # fmt: skip
+    concurrency: int = _f(32, "requests under way at once", kind="openai", costs_only=True, gt=0)
+    retries: int = _f(
+        6, "tries of a request after the first one", kind="openai", costs_only=True, ge=0
     )
-    concurrency: int = _f(32, "openai: requests under way at once", gt=0)
-    retries: int = _f(6, "openai: tries of a request after the first one", ge=0)
-    backoff: float = _f(0.5, "openai: seconds before the first retry, doubled up to 60", ge=0)
-    timeout: float = _f(600, "openai: seconds until a request counts as lost", gt=0)
-    max_requests: int | None = _f(None, "openai: requests of a run at most; null: any", gt=0)
+    backoff: float = _f(
+        0.5,
+        "seconds before the first retry, doubled up to 60",
+        kind="openai",
+        costs_only=True,
+        ge=0,
+    )
+    timeout: float = _f(
+        600, "seconds until a request counts as lost", kind="openai", costs_only=True, gt=0
+    )
+    max_requests: int | None = _f(
+        None, "requests of a run at most; null: any", kind="openai", costs_only=True, gt=0
+    )
     max_tokens_total: int | None = _f(
-        None, "openai: tokens of a run at most, in and out; null: any", gt=0
+        None, "tokens of a run at most, in and out; null: any", kind="openai", costs_only=True, gt=0
     )
-    extra_body: dict[str, Any] = _f({}, "openai: more fields of each request, such as top_k")
+    extra_body: dict[str, Any] = _f({}, "more fields of each request, such as top_k", kind="openai")
     memory: float = _f(
-        0.9, "vllm: share of each GPU's memory, of the machine's on a CPU", gt=0, le=1
-    )
-    tensor_parallel: int = _f(1, "vllm: GPUs that hold one model together", gt=0)
+        0.9, "share of each GPU's memory, of the machine's on a CPU",
+        kind="vllm", costs_only=True, gt=0, le=1,
+    )  # fmt: skip
+    tensor_parallel: int = _f(1, "GPUs that hold one model together", kind="vllm", gt=0)
     max_model_len: int | None = _f(
-        None, "vllm: longest prompt + answer, tokens; null: the model's context", gt=0
+        None, "longest prompt + answer, tokens; null: the model's context", kind="vllm", gt=0
     )
     engine_args: dict[str, Any] = _f(
-        {}, "vllm: more arguments of vllm.LLM, such as max_num_seqs or quantization"
+        {}, "more arguments of vllm.LLM, such as max_num_seqs or quantization", kind="vllm"
     )
 
     short: ClassVar[str | None] = "kind"
@@ -222,10 +222,8 @@ class EngineSettings(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """What answers depend on; tries, limits and concurrency change none."""
-        own = ["kind", "model", "base_url", "launch", "extra_body"]
-        if self.kind == "vllm":
-            own = ["kind", "model", "tensor_parallel", "max_model_len", "engine_args"]
-        return {name: getattr(self, name) for name in own}
+        fields = EngineSettings.model_fields.items()
+        return {name: getattr(self, name) for name, f in fields if not mark(f, "costs_only")}
 
     def conflicts(self, where: str, *, named: bool = False) -> list[str]:
         """What contradicts itself, and settings that have no effect.
@@ -234,63 +232,66 @@ class EngineSettings(Section):
             where: the section's dotted name, for the messages.
             named: whether ``model`` belongs here, launched or in process.
         """
-        changed = {n for n, f in type(self).model_fields.items() if getattr(self, n) != f.default}
-        if named or self.kind == "openai":
-            changed -= {"model"}
-        idle = changed - _ENGINE_KEYS[self.kind] - {"kind"}
-        found = [f"{where}.{n} has no effect with kind {self.kind}" for n in sorted(idle)]
-        if self.kind == "openai":
-            found += self._server_faults(where, changed, named)
-        if self.kind == "vllm":
-            found += [
-                f"{where}.engine_args.{name} is what the engine itself sets; remove it"
-                for name in sorted(_VLLM_OWN & set(self.engine_args))
-            ]
-        return found
-
-    def _server_faults(self, where: str, changed: set[str], named: bool) -> list[str]:
-        found = []
-        if (self.base_url is None) == (self.launch is None):
-            found.append(f"{where} of kind openai needs base_url or launch, and not both")
-        if self.launch is None:
-            if self.model is None:
-                found.append(f"{where}.model is missing: what the server calls its model")
-            if "launch_timeout" in changed:
-                found.append(f"{where}.launch_timeout has no effect without launch; remove it")
-        else:
-            found += [
-                f"{where}.launch has no place for {{{name}}}: {self.launch!r}"
-                for name in ("model", "port")
-                if f"{{{name}}}" not in self.launch
-            ]
-            if self.model is not None and not named:
-                found.append(f"{where}.model has no effect with launch: the stage names the model")
-            if "api_key_env" in changed:
-                found.append(f"{where}.api_key_env has no effect: a launched server gets no key")
-        if self.base_url is not None:
-            parts = urlsplit(self.base_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                found.append(f"{where}.base_url must look like http://HOST:PORT/v1")
-            if parts.password or parts.query:
-                found.append(f"{where}.base_url must hold no secret; see api_key_env")
-        own = {"model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream"}
-        found += [
-            f"{where}.extra_body.{name} is what the engine itself sends; remove it"
-            for name in sorted(own & set(self.extra_body))
+        fields = type(self).model_fields
+        changed = {name for name, f in fields.items() if getattr(self, name) != f.default}
+        of_others = {
+            name for name in changed if mark(fields[name], "kind") not in (None, self.kind)
+        }
+        if self.kind != "openai" and not named:
+            of_others |= changed & {"model"}
+        found = [
+            f"{where}.{name} has no effect with kind {self.kind}" for name in sorted(of_others)
         ]
+        if self.kind == "openai":
+            url = urlsplit(self.base_url or "http://none")
+            launched, launch = self.launch is not None, self.launch or "{model}{port}"
+            wrong = {
+                " of kind openai needs base_url or launch, and not both": (
+                    (self.base_url is None) != launched
+                ),
+                ".model is missing: what the server calls its model": (
+                    not launched and self.model is None
+                ),
+                ".launch_timeout has no effect without launch; remove it": (
+                    not launched and "launch_timeout" in changed
+                ),
+                f".launch has no place for {{model}}: {launch!r}": "{model}" not in launch,
+                f".launch has no place for {{port}}: {launch!r}": "{port}" not in launch,
+                ".model has no effect with launch: the stage names the model": (
+                    launched and self.model is not None and not named
+                ),
+                ".api_key_env has no effect: a launched server gets no key": (
+                    launched and "api_key_env" in changed
+                ),
+                ".base_url must look like http://HOST:PORT/v1": (
+                    url.scheme not in ("http", "https") or not url.hostname
+                ),
+                ".base_url must hold no secret; see api_key_env": bool(url.password or url.query),
+            }
+            found += [where + text for text, holds in wrong.items() if holds]
+        for key, own, what in (("engine_args", _VLLM_OWN, "sets"), ("extra_body", _SENT, "sends")):
+            found += [
+                f"{where}.{key}.{name} is what the engine itself {what}; remove it"
+                for name in sorted(set(own) & set(getattr(self, key)))
+            ]
         return found
 
 
 class EngineConfig(EngineSettings):
     """Who answers: transformers or vllm (in process), a server, or replicas on a Ray cluster."""
 
-    replicas: int = _f(1, "ray: copies of the model that answer side by side", gt=0)
-    resources: ReplicaResources = _f(ReplicaResources(), "ray: what each replica takes of a node")
-    address: str | None = _f(
-        None, "ray: null starts a cluster on this machine; auto or ray://HOST:PORT joins one"
+    replicas: int = _f(
+        1, "copies of the model that answer side by side", kind="ray", costs_only=True, gt=0
     )
+    resources: ReplicaResources = _f(
+        ReplicaResources(), "what each replica takes of a node", kind="ray", costs_only=True
+    )
+    address: str | None = _f(
+        None, "null starts a cluster on this machine; auto or ray://HOST:PORT joins one",
+        kind="ray", costs_only=True,
+    )  # fmt: skip
     replica: EngineSettings | None = _f(
-        None, "ray: the engine that each replica holds; null: transformers"
+        None, "the engine that each replica holds; null: transformers", kind="ray"
     )
 
     @property
@@ -302,16 +303,15 @@ class EngineConfig(EngineSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What answers depend on; replicas are none: the same shards, seeds and batches."""
+        """What answers depend on; replicas are none: the same batches and seeds."""
         return self.answering.identity if self.kind == "ray" else super().identity
 
     def conflicts(self, where: str, *, named: bool = False) -> list[str]:
         """See `EngineSettings.conflicts`."""
-        found = super().conflicts(where, named=named)
+        found, inner = super().conflicts(where, named=named), f"{where}.replica"
         replica = self.replica
         if self.kind != "ray" or replica is None:
             return found
-        inner = f"{where}.replica"
         if replica.kind == "ray":
             return [*found, f"{inner} of kind ray would be a cluster in a cluster"]
         found += replica.conflicts(inner)
@@ -320,12 +320,11 @@ class EngineConfig(EngineSettings):
                 f"{inner}.base_url names one server for all replicas; ask it with {where} of kind "
                 "openai and more concurrency, or give launch"
             )
-        found += [
+        return found + [
             f"{inner}.{name} would count for each replica by itself; remove it"
             for name in ("max_requests", "max_tokens_total")
             if getattr(replica, name) is not None
         ]
-        return found
 
 
 class WriterConfig(EngineConfig):

@@ -25,9 +25,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
-from selfsteer.engines.launch import LAUNCHER, in_world
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.terminal import is_main_process
+
+#: Set by `launch` for its ranks: the process id of the one that started them.
+LAUNCHER = "SELFSTEER_LAUNCHER"
 
 #: How long a collective waits for the slowest rank: it may have the longest responses.
 PATIENCE = timedelta(hours=1)
@@ -51,6 +53,11 @@ def size() -> int:
 def number() -> int:
     """Which of them this process is, from 0."""
     return int(os.environ.get("RANK", "0"))
+
+
+def in_world() -> bool:
+    """Whether this process is one of several ranks, even where the several are one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def check_world(asked: int | None) -> None:

@@ -31,6 +31,7 @@ from selfsteer.recipe.sections import (
     Loading,
     PrinciplesConfig,
     Queries,
+    mark,
     resolve_path,
 )
 from selfsteer.run.cost import Cost, Scale
@@ -195,10 +196,9 @@ def _section_identity(section: BaseModel) -> Any:
         return engine_identity(section)
     found = {}
     for name, info in type(section).model_fields.items():
-        marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        if not marks.get("costs_only"):
+        if not mark(info, "costs_only"):
             value = getattr(section, name)
-            found[name] = content(value, marks.get("content")) if value else identity(value)
+            found[name] = content(value, mark(info, "content")) if value else identity(value)
     if isinstance(section, Queries):
         del found["path"], found["against"]
         found["content"] = queries_digest(section)
