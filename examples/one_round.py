@@ -23,8 +23,7 @@ from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import batch_logps, pad, score_sequences, sums_by_row
 from selfsteer.principles import writer
 from selfsteer.principles.contexts import context_messages
-from selfsteer.testbed import model as testbed
-from selfsteer.testbed import oracle
+from selfsteer.testbed import oracle, world
 
 SETTINGS = SimpleNamespace(
     dtype="float32",
@@ -99,9 +98,9 @@ def main() -> None:
     """Aligns, and prints the oracle score before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=400)
-    queries = read(testbed.QUERIES["align"], parser.parse_args().queries)
-    held_out = read(testbed.QUERIES["tune"], 200)
-    policy = load_model(str(testbed.CHECKPOINT), SETTINGS)
+    queries = read(world.QUERIES["align"], parser.parse_args().queries)
+    held_out = read(world.QUERIES["tune"], 200)
+    policy = load_model(str(world.CHECKPOINT), SETTINGS)
     before = oracle_score(policy, held_out)
 
     # 1 principles: two features a query, the built-in text

@@ -13,7 +13,7 @@ from selfsteer.judges.oracle import OracleJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer
-from selfsteer.testbed.model import CHECKPOINT
+from selfsteer.testbed.world import CHECKPOINT
 
 
 def figures(folder: Path) -> dict[str, Any]:

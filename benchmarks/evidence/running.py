@@ -26,8 +26,8 @@ from selfsteer.principles import writer
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.folder import versions
 from selfsteer.testbed.corpus import answer_example, choosable
-from selfsteer.testbed.model import QUERIES
 from selfsteer.testbed.questions import question
+from selfsteer.testbed.world import QUERIES
 
 #: Base model, or base and seed → held while what several cells share is made.
 MAKING: defaultdict[tuple[int, ...], threading.Lock] = defaultdict(threading.Lock)

@@ -12,7 +12,7 @@ from selfsteer.data.jsonl import read_jsonl
 from selfsteer.errors import DataError
 from selfsteer.principles import catalogue, writer
 from selfsteer.testbed import knowledge as k
-from selfsteer.testbed import model, world
+from selfsteer.testbed import world
 from selfsteer.testbed.corpus import choosable, draw_levels, principle_features
 from selfsteer.testbed.oracle import score
 
@@ -194,7 +194,7 @@ def test_levels_are_drawn_with_the_odds_of_the_context(context, feature, odds):
 
 def test_nothing_heavy_is_imported_before_a_model_is_needed():
     code = (
-        "import sys, selfsteer.testbed.model, selfsteer.testbed.oracle;"
+        "import sys, selfsteer.testbed.world, selfsteer.testbed.oracle;"
         "print([m for m in ('torch', 'transformers', 'rich', 'filelock') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -221,8 +221,8 @@ def test_the_fingerprint_notices_a_change_of_the_data(monkeypatch):
 
 
 def test_the_query_files_are_the_questions_of_their_split():
-    assert set(model.QUERIES) == {"align", "tune", "final"}
-    for split, path in model.QUERIES.items():
+    assert set(world.QUERIES) == {"align", "tune", "final"}
+    for split, path in world.QUERIES.items():
         lines = [line for _, line in read_jsonl(path)]
         assert sorted(line["prompt"] for line in lines) == sorted(
             q.text for q in world.questions(split)

@@ -10,6 +10,7 @@ import json
 import random
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 
 from selfsteer.principles import catalogue, writer
 from selfsteer.testbed import corpus as corpus_module
@@ -19,6 +20,8 @@ from selfsteer.testbed.grammar import respond
 from selfsteer.testbed.questions import SPLITS, Question, question, questions
 
 __all__ = [
+    "CHECKPOINT",
+    "QUERIES",
     "SPLITS",
     "Example",
     "Question",
@@ -28,6 +31,16 @@ __all__ = [
     "questions",
     "respond",
 ]
+
+#: The model that the package ships, made by `testbed.build`.
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+#: Split: the query file that the package ships.
+QUERIES = {
+    split: Path(__file__).parent / "queries" / f"{split}.jsonl"
+    for split in SPLITS
+    if split != "train"
+}
 
 
 @cache

@@ -21,7 +21,7 @@ def build(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
     """Train the tiny model again, from scratch; takes minutes on one core."""
-    from selfsteer.testbed import model
+    from selfsteer.testbed import build as tool
 
-    figures = model.build(output, examples=examples, seed=seed, threads=threads)
+    figures = tool.build(output, examples=examples, seed=seed, threads=threads)
     out.print_json(data=figures)
