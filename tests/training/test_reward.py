@@ -18,11 +18,10 @@ from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig, Lora, Policy, Reward
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.fit_reward import (
-    Source,
     by_weight,
     encode_pairs,
     held_out,
-    read_source,
+    read_pairs,
     row_budget,
 )
 from selfsteer.stages.inputs import preferences_of
@@ -53,8 +52,7 @@ def start(source: Path, seed: int = 0) -> LoadedModel:
 def encoded(
     chat: ChatFormat, found: list[Preference], margin: str | None = None
 ) -> list[RewardPair]:
-    source = Source("own", 1.0, found, Counter())
-    return [pair for _, pair in encode_pairs(chat, source, margin, 512)[0]]
+    return [pair for _, pair in encode_pairs(chat, "own", found, margin, 512)[0]]
 
 
 def settings(**more: Any) -> Reward:
@@ -251,11 +249,10 @@ def test_pairs_that_teach_nothing_are_counted(llama: Path) -> None:
         preference(5, gap=math.inf),
         preference(6, gap=True),
     ]
-    source = Source("own", 1.0, found, Counter())
-    kept, dropped = encode_pairs(start(llama).chat, source, "gap", 512)
+    kept, dropped = encode_pairs(start(llama).chat, "own", found, "gap", 512)
     assert [(p.id, pair.margin) for p, pair in kept] == [("q0", 1.0), ("q1", 0.0)]
     bad = [(f"q{i}", "bad_margin") for i in (4, 5, 6)]
-    assert dropped == [("q2", "equal"), ("q3", "too_long"), *bad]
+    assert [d[:2] for d in dropped] == [("q2", "equal"), ("q3", "too_long"), *bad]
 
 
 def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:
@@ -265,34 +262,39 @@ def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:
         {"prompt": "b?", "chosen": "Yes."},
     ]
     file.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    source = read_source("mine", file, 2.0)
-    assert [p.extra["gap"] for p in source.pairs] == [2]
-    assert source.dropped == {"unknown_shape": 1}
+    pairs, dropped = read_pairs(file)
+    assert [p.extra["gap"] for p in pairs] == [2]
+    assert dropped == {"unknown_shape": 1}
     triple = {
         "messages": [{"role": "user", "content": "a?"}],
         "responses": {"good": "Yes.", "bad": "No.", "plain": "Eh."},
     }
     half = {**triple, "responses": {"good": "Yes."}}
     file.write_text(json.dumps(triple) + "\n" + json.dumps(half) + "\n")
-    source = read_source("mine", file, 1.0)
-    assert [(p.chosen, p.rejected) for p in source.pairs] == [("Yes.", "No.")]
-    assert source.dropped == {"no_pair": 1}
+    pairs, dropped = read_pairs(file)
+    assert [(p.chosen, p.rejected) for p in pairs] == [("Yes.", "No.")]
+    assert dropped == {"no_pair": 1}
     table = tmp_path / "a.csv"
     table.write_text("prompt,chosen,rejected\na?,Yes.,No.\n")
-    assert [(p.chosen, p.rejected) for p in read_source("t", table, 1.0).pairs] == [("Yes.", "No.")]
+    assert [(p.chosen, p.rejected) for p in read_pairs(table)[0]] == [("Yes.", "No.")]
     file.write_text('{"prompt": "a?"}\n')
     with pytest.raises(DataError, match="no pair"):
-        read_source("mine", file, 1.0)
+        read_pairs(file)
 
 
 def test_a_run_folder_stands_for_its_last_preferences(tmp_path: Path) -> None:
     run = tmp_path / "run"
     last = run / "iteration-2" / "preferences"
     last.mkdir(parents=True)
-    (run / "resolved.json").write_text('{"iterations": 2}')
-    entry = {"stage": "iteration-2/preferences", "event": "begin"}
+    (run / "resolved.json").write_text('{"iterations": 2, "method": "pbaa"}')
+    entry: dict[str, Any] = {
+        "stage": "iteration-2/preferences",
+        "event": "begin",
+        "kind": "WritePairs",
+    }
+    entry |= {"method": "pbaa", "round": 2, "outputs": ["iteration-2/preferences"]}
     RunFolder(run).append("ledger.jsonl", entry)
-    with pytest.raises(ArtifactError, match="is not finished"):
+    with pytest.raises(ArtifactError, match="not finished"):
         preferences_of(str(run))
     RunFolder(run).append("ledger.jsonl", {**entry, "event": "finish"})
     assert preferences_of(str(run)) == last
@@ -326,7 +328,7 @@ def test_data_may_be_a_path_or_paths_or_sections() -> None:
             {"method": "reward", "reward": {"data": {"path": "a", "weight": float("inf")}}},
             "finite number",
         ),
-        ({"method": "reward"}, r"needs reward\.data"),
+        ({"method": "reward"}, "reward is missing"),
         ({"method": "reward", "reward": {"data": None}}, r"needs reward\.data"),
         (
             {"method": "reward", "reward": {"data": "a"}, "queries": {"path": "q"}},

@@ -17,13 +17,12 @@ from selfsteer.judges.base import Judgement, Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
 from selfsteer.methods import load_recipe, recipe_of
+from selfsteer.methods.sso import SSO
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import score_records
 from selfsteer.objectives import Objective
 from selfsteer.principles import writer
 from selfsteer.recipe.sections import Lora, Policy, Selection, resolve_path
-from selfsteer.run.execute import plan
-from selfsteer.run.folder import RunFolder
 from selfsteer.stages.selector import Selector, compare, repeated_4grams
 from selfsteer.training.select import (
     Candidate,
@@ -209,6 +208,7 @@ def test_verdicts_count_half_where_undecided_and_unparseable_ones_are_absent() -
 def test_bounds_without_points_are_refused() -> None:
     values = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
     off = recipe_of({**values, "training": {"selection": {"points": 0}}}, "recipe")
+    assert isinstance(off, SSO)
     assert off.training.selection.points == 0
     assert off.generator.selection.points == 4
     bad = {**values, "training": {"selection": {"points": 0, "max_kl": 2}}}
@@ -216,10 +216,9 @@ def test_bounds_without_points_are_refused() -> None:
         recipe_of(bad, "recipe")
 
 
-def test_what_decides_is_in_the_fingerprint(tmp_path: Path) -> None:
+def test_what_decides_is_in_the_fingerprint() -> None:
     def made(*overrides: str) -> tuple[str, str]:
-        stages = plan(load_recipe("smoke", overrides), RunFolder(tmp_path))
-        found = {s.name: s.fingerprint for s in stages}
+        found = {s.name: s.fingerprint for s in load_recipe("smoke", overrides).plan()}
         return found["iteration-1/generator"], found["iteration-1/policy"]
 
     on, off = made(), made("generator.selection.points=0", "training.selection.points=0")

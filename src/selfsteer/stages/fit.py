@@ -1,11 +1,11 @@
-"""Triples to a generator, triples or preferences to a policy: the two training stages."""
+"""What the training stages do: examples, log-probs of the reference, training, what is kept."""
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
@@ -17,129 +17,73 @@ from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import scored
 from selfsteer.objectives import Objective
-from selfsteer.recipe.sections import (
-    Generator,
-    JudgeConfig,
-    Loading,
-    Lora,
-    PolicyTraining,
-    Sampling,
-)
+from selfsteer.recipe.sections import Sampling
 from selfsteer.run import ranks
-from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.stages.inputs import stored_pairs
 from selfsteer.stages.selector import Selector
 from selfsteer.terminal import is_main_process, say, warn
 from selfsteer.training.preference import Example, PreferenceTask
 from selfsteer.training.select import FEWEST, hold_out
 from selfsteer.training.trainer import RowBudget, publish, train
 
-#: Name of the file with all candidates' figures, behind the model's own.
-SELECTION = ".selection.json"
+if TYPE_CHECKING:
+    from selfsteer.stages.train import Train, TrainReward
 
 
-def train_on(
-    triples: Sequence[Triple],
-    objective: Objective,
-    settings: Generator | PolicyTraining,
-    *,
-    sampling: Sampling,
-    judge: JudgeConfig | None,
-    loading: Loading,
-    lora: Lora | None,
-    seed: int,
-    keep_checkpoints: int,
-    contexts: tuple[str, ...],
-    start: str,
-    reference: str,
-    output: Path,
-    scores: Path,
-    stage: str,
-    run: RunFolder,
-) -> tuple[StageResult, list[tuple[str, str]]]:
-    """Trains ``start`` on an objective and writes it to ``output``.
+def fit(stage: "Train", run: RunFolder) -> StageResult:
+    """Trains a policy or a generator, on every rank; writes its folder and its candidates' figures.
 
-    Args:
-        triples: with the responses and principles that the objective needs.
-        objective: what to minimise.
-        settings: optimiser, schedule, and which step is kept.
-        sampling: how the trained model will answer.
-        judge: decides which step is kept; people have not seen answers that are sampled now.
-        loading: of all models.
-        lora: train adapters instead of all weights.
-        seed: the run's.
-        keep_checkpoints: complete checkpoints kept while training.
-        contexts: in which the trained model will answer; what it is selected by.
-        start: the model to train.
-        reference: the frozen model whose log-probs the base loss compares with.
-        output: folder for the trained model.
-        scores: folder of the shared log-probs.
-        stage: the stage's name, part of the seed.
-        run: gets every log line in its ``metrics.jsonl``.
-
-    Returns:
-        The counts, and (id, reason) of each triple that was not trained on.
+    Dropped are ``prompt_too_long``, and ``held_out``: queries that its candidates answer.
     """
-    label = stage.rpartition("/")[2]
-    loaded = load_model(start, loading, bits=lora.bits if lora else None)
+    start, settings, lora = str(stage.start.path), stage.settings, stage.lora
+    triples = list(stored_pairs(stage.data.path))
+    loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
     ranks.join(loaded.device.type)
-    examples, dropped, truncated = encode(loaded.chat, triples, objective, settings.max_length)
+    examples, dropped, truncated = encode(
+        loaded.chat, triples, stage.objective, settings.max_length
+    )
     if not examples:
-        return StageResult(len(triples), 0, Counter(reason for _, reason in dropped)), dropped
+        return with_drops(stage, run, StageResult(len(triples), 0), dropped)
     check_length(loaded, examples)
-    begin = time.monotonic()
+    began = time.monotonic()
     selector = None
-    held_out = hold_out([e.id for e in examples], settings.selection, seed)
+    held_out = hold_out([e.id for e in examples], settings.selection, stage.seed)
     if held_out:
-        judged = is_main_process() and judge is not None and judge.kind != "human"
-        selector = Selector(
-            settings.selection,
-            loaded,
-            [t for t in triples if t.id in held_out],
-            load_start=lambda: load_model(start, loading, inference=True),
-            contexts=contexts,
-            sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens),
-            batch_size=sampling.batch_size,
-            judge=load_judge(judge, run / "judgements") if judged and judge else None,
-            seed=derive_seed(seed, stage, "selection"),
-            label=label,
-        )
-        dropped += [(e.id, "held_out") for e in examples if e.id in held_out]
+        kept_out = [t for t in triples if t.id in held_out]
+        selector = _selector(stage, run, loaded, kept_out)
+        dropped += [Dropped(t.id, "held_out", t) for t in kept_out]
         examples = [e for e in examples if e.id not in held_out]
     elif settings.selection.points:
         say(
             f"  no selection: a tenth of {len(examples):,} queries is fewer than {FEWEST}; the "
             "last step is kept"
         )
+    reference = str(stage.reference.path)
     examples = with_reference(
         examples,
-        objective,
-        lambda: loaded if reference == start else load_model(reference, loading),
-        scores,
+        stage.objective,
+        lambda: loaded if reference == start else load_model(reference, stage.loading),
+        run / "scores",
     )
     last = train(
         loaded,
-        PreferenceTask(loaded, objective, examples),
+        PreferenceTask(loaded, stage.objective, examples),
         settings,
-        output=output,
         budget=RowBudget(settings.batch_size, settings.row_tokens),
-        label=label,
-        seed=derive_seed(seed, stage) % 2**31,
-        lora=lora,
-        keep_checkpoints=keep_checkpoints,
-        on_log=lambda line: run.append("metrics.jsonl", {"stage": stage, **line}),
-        on_start=lambda step: run.rewind("metrics.jsonl", stage, step),
         on_step=selector,
+        **common(stage, run),
     )
-    publish(output)
-    result = StageResult(len(triples), len(examples), Counter(reason for _, reason in dropped))
+    publish(run / stage.name)
+    result = StageResult(len(triples), len(examples))
     result.notes = {"responses_truncated": truncated, "last": last}
     if selector and is_main_process():
         say(f"  {selector.sentence()}")
         for text in selector.warnings():
             warn(text)
         # beside the model, whose folder is digested whole
-        path = output.with_name(f"{output.name}{SELECTION}")
-        write_atomic(path, json.dumps(selector.report(), indent=1) + "\n")
+        report = json.dumps(selector.report(), indent=1) + "\n"
+        write_atomic(run / f"{stage.name}.selection.json", report)
         result.notes["selection"] = {
             "text": selector.sentence(),
             "chosen": selector.chosen.step,
@@ -147,25 +91,74 @@ def train_on(
             "stopped": selector.stopped,
             "warnings": selector.warnings(),
             "seconds": round(selector.seconds, 3),
-            "share": round(selector.seconds / (time.monotonic() - begin), 3),
+            "share": round(selector.seconds / (time.monotonic() - began), 3),
         }
-    return result, dropped
+    return with_drops(stage, run, result, dropped)
+
+
+def _selector(
+    stage: "Train", run: RunFolder, loaded: LoadedModel, held_out: Sequence[Triple]
+) -> Selector:
+    """Measures candidates as the trained model will be sampled.
+
+    People have not seen answers that are sampled now, so no labels of theirs judge them.
+    """
+    sampling, judge = stage.sampling or Sampling(), stage.judge
+    if judge is not None and (judge.kind == "human" or not is_main_process()):
+        judge = None
+    return Selector(
+        stage.settings.selection,
+        loaded,
+        held_out,
+        load_start=lambda: load_model(str(stage.start.path), stage.loading, inference=True),
+        contexts=stage.contexts,
+        sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens),
+        batch_size=sampling.batch_size,
+        judge=load_judge(judge, run / "judgements") if judge else None,
+        seed=derive_seed(stage.seed, stage.name, "selection"),
+        label=stage.title,
+    )
+
+
+def common(stage: "Train | TrainReward", run: RunFolder) -> dict[str, Any]:
+    """The arguments of `train` that are alike for all stages that train."""
+    return {
+        "output": run / stage.outputs[0],
+        "label": stage.title,
+        "seed": derive_seed(stage.seed, stage.name) % 2**31,
+        "lora": stage.lora,
+        "keep_checkpoints": stage.keep_checkpoints,
+        "on_log": lambda line: run.append("metrics.jsonl", {"stage": stage.name, **line}),
+        "on_start": lambda step: run.rewind("metrics.jsonl", stage.name, step),
+    }
+
+
+def with_drops(
+    stage: "Train | TrainReward", run: RunFolder, result: StageResult, dropped: Sequence[Dropped]
+) -> StageResult:
+    """The result with what was dropped, which the first rank writes down."""
+    if is_main_process():
+        with run.drops(stage.name) as drops:
+            for one in dropped:
+                drops.add(one)
+        result.dropped += drops.counts
+    return result
 
 
 def encode(
     chat: ChatFormat, triples: Sequence[Triple], objective: Objective, max_length: int
-) -> tuple[list[Example], list[tuple[str, str]], int]:
+) -> tuple[list[Example], list[Dropped], int]:
     """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
 
     Returns:
-        Examples without a reference, (id, reason) of the dropped, and how many responses were cut
-        in one context or several.
+        Examples without a reference, the dropped, and how many responses were cut in one context
+        or several.
     """
     examples, dropped, truncated = [], [], 0
     for triple in triples:
         whole = {name: chat.sequence(triple, name) for name in objective.sequences}
         if any(len(s.prompt_ids) >= max_length for s in whole.values()):
-            dropped.append((triple.id, "prompt_too_long"))
+            dropped.append(Dropped(triple.id, "prompt_too_long", triple))
             continue
         cut = {
             n: EncodedSequence(s.prompt_ids, s.response_ids[: max_length - len(s.prompt_ids)])

@@ -4,9 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
@@ -18,120 +17,89 @@ from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_reward_start
-from selfsteer.recipe.sections import JudgeConfig, Loading, Lora, Reward
-from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.recipe.sections import JudgeConfig, Reward
+from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.stages.fit import common, with_drops
 from selfsteer.terminal import progress_bar, say
 from selfsteer.training.reward import RewardPair, RewardTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
 
+if TYPE_CHECKING:
+    from selfsteer.stages.train import TrainReward
+
+#: Part of the seeds.
 STAGE = "train_reward"
 
 
-@dataclass(frozen=True)
-class Source:
-    """One preference set of the mixture, as read, with what was dropped while reading."""
-
-    name: str
-    weight: float
-    pairs: list[Preference]
-    dropped: Counter[str]
-
-
-def train_reward(
-    data: Sequence[tuple[str, Path, float]],
-    start: str,
-    settings: Reward,
-    *,
-    loading: Loading,
-    lora: Lora | None,
-    seed: int,
-    keep_checkpoints: int,
-    run: RunFolder,
-) -> tuple[StageResult, list[tuple[str, str]]]:
+def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
     """Trains ``reward/`` and writes ``reward.json`` with its figures on the held-out pairs.
-
-    Args:
-        data: (name, file or folder, weight) of each preference set.
-        start: chat model, or reward model to train further.
-        settings: schedule, margin, holdout.
-        loading: of the model.
-        lora: train adapters and the head instead of all weights.
-        seed: the run's.
-        keep_checkpoints: complete checkpoints kept while training.
-        run: the run folder.
 
     Returns:
         Counts of pairs over all sets (two labelled answers are one): dropped are what the import
         drops (docs/formats.md), ``no_pair``, ``equal``, ``bad_margin``, ``too_long``, ``held_out``
-        and ``left_by_weight``. ``n_out`` is how many different pairs were trained on. And (id,
-        reason) of each pair that was read and not trained on.
+        and ``left_by_weight``. ``n_out`` is how many different pairs were trained on.
 
     Raises:
         DataError: a set cannot be read, or no record has the margin that the recipe names.
     """
-    sources = [read_source(*one) for one in data]
-    loaded = load_reward_start(start, loading, derive_seed(seed, STAGE, "head"))
+    settings, seed = stage.settings, stage.seed
+    sets = [(s.name, s.weight, *read_pairs(s.path)) for s in stage.sets]
+    start = str(stage.start.path)
+    loaded = load_reward_start(start, stage.loading, derive_seed(seed, stage.name, "head"))
     limit = min(settings.max_length, loaded.context_length or settings.max_length)
-    counts: Counter[str] = Counter()
-    dropped: list[tuple[str, str]] = []
+    dropped: list[Dropped] = []
     pairs: list[RewardPair] = []
     test: list[tuple[Preference, RewardPair]] = []
     table: dict[str, dict[str, Any]] = {}
-    for source in sources:
+    unread: Counter[str] = Counter()
+    for name, weight, preferences, unreadable in sets:
         mine = []
-        encoded, lost = encode_pairs(loaded.chat, source, settings.margin, limit)
+        encoded, lost = encode_pairs(loaded.chat, name, preferences, settings.margin, limit)
         for preference, pair in encoded:
             if held_out(preference, settings.holdout, seed):
                 test.append((preference, pair))
-                lost.append((pair.id, "held_out"))
+                lost.append(Dropped(pair.id, "held_out"))
             else:
                 mine.append(pair)
-        taken = by_weight(mine, source.weight, seed)
+        taken = by_weight(mine, weight, seed)
         used = {p.id for p in taken}
-        lost += [(p.id, "left_by_weight") for p in mine if p.id not in used]
-        reasons = source.dropped + Counter(reason for _, reason in lost)
-        table[source.name] = {
-            "read": len(source.pairs) + source.dropped.total(),
-            "weight": source.weight,
+        lost += [Dropped(p.id, "left_by_weight") for p in mine if p.id not in used]
+        table[name] = {
+            "read": len(preferences) + unreadable.total(),
+            "weight": weight,
             "trained": len(used),
             "shown_per_epoch": len(taken),
-            "dropped": dict(sorted(reasons.items())),
+            "dropped": dict(sorted((unreadable + Counter(d.reason for d in lost)).items())),
         }
-        counts += reasons
+        unread += unreadable
         dropped += lost
         pairs += taken
     n_in, n_out = (sum(row[key] for row in table.values()) for key in ("read", "trained"))
+    result = with_drops(stage, run, StageResult(n_in, n_out, unread), dropped)
     if not pairs:
-        return StageResult(n_in, 0, counts), dropped
+        return result
     if settings.margin and not any(p.margin for p in pairs):
         raise DataError(
             f"reward.margin is {settings.margin!r}, but no pair to train on has a number other "
             "than 0 under that key. Name the right key, or remove reward.margin."
         )
-    chat, output = loaded.chat, run / "reward"
+    chat, output = loaded.chat, run / stage.outputs[0]
     last = train(
         loaded,
         RewardTask(loaded, pairs, settings.center),
         settings,
-        output=output,
         budget=row_budget(settings),
-        label="reward",
-        seed=derive_seed(seed, STAGE) % 2**31,
-        lora=lora,
-        keep_checkpoints=keep_checkpoints,
-        on_log=lambda line: run.append("metrics.jsonl", {"stage": STAGE, **line}),
-        on_start=lambda step: run.rewind("metrics.jsonl", STAGE, step),
+        **common(stage, run),
     )
     del loaded  # what is measured is the model as it was saved
-    judge = RewardJudge(
-        JudgeConfig(
-            kind="reward",
-            model=str(work_folder(output) / "model"),
-            **loading.model_dump(include={"dtype", "device", "trust_remote_code", "allow_pickle"}),
+    saved = JudgeConfig(
+        kind="reward",
+        model=str(work_folder(output) / "model"),
+        **stage.loading.model_dump(
+            include={"dtype", "device", "trust_remote_code", "allow_pickle"}
         ),
-        None,
     )
-    quality = reward_quality(score_pairs(judge, chat, test))
+    quality = reward_quality(score_pairs(RewardJudge(saved), chat, test))
     report = {
         "start": start,
         "limit_tokens": limit,
@@ -145,7 +113,8 @@ def train_reward(
     if test:
         accuracy, ece = quality["accuracy"][0], quality["calibration"]["ece"]
         say(f"  {len(test):,} held-out pairs: accuracy {accuracy:.3f}, calibration error {ece:.3f}")
-    return StageResult(n_in, n_out, counts, notes={"last": last}), dropped
+    result.notes = {"last": last}
+    return result
 
 
 def row_budget(settings: Reward) -> RowBudget:
@@ -154,8 +123,8 @@ def row_budget(settings: Reward) -> RowBudget:
     return RowBudget(settings.batch_size, longest, settings.forward_pairs)
 
 
-def read_source(name: str, path: Path, weight: float) -> Source:
-    """The pairs of a set; triples give y+ ≻ y-, and what is no pair is dropped as ``no_pair``.
+def read_pairs(path: Path) -> tuple[list[Preference], Counter[str]]:
+    """The pairs of a set, and drops by reason; of triples y+ ≻ y-, ``no_pair`` without both.
 
     Raises:
         DataError: unreadable, or nothing in it is a pair.
@@ -175,38 +144,39 @@ def read_source(name: str, path: Path, weight: float) -> Source:
             f"{path} holds no pair of a better and a worse answer, but {found.shape}. A reward "
             "model learns from such pairs alone."
         )
-    return Source(name, weight, pairs, dropped)
+    return pairs, dropped
 
 
 def encode_pairs(
-    chat: ChatFormat, source: Source, margin: str | None, limit: int
-) -> tuple[list[tuple[Preference, RewardPair]], list[tuple[str, str]]]:
+    chat: ChatFormat, name: str, pairs: Sequence[Preference], margin: str | None, limit: int
+) -> tuple[list[tuple[Preference, RewardPair]], list[Dropped]]:
     """Token ids of the pairs that can be learned from.
 
     Args:
         chat: makes the ids.
-        source: the set.
+        name: of the set.
+        pairs: N of it.
         margin: key of each record's margin; one without it has a margin of 0.
         limit: tokens of conversation and answer.
 
     Returns:
-        The pairs, and (id, reason) of the others: ``equal``, ``bad_margin`` or ``too_long``.
+        Those that are left, and the others: ``equal``, ``bad_margin`` or ``too_long``.
     """
     found, dropped = [], []
-    with progress_bar(f"reading {source.name}", len(source.pairs)) as bar:
-        for p in source.pairs:
+    with progress_bar(f"reading {name}", len(pairs)) as bar:
+        for p in pairs:
             bar.advance(1)
             value = p.extra.get(margin, 0.0) if margin else 0.0
             if type(value) not in (int, float) or not math.isfinite(value):
-                dropped.append((p.id, "bad_margin"))
+                dropped.append(Dropped(p.id, "bad_margin", p))
             elif p.chosen == p.rejected:
-                dropped.append((p.id, "equal"))
+                dropped.append(Dropped(p.id, "equal", p))
             else:
                 chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
                 if max(len(chosen), len(rejected)) > limit:
-                    dropped.append((p.id, "too_long"))
+                    dropped.append(Dropped(p.id, "too_long", p))
                 else:
-                    pair = RewardPair(p.id, source.name, chosen, rejected, float(value))
+                    pair = RewardPair(p.id, name, chosen, rejected, float(value))
                     found.append((p, pair))
     return found, dropped
 

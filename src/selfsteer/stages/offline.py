@@ -66,7 +66,7 @@ def _train(
     )
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
     examples, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
-    lost = dict(Counter(reason for _, reason in dropped))
+    lost = dict(Counter(d.reason for d in dropped))
     if not examples:
         raise DataError(f"Nothing to train on: of {len(triples)} triples {lost} dropped.")
     check_length(loaded, examples)

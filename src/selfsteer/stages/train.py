@@ -21,7 +21,7 @@ from selfsteer.run import cost
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
-from selfsteer.stages.inputs import preferences_of, stored_pairs
+from selfsteer.stages.inputs import preferences_of
 
 
 @dataclass(frozen=True)
@@ -85,32 +85,9 @@ class Train(Stage):
 
     def run(self, run: RunFolder) -> StageResult:
         """See `Stage.run`."""
-        from selfsteer.stages.fit import train_on
+        from selfsteer.stages.fit import fit
 
-        triples = list(stored_pairs(self.data.path))
-        result, dropped = train_on(
-            triples,
-            self.objective,
-            self.settings,
-            sampling=self.sampling or Sampling(),
-            judge=self.judge,
-            loading=self.loading,
-            lora=self.lora,
-            seed=self.seed,
-            keep_checkpoints=self.keep_checkpoints,
-            contexts=self.contexts,
-            start=str(self.start.path),
-            reference=str(self.reference.path),
-            output=run / self.name,
-            scores=run / "scores",
-            stage=self.name,
-            run=run,
-        )
-        known = {t.id: t for t in triples}
-        with run.drops(self.name) as drops:
-            for identity, reason in dropped:
-                drops.add(Dropped(identity, reason, known.get(identity)))
-        return result
+        return fit(self, run)
 
     def tidy(self, run: RunFolder) -> None:
         """See `Stage.tidy`: the folder stays as a record."""
@@ -181,19 +158,6 @@ class TrainReward(Stage):
 
     def run(self, run: RunFolder) -> StageResult:
         """See `Stage.run`."""
-        from selfsteer.stages.fit_reward import train_reward
+        from selfsteer.stages.fit_reward import fit_reward
 
-        result, dropped = train_reward(
-            [(s.name, s.path, s.weight) for s in self.sets],
-            str(self.start.path),
-            self.settings,
-            loading=self.loading,
-            lora=self.lora,
-            seed=self.seed,
-            keep_checkpoints=self.keep_checkpoints,
-            run=run,
-        )
-        with run.drops(self.name) as drops:
-            for identity, reason in dropped:
-                drops.add(Dropped(identity, reason))
-        return result
+        return fit_reward(self, run)
