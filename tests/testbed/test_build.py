@@ -115,6 +115,15 @@ def test_training_sequences_end_with_one_end_of_turn_and_read_as_the_template(to
         assert tokenizer.decode(row["input_ids"][: -len(learnt)]) == wanted
 
 
+def test_batches_hold_every_sequence_once():
+    rows = [{"input_ids": [i] * (1 + i % 7)} for i in range(200)]
+    batches = build.in_batches(list(rows), random.Random(0))
+    assert sorted(r["input_ids"] for b in batches for r in b) == sorted(
+        r["input_ids"] for r in rows
+    )
+    assert max(map(len, batches)) == build.BATCH_SIZE
+
+
 def test_a_build_makes_a_folder_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "measure", lambda *_, **__: FIGURES)
     output = tmp_path / "made"

@@ -5,7 +5,7 @@ The rule is `training.selection.choose`. What is measured and what it costs: doc
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -60,12 +60,6 @@ def repeated_4grams(answers: Sequence[Sequence[int]]) -> float:
         every += len(grams)
         distinct += len(set(grams))
     return 1 - distinct / every if every else 0.0
-
-
-def compare(judge: Judge, asked: Sequence[Pair]) -> dict[str, float]:
-    """Query id → what the first response's verdict is worth; unparseable ones are absent."""
-    found = zip(asked, worths(judge, asked), strict=True)
-    return {pair.query.id: win for pair, win in found if win is not None}
 
 
 class Selector:
@@ -139,30 +133,24 @@ class Selector:
                 "no whole weights. Use the profile fsdp2 or zero2, or set selection.points: 0."
             )
         self.model, self.work, self.steps = model, work, steps
-        drifted = None
         if is_main_process():
-            for path in work.glob("candidate-*.json"):
-                record = json.loads(path.read_text("utf-8"))
-                self._records[record["step"]] = record
+            found = [json.loads(p.read_text("utf-8")) for p in work.glob("candidate-*.json")]
+            self._records = {record["step"]: record for record in found}
             begun = 0 in self._records
             if not begun or (self.candidates and not self._weights(self.chosen.step).exists()):
                 # an earlier try was killed while it cleaned up; its checkpoints are gone as well
                 self._records.clear()
             self._record(0)
-            drifted = self._drifted(max(self._records))
-        self.stopped = ranks.broadcast(drifted)
+        self.stopped = ranks.broadcast(self._drifted(max(self._records, default=0)))
 
     def visit(self, step: int) -> bool:
         """Measures candidates; see `OnStep`. True: drift is beyond bounds."""
         if step not in candidate_steps(self.steps, self.settings.points):
             return False
-        drifted = None
         with whole(self.model):
             if is_main_process():
-                if step not in self._records:
-                    self._record(step)
-                drifted = self._drifted(step)
-            self.stopped = ranks.broadcast(drifted)
+                self._record(step)
+            self.stopped = ranks.broadcast(self._drifted(step))
         return self.stopped is not None
 
     def restore(self) -> None:
@@ -213,7 +201,7 @@ class Selector:
         }
 
     def sentence(self) -> str:
-        """``step 11 of 14 kept (win rate 0.81 [0.74, 0.87]; step 14: KL 1.6 over 1)``."""
+        """``step 11 of 14 kept (win rate 0.81 [0.74, 0.87]; step 14: KL 1.6 times its bound)``."""
         chosen, parts = self.chosen, []
         if chosen.wins and self.measure:
             values = mean_interval(list(chosen.wins.values()), np.random.default_rng(self.seed))
@@ -221,8 +209,8 @@ class Selector:
         if chosen.on_policyness is not None:
             parts.append(f"on-policyness {chosen.on_policyness:.3f}")
         for c in self.candidates:
-            over = [n for n, v in excess(c, self.start, self.settings).items() if v > 1]
-            parts += [f"step {c.step}: {self._figure(c, name)}" for name in over[:1]]
+            over = [(n, v) for n, v in excess(c, self.start, self.settings).items() if v > 1]
+            parts += [f"step {c.step}: {name} {v:.1f} times its bound" for name, v in over[:1]]
         if self.stopped is not None:
             parts.append(f"stopped at step {self.stopped}")
         return f"step {chosen.step} of {self.steps} kept ({'; '.join(parts)})"
@@ -247,13 +235,6 @@ class Selector:
             ]
         return []
 
-    def _figure(self, candidate: Candidate, name: str) -> str:
-        if name == "KL":
-            worst = max(d.kl for d in candidate.drift.values())
-            return f"KL {worst:.2g} over {self.settings.max_kl:g}"
-        times = excess(candidate, self.start, self.settings)[name]
-        return f"{name} {times:.1f} times what its bound allows"
-
     def _candidate(self, step: int) -> Candidate:
         record = self._records[step]
         policyness = record["on_policyness"]
@@ -265,8 +246,8 @@ class Selector:
         )
 
     def _drifted(self, step: int) -> int | None:
-        """The step, if its drift should end the training."""
-        if step in (0, self.steps):
+        """The step, if its drift should end the training; only the first rank knows."""
+        if step not in self._records or step in (0, self.steps):
             return None
         worst = max(excess(self._candidate(step), self.start, self.settings).values())
         return step if worst > self.settings.stop else None
@@ -307,17 +288,14 @@ class Selector:
         return hasattr(self.model, "disable_adapter")
 
     def _measured(self, step: int) -> dict[str, Any]:
-        model, device = self.loaded.model, self.loaded.device
-        was_training = model.training
-        model.eval()
-        devices = [device] if device.type == "cuda" else []
+        # neither sampling nor scoring draws from the global generator: training does not notice
+        was_training = self.loaded.model.training
+        self.loaded.model.eval()
         try:
-            # a resumed training skips this, so it must not draw from the global generator
-            with torch.random.fork_rng(devices):
-                answers = self._answers(self.contexts if step else self._responses)
-                return {"answers": answers, **self._figures(step, answers)}
+            answers = self._answers(self.contexts if step else self._responses)
+            return {"answers": answers, **self._figures(step, answers)}
         finally:
-            model.train(was_training)
+            self.loaded.model.train(was_training)
 
     @property
     def _responses(self) -> tuple[str, ...]:
@@ -382,20 +360,13 @@ class Selector:
             )
         out: dict[str, Any] = {"drift": {c: asdict(d) for c, d in drift.items()}}
         if self.is_policy:
-            return out | {"wins": self._policy_wins(records, step), "on_policyness": None}
+            firsts = self._records[0]["answers"]["plain"] if step else answers["plain"]
+            asked = [
+                (t, t.responses["plain"], f["text"]) for t, f in zip(records, firsts, strict=True)
+            ]
+            wins = self._wins(asked) if step else {}
+            return out | {"wins": wins, "on_policyness": None}
         return out | self._data_figures(pairs, theirs)
-
-    def _policy_wins(self, records: Sequence[Triple], step: int) -> dict[str, float]:
-        if self.judge is None or not step:
-            return {}
-        before = self._records[0]["answers"]["plain"]
-        return compare(
-            self.judge,
-            [
-                Pair(Query(t.id, t.messages), t.responses["plain"], was["text"])
-                for t, was in zip(records, before, strict=True)
-            ],
-        )
 
     def _data_figures(
         self, pairs: Sequence[Triple], scores: Mapping[tuple[str, str], Tensor]
@@ -408,15 +379,8 @@ class Selector:
             name: np.array([float(scores[t.id, name].double().mean()) for t in pairs])
             for name in (*PLAIN_SEQUENCES, *GAP_SEQUENCES)
         }
-        if self.judge is not None:
-            wins = compare(
-                self.judge,
-                [
-                    Pair(Query(t.id, t.messages), t.responses["good"], t.responses["bad"])
-                    for t in pairs
-                ],
-            )
-        else:
+        wins = self._wins((t, t.responses["good"], t.responses["bad"]) for t in pairs)
+        if self.judge is None:
             good = means["good/good"] > means["bad/good"]
             bad = means["bad/bad"] > means["good/bad"]
             wins = {t.id: float(w) for t, w in zip(pairs, good & bad, strict=True)}
@@ -429,6 +393,14 @@ class Selector:
             },
             "steering_gap": steering_gap(means),
         }
+
+    def _wins(self, asked: Iterable[tuple[Triple, str, str]]) -> dict[str, float]:
+        """What the judge's verdict is worth to the first response; nothing if unparseable."""
+        if self.judge is None:
+            return {}
+        pairs = [Pair(Query(t.id, t.messages), mine, other) for t, mine, other in asked]
+        found = zip(pairs, worths(self.judge, pairs), strict=True)
+        return {pair.query.id: win for pair, win in found if win is not None}
 
     def _scores(
         self, loaded: LoadedModel, sequences: Mapping[tuple[str, str], EncodedSequence]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.data.records import Dropped
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
     Generator,

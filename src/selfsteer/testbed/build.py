@@ -85,6 +85,11 @@ ARCHITECTURE: dict[str, Any] = {
     "initializer_range": 0.04,
 }
 
+BATCH_SIZE = 32
+
+#: ``input_ids`` and ``labels`` of a training sequence.
+Row = dict[str, list[int]]
+
 #: As the pipeline samples; questions per task, which count equally however many there are of them.
 SAMPLING = SamplingParams(0.7, 0.8, 128)
 PER_TASK = 60
@@ -169,7 +174,7 @@ def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any
     set_seed(seed)
     data = list(world.corpus(examples, seed))
     tokenizer = train_tokenizer(data[:TOKENIZER_EXAMPLES])
-    rows = encode(ChatFormat(tokenizer), data)
+    batches = in_batches(encode(ChatFormat(tokenizer), data), random.Random(seed))
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -185,8 +190,7 @@ def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any
         seed=seed,
         use_cpu=True,
         num_train_epochs=1,
-        per_device_train_batch_size=32,
-        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=1,  # each item is a batch
         learning_rate=lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -199,14 +203,15 @@ def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    pad_batch = DataCollatorForSeq2Seq(tokenizer)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=batches,  # type: ignore[arg-type]
+        data_collator=lambda items: pad_batch(items[0]),
     )
     trainer.remove_callback(PrinterCallback)
-    with progress_bar("training", -(-len(rows) // 32)) as bar:
+    with progress_bar("training", len(batches)) as bar:
         trainer.add_callback(_Bar(bar))
         trainer.train()
     model.bfloat16().save_pretrained(folder)
@@ -218,7 +223,7 @@ def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "tokens": sum(len(row["input_ids"]) for batch in batches for row in batch),
         "final_loss": round(losses[-1], 4),
     }
 
@@ -250,7 +255,7 @@ def train_tokenizer(examples: Sequence[Example]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode(chat: ChatFormat, data: Iterable[Example]) -> list[dict[str, list[int]]]:
+def encode(chat: ChatFormat, data: Iterable[Example]) -> list[Row]:
     """Token ids as the pipeline makes them; what is not learnt has the label -100."""
     rows = []
     for example in data:
@@ -259,6 +264,17 @@ def encode(chat: ChatFormat, data: Iterable[Example]) -> list[dict[str, list[int
         labels = [*[-100] * len(prompt), *response]
         rows.append({"input_ids": [*prompt, *response], "labels": labels})
     return rows
+
+
+def in_batches(rows: list[Row], rng: random.Random) -> list[list[Row]]:
+    """Batches of sequences of similar length, which saves padding, each of a mixture of kinds."""
+    rng.shuffle(rows)
+    width = BATCH_SIZE * 64
+    pools = (
+        sorted(rows[i : i + width], key=lambda row: len(row["input_ids"]))
+        for i in range(0, len(rows), width)
+    )
+    return [pool[i : i + BATCH_SIZE] for pool in pools for i in range(0, len(pool), BATCH_SIZE)]
 
 
 # -- measuring -------------------------------------------------------------------------------------
