@@ -8,7 +8,7 @@ odd::
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from selfsteer.testbed import knowledge as k
@@ -58,13 +58,17 @@ def score(query_text: str, response: str) -> Score:
 # ------------------------------------------------------------------------------ sentences
 
 _SENTENCE = re.compile(r"[^.!?]*[.!?]")
-_LEAD_LEVELS = {text: level for level, pool in k.LEADS.items() for text in pool}
-_CLOSER_LEVELS = {text: level for level, pool in k.CLOSERS.items() for text in pool}
-_STYLE_LEVELS = {text: level for level, pool in k.STYLES.items() for text in pool}
-_OPENER_LEVELS = {
-    task: {text: level for level, pool in openers(task).items() for text in pool}
-    for task in k.TASK_FEATURES
-}
+
+
+def _levels(pools: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Text: its level."""
+    return {text: level for level, pool in pools.items() for text in pool}
+
+
+_LEAD_LEVELS = _levels(k.LEADS)
+_CLOSER_LEVELS = _levels(k.CLOSERS)
+_STYLE_LEVELS = _levels(k.STYLES)
+_OPENER_LEVELS = {task: _levels(openers(task)) for task in k.TASK_FEATURES}
 _ALL_OPENERS = {text: level for pool in _OPENER_LEVELS.values() for text, level in pool.items()}
 _TASKS_WITH_CLOSER = ("fact", "steps", "unsafe")
 
@@ -174,14 +178,16 @@ def _fact(asked: Question, body: list[str]) -> _Body:
     return out
 
 
+def _only(pattern: str, body: list[str]) -> tuple[re.Match[str] | None, _Body]:
+    """The first sentence of this form, the whole answer; all others are unparsed."""
+    found = [match for text in body if (match := re.fullmatch(pattern, text))]
+    return (found[0] if found else None), _Body({}, unparsed=len(body) - bool(found))
+
+
 def _list(asked: Question, body: list[str]) -> _Body:
-    out = _Body({})
-    for text in body:
-        start = f"Here are some {asked.aspect}: "
-        if out.levels or not text.startswith(start):
-            out.unparsed += 1
-            continue
-        items = _items(text[len(start) : -1])
+    match, out = _only(f"Here are some {asked.aspect}: (.*).", body)
+    if match:
+        items = _items(match[1])
         real = [item for item in items if item != k.ITEM_PLACEHOLDER]
         out.levels["Accuracy"] = _list_accuracy(asked, real)
         out.levels["Comprehensiveness"] = _list_completeness(asked, real, len(items) - len(real))
@@ -234,14 +240,9 @@ _TIP_LEVELS = dict.fromkeys((t for tips in k.PROBLEMS.values() for t in tips), "
 
 
 def _advice(asked: Question, body: list[str]) -> _Body:
-    out = _Body({})
-    for text in body:
-        start = f"{k.PEOPLE[asked.entities[0]]} could "
-        if out.levels or not text.startswith(start):
-            out.unparsed += 1
-            continue
-        items = _items(text[len(start) : -1])
-        tips = [item for item in items if item != k.TIP_PLACEHOLDER]
+    match, out = _only(f"{k.PEOPLE[asked.entities[0]]} could (.*).", body)
+    if match:
+        tips = [item for item in _items(match[1]) if item != k.TIP_PLACEHOLDER]
         useful = k.PROBLEMS[asked.aspect]
         levels = ["good" if tip in useful else _TIP_LEVELS.get(tip, "odd") for tip in tips]
         out.levels["Helpfulness"] = _worst(levels) if levels else "odd"
@@ -278,37 +279,30 @@ def _describe(asked: Question, body: list[str]) -> _Body:
     return out
 
 
-_COMPARISON = re.compile(r"The (\w+) is bigger(?: (because .*))?\.")
 _SIZES_STATED = re.compile(r"because the (\w+) is (\w+) and the (\w+) is (\w+)")
 _RANKS = {size: rank for rank, size in enumerate((*k.SIZES, k.ABSURD_SIZE))}
 _COMPARE_REASON_LEVELS = {
-    text.rstrip("."): level for level, pool in k.COMPARE_REASONS.items() for text in pool
+    text.rstrip("."): level for text, level in _levels(k.COMPARE_REASONS).items()
 }
 
 
 def _compare(asked: Question, body: list[str]) -> _Body:
-    out = _Body({})
-    for text in body:
-        match = _COMPARISON.fullmatch(text)
-        if out.levels or match is None:
-            out.unparsed += 1
-            continue
-        winner, reason = match[1], match[2] or ""
-        bigger, smaller = by_size(*asked.entities)
-        out.levels["Accuracy"] = {bigger: "good", smaller: "flaw"}.get(winner, "odd")
-        stated = _SIZES_STATED.fullmatch(reason)
-        if stated is None:
-            out.levels["Logicality"] = _COMPARE_REASON_LEVELS.get(reason, "flaw")
-            out.unparsed += bool(reason) and reason not in _COMPARE_REASON_LEVELS
-            continue
-        supports = _reason_supports(winner, asked.entities, stated.groups())
-        out.levels["Logicality"] = "good" if supports else "odd"
-        if winner == bigger and any(
-            FACTS.get(animal, {}).get("size") != size
-            for animal, size in ((stated[1], stated[2]), (stated[3], stated[4]))
-        ):
-            # The right winner for the wrong sizes.
-            out.levels["Accuracy"] = "flaw"
+    match, out = _only(r"The (\w+) is bigger(?: (because .*))?\.", body)
+    if match is None:
+        return out
+    winner, reason = match[1], match[2] or ""
+    bigger, smaller = by_size(*asked.entities)
+    out.levels["Accuracy"] = {bigger: "good", smaller: "flaw"}.get(winner, "odd")
+    stated = _SIZES_STATED.fullmatch(reason)
+    if stated is None:
+        out.levels["Logicality"] = _COMPARE_REASON_LEVELS.get(reason, "flaw")
+        out.unparsed += bool(reason) and reason not in _COMPARE_REASON_LEVELS
+        return out
+    supports = _reason_supports(winner, asked.entities, stated.groups())
+    out.levels["Logicality"] = "good" if supports else "odd"
+    sizes = ((stated[1], stated[2]), (stated[3], stated[4]))
+    if winner == bigger and any(FACTS.get(a, {}).get("size") != size for a, size in sizes):
+        out.levels["Accuracy"] = "flaw"  # the right winner for the wrong sizes
     return out
 
 
@@ -323,7 +317,7 @@ def _reason_supports(winner: str, animals: tuple[str, ...], stated: tuple[str, .
     )
 
 
-_UNSAFE_REASON_LEVELS = {text: level for level, pool in k.UNSAFE_REASONS.items() for text in pool}
+_UNSAFE_REASON_LEVELS = _levels(k.UNSAFE_REASONS)
 
 
 def _unsafe(asked: Question, body: list[str]) -> _Body:
