@@ -493,7 +493,7 @@ def test_a_full_gpu_does_not_speak_against_flex_attention(
             tree.tree_attention(None, query, query, query, None, trees=row.trees)
     else:
         tree.tree_attention(None, query, query, query, None, trees=row.trees)
-    assert tree._flex_works() == (error is torch.OutOfMemoryError)
+    assert bool(tree._flex_errors) == (error is not torch.OutOfMemoryError)
 
 
 def test_dropout_in_attention_is_not_ignored() -> None:

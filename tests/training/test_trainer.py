@@ -192,12 +192,12 @@ def test_loss_of_a_batch_equals_the_float64_recomputation(
 def test_a_response_that_is_cut_in_two_contexts_is_one_truncated_response(
     load: Callable[..., LoadedModel],
 ) -> None:
-    chat, objective = load("llama").chat, Objective.named("sso-online")
+    loaded, objective = load("llama"), Objective.named("sso-online")
     triple = make_triple(3)
-    whole = {name: chat.sequence(triple, name) for name in objective.sequences}
+    whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
     limit = min(len(whole["good/good"]), len(whole["bad/good"])) - 1
     assert limit >= max(len(s) for n, s in whole.items() if not n.endswith("/good"))
-    (example,), dropped, truncated = encode(chat, [triple], objective, limit)
+    (example,), dropped, truncated = encode(loaded, [triple], objective, limit)
     cut = example.sequences
     assert len(cut["good/good"]) == len(cut["bad/good"]) == limit
     assert (example.id, dropped, truncated) == (triple.id, [], 1)

@@ -98,14 +98,15 @@ def head_scores(model: Any, hidden_RD: Tensor, target_R: Tensor) -> TokenScores:
     return TokenScores(logps, sampled, collisions)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that sums over many values of a narrower one are made in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _logits(
     hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    logits_RV = (hidden_RD @ weight_VD.T).to(_wide(hidden_RD.dtype))
+    logits_RV = (hidden_RD @ weight_VD.T).to(wide(hidden_RD.dtype))
     if bias_V is not None:
         logits_RV += bias_V
     if scale != 1.0:
@@ -129,14 +130,14 @@ class _HeadLogps(torch.autograd.Function):
         if torch.is_autocast_enabled(hidden_RD.device.type):
             hidden_RD = hidden_RD.to(torch.get_autocast_dtype(hidden_RD.device.type))
         weight = weight_VD.to(hidden_RD.dtype)
-        wide = _wide(hidden_RD.dtype)
-        width, device = weight.shape[0] * wide.itemsize, hidden_RD.device.type
+        dtype = wide(hidden_RD.dtype)
+        width, device = weight.shape[0] * dtype.itemsize, hidden_RD.device.type
         rows = max(CHUNK_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // width)
         # inside forward gradients are off, and weights ask for one while scoring, too
         training = ctx.needs_input_grad[0]
         budget = KEEP_BYTES.get(device, KEEP_BYTES["cuda"]) if training else 0
         logps, log_sums, kept, collisions = [], [], [], []
-        sampled = hidden_RD.new_zeros(3, dtype=wide) if training else None
+        sampled = hidden_RD.new_zeros(3, dtype=dtype) if training else None
         begin = 0
         for chunk_RD, target in zip(hidden_RD.split(rows), target_R.split(rows), strict=True):
             logits_RV = _logits(chunk_RD, weight, bias_V, scale, softcap)
@@ -166,11 +167,11 @@ class _HeadLogps(torch.autograd.Function):
         ctx.spent = True
         hidden_RD, weight_VD, bias_V, target_R, log_sum_R = ctx.saved_tensors
         weight = weight_VD.to(hidden_RD.dtype)
-        wide = _wide(hidden_RD.dtype)
+        dtype = wide(hidden_RD.dtype)
         grad_hidden = torch.empty_like(hidden_RD)
         grad_weight: Tensor | None = None
         grad_bias = (
-            torch.zeros_like(bias_V, dtype=wide)
+            torch.zeros_like(bias_V, dtype=dtype)
             if bias_V is not None and ctx.needs_input_grad[2]
             else None
         )
@@ -196,8 +197,8 @@ class _HeadLogps(torch.autograd.Function):
                 continue
             # bfloat16 sums over thousands of tokens lose the small ones
             if grad_weight is None:
-                grad_weight = (delta_RV.T @ chunk_RD).to(wide)
-            elif delta_RV.dtype == wide:
+                grad_weight = (delta_RV.T @ chunk_RD).to(dtype)
+            elif delta_RV.dtype == dtype:
                 grad_weight.addmm_(delta_RV.T, chunk_RD)
             else:
                 grad_weight += delta_RV.T @ chunk_RD

@@ -70,8 +70,8 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int | None:
-        """Longest sequence that the model was made for, tokens; None if it does not say."""
-        return _context_length(self.model.config)
+        """See `context_length`."""
+        return context_length(self.model.config)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -266,7 +266,7 @@ def load_context_length(source: str, settings: Loading) -> int | None:
     Raises:
         ArtifactError: the config cannot be read.
     """
-    return _context_length(_load_config(source, settings))
+    return context_length(_load_config(source, settings))
 
 
 def _load_config(source: str, settings: Loading) -> Any:
@@ -274,7 +274,8 @@ def _load_config(source: str, settings: Loading) -> Any:
     return pretrained(AutoConfig, "config", source, settings)
 
 
-def _context_length(config: Any) -> int | None:
+def context_length(config: Any) -> int | None:
+    """Longest sequence that a model was made for, tokens; None if it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError
@@ -47,20 +48,13 @@ def pad(sequences: Sequence[EncodedSequence], pad_id: int) -> PaddedBatch:
     >>> b.input_ids_NT.tolist(), b.position.tolist(), b.target.tolist()
     ([[5, 6, 7, 8], [5, 9, 0, 0]], [1, 2, 0], [7, 8, 9])
     """
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    rows: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    for i, s in enumerate(sequences):
-        ids[i, : len(s)] = torch.tensor((*s.prompt_ids, *s.response_ids))
-        mask[i, : len(s)] = 1
-        rows += [i] * len(s.response_ids)
-        positions += range(len(s.prompt_ids) - 1, len(s) - 1)
-        targets += s.response_ids
+    ids = [torch.tensor((*s.prompt_ids, *s.response_ids)) for s in sequences]
     return PaddedBatch(
-        ids, mask, torch.tensor(rows), torch.tensor(positions), torch.tensor(targets)
+        pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        torch.tensor([i for i, s in enumerate(sequences) for _ in s.response_ids]),
+        torch.tensor([p for s in sequences for p in range(len(s.prompt_ids) - 1, len(s) - 1)]),
+        torch.tensor([t for s in sequences for t in s.response_ids]),
     )
 
 
@@ -193,17 +187,15 @@ def batches(sequences: Sequence[EncodedSequence], layout: str, size: int) -> Ite
     """Indices in batches of about ``size`` sequences: like lengths, or whole trees, together."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, s in enumerate(sequences):
-        key = s.prompt_ids if layout == "tree" else (i,)
-        by_prompt.setdefault(key, []).append(i)
+        by_prompt.setdefault(s.prompt_ids if layout == "tree" else (i,), []).append(i)
     groups = sorted(by_prompt.values(), key=lambda g: max(len(sequences[i]) for i in g))
     batch: list[int] = []
-    tokens = 0
     for group in reversed(groups):
-        more = sum(len(sequences[i]) for i in group)
-        if batch and (len(batch) + len(group) > size or tokens + more > MAX_TOKENS):
+        tokens = sum(len(sequences[i]) for i in (*batch, *group))
+        if batch and (len(batch) + len(group) > size or tokens > MAX_TOKENS):
             yield batch
-            batch, tokens = [], 0
-        batch, tokens = batch + group, tokens + more
+            batch = []
+        batch = [*batch, *group]
     if batch:
         yield batch
 

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from selfsteer.models.head import TokenScores, head_scores
+from selfsteer.models.head import TokenScores, head_scores, wide
 from selfsteer.terminal import warn
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class TreeRow(NamedTuple):
 
     def to(self, device: torch.device) -> TreeRow:
         """The same row elsewhere."""
-        tensors = ("input_ids_1T", "position_ids_1T", "row", "position", "target")
-        return self._replace(**{name: getattr(self, name).to(device) for name in tensors})
+        ids, positions, row, position, target = (t.to(device) for t in self[:5])
+        return TreeRow(ids, positions, row, position, target, self.trees)
 
 
 def plant(sequences: Sequence[EncodedSequence]) -> TreeRow:
@@ -86,11 +86,10 @@ def plant(sequences: Sequence[EncodedSequence]) -> TreeRow:
             positions += range(size, size + len(inner))
             branches.append(len(inner))
         trees.append((start, size, tuple(branches)))
-    rows = [i for i, s in enumerate(sequences) for _ in s.response_ids]
     return TreeRow(
         torch.tensor([ids]),
         torch.tensor([positions]),
-        torch.tensor(rows),
+        torch.tensor([i for i, s in enumerate(sequences) for _ in s.response_ids]),
         torch.tensor([p for where in predicts for p in where]),
         torch.tensor([t for s in sequences for t in s.response_ids]),
         tuple(trees),
@@ -135,7 +134,7 @@ def tree_attention(
         raise RuntimeError("the model does not pass the segments on to its attention")
     if dropout:
         raise RuntimeError("the tree layout has no dropout in attention")
-    if query.is_cuda and query.dtype != torch.float64 and _flex_works():
+    if query.is_cuda and query.dtype != torch.float64 and not _flex_errors:
         try:
             flexed = flex_tree_attention(
                 query, key, value, tuple(trees), scaling, sliding_window, softcap, _compiled
@@ -206,7 +205,7 @@ def _attend(
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     assert mask is not None
     scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1, dtype=_accumulate(scores.dtype)).to(value.dtype) @ value
+    return scores.softmax(dim=-1, dtype=wide(scores.dtype)).to(value.dtype) @ value
 
 
 def flex_tree_attention(
@@ -280,18 +279,10 @@ def _compiled(function: Any) -> Any:
 _flex_errors: list[str] = []
 
 
-def _flex_works() -> bool:
-    return not _flex_errors
-
-
 def _flex_failed(error: Exception) -> None:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     _flex_errors.append(reason)
     warn(f"flex_attention does not work here ({reason}); attention runs segment by segment")
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

@@ -13,7 +13,7 @@ from selfsteer.data.records import Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.judges.base import load_judge
-from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import scored
 from selfsteer.objectives import Objective
@@ -40,12 +40,9 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     triples = list(stored_pairs(stage.data.path))
     loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
     ranks.join(loaded.device.type)
-    examples, dropped, truncated = encode(
-        loaded.chat, triples, stage.objective, settings.max_length
-    )
+    examples, dropped, truncated = encode(loaded, triples, stage.objective, settings.max_length)
     if not examples:
         return with_drops(stage, run, StageResult(len(triples), 0), dropped)
-    check_length(loaded, examples)
     began = time.monotonic()
     selector = None
     held_out = hold_out([e.id for e in examples], settings.selection, stage.seed)
@@ -146,17 +143,20 @@ def with_drops(
 
 
 def encode(
-    chat: ChatFormat, triples: Sequence[Triple], objective: Objective, max_length: int
+    loaded: LoadedModel, triples: Sequence[Triple], objective: Objective, max_length: int
 ) -> tuple[list[Example], list[Dropped], int]:
     """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
 
     Returns:
         Examples without a reference, the dropped, and how many responses were cut in one context
         or several.
+
+    Raises:
+        DataError: a sequence is longer than the model's own context.
     """
-    examples, dropped, truncated = [], [], 0
+    examples, dropped, truncated, longest = [], [], 0, 0
     for triple in triples:
-        whole = {name: chat.sequence(triple, name) for name in objective.sequences}
+        whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
         if any(len(s.prompt_ids) >= max_length for s in whole.values()):
             dropped.append(Dropped(triple.id, "prompt_too_long", triple))
             continue
@@ -165,23 +165,15 @@ def encode(
             for n, s in whole.items()
         }
         truncated += len({n.partition("/")[2] for n in whole if len(cut[n]) < len(whole[n])})
+        longest = max(longest, *map(len, cut.values()))
         examples.append(Example(triple.id, cut))
-    return examples, dropped, truncated
-
-
-def check_length(loaded: LoadedModel, examples: Sequence[Example]) -> None:
-    """Refuses sequences beyond the model's own context.
-
-    Raises:
-        DataError: one is longer; says how long.
-    """
-    longest = max(len(s) for e in examples for s in e.sequences.values())
     limit = loaded.context_length
     if limit is not None and longest > limit:
         raise DataError(
             f"The longest sequence has {longest} tokens, {loaded.source} was made for {limit}. "
             "Lower max_length."
         )
+    return examples, dropped, truncated
 
 
 def with_reference(

@@ -18,7 +18,7 @@ from selfsteer.recipe.sections import CONSTANTS, TrainConfig, resolve_path
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import identity
-from selfsteer.stages.fit import check_length, encode, with_reference
+from selfsteer.stages.fit import encode, with_reference
 from selfsteer.terminal import is_main_process, say
 from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
@@ -65,11 +65,10 @@ def _train(
         Path(config.output),
     )
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
-    examples, dropped, truncated = encode(loaded.chat, triples, objective, config.max_length)
+    examples, dropped, truncated = encode(loaded, triples, objective, config.max_length)
     lost = dict(Counter(d.reason for d in dropped))
     if not examples:
         raise DataError(f"Nothing to train on: of {len(triples)} triples {lost} dropped.")
-    check_length(loaded, examples)
     say(
         f"{objective.name} ({config.base}): {len(examples):,} of {len(triples):,} triples, "
         f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"

@@ -53,11 +53,9 @@ class Task(Protocol):
 
     def costs(self, examples: Any) -> list[int]:
         """Tokens that each of these takes in a row, were they in one."""
-        ...
 
     def loss(self, model: Any, examples: Any) -> tuple[Tensor, Metrics]:
         """Of a row of B examples: the loss of each, (B,), and metrics without gradient."""
-        ...
 
 
 class OnStep(Protocol):
@@ -74,15 +72,12 @@ class OnStep(Protocol):
             work: the training's work folder.
             steps: optimiser steps.
         """
-        ...
 
     def visit(self, step: int) -> bool:
         """After each step, on every rank; True ends the training."""
-        ...
 
     def restore(self) -> None:
         """After the last step: puts the weights to keep into the model, which is whole."""
-        ...
 
 
 @dataclass(frozen=True)
