@@ -264,7 +264,7 @@ def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(x) + "\n" for x in lines))
     pairs, dropped = read_pairs(file)
     assert [p.extra["gap"] for p in pairs] == [2]
-    assert dropped == {"unknown_shape": 1}
+    assert dropped.total() == 1
     triple = {
         "messages": [{"role": "user", "content": "a?"}],
         "responses": {"good": "Yes.", "bad": "No.", "plain": "Eh."},
