@@ -12,6 +12,7 @@ from selfsteer.verbs.common import (
     Overrides,
     Profile,
     RecipeName,
+    emit,
     load_recipe,
     on_ranks,
 )
@@ -46,20 +47,15 @@ def run(
 
     checked, given = load_recipe(recipe, overrides or [])
     if dry_run:
-        folder = RunFolder(checked.folder)
-        whole = checked.plan()
+        folder, whole = RunFolder(checked.folder), checked.plan()
         stale = {e["stage"] for e in folder.stale(whole)}
         states = {
             s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
             for s in select(whole, until)
         }
-        if not is_main_process():
-            return
-        if as_json:
-            out.print_json(data=states)
-        else:
-            for name, state in states.items():
-                out.print(f"{state:<10} {name}")
+        text = "\n".join(f"{state:<10} {name}" for name, state in states.items())
+        if is_main_process():
+            emit(states, as_json, lambda _: out.print(text))
         return
     on_ranks(nproc, profile)
     ran = execute(checked, given, until=until, redo=redo)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from selfsteer.terminal import out, table
-from selfsteer.verbs.common import AsJson, complete_recipe, load_recipe
+from selfsteer.verbs.common import AsJson, complete_recipe, emit, load_recipe
 
 
 def sweep(
@@ -41,14 +41,16 @@ def sweep(
     axes, stage = sweeping.axes_of(tried)
     _, given = load_recipe(recipe, fixed)
     report = sweeping.sweep(given, axes, stage, budget)
-    if as_json:
-        out.print_json(data=report)
-        return
+    same = " ".join(["selfsteer run", recipe, *map(shlex.quote, fixed)])
+    emit(report, as_json, lambda _: _print(report, same))
+
+
+def _print(report: dict[str, Any], command: str) -> None:
     rows = _rows(report)
     out.print(table(list(rows[0]), (row.values() for row in rows), words=len(rows[0])))
     best = report["cells"][report["best"]]["settings"]
-    chosen = [*map(shlex.quote, fixed), *(f"{k}={v}" for k, v in best.items())]
-    out.print("next: selfsteer run " + " ".join([recipe, *chosen]), markup=False, soft_wrap=True)
+    chosen = " ".join(f"{k}={v}" for k, v in best.items())
+    out.print(f"next: {command} {chosen}", markup=False)
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, str]]:
