@@ -49,7 +49,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, here: Here) -> None:
     fails(here(*args, "seed=1"), 2, "needs axes of generator.* or of training.*")
     fails(here(*args, "generator.gamma=0.1,1", "training.beta=0.1,1"), 2, "not of both")
     pbaa = ("method=pbaa", "generator=null", "baseline=null")
-    fails(here(*args, *pbaa, "generator.gamma=0.1,1"), 2, "method sso")
+    fails(here(*args, *pbaa, "generator.gamma=0.1,1"), 2, "pbaa", "generator")
     fails(here(*args, "training.beta=0.1,1", "training.selection.points=0"), 2, "is off here")
     assert not list(tmp_path.iterdir())
 
