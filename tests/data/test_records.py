@@ -178,7 +178,7 @@ def test_preference_as_triple_swaps_nothing() -> None:
 
 @pytest.mark.parametrize("chosen", [None, [], [USER], [ASSISTANT, ASSISTANT], [USER, ASSISTANT]])
 def test_a_preferences_answer_is_one_assistant_turn(chosen: Any) -> None:
-    with pytest.raises(DataError, match="chosen must be one assistant turn"):
+    with pytest.raises(DataError, match="chosen must be one text or one assistant turn"):
         Preference.from_dict({"prompt": "Hi", "chosen": chosen, "rejected": "B"})
 
 

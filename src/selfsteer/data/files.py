@@ -67,13 +67,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _file(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    if path.suffix == ".parquet":
-        yield from _parquet(path, columns)
-    elif path.suffix == ".csv":
-        yield from _csv(path, columns)
+    if path.suffix in _TABLES:
+        yield from _TABLES[path.suffix](path, columns)
     elif _is_jsonl(path):
-        for number, row in read_jsonl(path):
-            yield f"{path}, line {number}", row
+        yield from ((f"{path}, line {number}", row) for number, row in read_jsonl(path))
     else:
         yield from _json(path)
 
@@ -85,14 +82,11 @@ def _parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
-    number = 0
     try:
         table = pq.ParquetFile(path)
-        wanted = list(columns(table.schema_arrow.names))
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", _without_nulls(row)
+        batches = table.iter_batches(1024, columns=list(columns(table.schema_arrow.names)))
+        for number, row in enumerate((row for b in batches for row in b.to_pylist()), 1):
+            yield f"{path}, row {number}", _without_nulls(row)
     except (OSError, ArrowException) as e:
         raise DataError(f"{path} is not a Parquet file: {e}.") from None
 
@@ -114,6 +108,9 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
                 yield where, {k: row[k] for k in wanted if row[k] or k in TEXTS}
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} is not a CSV file in UTF-8: {e}.") from None
+
+
+_TABLES = {".parquet": _parquet, ".csv": _csv}
 
 
 def _without_nulls(row: Row) -> Row:

@@ -3,7 +3,7 @@
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
     found: Spool[Query] = Spool(Query.from_dict, folder)
     numbers: dict[str, int] = {}
     answered: set[str] = set()
-    source = _counted(read_rows(path, settings.split, asked_columns))
+    source = read_rows(path, settings.split, asked_columns)
     for where, (query, answer, _) in read(source, asked, drops, _FATAL):
         reason = out_of_bounds(query) or duplicates.add(query)
         if reason is None and len(evaluation) and (pairs := evaluation.find(query)):
@@ -124,13 +124,6 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
             '{"prompt": "Why is the sky blue?"}.'
         )
     return Loaded(kept, drops.counts, answers_cut, overlaps, not_compared, drops.records)
-
-
-def _counted(source: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    with progress_bar("reading queries", None) as bar:
-        for row in source:
-            yield row
-            bar.advance(1)
 
 
 def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[str, Any]:
@@ -202,7 +195,7 @@ def contamination(settings: Queries) -> tuple[Contamination, Counter[str]]:
     index, drops = Contamination(settings.ngram), Drops()
     for name in settings.against:
         before = len(index)
-        source = _counted(read_rows(*_named_split(name), asked_columns))
+        source = read_rows(*_named_split(name), asked_columns)
         for _, (query, *_) in read(source, asked, drops, _FATAL):
             index.add(name, query)
         if len(index) == before:

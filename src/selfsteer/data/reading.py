@@ -43,6 +43,8 @@ def read(
 ) -> Iterator[tuple[str, T]]:
     """(where it stands, what ``parse`` makes of it) of each row that can be read.
 
+    Shows a progress bar.
+
     Args:
         source: of `selfsteer.data.files.read_rows`.
         parse: raises `Unusable` or another DataError, which counts as ``malformed``.
@@ -52,16 +54,18 @@ def read(
     Raises:
         DataError: names the file and the line or entry.
     """
-    for where, row in source:
-        try:
-            made = parse(row)
-        except DataError as e:
-            reason = e.reason if isinstance(e, Unusable) else "malformed"
-            if drops is None or reason in fatal:
-                raise DataError(f"{where}: {e}.") from None
-            drops.add(reason, where, row, f"{where}: {e}")
-            continue
-        yield where, made
+    with progress_bar("reading", None) as bar:
+        for where, row in source:
+            bar.advance(1)
+            try:
+                made = parse(row)
+            except DataError as e:
+                reason = e.reason if isinstance(e, Unusable) else "malformed"
+                if drops is None or reason in fatal:
+                    raise DataError(f"{where}: {e}.") from None
+                drops.add(reason, where, row, f"{where}: {e}")
+                continue
+            yield where, made
 
 
 _TRAINABLE = (
@@ -123,15 +127,13 @@ def import_records(
         shape = made.title
         return made
 
-    with progress_bar("import", None) as bar:
-        for _, made in read(read_rows(source), of_one_shape, None if strict else drops):
-            bar.advance(1)
-            n_in += 1
-            lost.update(made.lost)
-            one = _join(made.record, waiting) if shape == HALF_TITLE else made.record
-            if one is not None:
-                found = Spool(type(one).from_dict, folder) if found is None else found
-                found.append(one)
+    for _, made in read(read_rows(source), of_one_shape, None if strict else drops):
+        n_in += 1
+        lost.update(made.lost)
+        one = _join(made.record, waiting) if shape == HALF_TITLE else made.record
+        if one is not None:
+            found = Spool(type(one).from_dict, folder) if found is None else found
+            found.append(one)
     n_in += drops.counts.total()
     if alone := sum(map(len, waiting.values())):
         if strict:

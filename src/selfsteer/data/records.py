@@ -88,17 +88,30 @@ def _with_extra(out: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_reasons(reasons: Any, names: tuple[str, ...]) -> dict[str, str]:
-    if reasons is None:
-        return {}
-    if not isinstance(reasons, Mapping):
+    if not isinstance(reasons, Mapping | None):
         raise DataError(f"finish_reasons must be an object, found {short(reasons)}")
-    for name, reason in reasons.items():
+    given = {name: reason for name, reason in (reasons or {}).items() if reason is not None}
+    for name, reason in given.items():
         if name not in names or reason not in ("stop", "length"):
             raise DataError(
                 f"finish_reasons give 'stop' or 'length' to {', '.join(names)}, found "
                 f"{short(name)}: {short(reason)}"
             )
-    return dict(reasons)
+    return given
+
+
+def answer_text(value: Any, name: str) -> str:
+    """The text of an answer: itself, an assistant turn, or a list of one of these.
+
+    Raises:
+        DataError: it is something else; ``name`` says what it was to be.
+    """
+    found = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(found, Mapping) and found.get("role") == "assistant":
+        found = found.get("content")
+    if not isinstance(found, str):
+        raise DataError(f"{name} must be one text or one assistant turn, found {short(value)}")
+    return found
 
 
 def content_id(messages: Sequence[Message]) -> str:
@@ -286,20 +299,9 @@ class Preference:
         """Reads TRL's conversational preference record with an explicit prompt."""
         rest = dict(value)
         query = Query.from_dict({k: rest.pop(k) for k in ("id", "prompt", "system") if k in rest})
-        texts = []
-        for name in ("chosen", "rejected"):
-            turns = rest.pop(name, None)
-            if isinstance(turns, str):
-                texts.append(turns)
-                continue
-            last = turns[-1] if isinstance(turns, Sequence) and turns else None
-            if not isinstance(last, Mapping) or last.get("role") != "assistant" or len(turns) != 1:
-                raise DataError(f"{name} must be one assistant turn, found {short(turns)}")
-            if not isinstance(last.get("content"), str):
-                raise DataError(f"{name} must have a text content, found {short(last)}")
-            texts.append(last["content"])
+        chosen, rejected = (answer_text(rest.pop(n, None), n) for n in ("chosen", "rejected"))
         reasons = _check_reasons(rest.pop("finish_reasons", None), ("chosen", "rejected"))
-        return cls(query.id, query.messages, texts[0], texts[1], reasons, rest)
+        return cls(query.id, query.messages, chosen, rejected, reasons, rest)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""

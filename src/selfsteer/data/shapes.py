@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from selfsteer.data.jsonl import dump_line, short
-from selfsteer.data.records import Preference, Principles, Query, Triple
+from selfsteer.data.records import Preference, Principles, Query, Triple, answer_text
 from selfsteer.errors import DataError
 
 Row = Mapping[str, Any]
@@ -294,19 +294,10 @@ def record(row: Row, *, release: bool = False) -> Read:
             made = _release(row, query, chosen, rejected)
         else:
             title = f"preference ({form.title})" if form.title else "preference"
-            reasons = row.get("finish_reasons") if form is OWN else None
-            if isinstance(reasons, Mapping):  # Parquet has a null where JSON has no key
-                reasons = {name: reason for name, reason in reasons.items() if reason is not None}
-                reads |= {"finish_reasons"}
-            made = Preference.from_dict(
-                {
-                    "id": query.id,
-                    "prompt": query.messages,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "finish_reasons": reasons,
-                }
-            )
+            own = {k: v for k, v in row.items() if k == "finish_reasons" and form is OWN}
+            reads |= own.keys()
+            pair = {"chosen": chosen, "rejected": rejected, **own}
+            made = Preference.from_dict({"id": query.id, "prompt": query.messages, **pair})
     elif row.keys() >= _HALF:
         title, label = HALF_TITLE, row["label"]
         if not isinstance(label, bool):
@@ -343,13 +334,9 @@ def _pair(row: Row, form: Form) -> tuple[str, str]:
 
 
 def _answer(value: Any, name: str) -> str:
-    """A text, an assistant turn, or a list of one of these."""
+    """As `answer_text`, of turns as other programs write them too."""
     found = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if isinstance(found, Mapping) and (turn := _turn(found))["role"] == "assistant":
-        found = turn["content"]
-    if not isinstance(found, str):
-        raise DataError(f"{name} must be one text or one assistant turn, found {short(value)}")
-    return found
+    return answer_text(_turn(found) if isinstance(found, Mapping) else value, name)
 
 
 def _release(row: Row, query: Query, chosen: str, rejected: str) -> Triple:

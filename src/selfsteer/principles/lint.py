@@ -32,14 +32,28 @@ def lint(text: str) -> list[Finding]:
     """All findings on a catalogue's YAML, in the order of their lines; none: it is clean."""
     catalogue, findings, lines = read(text)
     if catalogue is not None:
-        for feature in catalogue.features:
-            line = lines.get(feature.name, 1)
-            findings += [Finding(line, f"{feature.name}{w}", p) for w, p in _feature(feature)]
-        for a, b in combinations(catalogue.features, 2):
-            for problem in _alike(a, b):
-                findings.append(Finding(lines.get(b.name, 1), b.name, problem))
-        findings += [Finding(1, where, problem) for where, problem in _frame(catalogue)]
+        findings = [
+            Finding(lines.get(name, 1), f"{name}{key}", problem)
+            for name, key, problem in _problems(catalogue)
+        ]
     return sorted(findings, key=lambda f: f.line)
+
+
+def _problems(catalogue: Catalogue) -> Iterator[tuple[str, str, str]]:
+    """(feature, its key, what is wrong and what to do)."""
+    if not catalogue.closing.strip():
+        yield (
+            "closing",
+            "",
+            "is empty, so nothing keeps responses from naming their principle; write a line that "
+            "asks not to reveal it",
+        )
+    for feature in catalogue.features:
+        for key, problem in _feature(feature):
+            yield feature.name, key, problem
+    for a, b in combinations(catalogue.features, 2):
+        for problem in _alike(a, b):
+            yield b.name, "", problem
 
 
 def _feature(feature: Feature) -> Iterator[tuple[str, str]]:
@@ -75,12 +89,3 @@ def _alike(a: Feature, b: Feature) -> Iterator[str]:
         adjective = f"{side}_adjective"
         if getattr(a, adjective).casefold() == getattr(b, adjective).casefold():
             yield f"its {side} adjective is that of {a.name}; merge the two or reword one"
-
-
-def _frame(catalogue: Catalogue) -> Iterator[tuple[str, str]]:
-    if not catalogue.closing.strip():
-        yield (
-            "closing",
-            "is empty, so nothing keeps responses from naming their principle; write a line that "
-            "asks not to reveal it",
-        )

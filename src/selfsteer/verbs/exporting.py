@@ -75,12 +75,8 @@ def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str
     recipe = of.run.recipe
     if not isinstance(recipe, Aligning) or getattr(recipe.hygiene, "export_unsafe", True):
         return records, []
-    silent, safe = 0, array("q")
-    for i, record in enumerate(records):
-        silent += not named_features(record)
-        if not names_safety(record):
-            safe.append(i)
-    if silent:
+    safe = array("q", (i for i, record in enumerate(records) if not names_safety(record)))
+    if silent := sum(not named_features(record) for record in records):
         raise ConfigError(
             f"hygiene.export_unsafe is false, but {silent:,} of {len(records):,} records name no "
             "feature, so it is unknown whether they are about Safety. Set it to true if these "
