@@ -124,8 +124,8 @@ def measure(task: str, count: int, seed: int) -> dict[str, Any]:
     if task == "bounds + filter":
         check = curate.bounds(10, 4000, ("Latin",))
         kept = [q for q in queries if check(q) is None]
-        mask, _ = steering_filter(means)
-        found = {"kept": int(mask[: len(kept)].sum())}
+        lost = sum(int(mask.sum()) for _, mask in steering_filter(means))
+        found = {"kept": len(kept) - lost}
     elif task == "duplicates":
         seen = curate.Duplicates()
         found = {"kept": sum(seen.add(q) is None for q in queries)}

@@ -12,9 +12,10 @@ from selfsteer.verbs.common import AsJson, emit
 
 def import_(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FILE", help="JSON, JSONL, Parquet or CSV file, or a folder of shards"
+            metavar="SOURCE",
+            help="JSON, JSONL, Parquet or CSV file, a folder of shards, or a dataset's name",
         ),
     ],
     to: Annotated[Path, typer.Option(help="JSONL file to write")],
