@@ -13,7 +13,7 @@ the answers that selfsteer stores are such rows. Without an id, a question's con
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from selfsteer.data.files import read_rows
 from selfsteer.data.reading import read
@@ -57,6 +57,12 @@ class Answered:
     responses: tuple[str, ...]
     finish_reasons: tuple[str, ...]
     missing: str | None = None
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Reads a stored line."""
+        responses, reasons = tuple(value["responses"]), tuple(value["finish_reasons"])
+        return cls(value["id"], responses, reasons, value["missing"])
 
     def then(self, turn: Completion) -> "Answered":
         """These answers and that to the next turn, or why there is none."""

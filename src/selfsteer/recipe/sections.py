@@ -922,6 +922,16 @@ class Keep(Section):
     checkpoints: int = _f(1, "resumable checkpoints kept while training", ge=1)
 
 
+class BenchmarkConfig(Section):
+    """`selfsteer benchmark`: what of a recipe bears on benchmarks of given models."""
+
+    seed: int = 0
+    policy: Policy
+    sampling: Sampling = Sampling()
+    judge: JudgeConfig | None = None
+    benchmarks: Benchmarks
+
+
 class TrainConfig(Optimisation, Loading):
     """`selfsteer train`: one objective on stored triples, offline."""
 

@@ -1,7 +1,7 @@
 """``selfsteer benchmark``: benchmarks of models or of a run's models, without a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,11 +11,9 @@ from selfsteer.verbs.common import AsJson, aligning
 
 if TYPE_CHECKING:
     from selfsteer.evaluation.official import Official
-    from selfsteer.stages.benchmarking import Contestant, Setup
+    from selfsteer.run.stage import Artifact
+    from selfsteer.stages.benchmark import RunBenchmarks
     from selfsteer.view import RunView
-
-#: Settings of a recipe that have an effect here.
-SECTIONS = ("benchmarks", "policy", "sampling", "judge", "seed")
 
 
 def benchmark(
@@ -63,48 +61,49 @@ def benchmark(
 
     Example: selfsteer benchmark BASE runs/mine/iteration-1/policy --task ifeval --task gsm8k
     """
+    from selfsteer.run.folder import RunFolder
+
     named = {"tasks": task, "task_folders": task_folder, "judged": judged}
     given = [f"benchmarks.{k}={v}" for k, v in (("judge", judge), ("limit", limit)) if v]
-    setup = _setup(models[0], named, [*given, *(settings or [])])
-    rows = _rows(models)
-    from selfsteer.run.folder import RunFolder
-    from selfsteer.stages import benchmarking
-
-    benchmarking.check_benchmarks(setup.settings, setup.judge)
-    with RunFolder(to).locked():
-        benchmarking.benchmark(contestants(rows), setup, to)
+    stage = _stage(models, named, [*given, *(settings or [])])
+    list(stage.check())
+    folder = RunFolder(to)
+    with folder.locked():
+        stage.run(folder)
     if as_json:
         out.print_json((to / "benchmarks.json").read_text("utf-8"))
     else:
         out.print((to / "benchmarks.md").read_text("utf-8"), markup=False, end="")
 
 
-def _setup(first: str, named: dict[str, list[str] | None], settings: list[str]) -> "Setup":
-    """These benchmarks, with the settings of the first run's recipe where it is a run."""
+def _stage(
+    models: list[str], named: dict[str, list[str] | None], settings: list[str]
+) -> "RunBenchmarks":
+    """These benchmarks, with the settings of the first run's recipe if it is a run."""
     from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
-    from selfsteer.stages.benchmarking import Settings, Setup
+    from selfsteer.recipe.sections import BenchmarkConfig
+    from selfsteer.stages.benchmark import RunBenchmarks
 
-    check_sections(settings, SECTIONS, "benchmark")
-    recipe = Path(first) / "recipe.yaml"
-    given: dict[str, Any] = {"policy": {"model": first}}
-    if recipe.is_file():
-        values = load_values(str(recipe))
-        given = {name: values[name] for name in Settings.model_fields if name in values}
-    given["benchmarks"] = {
-        k: [read_yaml(v) for v in values] for k, values in named.items() if values
-    }
-    own = validate(Settings, merge(given, settings), "settings of benchmark")
+    sections = tuple(BenchmarkConfig.model_fields)
+    check_sections(settings, sections, "benchmark")
+    recipe = Path(models[0]) / "recipe.yaml"
+    values = load_values(str(recipe)) if recipe.is_file() else {"policy": {"model": models[0]}}
+    given = {name: value for name, value in values.items() if name in sections}
+    given["benchmarks"] = {k: [read_yaml(v) for v in vs] for k, vs in named.items() if vs}
+    own = validate(BenchmarkConfig, merge(given, settings), "settings of benchmark")
     judge = own.benchmarks.judge or own.judge
-    return Setup(own.benchmarks, judge, own.sampling, own.policy.loading, own.seed)
+    rows, loading = _rows(models), own.policy.loading
+    return RunBenchmarks(rows, own.benchmarks, judge, own.sampling, seed=own.seed, loading=loading)
 
 
-def _rows(named: list[str]) -> dict[str, str]:
+def _rows(named: list[str]) -> "dict[str, Artifact]":
     """Row → model; a run folder is its base, baseline and policy."""
     from selfsteer.models.load import check_source
     from selfsteer.recipe.sections import resolve_path
+    from selfsteer.run.stage import Artifact
     from selfsteer.view import RunView
 
-    rows: dict[str, str] = {}
+    rows: dict[str, Artifact] = {}
     for name in named:
         source = resolve_path(name)
         if (Path(source) / "resolved.json").is_file():
@@ -113,7 +112,7 @@ def _rows(named: list[str]) -> dict[str, str]:
                 found = {f"{name}/{label}": path for label, path in found.items()}
         else:
             check_source(source)
-            found = {name: source}
+            found = {name: Artifact(Path(source))}
         twice = sorted(found.keys() & rows.keys())
         if twice:
             raise ConfigError(f"{twice[0]} is named twice.")
@@ -121,30 +120,24 @@ def _rows(named: list[str]) -> dict[str, str]:
     return rows
 
 
-def run_models(run: "RunView") -> dict[str, str]:
+def run_models(run: "RunView") -> "dict[str, Artifact]":
     """Label → model of a run: ``base``, its baseline and its own policy.
 
     Raises:
         ConfigError: the run has not trained its policy yet.
     """
     from selfsteer.recipe.sections import resolve_path
+    from selfsteer.run.stage import Artifact
 
-    if "policy" not in run.models:
+    found = run.models
+    if "policy" not in found:
         raise ConfigError(f"{run.folder} has no trained policy yet; finish the run first.")
     labels = {"base": "base", "baseline": run.methods[-1], "policy": run.recipe.method}
     return {
-        label: resolve_path(run.models[kind])
+        label: Artifact(Path(resolve_path(found[kind])))
         for kind, label in labels.items()
-        if kind in run.models
+        if kind in found
     }
-
-
-def contestants(rows: dict[str, str]) -> list["Contestant"]:
-    """Rows of a benchmark, each known by its model's content."""
-    from selfsteer.data.digests import model_digest
-    from selfsteer.stages.benchmarking import Contestant
-
-    return [Contestant(label, source, model_digest(source)) for label, source in rows.items()]
 
 
 def export_answers(run: "RunView", style: str, questions: Path | None, to: Path) -> "Official":
@@ -166,9 +159,9 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
     from selfsteer.evaluation.official import write_official
     from selfsteer.recipe.sections import Benchmarks, JudgedSet
     from selfsteer.run.folder import RunFolder
-    from selfsteer.stages.benchmarking import Contest, Setup
+    from selfsteer.stages.benchmark import RunBenchmarks
 
-    recipe, models = aligning(run.recipe), contestants(run_models(run))
+    recipe = aligning(run.recipe)
     sets = [s for s in recipe.benchmarks.judged if s.style == style] if recipe.benchmarks else []
     if questions is not None:
         sets = [JudgedSet.model_validate(f"{style}:{questions}")]
@@ -178,10 +171,15 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
             "--questions FILE."
         )
     settings = recipe.benchmarks or Benchmarks(judged=tuple(sets))
-    whole = settings.model_copy(update={"limit": None})
-    setup = Setup(whole, None, recipe.sampling, recipe.policy.loading, recipe.seed)
-    contest = Contest(models, setup, run.folder)
+    stage = RunBenchmarks(
+        run_models(run),
+        settings.model_copy(update={"limit": None}),
+        None,
+        recipe.sampling,
+        seed=recipe.seed,
+        loading=recipe.policy.loading,
+    )
     with RunFolder(run.folder).locked():
-        asked, given = contest.answers(sets[0], {})
+        asked, given = stage.answers(sets[0], run.folder, {})
     named = {f"{recipe.name}-{label}": found for label, found in given.items()}
     return write_official(style, asked, named, to)
