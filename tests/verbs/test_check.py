@@ -8,7 +8,7 @@ import pytest
 
 from selfsteer.data.records import Message, Principles, Triple, Verdict
 from selfsteer.errors import ArtifactError, DataError
-from selfsteer.judges.steering import FEW, steering, strangers
+from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs.check import conclusion

@@ -65,21 +65,18 @@ def calibration(differences: Sequence[float], bins: int = BINS) -> dict[str, Any
     """  # noqa: E501
     if not differences:
         raise ValueError("calibration needs at least one pair")
-    d = np.asarray(differences, dtype=np.float64)
-    stated = 1 / (1 + np.exp(-np.abs(d)))
-    right = np.array([win(x) for x in differences])
+    stated = 1 / (1 + np.exp(-np.abs(differences)))
     place = np.minimum(((stated - 0.5) * 2 * bins).astype(int), bins - 1)
+    right = np.array([win(x) for x in differences])
     table: list[dict[str, Any]] = []
-    error = 0.0
     for b in range(bins):
         here = place == b
-        count = int(here.sum())
-        row = {"from": 0.5 + b / bins / 2, "to": 0.5 + (b + 1) / bins / 2, "pairs": count}
-        if count:
+        row = {"from": 0.5 + b / bins / 2, "to": 0.5 + (b + 1) / bins / 2, "pairs": int(here.sum())}
+        if here.any():
             row |= {"stated": float(stated[here].mean()), "right": float(right[here].mean())}
-            error += count / d.size * abs(row["right"] - row["stated"])
         table.append(row)
-    return {"ece": error, "bins": table}
+    gaps = (row["pairs"] * abs(row["right"] - row["stated"]) for row in table if row["pairs"])
+    return {"ece": sum(gaps) / len(differences), "bins": table}
 
 
 def length_class(chosen_tokens: int, rejected_tokens: int) -> str:

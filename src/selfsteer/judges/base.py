@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from selfsteer.data.records import Query, Verdict
-from selfsteer.errors import ConfigError
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
 
 
@@ -107,7 +106,7 @@ def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judg
     if settings.kind == "human":
         from selfsteer.judges.people import HumanJudge
 
-        return HumanJudge(labels_path(settings))
+        return HumanJudge(Path(resolve_path(str(settings.path))))
     if settings.kind == "chat":
         from selfsteer.judges.chat import ChatJudge
 
@@ -126,16 +125,3 @@ def judge_source(settings: JudgeConfig) -> str:
     """Folder, hub id or server's name of a judge's model."""
     assert settings.model is not None
     return settings.model if settings.engine.base_url else resolve_path(settings.model)
-
-
-def labels_path(settings: JudgeConfig) -> Path:
-    """The file of a human judge's labels.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    assert settings.path is not None
-    path = Path(resolve_path(settings.path))
-    if not path.is_file():
-        raise ConfigError(f"judge.path: there is no file {path}; give the labels' JSONL file.")
-    return path

@@ -8,7 +8,7 @@ from typing import Any
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Query, Verdict
-from selfsteer.errors import DataError
+from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judgement, Pair
 
 
@@ -29,10 +29,13 @@ class HumanJudge:
     ``"verdict": null`` is a pair that is not labelled yet.
 
     Raises:
+        ConfigError: there is no such file.
         DataError: a line is not a label, or two labels of a pair contradict each other.
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ConfigError(f"judge.path: there is no file {path}; give the labels' JSONL file.")
         self.path = path
         self.name = f"human:{path}"
 

@@ -12,11 +12,11 @@ import numpy as np
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Dropped, Query, Verdict
+from selfsteer.data.records import Dropped, Query
 from selfsteer.engines.answers import answers as ask
 from selfsteer.engines.base import Completion, Request
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
-from selfsteer.judges.stats import accuracy, mean_interval, verdict_counts
+from selfsteer.judges.stats import known_interval, mean_interval, verdict_counts, worth
 from selfsteer.principles import writer
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import Evaluation, JudgeConfig, PrinciplesConfig, Sampling
@@ -233,10 +233,9 @@ def _figures(
     }
     if isinstance(judge, ScoringJudge):
         scores = judge.score_all([(q, c.text) for q, c in zip(queries, found, strict=True)])
-        given = [s for s in scores if s is not None]
-        out["unscored"] = len(scores) - len(given)
-        if given:
-            out["score"] = mean_interval(given, rng, settings.bootstrap)
+        out["unscored"] = scores.count(None)
+        if mean := known_interval(scores, rng, settings.bootstrap):
+            out["score"] = mean
     if judge is not None and found is not base:
         pairs = [
             Pair(q, mine.text, theirs.text)
@@ -244,10 +243,8 @@ def _figures(
         ]
         verdicts = [j.verdict for j in judge.compare_all(pairs)]
         out["verdicts"] = verdict_counts(verdicts)
-        judged = [v for v in verdicts if v is not Verdict.UNPARSEABLE]
-        if judged:
-            wins = [accuracy([v]) or 0.0 for v in judged]
-            out["win_rate"] = mean_interval(wins, rng, settings.bootstrap)
+        if rate := known_interval(map(worth, verdicts), rng, settings.bootstrap):
+            out["win_rate"] = rate
     return out
 
 

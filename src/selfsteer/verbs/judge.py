@@ -90,19 +90,13 @@ def _chosen(path: Path, limit: int | None, seed: int) -> "list[Preference]":
         ArtifactError: a folder without shards.
     """
     from selfsteer.data.digests import derive_seed
-    from selfsteer.data.jsonl import read_jsonl
+    from selfsteer.data.files import read_rows
+    from selfsteer.data.reading import read
     from selfsteer.data.records import Preference
 
-    files = sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]
-    if not files:
+    if path.is_dir() and not any(path.glob("shard-*.jsonl")):
         raise ArtifactError(f"{path} has no preferences yet; run it first.")
-    found = []
-    for file in files:
-        for number, value in read_jsonl(file):
-            try:
-                found.append(Preference.from_dict(value))
-            except DataError as e:
-                raise DataError(f"{file}, line {number}: {e}.") from None
+    found = [p for _, p in read(read_rows(path), Preference.from_dict)]
     if not found:
         raise DataError(f"{path} holds no preference.")
     if limit is None or len(found) <= limit:

@@ -19,9 +19,8 @@ from selfsteer.engines.answers import answers
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
 from selfsteer.errors import ArtifactError, DataError, EngineError
 from selfsteer.judges.base import Judge, Pair
-from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality, steering, strangers
 from selfsteer.judges.stats import above, verdict_counts
-from selfsteer.judges.steering import steering, strangers
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model

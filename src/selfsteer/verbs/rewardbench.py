@@ -1,12 +1,18 @@
 """``selfsteer rewardbench``: a reward model, or a policy taken as one, on chosen/rejected sets."""
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selfsteer.errors import ConfigError, DataError
 from selfsteer.terminal import out, say, warn
 from selfsteer.verbs.common import AsJson, emit
+
+if TYPE_CHECKING:
+    from selfsteer.judges.base import Scorer
 
 
 def rewardbench(
@@ -50,22 +56,94 @@ def rewardbench(
     Reads the columns of RewardBench and RewardBench 2. Sections are weighted as on the leaderboard;
     other subsets are listed by name. The reward of a policy is beta * (log p - log p_ref).
     """
-    from selfsteer.stages.benchmark_rewards import benchmark_rewards
+    import numpy as np
 
+    from selfsteer.data.digests import digest_path
+    from selfsteer.data.files import read_rows
+    from selfsteer.data.jsonl import write_atomic
+    from selfsteer.evaluation.rewardbench import evaluate, markdown, read_items
+    from selfsteer.recipe.sections import resolve_path
+    from selfsteer.run.folder import versions
+
+    if out_file is not None and out_file.suffix != ".json":
+        raise ConfigError(f"{out_file} would hold JSON; choose an --out that ends in .json.")
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    report, text, written = benchmark_rewards(
-        model,
-        file,
-        reference=ref,
-        beta=beta,
-        per_token=per_token,
-        output=out_file,
-        batch_size=batch_size,
-        loading=loading,
-        seed=seed,
-    )
-    for example in report["examples"]:
+    scorer = _scorer(model, ref, beta, batch_size, loading, per_token=per_token)
+    items, dropped, examples = read_items(read_rows(file), file.stem)
+    for example in examples:
         warn(f"dropped: {example}")
+    if not items:
+        raise DataError(
+            f"{file} has no row with prompt, chosen and rejected answers. Give JSONL, JSON, "
+            "Parquet or CSV with these columns, and subset where there are several."
+        )
+    found = evaluate(items, scorer, np.random.default_rng(seed))
+    if too_long := found.pop("too_long"):
+        dropped["too_long"] = too_long
+    report = {
+        "model": model,
+        "reference": ref,
+        "file": str(file),
+        "file_digest": digest_path(file),
+        "rows_read": found["rows"] + dropped.total(),
+        "dropped": dict(sorted(dropped.items())),
+        "examples": examples,
+        **found,
+        "versions": versions(),
+    }
+    text = markdown(report)
+    kind = "-ref" * (ref is not None) + "-per-token" * per_token
+    path = out_file or _in_run(Path(resolve_path(model)), f"{file.stem}{kind}")
     emit(report, as_json, lambda _: out.print(text, markup=False))
-    for path in written:
-        say(f"written: {path}")
+    if path is not None:
+        write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write_atomic(path.with_suffix(".md"), text)
+        say(f"written: {path} and {path.with_suffix('.md').name}")
+
+
+def _scorer(
+    model: str,
+    reference: str | None,
+    beta: float | None,
+    batch_size: int | None,
+    loading: dict[str, Any],
+    *,
+    per_token: bool,
+) -> "Scorer":
+    """A reward model, or a policy by its implicit reward.
+
+    Raises:
+        ConfigError: an option that has no effect on this kind of model, or a bad setting.
+    """
+    from selfsteer.evaluation.implicit_reward import ImplicitReward
+    from selfsteer.judges.reward import RewardJudge
+    from selfsteer.models.load import is_reward_model
+    from selfsteer.recipe.read import validate
+    from selfsteer.recipe.sections import JudgeConfig, Policy, resolve_path
+
+    source = resolve_path(model)
+    policy = validate(Policy, {"model": source, **loading}, "options of rewardbench")
+    if is_reward_model(source, policy):
+        for name, given in (("--ref", reference), ("--beta", beta), ("--per-token", per_token)):
+            if given not in (None, False):
+                raise ConfigError(f"{name} has no effect: {model} is a reward model; leave it out.")
+        judge = {"kind": "reward", "model": source, "batch_size": batch_size or 32, **loading}
+        return RewardJudge(validate(JudgeConfig, judge, "options of rewardbench"))
+    if batch_size is not None:
+        raise ConfigError(
+            f"--batch-size has no effect: {model} is a chat model, whose sequences are put "
+            "together by their length; leave it out."
+        )
+    if beta is not None and not 0 < beta < math.inf:
+        raise ConfigError(f"--beta must be above 0 and finite, found {beta:g}.")
+    return ImplicitReward(policy, reference, beta or 0.1, per_token=per_token)
+
+
+def _in_run(model: Path, name: str) -> Path | None:
+    """``RUN/rewardbench/iteration-1-policy-NAME.json`` for a model that lies in a run folder."""
+    folder = model.absolute()
+    run = next((p for p in folder.parents if (p / "resolved.json").is_file()), None)
+    if run is None or not model.is_dir():
+        return None
+    whole = "-".join((*folder.relative_to(run).parts, name))
+    return run / "rewardbench" / f"{whole}.json"
