@@ -22,8 +22,7 @@ def keep(command: list[str]) -> int:
 
     def end() -> None:
         with suppress(OSError):
-            while os.read(sys.stdin.fileno(), 1):
-                pass
+            os.read(sys.stdin.fileno(), 1)  # nobody writes: it returns when the pipe is closed
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -112,33 +112,28 @@ class Engines:
             at_hand: whether ``source`` can be read here even if a server answers.
         """
         key = digest([settings.kind, settings.identity, source, batch_size])
-        if key not in self._made:
-            self._made[key] = self._make(settings, source, loading, batch_size, at_hand)
-        return self._made[key]
-
-    def _make(
-        self, settings: EngineSettings, source: str, loading: Loading, size: int, at_hand: bool
-    ) -> Engine:
+        if key in self._made:
+            return self._made[key]
         check_installed(settings)
+        engine: Any
         if settings.kind == "transformers":
             from selfsteer.engines.transformers import TransformersEngine
             from selfsteer.models.load import load_model
 
-            return TransformersEngine(load_model(source, loading, inference=True), size)
-        engine: Any
-        if settings.kind == "vllm":
+            engine = TransformersEngine(load_model(source, loading, inference=True), batch_size)
+        elif settings.kind == "vllm":
             from selfsteer.engines.vllm import VllmEngine
 
             engine = VllmEngine(settings, source, loading)
         elif isinstance(settings, EngineConfig) and settings.kind == "ray":
             from selfsteer.engines.ray import RayEngine
 
-            engine = RayEngine(settings, source, loading, size, at_hand=at_hand)
+            engine = RayEngine(settings, source, loading, batch_size, at_hand=at_hand)
         else:
             engine = self._server(settings, source, loading if at_hand else None)
-        self._stack.callback(engine.close)
-        made: Engine = engine
-        return made
+        if settings.kind != "transformers":
+            self._stack.callback(engine.close)
+        return self._made.setdefault(key, engine)
 
     def _server(
         self, settings: EngineSettings, source: str, loading: Loading | None

@@ -21,11 +21,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import openai
-from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from selfsteer.data.records import Message
 from selfsteer.engines.base import (
@@ -80,26 +79,16 @@ class Fault(Exception):
     pause: float | None = None
 
 
-class _Message(BaseModel):
-    content: str | None = None
+class Reply(NamedTuple):
+    """What counts of a chat completion."""
 
-
-class _Choice(BaseModel):
-    message: _Message
+    text: str
     finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
 
 
-class _Tokens(BaseModel):
-    prompt_tokens: NonNegativeInt
-    completion_tokens: NonNegativeInt
-
-
-class _Reply(BaseModel):
-    choices: list[_Choice]
-    usage: _Tokens
-
-
-def read_reply(body: bytes) -> _Reply:
+def read_reply(body: bytes) -> Reply:
     """A chat completion with exactly one choice.
 
     Raises:
@@ -108,18 +97,19 @@ def read_reply(body: bytes) -> _Reply:
     try:
         value = json.loads(body.decode("utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
-        reply = _Reply.model_validate(value, strict=True)
     except UnicodeError as e:
         raise Fault("invalid_utf8", str(e)) from None
-    except ValidationError as e:
-        first = e.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise Fault("malformed_answer", said) from None
     except (ValueError, RecursionError) as e:
         raise Fault("malformed_json", f"{e}: {body[:80]!r}") from None
-    if len(reply.choices) != 1:
-        raise Fault(f"{len(reply.choices)}_choices", "one choice was asked for")
-    return reply
+    match value:
+        case {
+            "choices": [{"message": {**message}, "finish_reason": str(reason)}],
+            "usage": {"prompt_tokens": int(asked), "completion_tokens": int(said)},
+        } if isinstance(message.get("content"), str | None) and min(asked, said) >= 0:
+            return Reply((message.get("content") or "").strip(), reason, asked, said)
+        case {"choices": [*choices]} if len(choices) != 1:
+            raise Fault(f"{len(choices)}_choices", "one choice was asked for")
+    raise Fault("malformed_answer", f"no choice with a message, or no usage: {body[:80]!r}")
 
 
 def status_fault(status: int, said: str, code: str | None, headers: Mapping[str, str]) -> Fault:
@@ -330,14 +320,12 @@ class OpenAIEngine(ProbedEngine):
                 await self._wait(fault, tries)
                 self.usage.counts["retried"] += 1
         self._failed_in_a_row = 0
-        (choice,) = reply.choices
-        text, reason = (choice.message.content or "").strip(), choice.finish_reason
-        if reason not in ("stop", "length"):
-            text, reason = "", f"{REQUEST_FAILED}:{reason}"
-            self.usage.counts[reason] += 1
-        return Completion(name, text, reason, **reply.usage.model_dump())
+        if reply.finish_reason not in ("stop", "length"):
+            reply = reply._replace(text="", finish_reason=f"{REQUEST_FAILED}:{reply.finish_reason}")
+            self.usage.counts[reply.finish_reason] += 1
+        return Completion(name, *reply)
 
-    async def _try(self, body: dict[str, Any], most_tokens: int) -> _Reply:
+    async def _try(self, body: dict[str, Any], most_tokens: int) -> Reply:
         """One request.
 
         Args:
@@ -364,7 +352,8 @@ class OpenAIEngine(ProbedEngine):
         finally:
             usage.under_way -= most_tokens
             usage.save()
-        usage.counts.update(reply.usage.model_dump())
+        usage.counts["prompt_tokens"] += reply.prompt_tokens
+        usage.counts["completion_tokens"] += reply.completion_tokens
         return reply
 
     async def _admitted(self, tokens: int) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,9 +102,7 @@ class RayEngine:
         self.model |= {"batch_size": batch_size, "at_hand": at_hand}
         self._pool: Any = None
         with ExitStack() as stack:
-            if connect(settings):
-                stack.callback(ray.shutdown)
-            check_room(settings, [node["Resources"] for node in alive()])
+            check_room(settings, stack.enter_context(joined(settings)))
             check_nodes(source)
             self._leave = stack.pop_all()
 
@@ -123,7 +121,7 @@ class RayEngine:
         if self._pool is None:
             need, others = self.settings.resources, list(self._with_replicas)
             wanted = sum(e.settings.replicas for e in (self, *others))
-            fitting = room(self.settings, [node["Resources"] for node in alive()])
+            fitting = room(self.settings, resources())
             if fitting < wanted or any(e.settings.resources != need for e in others):
                 for engine in others:
                     engine._dismiss()
@@ -168,15 +166,18 @@ class RayEngine:
             ) from e
 
 
-def connect(settings: EngineConfig) -> bool:
-    """Starts or joins the cluster; False where this process is in one already.
+@contextmanager
+def joined(settings: EngineConfig) -> Iterator[list[dict[str, float]]]:
+    """The resources of each node of the cluster, which is started or joined for this block.
 
     Raises:
         EngineError: there is none at ``address``.
     """
     if ray.is_initialized():
-        return False
-    start, here = time.monotonic(), {} if settings.address else {"include_dashboard": False}
+        yield resources()
+        return
+    here: dict[str, Any] = {} if settings.address else {"include_dashboard": False}
+    start = time.monotonic()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with out_of_world():
@@ -192,9 +193,13 @@ def connect(settings: EngineConfig) -> bool:
             f"({' '.join(str(e).split())[:300]}). Start one with ray start --head, correct "
             "address, or leave it out to start one here."
         ) from None
-    n = len(alive())
-    say(f"  ray: {n} node{'s' if n > 1 else ''} after {time.monotonic() - start:.0f} s")
-    return True
+    nodes = resources()
+    seconds = time.monotonic() - start
+    say(f"  ray: {len(nodes)} node{'s' if len(nodes) > 1 else ''} after {seconds:.0f} s")
+    try:
+        yield nodes
+    finally:
+        ray.shutdown()
 
 
 def check_cluster(settings: EngineConfig) -> None:
@@ -202,20 +207,15 @@ def check_cluster(settings: EngineConfig) -> None:
     if settings.address is None:
         import torch
 
-        here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-        check_room(settings, [here])
-        return
-    ours = connect(settings)
-    try:
-        check_room(settings, [node["Resources"] for node in alive()])
-    finally:
-        if ours:
-            ray.shutdown()
+        check_room(settings, [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+    else:
+        with joined(settings) as nodes:
+            check_room(settings, nodes)
 
 
-def alive() -> list[dict[str, Any]]:
-    """The cluster's nodes that are up."""
-    return [node for node in ray.nodes() if node["Alive"]]
+def resources() -> list[dict[str, float]]:
+    """What each node that is up has, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def room(settings: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> float:
@@ -272,7 +272,7 @@ def check_nodes(source: str) -> None:
     Raises:
         ArtifactError: names the node.
     """
-    wanted, nodes = weights_digest(source), alive()
+    wanted, nodes = weights_digest(source), [n for n in ray.nodes() if n["Alive"]]
     if wanted is None or [n["NodeManagerHostname"] for n in nodes] == [os.uname().nodename]:
         return
     look = ray.remote(weights_digest).options(num_cpus=0)

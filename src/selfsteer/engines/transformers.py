@@ -93,38 +93,43 @@ class TransformersEngine:
     def _answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
         """One batch, decoded together."""
         model, chat, limit = self.loaded.model, self.loaded.chat, self.loaded.context_length
-        prompts = [chat.prompt_ids(r.messages) for r in batch]
-        fits = [limit is None or len(p) + sampling.max_new_tokens <= limit for p in prompts]
-        chosen = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        seeds = [r.seed for r, fit in zip(batch, fits, strict=True) if fit]
-        drawn: Iterator[list[int]] = iter(())
-        if chosen:
-            was_training = model.training
-            model.eval()
-            try:
-                with self.loaded.precision():
-                    drawn = iter(self._decode(chosen, sampling, seeds).tolist())
-            finally:
-                model.train(was_training)
+        prompts = {r.id: chat.prompt_ids(r.messages) for r in batch}
+        room = None if limit is None else limit - sampling.max_new_tokens
+        fitting = [r for r in batch if room is None or len(prompts[r.id]) <= room]
+        was_training = model.training
+        model.eval()
+        try:
+            with self.loaded.precision():
+                rows = self._decode([prompts[r.id] for r in fitting], fitting, sampling)
+        finally:
+            model.train(was_training)
+        drawn = {r.id: row for r, row in zip(fitting, rows, strict=True)}
         return [
-            completion(r.id, chat, self.stop_ids, len(p), next(drawn))
-            if fit
-            else Completion(r.id, "", PROMPT_TOO_LONG, len(p), 0)
-            for r, p, fit in zip(batch, prompts, fits, strict=True)
+            completion(name, chat, self.stop_ids, len(prompt), drawn[name])
+            if name in drawn
+            else Completion(name, "", PROMPT_TOO_LONG, len(prompt), 0)
+            for name, prompt in prompts.items()
         ]
 
     def _decode(
-        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, seeds: list[int]
-    ) -> Tensor:
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+    ) -> list[list[int]]:
         """Sampled ids, a row per prompt; what follows a row's first stop token means nothing."""
+        if not prompts:
+            return []
         width, pad, device = max(map(len, prompts)), self.stop_ids[0], self.loaded.device
         left = [width - len(p) for p in prompts]
         ids = torch.tensor([[pad] * n + [*p] for n, p in zip(left, prompts, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in left])
-        numbers_BT = streams(seeds, sampling.max_new_tokens).to(device)
+        numbers_BT = streams([r.seed for r in requests], sampling.max_new_tokens)
         stateful = getattr(self.loaded.model, "_is_stateful", False)
         decode = self._whole_batch if stateful else self._shrinking_batch
-        return decode(ids.to(device), mask.to(device), sampling, numbers_BT)
+        found = decode(ids.to(device), mask.to(device), sampling, numbers_BT.to(device))
+        rows: list[list[int]] = found.tolist()
+        return rows
 
     def _shrinking_batch(
         self, ids: Tensor, mask: Tensor, sampling: SamplingParams, numbers_BT: Tensor
