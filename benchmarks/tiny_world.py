@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.report import summary
 from selfsteer.run.folder import versions
+from selfsteer.view import RunView
 
 ROOT = Path(__file__).parent
 CAVEAT = """\
@@ -54,7 +54,7 @@ DIGITS = {"tokens": 1, "chosen_tokens": 1, "rejected_tokens": 1, "logps_rejected
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-def run(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def run(name: str, seed: int, overrides: Sequence[str]) -> RunView:
     """One cell: runs the demo recipe with overrides unless it is finished, and reads it."""
     args = [f"seed={seed}", f"name={name}-{seed}", f"runs_dir={RUNS}", "policy.threads=1"]
     command = [sys.executable, "-m", "selfsteer.cli", "run", "demo", *args, *overrides]
@@ -63,7 +63,7 @@ def run(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     if ended.returncode != 0:
         raise SystemExit(f"{name} seed {seed} failed:\n{ended.stderr}")
     print(f"{name} seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
-    return summary.load(RUNS / f"{name}-{seed}")
+    return RunView.open(RUNS / f"{name}-{seed}")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -82,30 +82,31 @@ def shown(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def cell(found: dict[str, Any]) -> dict[str, Any]:
+def cell(run: RunView) -> dict[str, Any]:
     """What the tables need of one run, per model."""
-    evaluation = found["evaluation"]
+    assert run.evaluation is not None
+    rounds = {r.label: r for r in run.rounds}
     out: dict[str, Any] = {}
-    for label, figures in evaluation["models"].items():
-        method, _, k = label.partition("/iteration-")
-        row = {"score": figures["score"][0], "tokens": figures["tokens"]}
-        if "win_rate" in figures:
-            row["win_rate"] = figures["win_rate"][0]
-        if k:
-            data = found["quality"][method][int(k) - 1]["preferences"]
+    for label, answers in run.evaluation.models.items():
+        assert answers.score is not None
+        row = {"score": answers.score[0], "tokens": answers.tokens}
+        if answers.win_rate is not None:
+            row["win_rate"] = answers.win_rate[0]
+        if label in rounds:
+            quality = rounds[label].quality
+            assert quality is not None
+            data = quality.preferences
             row |= {
-                "accuracy": data["accuracy"],
-                "on_policy_chosen": data["on_policyness"]["chosen"],
-                "on_policy_rejected": data["on_policyness"]["rejected"],
-                "logps_rejected": data["logps"]["rejected"],
-                "pairs": data["of"],
-                "chosen_tokens": data["tokens"]["chosen"],
-                "rejected_tokens": data["tokens"]["rejected"],
+                "accuracy": data.accuracy,
+                "on_policy_chosen": data.on_policyness["chosen"],
+                "on_policy_rejected": data.on_policyness["rejected"],
+                "logps_rejected": data.logps["rejected"],
+                "pairs": data.of,
+                "chosen_tokens": data.tokens["chosen"],
+                "rejected_tokens": data.tokens["rejected"],
             }
         out[label] = row
-    for method in ("sso", "sso-online", "pbaa"):
-        if method in found["quality"]:
-            out.setdefault("seconds", {})[method] = summary.seconds_of(found, method)
+    out["seconds"] = {method: run.seconds_of(method) for method in run.methods}
     return out
 
 

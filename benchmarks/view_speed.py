@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import dump_lines
-from selfsteer.report.rows import Index, RowSet, Wanted, build
+from selfsteer.recipe.read import load_recipe
+from selfsteer.report.browser import Index, Wanted, build
 from selfsteer.run.folder import RunFolder, versions
+from selfsteer.view import RunView, Sampled
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = "{name: many, method: sso, policy: {model: nobody/nothing}, queries: {path: none.jsonl}}"
+SETTINGS = ("name=many", "policy.model=nobody/nothing", "queries.path=none.jsonl")
+TRIPLES, FILTER = "iteration-1/triples", "iteration-1/filter"
 SHARD = 1000
 
 
@@ -47,23 +50,30 @@ WORDS = ("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron",
 VOCABULARY = [f"{word}{n}" for word in WORDS for n in range(40)]
 
 
-def make(folder: Path, triples: int) -> RowSet:
+def make(run: Path, triples: int) -> Sampled:
     """A run that has sampled and filtered them."""
-    rows, rng = RowSet(folder / "many", "iteration-1/triples"), random.Random(0)
-    (rows.run / rows.name).mkdir(parents=True)
-    (rows.run / "recipe.yaml").write_text(RECIPE)
-    with open(rows.run / "iteration-1" / "filtered.jsonl", "w") as kept:
+    rng = random.Random(0)
+    (run / TRIPLES).mkdir(parents=True)
+    (run / "resolved.json").write_text(load_recipe("sso", SETTINGS).model_dump_json())
+    with (
+        open(run / "iteration-1" / "filtered.jsonl", "w") as kept,
+        open(run / f"{FILTER}.dropped.jsonl", "w") as dropped,
+    ):
         for number in range(0, triples, SHARD):
             part = [invented(n, rng) for n in range(number, min(number + SHARD, triples))]
-            (rows.run / rows.name / f"shard-{number // SHARD:05d}.jsonl").write_text(
-                dump_lines(part)
-            )
+            (run / TRIPLES / f"shard-{number // SHARD:05d}.jsonl").write_text(dump_lines(part))
             kept.write(dump_lines(t for n, t in enumerate(part, number) if n % 50))
-    entry = {"event": "finish", "stage": "iteration-1/filter", "fingerprint": "f", "time": 0}
-    RunFolder(rows.run).append(
-        "ledger.jsonl", {**entry, "dropped": {"equals_plain": triples // 50}}
-    )
-    return rows
+            lost = (t for n, t in enumerate(part, number) if not n % 50)
+            dropped.write(
+                dump_lines({"id": t["id"], "reason": "equals_plain", "record": t} for t in lost)
+            )
+    counts = {"n_in": triples, "n_out": triples, "dropped": {}, "seconds": 1.0, "notes": {}}
+    outputs = {TRIPLES: TRIPLES, FILTER: "iteration-1/filtered.jsonl"}
+    for stage, output in outputs.items():
+        made = {"fingerprint": "f", "time": 0, "outputs": [output], **counts}
+        RunFolder(run).append("ledger.jsonl", {"event": "finish", "stage": stage, **made})
+    (found,) = RunView.open(run).sampled
+    return found
 
 
 def median_ms(work: Callable[[int], Any], tries: int = 5) -> list[float]:
@@ -87,8 +97,8 @@ def main() -> None:
     parser.add_argument("--triples", type=int, default=100_000)
     count = parser.parse_args().triples
     with tempfile.TemporaryDirectory() as folder:
-        rows = make(Path(folder), count)
-        stored = sum(p.stat().st_size for p in rows.shards())
+        rows = make(Path(folder) / "many", count)
+        stored = sum(p.stat().st_size for p in rows.shards)
         begin, used = time.perf_counter(), time.process_time()
         index = Index(build(rows))
         figures: dict[str, Any] = {

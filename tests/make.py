@@ -55,6 +55,16 @@ def write_jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
+def entry(event: str, stage: str, kind: str, **more: Any) -> dict[str, Any]:
+    """A line of a run's ledger: of the first round of sso, where its name has a folder."""
+    folder, _, title = stage.rpartition("/")
+    where = {"method": "sso", "round": 1} if folder else {"method": None, "round": None}
+    named = {"event": event, "stage": stage, "kind": kind, "title": title, **where}
+    made = {"fingerprint": f"of {stage}", "outputs": [stage], "time": 0.0}
+    counts = {"n_in": 4, "n_out": 4, "dropped": {}, "seconds": 2.0, "notes": {}}
+    return {**named, **made, **(counts if event == "finish" else {}), **more}
+
+
 # -- recipes ---------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ import pytest
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.read import recipe_names
-from selfsteer.view import Dropped, RunView
+from selfsteer.view import RunView
+from tests.make import entry
 
 FIGURES = {
     "of": 4,
@@ -23,14 +24,15 @@ FIGURES = {
 }
 
 
-def entry(event: str, stage: str, time: float = 0.0, **more: Any) -> str:
-    made = {"fingerprint": f"of {stage}", "outputs": [stage], "time": time, **more}
-    return json.dumps({"event": event, "stage": stage, **made}) + "\n"
+KINDS = {"queries": "ReadQueries", "triples": "Sample", "policy": "Train", "evaluation": "Evaluate"}
 
 
-def finish(stage: str, time: float = 0.0, **more: Any) -> str:
-    counts = {"n_in": 4, "n_out": 4, "dropped": {}, "seconds": 2.0, "notes": {}, **more}
-    return entry("finish", stage, time, **counts)
+def line(event: str, stage: str, **more: Any) -> str:
+    return json.dumps(entry(event, stage, KINDS[stage.rpartition("/")[2]], **more)) + "\n"
+
+
+def finish(stage: str, **more: Any) -> str:
+    return line("finish", stage, **more)
 
 
 def make(folder: Path, ledger: str, *settings: str) -> Path:
@@ -53,8 +55,9 @@ def test_a_resolved_recipe_is_the_recipe(tmp_path: Path, name: str) -> None:
 
 
 def test_the_newest_entry_of_a_stage_counts_and_a_torn_line_does_not(tmp_path: Path) -> None:
-    ledger = entry("begin", "queries", 1.0, versions={"torch": "2"}) + finish("queries", 2.0)
-    ledger += entry("begin", "iteration-1/triples", 3.0)
+    ledger = line("begin", "queries", time=1.0, versions={"torch": "2"})
+    ledger += finish("queries", time=2.0)
+    ledger += line("begin", "iteration-1/triples", time=3.0)
     run = RunView.open(make(tmp_path, ledger + '{"event": "finish", "stage": "iter'))
     queries, triples = run.stages
     assert (queries.done, queries.began, queries.time, queries.n_in) == (True, 1.0, 2.0, 4)
@@ -67,7 +70,7 @@ def test_the_newest_entry_of_a_stage_counts_and_a_torn_line_does_not(tmp_path: P
 
 
 def test_what_was_superseded_is_gone_until_it_is_made_again(tmp_path: Path) -> None:
-    ledger = finish("queries") + finish("iteration-1/policy") + entry("superseded", "queries")
+    ledger = finish("queries") + finish("iteration-1/policy") + line("superseded", "queries")
     run = RunView.open(make(tmp_path, ledger))
     assert [s.name for s in run.stages] == ["iteration-1/policy"]
     (tmp_path / "ledger.jsonl").write_text(ledger + finish("queries", n_in=9))
@@ -76,12 +79,22 @@ def test_what_was_superseded_is_gone_until_it_is_made_again(tmp_path: Path) -> N
 
 
 def test_a_run_is_finished_when_all_that_was_asked_for_is(tmp_path: Path) -> None:
-    ledger = finish("queries") + finish("iteration-1/policy")
-    run = make(tmp_path, ledger, "evaluation.queries.path=held-out.jsonl")
+    run = make(tmp_path, "", "evaluation.queries.path=held-out.jsonl")
+    *names, last = [stage.name for stage in RunView.open(run).recipe.plan()]
+    assert last == "evaluation"
+    ledger = "".join(json.dumps(entry("finish", name, "Sample")) + "\n" for name in names)
+    (run / "ledger.jsonl").write_text(ledger)
     assert not RunView.open(run).finished
     (run / "ledger.jsonl").write_text(ledger + finish("evaluation", seconds=100.0))
     assert RunView.open(run).finished
-    assert RunView.open(run).seconds_of("sso") == 4.0  # the evaluation is not the method's
+    # the evaluation is not the method's
+    assert RunView.open(run).seconds_of("sso") == 2.0 * len(names)
+
+
+def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = make(tmp_path, '{"event": "begin", "stage": "queries", "fingerprint": "f"}\n')
+    with pytest.raises(ArtifactError, match="another version"):
+        RunView.open(run)
 
 
 def test_quality_is_of_its_round(tmp_path: Path) -> None:
@@ -98,19 +111,6 @@ def test_quality_is_of_its_round(tmp_path: Path) -> None:
     (tmp_path / "iteration-1/quality.json").write_text('{"judge": 1}')
     with pytest.raises(ArtifactError, match=r"quality\.json cannot be read"):
         _ = RunView.open(tmp_path).rounds[0].quality
-
-
-def test_what_a_stage_dropped_is_what_it_wrote_down(tmp_path: Path) -> None:
-    ledger = finish("iteration-1/filter", dropped={"empty": 2})
-    (stage,) = RunView.open(make(tmp_path, ledger)).stages
-    assert list(stage.dropped_records()) == []
-    lines = [{"id": "a", "reason": "empty"}, {"id": "b", "reason": "empty", "record": {"id": "b"}}]
-    text = "".join(json.dumps(x) + "\n" for x in lines)
-    (tmp_path / "iteration-1/filter.dropped.jsonl").write_text(text + '{"id": "c"')
-    assert list(stage.dropped_records()) == [
-        Dropped("a", "empty", None),
-        Dropped("b", "empty", {"id": "b"}),
-    ]
 
 
 def test_a_round_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import os
 import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +42,9 @@ out = Screen(highlight=False, soft_wrap=True, emoji=False)
 err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 PLAIN_LINE_EVERY_S = 30.0
+
+#: Characters to which a table's column of words may be folded.
+NARROWEST = 24
 
 #: Rates are over so many advances, a second or more apart.
 RATE_POINTS = 60
@@ -86,22 +90,37 @@ def interval(
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Iterable[object]], *, title: str = "", words: int = 1
+    columns: Sequence[str],
+    rows: Iterable[Iterable[object]],
+    *,
+    title: str = "",
+    words: int | Collection[int] = 1,
 ) -> Table:
-    """A table without lines; its texts are data and never read as markup.
+    """A table without lines, as wide as it has to be; its texts are data, never markup.
 
     Args:
-        columns: names; an empty one has no heading.
+        columns: names; an empty one has no heading, a long one several lines.
         rows: a cell per column; None stays empty.
         title: above the table.
-        words: how many columns are of words and so to the left; the others are of figures.
+        words: how many columns, or which, are of words and so to the left; the others are of
+            figures.
     """
-    made = Table(title=escape(title) or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    made = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False)
+    made.padding, made.show_header = (0, 1, 0, 0), any(columns)
+    of_words = range(words) if isinstance(words, int) else words
+    least = len(columns) - 1
     for place, name in enumerate(columns):
-        figures = place >= words
-        made.add_column(escape(name), justify="right" if figures else "left", no_wrap=figures)
-    for row in rows:
-        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        widest = max(map(len, [*name.split(), *(row[place] for row in cells), "-"]))
+        heading = escape("\n".join(textwrap.wrap(name, widest)))
+        is_words = place in of_words
+        justify: Any = "left" if is_words else "right"
+        made.add_column(heading, justify=justify, vertical="bottom", no_wrap=not is_words)
+        least += min(widest, NARROWEST) if is_words else widest
+    for row in cells:
+        made.add_row(*map(escape, row))
+    if least > out.width:  # better too wide than figures that are cut off
+        made.width = least
     return made
 
 

@@ -10,8 +10,8 @@ is written and no model is asked.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -125,7 +125,7 @@ class Calibration:
     """Calibration error, and bins with ``from``, ``to``, ``pairs``, ``stated`` and ``right``."""
 
     ece: float
-    bins: list[dict[str, float | None]]
+    bins: list[dict[str, int | float | None]]
 
 
 @checked(frozen=True)
@@ -174,14 +174,6 @@ class Usage:
     retried: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-
-class Dropped(NamedTuple):
-    """A record that a stage dropped, as the stage saw it."""
-
-    id: str
-    reason: str
-    record: Mapping[str, Any] | None
 
 
 class Answer(NamedTuple):
@@ -265,7 +257,7 @@ class StageView:
     """A stage as the ledger knows it; counts and seconds are 0 until it is ``done``.
 
     ``method`` is None where it serves every method of the run, ``round`` where it belongs to none.
-    ``step`` is its name without the round's folder: ``triples``, ``generator/plus``.
+    ``title`` is its name without the round's folder: ``triples``, ``generator/plus``.
     """
 
     run: Path
@@ -273,13 +265,13 @@ class StageView:
     kind: str
     method: str | None
     round: int | None
-    step: str
+    title: str
     fingerprint: str
     done: bool
     began: float
     time: float
-    versions: Mapping[str, str]
-    outputs: tuple[str, ...]
+    outputs: Sequence[str]
+    versions: Mapping[str, str] = field(default_factory=dict)
     n_in: int = 0
     n_out: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -291,10 +283,19 @@ class StageView:
         """Of a training: what was measured while it went on."""
         return _read(Selection, self.run / f"{self.name}.selection.json")
 
-    def dropped_records(self) -> Iterator[Dropped]:
-        """What it dropped; fewer than ``dropped`` counts where the run kept no record of them."""
-        for line in lines(self.run / f"{self.name}.dropped.jsonl"):
-            yield Dropped(line["id"], line["reason"], line.get("record"))
+    @property
+    def files(self) -> list[Path]:
+        """The records that it wrote: a file, or shards."""
+        path = self.run / self.outputs[0]
+        return sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]
+
+    @property
+    def dropped_file(self) -> Path:
+        """The records that it dropped: ``id``, ``reason`` and, as it saw it, ``record``.
+
+        Not there, or shorter than ``dropped`` counts, where the run kept no record of them.
+        """
+        return self.run / f"{self.name}.dropped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,11 @@ class RoundView:
     folder: Path
 
     @property
+    def label(self) -> str:
+        """What the evaluation calls its policy."""
+        return f"{self.method}/iteration-{self.k}"
+
+    @property
     def is_baseline(self) -> bool:
         """Whether it is of the recipe's baseline."""
         return self.method != self.run.recipe.method
@@ -329,8 +335,13 @@ class RoundView:
 
     @property
     def has_generator(self) -> bool:
-        """Whether a generator writes its preferences; else its triples, if any, are the pairs."""
-        return any(s.step.partition("/")[0] == "generator" for s in self.stages)
+        """Whether a generator writes its preferences."""
+        return any(s.title.partition("/")[0] == "generator" for s in self.stages)
+
+    @property
+    def pairs_are_triples(self) -> bool:
+        """Whether its preferences are its triples, so that they would count twice."""
+        return not self.has_generator and any(s.kind == "FilterTriples" for s in self.stages)
 
     @cached_property
     def quality(self) -> Quality | None:
@@ -490,6 +501,11 @@ class RunView:
             )
         return found[wanted]
 
+    @property
+    def sampled(self) -> list[Sampled]:
+        """The triples that can be browsed, in the order in which they were made."""
+        return [s for r in self.rounds for s in r.sampled]
+
     def stage(self, kind: str) -> StageView | None:
         """The newest stage of a kind."""
         return next((s for s in reversed(self.stages) if s.kind == kind), None)
@@ -605,11 +621,11 @@ class RunView:
     @property
     def foreign(self) -> list[str]:
         """What would be shown, did it not lead out of the run by a link."""
-        shown = [
-            self.folder / "evaluation" / "exhibit.json",
-            *(r.folder / "preferences" for r in self.rounds),
-        ]
-        return [str(p.relative_to(self.folder)) for p in shown if not self.owns(p)]
+        shown = {"evaluation/exhibit.json": [self.folder / "evaluation" / "exhibit.json"]}
+        for r in self.rounds:
+            folder = r.folder / "preferences"
+            shown[str(folder.relative_to(self.folder))] = list(folder.glob("shard-*.jsonl"))
+        return [name for name, paths in shown.items() if not all(map(self.owns, paths))]
 
     @property
     def recipe_file(self) -> Path:
@@ -672,19 +688,17 @@ def _stages(folder: Path) -> Iterator[StageView]:
     began, last = _newest(folder)
     for name, entry in last.items():
         first = began.get(name, entry)
-        counts = ("n_in", "n_out", "dropped", "seconds", "notes")
-        yield StageView(
-            folder,
-            name,
-            entry["kind"],
-            entry["method"],
-            entry["round"],
-            entry["title"],
-            entry["fingerprint"],
-            entry["event"] == "finish",
-            first["time"],
-            entry["time"],
-            first.get("versions", {}),
-            tuple(entry["outputs"]),
-            **{n: entry[n] for n in counts if n in entry},
-        )
+        given = {f.name: entry[f.name] for f in fields(StageView) if f.name in entry}
+        try:
+            yield StageView(
+                run=folder,
+                name=name,
+                done=entry["event"] == "finish",
+                began=first["time"],
+                **{**given, "versions": first.get("versions", {})},
+            )
+        except (KeyError, TypeError):
+            raise ArtifactError(
+                f"{folder / 'ledger.jsonl'} does not say what {name} is: another version of "
+                "selfsteer wrote it. Read this run with that version."
+            ) from None

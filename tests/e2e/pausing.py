@@ -6,7 +6,8 @@ import sys
 from unittest import mock
 
 from selfsteer import cli
-from selfsteer.run.folder import RunFolder, Stage, StageResult
+from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.stage import Stage
 
 if __name__ == "__main__":
     name, execute = sys.argv.pop(1), RunFolder.execute

@@ -32,8 +32,8 @@ def test_queries_cleans_a_file_and_shows_what_it_did(tmp_path: Path, here: Here)
             "--against", evaluation, "--holdout", 0.2, "--ngram", 8)  # fmt: skip
     ended = here(*args)
     assert ended.code == 0, ended.err
-    for words in ("46  read", "-1  contaminated", "-1  near duplicate", "-1  other script",
-                  "-1  no user turn", "1 kept queries had an answer behind them",
+    for words in ("46 read", "-1 contaminated", "-1 near duplicate", "-1 other script",
+                  "-1 no user turn", "end of kept queries: 1",
                   "[e1]", "name a fish that lives in a lake", "all of them in"):  # fmt: skip
         assert words in ended.out, words
     kept, held = (
@@ -41,7 +41,7 @@ def test_queries_cleans_a_file_and_shows_what_it_did(tmp_path: Path, here: Here)
         for p in (out, tmp_path / "out.holdout.jsonl")
     )
     assert len(kept) + len(held) == 42
-    assert f"{len(kept)}  {out}" in ended.out
+    assert f"{len(kept)} {out}" in ended.out
     found = json.loads(here(*args, "--json").out)
     assert found["dropped"] == {
         "near_duplicate": 1, "contaminated": 1, "no_user_turn": 1, "other_script": 1,

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from selfsteer.judges.quality import on_policyness
-from selfsteer.report.gather import gather
+from selfsteer.methods.pbaa import PBAA
+from selfsteer.report.logprobs import likelihoods
+from selfsteer.view import RunView
 from tests.browsing import PHONE, Browser, Visit
 from tests.e2e.support import TESTBED, Here, fails, finished
 
@@ -131,9 +133,10 @@ def test_stored_log_probs_are_those_that_were_measured(smoke: Path, tmp_path: Pa
         with np.load(path) as data:
             np.savez(other / path.name, **{**data, "values": data["values"] * 0.5})
     quality = read(run / "iteration-1/quality.json")
-    for found in (gather(smoke), gather(run)):
-        assert found.missing == []
-        triples, preferences = found.likelihoods
+    for folder in (smoke, run):
+        found, missing = likelihoods(RunView.open(folder))
+        assert missing == []
+        triples, preferences = found
         assert (triples.kind, preferences.kind) == ("triples", "preferences")
         for drawn in (triples, preferences):
             measured = quality[drawn.kind]
@@ -143,7 +146,8 @@ def test_stored_log_probs_are_those_that_were_measured(smoke: Path, tmp_path: Pa
                 assert value == pytest.approx(measured["on_policyness"][name], abs=1e-6)
         gap = triples.means["good/good"] - triples.means["bad/good"]
         assert gap.mean() == pytest.approx(quality["triples"]["steering_gap"]["good"], abs=1e-6)
-    assert gather(smoke, sample=5).likelihoods[0].rows == 5
+    (small, _), _ = likelihoods(RunView.open(smoke), sample=5)
+    assert small.rows == 5
 
 
 def test_what_a_model_wrote_stays_text(reported: Path, tmp_path: Path, browser: Browser) -> None:
@@ -158,7 +162,8 @@ def test_what_a_model_wrote_stays_text(reported: Path, tmp_path: Path, browser: 
         for row in rows:
             row["rejected"][0]["content"] = HOSTILE
         shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replace_in(run / "resolved.json", '"name": "done"', json.dumps({"name": HOSTILE})[1:-1])
+    queries = "package:selfsteer.testbed/queries/align.jsonl"
+    replace_in(run / "resolved.json", json.dumps(queries), json.dumps(HOSTILE))
     replace_in(run / "ledger.jsonl", "over_limit", "</svg><script>broken=3</script>")
     from selfsteer.report.document import write_report
 
@@ -168,7 +173,7 @@ def test_what_a_model_wrote_stays_text(reported: Path, tmp_path: Path, browser: 
         assert visit.page.evaluate("window.broken") is None
         assert visit.count("script") == 4  # its own: theme, dom, browser, and the browser's data
         assert visit.count("img") == 0
-        assert visit.texts("h1") == [HOSTILE]
+        assert HOSTILE in visit.texts("h1 + p")[0]
         assert HOSTILE in visit.texts("#steering ~ .columns .bad .response")
         assert visit.texts("#samples ~ .columns .bad .response") == [HOSTILE] * 5
     assert "<script" not in written.markdown.read_text()
@@ -240,13 +245,12 @@ def test_online_without_judge_or_evaluation(tmp_path: Path, here: Here) -> None:
     )  # fmt: skip
     assert ended.code == 0, ended.err
     run = tmp_path / "online"
-    found = gather(run)
-    assert found.state == "finished"
-    assert [(s.where, s.kind) for s in found.likelihoods] == [
-        ("iteration-1", "triples"),
-        ("iteration-2", "triples"),
-    ]
-    for k, drawn in enumerate(found.likelihoods, 1):
+    opened = RunView.open(run)
+    assert opened.state == "finished"
+    found, missing = likelihoods(opened)
+    assert missing == []
+    assert [(s.round.k, s.kind) for s in found] == [(1, "triples"), (2, "triples")]
+    for k, drawn in enumerate(found, 1):
         figures = read(run / f"iteration-{k}/quality.json")["triples"]
         value = on_policyness(drawn.means["plain/plain"])
         assert math.isclose(value, figures["on_policyness"]["plain"], abs_tol=1e-6)
@@ -266,8 +270,9 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     """The baseline's half of a run is a PBAA run."""
     run = tmp_path / "run"
     shutil.copytree(smoke, run)
-    recipe = {**read(run / "resolved.json"), "method": "pbaa", "baseline": None}
-    recipe = {**recipe, "generator": None, "name": "pbaa"}
+    given = read(run / "resolved.json")
+    recipe = {name: given[name] for name in PBAA.model_fields if name in given}
+    recipe = {**recipe, "method": "pbaa", "name": "pbaa"}
     (run / "resolved.json").write_text(json.dumps(recipe))
     principles = (run / "iteration-1/principles.jsonl").read_bytes()
     shutil.rmtree(run / "iteration-1")
@@ -297,7 +302,7 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     html = (run / "report.html").read_text()
     low, *_ = evaluation["models"]["pbaa/iteration-1"]["score"]
     assert f"pbaa scores {low:.3f}" in html
-    (drawn,) = gather(run).likelihoods
+    ((drawn,), _) = likelihoods(RunView.open(run))
     assert "good/good" in drawn.means
     assert "plain/plain" not in drawn.means
 

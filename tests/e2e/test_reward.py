@@ -60,7 +60,7 @@ def test_the_run_is_finished_shown_and_guarded(run: Path, here: Here) -> None:
     assert "nothing to do" in again.err
     shown = here("show", run)
     assert "subtle" in shown.out
-    assert "reliability: calibration error" in shown.out
+    assert "calibration error" in shown.out
     fails(here("run", run, "reward.epochs=2"), 2, "--redo")
     fails(here("check", run), 2, "method reward")
     fails(here("plan", run / "recipe.yaml"), 2, "method reward")

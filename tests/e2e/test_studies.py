@@ -9,7 +9,9 @@ import pytest
 
 from selfsteer.testbed import oracle
 from selfsteer.verbs.comparing import curves
+from selfsteer.view import RunView
 from tests.e2e.support import TESTBED, Here, fails
+from tests.make import entry
 
 
 def report(ended: Any) -> dict[str, Any]:
@@ -97,14 +99,25 @@ def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> N
 
 
 def test_curves_of_a_training_with_several_terms_are_those_of_its_plain_term(
-    tmp_path: Path,
+    smoke: Path, tmp_path: Path
 ) -> None:
+    run, policy = tmp_path / "run", "iteration-1/policy"
+    (run / "iteration-1").mkdir(parents=True)
+    shutil.copy(smoke / "resolved.json", run)
     lines = [
-        {"stage": "s", "step": i, "loss": 1.0, "rewards/margins/plain": i, "rewards/margins/bad": 9}
+        {
+            "stage": policy,
+            "step": i,
+            "loss": 1.0,
+            "rewards/margins/plain": i,
+            "rewards/margins/bad": 9,
+        }
         for i in range(5)
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
-    found = curves(tmp_path / "metrics.jsonl", "s")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+    begin = entry("begin", policy, "Train")
+    (run / "ledger.jsonl").write_text(json.dumps(begin) + "\n")
+    found = curves(RunView.open(run).round())
     assert found == {"loss": [1.0] * 5, "rewards/margins": [0.0, 1.0, 2.0, 3.0, 4.0]}
 
 
@@ -121,8 +134,8 @@ def test_two_runs_of_the_same_answers_differ_in_nothing(
 def test_what_cannot_be_compared_is_refused(smoke: Path, tmp_path: Path, here: Here) -> None:
     other = tmp_path / "other"
     shutil.copytree(smoke, other)
-    recipe = (other / "recipe.yaml").read_text()
-    (other / "recipe.yaml").write_text(recipe.replace("judge: oracle", "judge: null"))
+    recipe = json.loads((other / "resolved.json").read_text())
+    (other / "resolved.json").write_text(json.dumps({**recipe, "judge": None}))
     fails(here("compare", smoke, other), 2, "different judges", "--judge")
     fails(here("compare", smoke, "--by", "colour"), 2, "'colour'")
     fails(here("compare", smoke, smoke), 2, "named twice")

@@ -221,7 +221,7 @@ def test_chat_shows_each_model_in_each_context(smoke: Path, here: Here) -> None:
 def test_show_prints_stages_quality_and_models(smoke: Path, here: Here) -> None:
     ended = here("show", smoke)
     assert ended.code == 0
-    for word in ("iteration-1/triples", "steering gap", "held-out queries", "policy"):
+    for word in ("iteration-1/triples", "gap", "held-out queries", "policy"):
         assert word in ended.out
     found = json.loads(here("show", smoke, "--json").out)
     assert found["stages"]["iteration-1/policy"]["event"] == "finish"

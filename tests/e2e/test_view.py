@@ -20,16 +20,16 @@ from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from selfsteer.errors import ArtifactError, SelfsteerError
-from selfsteer.report.gather import gather
-from selfsteer.report.rows import build, cache_folder, row_sets
-from selfsteer.report.viewing import Jobs, app
+from selfsteer.report.browser import build, cache_folder
+from selfsteer.report.server import Jobs, app
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import progress_of
+from selfsteer.view import RunView
 from tests.browsing import PHONE, Browser
 from tests.e2e.support import TINY, Here, fails, finished, process
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>"
-TRIPLES = "iteration-1/triples"
+TRIPLES, KEPT = "iteration-1/triples", "iteration-1/filtered.jsonl"
 ROWS = "#browser-list tbody tr"
 
 
@@ -38,14 +38,16 @@ def folder(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, whose first triple was written by somebody hostile."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(smoke, runs / "done")
-    shard = runs / "done" / TRIPLES / "shard-00000.jsonl"
-    lines = shard.read_text().splitlines()
-    first = json.loads(lines[0])
-    first["responses"]["bad"] = HOSTILE
-    first["messages"][-1]["content"] = f"{HOSTILE} Or the owl?"
-    shard.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-    for rows in row_sets(runs / "done"):
-        build(rows)
+    identity = first_id(runs)
+    for path in (runs / "done" / TRIPLES / "shard-00000.jsonl", runs / "done" / KEPT):
+        triples = [json.loads(line) for line in path.read_text().splitlines()]
+        for triple in triples:
+            if triple["id"] == identity:
+                triple["responses"]["bad"] = HOSTILE
+                triple["messages"][-1]["content"] = f"{HOSTILE} Or the owl?"
+        path.write_text("".join(json.dumps(triple) + "\n" for triple in triples))
+    for found in RunView.open(runs / "done").sampled:
+        build(found)
     return runs
 
 
@@ -144,7 +146,7 @@ def test_an_export_is_the_selection(client: TestClient) -> None:
 def test_a_run_that_is_named_in_any_script_is_exported(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / 'запуск "1"'
     shutil.copytree(folder / "done", run)
-    build(row_sets(run)[0])
+    build(RunView.open(run).sampled[0])
     with TestClient(app(run), "http://localhost") as client:
         answer = client.get("/api/export")
     assert answer.status_code == 200
@@ -256,9 +258,10 @@ def test_jobs_import_nothing_from_where_somebody_stands(
     monkeypatch.chdir(tmp_path)
     jobs = Jobs()
     jobs.ask("name", "key", ["-c", "import planted"])
-    jobs._jobs["name"]["process"].wait()
+    jobs.running["name"].process.wait()
     with pytest.raises(SelfsteerError, match="No module named 'planted'"):
         jobs.ask("name", "key", ["-c", "import planted"])
+    jobs.close()
 
 
 def test_a_folder_of_indices_that_others_made_is_refused(
@@ -313,7 +316,7 @@ def test_half_written_files_are_no_error(smoke: Path, tmp_path: Path) -> None:
             assert [len(m["loss"]) for m in found["curves"].values()] == [3]
             assert [s["state"] for s in found["stages"]][-1] == "begun"
             assert get(client, "/api/runs")["runs"][0]["state"] == "stopped"
-    index = build(row_sets(run)[0])
+    index = build(RunView.open(run).sampled[0])
     assert json.loads((index / "about.json").read_text())["unreadable"] == 1
 
 
@@ -355,7 +358,7 @@ def test_a_run_that_was_told_to_stop_early_is_not_finished(smoke: Path, tmp_path
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
     upto = next(i for i, x in enumerate(lines) if '"iteration-1/generator"' in x)
     (run / "ledger.jsonl").write_text("".join(lines[:upto]))
-    assert gather(run).state == "unfinished"
+    assert not RunView.open(run).finished
     with TestClient(app(run), "http://localhost") as client:
         assert get(client, "/api/live")["state"] == "stopped"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from selfsteer.report.document import Sheet, show_cell
 from selfsteer.report.figures import palette, svg_inline
 from selfsteer.report.page import asset, environment, security_policy
+from selfsteer.report.tables import Sheet, show_cell
 
 MARKS = ("plain", "good", "bad", "base", "method-1", "method-2")
 
@@ -72,5 +72,5 @@ def test_cells() -> None:
     assert [show_cell(v) for v in shown] == [
         "0.500", "12.3", "1,326", "12,346", "2.000", "0.000", "0.100", "", "x",
     ]  # fmt: skip
-    sheet = Sheet(("a", "b", "c"), [("x", 1, None), ("y", None, None)])
+    sheet = Sheet("", ("a", "b", "c"), [("x", 1, None), ("y", None, None)])
     assert [sheet.is_number(i) for i in range(3)] == [False, True, False]

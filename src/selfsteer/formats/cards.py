@@ -115,7 +115,7 @@ def model_card(of: RoundView) -> str:
     }
     away = "answers that were deliberately bad" if method.bad_on_purpose else "rejected answers"
     names = ("base", "beta", "learning_rate", "batch_size", "epochs", "max_length")
-    trained = next((s for s in of.stages if s.step == "policy" and s.done), None)
+    trained = next((s for s in of.stages if s.title == "policy" and s.done), None)
     return _page(
         front,
         f"# {recipe.name}",
@@ -220,7 +220,7 @@ def _stages(of: RoundView) -> str:
     rows = [
         (s.name, f"{s.n_in:,}", f"{s.n_out:,}", _counts(s.dropped))
         for s in (*before, *of.stages)
-        if s.done and s.step not in ("quality", "policy")
+        if s.done and s.title not in ("quality", "policy")
     ]
     return _table(("stage", "in", "out", "dropped, by reason"), rows)
 

@@ -21,6 +21,7 @@ import numpy as np
 from selfsteer.data.records import Principles, Query, Triple, Verdict
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.stats import (
+    FEW,
     Interval,
     above,
     accuracy,
@@ -33,9 +34,6 @@ from selfsteer.judges.stats import (
 
 PLAIN_SEQUENCES = ("plain/good", "plain/bad")
 GAP_SEQUENCES = ("good/good", "bad/good", "bad/bad", "good/bad")
-
-#: Fewer triples than this say nothing about a feature.
-FEW = 8
 
 
 def on_policyness(means: np.ndarray) -> float:

@@ -7,7 +7,7 @@ Nothing is excluded silently: unparseable is a class of its own in every table.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ CLASSES = tuple(v.value for v in Verdict)
 
 #: What a verdict is worth to the first response; `unparseable` has no worth.
 WORTH = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5, Verdict.INCONSISTENT: 0.5}
+
+#: A group with fewer units, for example a feature, says nothing.
+FEW = 8
 
 #: (value, low, high); the bounds are None where there is no interval, for example of one value.
 Interval = tuple[float, float | None, float | None]
@@ -93,6 +96,28 @@ def known_interval(
     """`mean_interval` of the values that are neither None nor NaN; None if there are none."""
     known = [float(v) for v in values if v is not None and not math.isnan(v)]
     return mean_interval(known, rng, resamples) if known else None
+
+
+def by_group(
+    values: Sequence[float | None] | np.ndarray,
+    groups: Sequence[Collection[str]],
+    rng: np.random.Generator,
+    resamples: int = 2000,
+) -> dict[str, tuple[int, Interval | None]]:
+    """Units of each group and their `known_interval`, None if they are fewer than `FEW`.
+
+    Args:
+        values: one number per unit, None or NaN where there is none.
+        groups: of each unit; it counts in every group that it names.
+        rng: the only source of chance.
+        resamples: bootstrap samples.
+    """
+    found = {}
+    for name in sorted({name for named in groups for name in named}):
+        own = [v for v, named in zip(values, groups, strict=True) if name in named]
+        enough = len(own) >= FEW
+        found[name] = (len(own), known_interval(own, rng, resamples) if enough else None)
+    return found
 
 
 def statistic_interval(

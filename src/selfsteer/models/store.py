@@ -109,12 +109,17 @@ class ScoreStore:
                         self._add([k for k, _ in part], [v.numpy() for v in found])
             finally:
                 loaded.model.train(was_training)
-        places = [self._places[key] for key in keys]
-        out = [torch.empty(0)] * len(places)
+        return [value for value in self.find(sequences) if value is not None]
+
+    def find(self, sequences: Sequence[EncodedSequence]) -> list[Tensor | None]:
+        """Per-token log-probs of each sequence's response, None where it is not here."""
+        places = [self._places.get(sequence_key(s)) for s in sequences]
+        out: list[Tensor | None] = [None] * len(places)
         held = -1
         values: list[np.ndarray] = []
-        for i in sorted(range(len(places)), key=places.__getitem__):
-            file, row = divmod(places[i], CHUNK)
+        known = [(place, i) for i, place in enumerate(places) if place is not None]
+        for place, i in sorted(known):
+            file, row = divmod(place, CHUNK)
             if file != held:
                 held, (_, values) = file, read_chunk(self._paths[file])
             out[i] = torch.from_numpy(values[row].copy())

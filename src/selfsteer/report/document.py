@@ -1,22 +1,24 @@
 """``report.html``, ``report.md`` and the figures' files of a run."""
 
-import html
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.evaluation.benchmark_table import notes, tables
-from selfsteer.report import summary
-from selfsteer.report.figures import Cell, Drawing, figures, png_file, svg_file, svg_inline
-from selfsteer.report.gather import Gathered, gather
+from selfsteer.data.records import Preference
+from selfsteer.methods import Aligning
+from selfsteer.report import tables
+from selfsteer.report.browser import embedded
+from selfsteer.report.figures import Drawing, figures, png_file, svg_file, svg_inline
+from selfsteer.report.logprobs import likelihoods
 from selfsteer.report.page import render
-from selfsteer.report.rows import embedded
-from selfsteer.run.folder import RunFolder
+from selfsteer.report.tables import about, inline, sentence, show_cell
 from selfsteer.terminal import duration, interval, progress_bar
+from selfsteer.view import RunView
 
 #: Section of the page: anchor, heading, figures.
 SECTIONS = (
@@ -30,37 +32,8 @@ SECTIONS = (
     ("cost", "Time", ("times",)),
 )
 
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table: cells are shown by `show_cell`, columns of numbers stand to the right."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-    def is_number(self, column: int) -> bool:
-        """Whether a column holds numbers and nothing else but gaps."""
-        cells = [row[column] for row in self.rows if row[column] not in (None, "")]
-        return bool(cells) and not any(isinstance(cell, str) for cell in cells)
-
-
-def show_cell(value: Cell | Sequence[float | None]) -> str:
-    """A cell as text: three decimals, thousands, intervals; nothing for None.
-
-    >>> show_cell(0.5), show_cell(1326), show_cell([0.6, 0.5, 0.7]), show_cell(None)
-    ('0.500', '1,326', '0.600 [0.500, 0.700]', '')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return interval(value, ".3f")
+#: Preferences shown as text.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -73,37 +46,39 @@ class Written:
     not_drawn: list[str]
 
 
-def write_report(run: Path, out: Path | None = None) -> Written:
+def write_report(folder: Path, out: Path | None = None) -> Written:
     """Writes the report of a run, finished or not.
 
     Args:
-        run: the run folder; nothing else is read.
-        out: the HTML file; ``report.md`` and the folder of figures get its name, beside it.
-            Default: ``report.html`` in the run folder.
+        folder: the run folder; nothing else is read.
+        out: the HTML file; the others stand beside it under its name.
 
     Raises:
         ArtifactError: it is not a run folder, or the files cannot be written.
     """
-    path = out or run / "report.html"
-    folder = path.with_suffix("")
-    g = gather(run)
-    drawn, missing = figures(g)
-    files = []
+    run, path = RunView.open(folder), out or folder / "report.html"
+    recipe = run.recipe_file.read_text("utf-8") if run.recipe_file.exists() else ""
+    sets, missing = likelihoods(run)
+    missing = [
+        f"{x} leads out of the run by a link: it is not shown." for x in run.foreign
+    ] + missing
+    drawn, not_drawn = figures(run, sets)
+    missing += not_drawn
+    pictures, files, beside = dict[str, str](), list[Path](), path.with_suffix("")
     with progress_bar("figures", len(drawn)) as bar:
-        pictures: dict[str, str] = {}
         for drawing in drawn:
             picture = svg_file(drawing)
             pictures[drawing.name] = svg_inline(drawing.name, picture)
             for suffix, data in (("svg", picture), ("png", png_file(drawing))):
-                files.append(folder / f"{drawing.name}.{suffix}")
+                files.append(beside / f"{drawing.name}.{suffix}")
                 write_atomic(files[-1], data)
             bar.advance(1)
     for name in {n for _, _, names in SECTIONS for n in names} - pictures.keys():
         for suffix in ("svg", "png"):  # of an earlier state of the run
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-    if not any(folder.glob("*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    values = content(g, drawn, missing)
+            (beside / f"{name}.{suffix}").unlink(missing_ok=True)
+    if not any(beside.glob("*")):
+        shutil.rmtree(beside, ignore_errors=True)
+    values = content(run, drawn, missing)
     browser = embedded(run)
     page = render(
         "report.html.j2",
@@ -111,340 +86,164 @@ def write_report(run: Path, out: Path | None = None) -> Written:
         show=show_cell,
         scripts=("dom.js", "browser.js") if browser else (),
         browser=browser is not None,
+        exhibit=run.exhibit,
+        samples=_samples(run),
+        recipe=recipe,
         **(browser or {}),
         **values,
     )
     write_atomic(path, page)
     markdown = path.with_suffix(".md")
-    write_atomic(markdown, to_markdown(values, folder.name))
+    write_atomic(markdown, to_markdown(values, beside.name))
     return Written(path, markdown, files, missing)
 
 
-def content(g: Gathered, drawn: Sequence[Drawing], missing: Sequence[str]) -> dict[str, Any]:
+def _samples(run: RunView) -> list[Preference]:
+    """A few preferences of the last round that has some, by a seeded choice."""
+    for found in reversed(run.rounds_of(run.recipe.method)):
+        every = sorted(found.preferences, key=lambda p: derive_seed("report", p.id))
+        if every:
+            return every[:SHOWN]
+    return []
+
+
+def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> dict[str, Any]:
     """All that both forms of the report show."""
-    by_name = {d.name: d for d in drawn}
-    tables = {
-        "result": [
-            ("", result_sheet(g)),
-            ("Every model", models_sheet(g)),
-            *benchmark_sheets(g),
-        ],
-        "data": [
-            ("Quality of the data, under the policy before the iteration", quality_sheet(g)),
-            ("Verdicts; first is the chosen response, or the model's against base's", verdicts(g)),
-        ],
-        "training": [("Reward model, on held-out pairs", reward_sheet(g))],
-        "cost": [("Stages", stages_sheet(g))],
+    sheets = {
+        "result": [tables.results(run), tables.models(run), *tables.benchmarks(run)],
+        "data": [tables.quality(run), tables.verdicts(run), tables.lengths(run)],
+        "training": tables.reward(run),
+        "cost": [tables.stages(run)],
     }
     sections = [
         {
             "anchor": anchor,
             "heading": heading,
-            "drawings": [by_name[n] for n in names if n in by_name],
-            "tables": [(t, s) for t, s in tables.get(anchor, []) if s.rows],
+            "drawings": [d for d in drawn if d.name in names],
+            "sheets": [s for s in sheets[anchor] if s.rows],
         }
         for anchor, heading, names in SECTIONS
     ]
+    versions = next((s.versions for s in reversed(run.stages) if s.versions), {})
     return {
-        "title": f"{g.recipe['name']}: {title_of(g)}",
-        "name": g.recipe["name"],
-        "subtitle": subtitle(g),
-        "headline": headline(g),
-        "state": state_sentence(g),
-        "cards": cards(g),
-        "sheets": {d.name: Sheet(d.columns, d.rows) for d in drawn},
-        "sections": [s for s in sections if s["drawings"] or s["tables"]],
-        "exhibit": g.found["exhibit"],
-        "samples": g.samples,
+        "title": f"{run.recipe.name}: {' against '.join(run.methods)}",
+        "name": run.recipe.name,
+        "subtitle": subtitle(run),
+        "headline": headline(run),
+        "state": state_sentence(run),
+        "cards": cards(run),
+        "sections": [s for s in sections if s["drawings"] or s["sheets"]],
         "missing": list(missing),
-        "recipe": _recipe_text(g),
-        "versions": _versions(g),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "made": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
 
 
-def title_of(g: Gathered) -> str:
-    """``sso against pbaa``."""
-    baseline = g.recipe.get("baseline")
-    return g.recipe["method"] + (f" against {baseline}" if baseline else "")
-
-
-def subtitle(g: Gathered) -> str:
+def subtitle(run: RunView) -> str:
     """What was run on what, in one line."""
-    recipe = g.recipe
-    model = recipe["policy"]["model"]
-    if recipe["method"] == "reward":
-        return f"reward model, seed {recipe['seed']}, from {recipe['reward']['model'] or model}."
-    iterations = recipe["iterations"]
-    queries = g.stages.get("queries", {}).get("n_out")
-    many = f"{queries:,} queries of " if queries else "queries of "
-    return (
-        f"{title_of(g)}, {iterations} iteration{'s' if iterations > 1 else ''}, seed "
-        f"{recipe['seed']}. Policy {model}; {many}{recipe['queries']['path']}."
-    )
+    recipe = run.recipe
+    if not isinstance(recipe, Aligning):
+        return f"{about(run)}. A reward model from {recipe.reward.model or recipe.policy.model}."
+    queries = run.stage("ReadQueries")
+    many = f"{queries.n_out:,} queries" if queries and queries.done else "queries"
+    return f"{about(run)}. Policy {recipe.policy.model}; {many} of {recipe.queries.path}."
 
 
-def headline(g: Gathered) -> str:
+def headline(run: RunView) -> str:
     """The result in one sentence, with its interval; what stands in its way otherwise."""
-    text = summary.sentence(g.found)
-    if text:
+    if text := sentence(run):
         return text
-    evaluation, reward = g.found["evaluation"], g.found["reward"]
-    if g.recipe["method"] == "reward" and reward and reward["held_out"]["pairs"]:
-        held_out = reward["held_out"]
-        return (
-            f"The reward model ranks {interval(held_out['accuracy'], '.3f')} of "
-            f"{held_out['pairs']:,} held-out pairs right; preferring the longer response would "
-            f"score {interval(held_out['longer_is_chosen'], '.3f')}."
-        )
+    evaluation = run.evaluation
     if evaluation is None:
-        wanted = g.recipe.get("evaluation")
-        return (
-            "There is no result yet: the evaluation has not run."
-            if wanted
-            else "There is no result: the recipe has no evaluation."
-        )
-    method = g.recipe["method"]
-    models = evaluation["models"]
-    mine, base = models[evaluation["finals"][method]], models["base"]
+        held_out = run.reward.held_out if run.reward else None
+        if held_out and held_out.accuracy and held_out.longer_is_chosen:
+            return (
+                f"The reward model ranks {interval(held_out.accuracy, '.3f')} of "
+                f"{held_out.pairs:,} held-out pairs right; preferring the longer response would "
+                f"score {interval(held_out.longer_is_chosen, '.3f')}."
+            )
+        if isinstance(run.recipe, Aligning) and run.recipe.evaluation:
+            return "There is no result yet: the evaluation has not run."
+        return "There is no result: the recipe has no evaluation."
+    method = run.recipe.method
+    mine, base = evaluation.models[evaluation.finals[method]], evaluation.models["base"]
     parts = []
-    if mine.get("score") and base.get("score"):
-        parts.append(
-            f"scores {interval(mine['score'], '.3f')}, base {interval(base['score'], '.3f')}"
-        )
-    if mine.get("win_rate"):
-        parts.append(f"wins against base in {interval(mine['win_rate'], '.3f')} of its answers")
+    if mine.score and base.score:
+        parts.append(f"scores {interval(mine.score, '.3f')}, base {interval(base.score, '.3f')}")
+    if mine.win_rate:
+        parts.append(f"wins against base in {interval(mine.win_rate, '.3f')} of its answers")
     if not parts:
         return "There is no result: no judge compared the answers to the held-out queries."
-    return f"{method} {' and '.join(parts)}, on {evaluation['queries']:,} held-out queries."
+    return f"{method} {' and '.join(parts)}, on {evaluation.queries:,} held-out queries."
 
 
-def state_sentence(g: Gathered) -> str:
+def state_sentence(run: RunView) -> str:
     """What is unfinished; nothing for a finished run."""
-    if g.state == "finished":
-        return ""
-    begun = [name for name, e in g.stages.items() if e["event"] != "finish"]
+    begun = [s.name for s in run.stages if not s.done]
     where = f" in stage {begun[-1]}" if begun else ""
-    if g.state == "running":
+    if run.state == "working":
         return f"The run is under way{where}. This report shows what is there."
     if begun:
         return (
-            f"The run stopped{where}. This report shows what is there; the same command goes on "
-            "from there."
+            f"The run stopped{where}. This report shows what is there; the same command continues "
+            "it."
         )
-    return "The run has not come to its end. This report shows what is there."
+    return "" if run.finished else "The run is not finished. This report shows what is there."
 
 
-def cards(g: Gathered) -> list[tuple[str, str, str]]:
+def cards(run: RunView) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the header."""
-    evaluation, recipe = g.found["evaluation"], g.recipe
-    out = []
-    if evaluation and recipe["method"] in evaluation["finals"]:
-        mine = evaluation["models"][evaluation["finals"][recipe["method"]]]
-        for key, label in (("win_rate", "Win rate against base"), ("score", "Score")):
-            if mine.get(key):
-                mean, *bounds = mine[key]
-                shown = ", ".join(f"{b:.3f}" for b in bounds if b is not None)
-                out.append((label, f"{mean:.3f}", f"95 %: {shown}" if shown else ""))
-    quality = g.found["quality"][recipe["method"]]
-    if quality:
-        last = quality[-1]["preferences"]
-        if last["accuracy"] is not None:
-            judge = f"judge: {quality[-1]['judge']}"
-            out.append(("Accuracy of the pairs", f"{last['accuracy']:.3f}", judge))
-        out.append(
-            ("On-policyness", f"{last['on_policyness']['both']:.3f}", "mean probability per token")
-        )
-    finished = [e for e in g.stages.values() if e["event"] == "finish"]
-    spent = sum(e["seconds"] for e in finished)
-    all_done = len(finished) == len(g.stages)
-    done = f"{len(finished)} stages" + ("" if all_done else f" of {len(g.stages)} begun")
-    out.append(("Time", duration(spent), done))
-    tokens = response_tokens(g)
-    if tokens:
+    out, method = [], run.recipe.method
+    finals = run.evaluation.finals if run.evaluation else {}
+    if run.evaluation and method in finals:
+        mine = run.evaluation.models[finals[method]]
+        for label, figure in (("Win rate against base", mine.win_rate), ("Score", mine.score)):
+            if figure:
+                shown = ", ".join(f"{b:.3f}" for b in figure[1:] if b is not None)
+                out.append((label, f"{figure[0]:.3f}", f"95 %: {shown}" if shown else ""))
+    measured = [r.quality for r in run.rounds_of(method) if r.quality]
+    for found in measured[-1:]:
+        pairs = found.preferences
+        if pairs.accuracy is not None:
+            out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", f"judge: {found.judge}"))
+        policyness = f"{pairs.on_policyness['both']:.3f}"
+        out.append(("On-policyness", policyness, "mean probability per token"))
+    done = [s for s in run.stages if s.done]
+    begun = "" if len(done) == len(run.stages) else f" of {len(run.stages)} begun"
+    out.append(("Time", duration(sum(s.seconds for s in done)), f"{len(done)} stages{begun}"))
+    if tokens := response_tokens(run):
         out.append(("Response tokens", f"{tokens:,}", "of kept data and answers"))
-    if g.usage:
-        out.append(
-            (
-                "Server requests",
-                f"{g.usage['requests']:,}",
-                f"{g.usage['prompt_tokens']:,} tokens in, {g.usage['completion_tokens']:,} out"
-                + (f", {g.usage['retried']:,} retried" if g.usage["retried"] else ""),
-            )
-        )
+    if used := run.usage:
+        asked = f"{used.prompt_tokens:,} tokens in, {used.completion_tokens:,} out"
+        asked += f", {used.retried:,} retried" if used.retried else ""
+        out.append(("Server requests", f"{used.requests:,}", asked))
     return out
 
 
-def response_tokens(g: Gathered) -> int:
+def response_tokens(run: RunView) -> int:
     """Tokens of the responses that were kept, from the measured means; 0 before any measuring."""
-    total = 0.0
-    for method, iterations in g.found["quality"].items():
-        for measured in iterations:
-            # online, the preferences are the triples
-            kinds = ("triples",) if method == "sso-online" else ("triples", "preferences")
-            for f in (measured[k] for k in kinds if k in measured):
-                total += f["of"] * sum(f["tokens"].values())
-    evaluation = g.found["evaluation"]
-    for f in evaluation["models"].values() if evaluation else ():
-        total += evaluation["queries"] * f["tokens"]
+    sets = [f for r, kind, f in run.measured if kind == "triples" or not r.pairs_are_triples]
+    total = sum(f.of * sum(f.tokens.values()) for f in sets)
+    if run.evaluation:
+        total += sum(run.evaluation.queries * m.tokens for m in run.evaluation.models.values())
     return round(total)
 
 
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def result_sheet(g: Gathered) -> Sheet:
-    """Base, baseline, method."""
-    columns = ("model", "score", "win rate vs base", "accuracy of pairs", "on-policy chosen",
-               "on-policy rejected", "tokens", "seconds")  # fmt: skip
-    return Sheet(
-        columns,
-        [
-            (
-                row["model"],
-                row["score"],
-                row["win_rate"],
-                row["accuracy"],
-                row["on_policyness"].get("chosen"),
-                row["on_policyness"].get("rejected"),
-                row["tokens"],
-                row["seconds"] and round(row["seconds"]),
-            )
-            for row in summary.result_rows(g.found)
-        ],
-    )
-
-
-def models_sheet(g: Gathered) -> Sheet:
-    """Every evaluated model, where there are more than the result's."""
-    evaluation = g.found["evaluation"] or {"models": {}, "finals": {}}
-    models = evaluation["models"].items()
-    rows = [
-        (label, f.get("score"), f.get("win_rate"), f["tokens"], f["unfinished"])
-        for label, f in models
-    ]
-    more = len(rows) > len(evaluation["finals"]) + 1
-    return Sheet(("model", "score", "win rate", "tokens", "unfinished"), rows if more else [])
-
-
-def benchmark_sheets(g: Gathered) -> list[tuple[str, Sheet]]:
-    """What ``benchmarks.md`` holds, under the notes it is to be read with."""
-    report = g.found["benchmarks"]
-    if not report:
-        return []
-    headings = (f"Benchmarks ({'; '.join(notes(report))})", "Differences between models")
-    return [
-        (h, Sheet(head, rows)) for h, (head, *rows) in zip(headings, tables(report), strict=False)
-    ]
-
-
-def quality_sheet(g: Gathered) -> Sheet:
-    """Quality of every measured set."""
-    rows = []
-    for label, f in _measured(g):
-        gap = f["steering_gap"] or {}
-        rows.append(
-            [label, f["of"], f["pairs"] if f["pairs"] != f["of"] else None, f["accuracy"]]
-            + [f["on_policyness"][r] for r in ("chosen", "rejected")]
-            + [gap.get(r) for r in ("good", "bad")]
-            + [f["tokens"][r] for r in ("chosen", "rejected")]
-        )
-    columns = ("set", "records", "measured", "accuracy", "on-policy chosen", "rejected",
-               "gap good", "bad", "tokens chosen", "rejected")  # fmt: skip
-    if all(row[2] is None for row in rows):  # all of every set was measured
-        return Sheet([*columns[:2], *columns[3:]], [[*row[:2], *row[3:]] for row in rows])
-    return Sheet(columns, rows)
-
-
-def _measured(g: Gathered) -> list[tuple[str, dict[str, Any]]]:
-    """``sso 1 triples`` and the like with their figures."""
-    return [
-        (f"{method} {k} {kind}", figures[kind])
-        for method, iterations in g.found["quality"].items()
-        for k, figures in enumerate(iterations, 1)
-        for kind in ("triples", "preferences")
-        if kind in figures
-    ]
-
-
-def verdicts(g: Gathered) -> Sheet:
-    """Every verdict class of every judged set."""
-    sets = [(label, f["verdicts"]) for label, f in _measured(g) if f.get("verdicts")]
-    evaluation = g.found["evaluation"] or {"models": {}}
-    sets += [
-        (f"{label} against base", f["verdicts"])
-        for label, f in evaluation["models"].items()
-        if f.get("verdicts")
-    ]
-    names = list(sets[0][1]) if sets else []
-    return Sheet(("set", *names), [(label, *(v[n] for n in names)) for label, v in sets])
-
-
-def reward_sheet(g: Gathered) -> Sheet:
-    """Held-out accuracy of the run's reward model, by set and by length."""
-    held_out = (g.found["reward"] or {}).get("held_out", {"pairs": 0})
-    columns = ("of", "pairs", "accuracy")
-    if not held_out["pairs"]:
-        return Sheet(columns, [])
-    parts = {"all": held_out, **held_out["by_source"], **held_out["by_length"]}
-    return Sheet(columns, [(name, f["pairs"], f["accuracy"]) for name, f in parts.items()])
-
-
-def stages_sheet(g: Gathered) -> Sheet:
-    """Every stage with its counts."""
-    rows: list[tuple[Any, ...]] = []
-    for name, e in g.stages.items():
-        if e["event"] == "finish":
-            drops = ", ".join(f"{n:,} {reason}" for reason, n in e["dropped"].items())
-            rows.append((name, e["n_in"], e["n_out"], drops, round(e["seconds"], 1)))
-        else:
-            rows.append((name, None, None, "unfinished", None))
-    return Sheet(("stage", "in", "out", "dropped", "seconds"), rows)
-
-
-def _recipe_text(g: Gathered) -> str:
-    path = summary.recipe_file(g.run)
-    return path.read_text("utf-8") if path.exists() else ""
-
-
-def _versions(g: Gathered) -> str:
-    entries = [e for e in RunFolder(g.run).ledger() if "versions" in e]
-    return ", ".join(f"{k} {v}" for k, v in entries[-1]["versions"].items()) if entries else ""
-
-
-# -- markdown -------------------------------------------------------------------------------------
-
-
-def to_markdown(values: dict[str, Any], folder: str) -> str:
+def to_markdown(values: Mapping[str, Any], folder: str) -> str:
     """The report for a repository: tables, and links to the pictures in ``folder``."""
-    lines = [f"# {_inline(values['name'])}", "", _inline(values["subtitle"]), ""]
-    lines += [f"**{_inline(values['headline'])}**", ""]
+    lines = [f"# {inline(values['name'])}", "", inline(values["subtitle"]), ""]
+    lines += [f"**{inline(values['headline'])}**", ""]
     if values["state"]:
-        lines += [_inline(values["state"]), ""]
-    lines += ["; ".join(f"{a.lower()} {_inline(b)}" for a, b, _ in values["cards"]) + ".", ""]
+        lines += [inline(values["state"]), ""]
+    lines += ["; ".join(f"{a.lower()} {inline(b)}" for a, b, _ in values["cards"]) + ".", ""]
     for section in values["sections"]:
         lines += [f"## {section['heading']}", ""]
-        for heading, sheet in section["tables"]:
-            lines += [*([f"### {_inline(heading)}", ""] if heading else []), *_table(sheet), ""]
+        for sheet in section["sheets"]:
+            lines += [*([f"### {inline(sheet.title)}", ""] if sheet.title else [])]
+            lines += [*sheet.markdown(), ""]
         for d in section["drawings"]:
-            lines += [f"### {d.title}", "", f"![{_inline(d.title)}]({folder}/{d.name}.png)", ""]
-            lines += [_inline(d.caption), ""]
+            lines += [f"### {d.title}", "", f"![{inline(d.title)}]({folder}/{d.name}.png)", ""]
+            lines += [inline(d.caption), ""]
     if values["missing"]:
-        lines += ["## Not drawn", "", *(f"- {_inline(m)}" for m in values["missing"]), ""]
+        lines += ["## Not drawn", "", *(f"- {inline(m)}" for m in values["missing"]), ""]
     return "\n".join([*lines, f"Made {values['made']} with {values['versions']}.", ""])
-
-
-def _inline(text: str) -> str:
-    # nor are pictures and links of a foreign name loaded where somebody reads the file
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return escaped.replace("|", "\\|").replace("](", "]\\(")
-
-
-def _table(sheet: Sheet) -> list[str]:
-    right = [sheet.is_number(i) for i in range(len(sheet.columns))]
-    rows = [[_inline(show_cell(cell)) for cell in row] for row in sheet.rows]
-    return [
-        "| " + " | ".join(map(_inline, sheet.columns)) + " |",
-        "|" + "|".join("---:" if r else "---" for r in right) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]

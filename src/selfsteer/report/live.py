@@ -1,21 +1,17 @@
 """What the live pages show of a run: what it does now, its curves, its last samples; as JSON.
 
-Everything is read from files that another process may be writing: what is cut short is left out,
-never an error.
+Another process may be writing the files: what is cut short is left out, never an error.
 """
 
 import json
-import math
 import os
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from selfsteer.recipe.read import load_values
-from selfsteer.report import summary
-from selfsteer.report.rows import row_sets
-from selfsteer.run.progress import progress_of
+from selfsteer.report.tables import about, sentence
+from selfsteer.view import RunView, StageView, is_finite, objects
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300
@@ -33,7 +29,7 @@ def discover(root: Path) -> dict[str, Path]:
     """
     home = root.resolve()
     if (root / "resolved.json").is_file():
-        return {root.resolve().name: root}
+        return {home.name: root}
     found = {}
     for pattern in ("*/resolved.json", "*/*/resolved.json"):
         for path in sorted(root.glob(pattern)):
@@ -43,110 +39,56 @@ def discover(root: Path) -> dict[str, Path]:
     return found
 
 
-def state_of(run: Path, found: dict[str, Any]) -> str:
-    """``working``, ``finished``, ``killed``, ``failed``, ``interrupted``, ``silent``, ``stopped``.
-
-    A process that ended well has finished the run unless it was told to stop after a stage.
-    """
-    now = progress_of(run)
-    if now is not None and now["state"] != "ended":
-        return str(now["state"])
-    return "finished" if summary.is_finished(found) else "stopped"
-
-
-def now(run: Path) -> dict[str, Any]:
+def now(folder: Path) -> dict[str, Any]:
     """A run's state: progress, stages, curves, last samples, result."""
-    found = summary.load(run)
-    recipe, stages = found["recipe"], found["stages"]
-    working = progress_of(run)
-    todo = list(working["todo"]) if working else []
-    rows = [_stage(name, entry) for name, entry in stages.items()]
-    rows += [{"name": n, "state": "to do"} for n in todo if n not in stages]
+    run = RunView.open(folder)
+    begun = {s.name for s in run.stages}
+    left = [n for n in (run.progress or {}).get("todo", []) if n not in begun]
     return {
-        "state": state_of(run, found),
-        "folder": str(run),
-        "about": _about(recipe),
-        "progress": working,
-        "stages": rows,
+        "state": run.state,
+        "folder": str(folder),
+        "about": f"{about(run)}, policy {run.recipe.policy.model}",
+        "progress": run.progress,
+        "stages": [*map(_stage, run.stages), *({"name": n, "state": "to do"} for n in left)],
         "curves": curves(run),
         "samples": last_samples(run),
-        "result": summary.sentence(found),
-        "sets": [s.name for s in row_sets(run)],
+        "result": sentence(run),
+        "sets": [s.name for s in run.sampled],
     }
 
 
-def _about(recipe: dict[str, Any]) -> str:
-    baseline = f", baseline {recipe['baseline']}" if recipe.get("baseline") else ""
-    several = "" if recipe["iterations"] == 1 else "s"
-    return (
-        f"method {recipe['method']}{baseline}, {recipe['iterations']} iteration{several}, policy "
-        f"{recipe['policy']['model']}, seed {recipe['seed']}"
-    )
+def _stage(stage: StageView) -> dict[str, Any]:
+    if not stage.done:
+        return {"name": stage.name, "state": "begun", "began": stage.began}
+    counts = {k: getattr(stage, k) for k in ("n_in", "n_out", "dropped", "seconds")}
+    return {"name": stage.name, "state": "done", **counts}
 
 
-def _stage(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    if entry["event"] != "finish":
-        return {"name": name, "state": "begun", "began": entry["time"]}
-    counts = {k: entry[k] for k in ("n_in", "n_out", "dropped", "seconds")}
-    return {"name": name, "state": "done", **counts}
-
-
-def curves(run: Path) -> dict[str, dict[str, list[list[float]]]]:
-    """Training stage → metric → [step, value] points, thinned to `POINTS`."""
-    path = run / "metrics.jsonl"
-    try:
-        found = path.stat()
-    except OSError:
-        return {}
-    return _curves(path, found.st_size, found.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _curves(path: Path, size: int, modified_ns: int) -> dict[str, dict[str, list[list[float]]]]:
+def curves(run: RunView) -> dict[str, dict[str, list[list[float]]]]:
+    """Training stage → metric → [step, value] points, about `POINTS` of them."""
     out: dict[str, dict[str, list[list[float]]]] = {}
-    for entry in _lines(path.read_bytes()):
-        stage, step = entry.get("stage"), entry.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int):
-            continue
-        for name, value in entry.items():
-            if name.startswith(CURVES) and _is_finite(value):
-                out.setdefault(stage, {}).setdefault(name, []).append([step, round(value, 6)])
-    return {
-        stage: {n: _thin(metrics[n]) for begin in CURVES for n in metrics if n.startswith(begin)}
-        for stage, metrics in out.items()
-    }
+    for stage, entries in run.curves.items():
+        kept = [*entries[: -1 : -(-len(entries) // POINTS)], entries[-1]]
+        names = dict.fromkeys(name for entry in kept for name in entry)
+        lines = {
+            name: [[e["step"], round(e[name], 6)] for e in kept if is_finite(e.get(name))]
+            for begin in CURVES
+            for name in names
+            if name.startswith(begin)
+        }
+        out[stage] = {name: points for name, points in lines.items() if points}
+    return out
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _thin(points: list[list[float]]) -> list[list[float]]:
-    step = -(-len(points) // POINTS)
-    kept = points[::step]
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
-
-
-def _lines(data: bytes) -> Iterator[dict[str, Any]]:
-    """JSON objects of a log; a line that is none, or not whole yet, is left out."""
-    for line in data.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def last_samples(run: Path) -> dict[str, Any] | None:
+def last_samples(run: RunView) -> dict[str, Any] | None:
     """The last triples of the shard that was finished last; None before the first."""
-    shards = [(p.stat().st_mtime, p, s.name) for s in row_sets(run) for p in s.shards()]
+    shards = [(p.stat().st_mtime, p, s.name) for s in run.sampled for p in s.shards]
     if not shards:
         return None
     modified, path, name = max(shards)
     with open(path, "rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
-        triples = list(_lines(file.read()))[-SAMPLES:]
+        triples = list(objects(file.read()))[-SAMPLES:]
     kept = [
         {"id": t["id"], "query": t["messages"][-1]["content"], "responses": t["responses"]}
         for t in triples
@@ -155,15 +97,15 @@ def last_samples(run: Path) -> dict[str, Any] | None:
     return {"set": name, "time": modified, "triples": kept}
 
 
-def compare(runs: dict[str, Path]) -> list[dict[str, Any]]:
+def compare(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """One row per run for the table that compares them; a folder that cannot be read says why."""
     out, settings, given = [], dict[str, dict[str, Any]](), set[str]()
-    for name, run in runs.items():
+    for name, folder in runs.items():
         try:
-            found = summary.load(run)
-            out.append({"run": name, **_row(run, found)})
-            settings[name] = _flat(found["recipe"])
-            given |= set(_flat(load_values(str(summary.recipe_file(run)))))
+            run = RunView.open(folder)
+            out.append({"run": name, **_row(run)})
+            settings[name] = _flat(run.recipe.model_dump(mode="json"))
+            given |= set(_flat(load_values(str(run.recipe_file))))
         except Exception as e:  # whatever a folder holds, the others are shown
             out.append({"run": name, "state": "unreadable", "error": f"{type(e).__name__}: {e}"})
     # what somebody set, not what follows from it
@@ -175,33 +117,29 @@ def compare(runs: dict[str, Path]) -> list[dict[str, Any]]:
     return out
 
 
-def _row(run: Path, found: dict[str, Any]) -> dict[str, Any]:
-    recipe, stages, evaluation = found["recipe"], found["stages"], found["evaluation"]
-    method = recipe["method"]
-    label = evaluation["finals"].get(method) if evaluation else None
-    figures = evaluation["models"][label] if label else {}
-    quality = found["quality"].get(method)
-    pairs = quality[-1]["preferences"] if quality else {}
-    working = progress_of(run) or {}
-    done = sum(e["event"] == "finish" for e in stages.values())
-    left = [n for n in working.get("todo", []) if stages.get(n, {}).get("event") != "finish"]
-    times = [e["time"] for e in stages.values()]
-    return {
-        "state": state_of(run, found),
+def _row(run: RunView) -> dict[str, Any]:
+    method, evaluation = run.recipe.method, run.evaluation
+    measured = [r.quality.preferences for r in run.rounds_of(method) if r.quality]
+    pairs = measured[-1] if measured else None
+    done = {s.name for s in run.stages if s.done}
+    working = run.progress or {}
+    left = [name for name in working.get("todo", []) if name not in done]
+    row = {
+        "state": run.state,
         "method": method,
         "stage": working.get("stage") if left else None,
-        "done": done,
-        "of": done + len(left),
-        "score": figures.get("score"),
-        "win_rate": figures.get("win_rate"),
-        "base": evaluation["models"]["base"].get("score") if evaluation else None,
-        "judge": evaluation["judge"] if evaluation else None,
-        "accuracy": pairs.get("accuracy"),
-        "on_policyness": pairs.get("on_policyness", {}).get("both"),
-        "tokens": figures.get("tokens"),
-        "seconds": sum(e.get("seconds", 0.0) for e in stages.values()),
-        "changed": max(times, default=None),
+        "done": len(done),
+        "of": len(done) + len(left),
+        "accuracy": pairs and pairs.accuracy,
+        "on_policyness": pairs and pairs.on_policyness["both"],
+        "seconds": sum(s.seconds for s in run.stages),
+        "changed": max((s.time for s in run.stages), default=None),
     }
+    if evaluation and method in evaluation.finals:
+        mine = evaluation.models[evaluation.finals[method]]
+        row |= {k: getattr(mine, k) for k in ("score", "win_rate", "tokens")}
+        row |= {"base": evaluation.models["base"].score, "judge": evaluation.judge}
+    return row
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

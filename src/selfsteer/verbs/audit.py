@@ -8,7 +8,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, aligning, emit, load_recipe, named_judge
+from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
 
 #: Settings of a recipe that have an effect on an audit.
 SECTIONS = ("policy", "principles", "sampling", "judge")
@@ -57,22 +57,21 @@ def audit(
     check_sections(settings or [], SECTIONS, "audit")
     folder = Path(model)
     if (folder / "resolved.json").is_file():
-        from selfsteer.report import summary
+        from selfsteer.view import RunView
 
         if base or generator:
             raise ConfigError(
                 f"{model} is a run folder and names its own base and generator; leave --base and "
                 "--generator out, or give the model's folder instead."
             )
-        recipe = aligning(load_recipe(str(folder), [])[0])
+        run = RunView.open(folder)
+        recipe = aligning(run.recipe)
         given = merge(load_values(str(folder / "recipe.yaml")), settings or [])
         given = {name: given[name] for name in Settings.model_fields if name in given}
-        models = summary.load(folder)["models"]
-        if "policy" not in models:
+        if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
-        models.pop("reward", None)  # it answers nothing
-        if "baseline" in models:
-            models[recipe.methods[-1]] = models.pop("baseline")
+        called = {"baseline": run.methods[-1]}
+        models = {called.get(k, k): v for k, v in run.models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
         to = to or folder / "audit"
     else:

@@ -28,7 +28,7 @@ from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
-from selfsteer.judges.stats import known_interval, worths
+from selfsteer.judges.stats import by_group, known_interval, worths
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import (
     JudgeConfig,
@@ -46,9 +46,6 @@ from selfsteer.stages.principles import WritePrinciples
 from selfsteer.terminal import progress_bar
 
 GAPS = {"good": ("good/good", "bad/good"), "bad": ("bad/bad", "good/bad")}
-
-#: Fewer queries than this say nothing about a feature.
-FEW = 8
 
 
 @dataclass(frozen=True)
@@ -101,19 +98,10 @@ def audit(
         if label in wins:
             gone["wins/bad"] = wins[label] - 0.5
         whole = {k: known_interval(v, rng) for k, v in gone.items()}
-        by_feature = {}
-        for feature in sorted({f for named in features for f in named}):
-            rows = np.array([feature in named for named in features])
-            enough = int(rows.sum()) >= FEW
-            shown = ("score/bad", "wins/bad", "gap/bad")
-            by_feature[feature] = {
-                "queries": int(rows.sum()),
-                **{
-                    k: known_interval(gone[k][rows], rng) if enough else None
-                    for k in shown
-                    if k in gone
-                },
-            }
+        by_feature: dict[str, dict[str, Any]] = {}
+        for k in ("score/bad", "wins/bad", "gap/bad"):
+            for name, (n, figure) in by_group(gone[k], features, rng).items() if k in gone else ():
+                by_feature.setdefault(name, {"queries": n})[k] = figure
         score = whole.get("score/bad") or whole.get("wins/bad")
         verdict = "unknown"
         if score is not None and score[2] is not None:

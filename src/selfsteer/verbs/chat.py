@@ -2,8 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -11,7 +10,10 @@ from rich.table import Table
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import err, out
-from selfsteer.verbs.common import AsJson
+from selfsteer.verbs.common import AsJson, aligning
+
+if TYPE_CHECKING:
+    from selfsteer.view import RunView
 
 
 def chat(
@@ -29,12 +31,11 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Ask base, generator and policy the same question; plain, good and bad side by side."""
-    from selfsteer.report import summary
+    from selfsteer.view import RunView
 
     if as_json and question is None:
         raise ConfigError("--json prints one answer; give the question with --question.")
-    found = summary.load(run)
-    talk = Chat(found, tuple(f.strip() for f in features.split(",") if f.strip()), seed)
+    talk = Chat(RunView.open(run), tuple(f.strip() for f in features.split(",") if f.strip()), seed)
     if as_json and question is not None:
         said = {"principles": talk.principles.to_dict(), "answers": talk.answers(question)}
         out.print_json(data={"question": question, **said})
@@ -56,30 +57,30 @@ class Chat:
     """Base, generator and policy of a run, loaded once.
 
     Args:
-        found: the run as `selfsteer.report.summary.load` gives it.
+        run: whose models answer.
         features: what the principles name; none: as `writer.specimen` chooses.
         seed: of the sampling; counts up by question.
     """
 
-    def __init__(self, found: dict[str, Any], features: tuple[str, ...], seed: int) -> None:
+    def __init__(self, run: "RunView", features: tuple[str, ...], seed: int) -> None:
         from selfsteer.engines.base import SamplingParams
         from selfsteer.engines.transformers import TransformersEngine
+        from selfsteer.methods import Principled
         from selfsteer.models.load import load_model
         from selfsteer.principles import writer
         from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
 
-        recipe = found["recipe"]
-        made = PrinciplesConfig.model_validate(recipe["principles"])
-        self.principles = writer.specimen(made, features)
+        recipe = aligning(run.recipe)
+        sampling = recipe.sampling
+        own = recipe.principles if isinstance(recipe, Principled) else PrinciplesConfig()
+        self.principles = writer.specimen(own, features)
         self.seed = seed
-        settings: Any = SimpleNamespace(**recipe["policy"])
-        sampling = recipe["sampling"]
-        self.params = SamplingParams(
-            sampling["temperature"], sampling["top_p"], sampling["max_new_tokens"]
-        )
+        self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
-            name: TransformersEngine(load_model(resolve_path(source), settings, inference=True))
-            for name, source in found["models"].items()
+            name: TransformersEngine(
+                load_model(resolve_path(source), recipe.policy, inference=True)
+            )
+            for name, source in run.models.items()
             if name != "reward"
         }
 

@@ -8,7 +8,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, emit, named_judge
+from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
 
 
 def compare(
@@ -34,15 +34,13 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: quality, curves, wins by feature and query class, largest differences."""
-    from selfsteer.methods import Aligning, load_recipe
     from selfsteer.verbs import comparing
 
     found = comparing.entrants(runs, baselines=baselines)
     if judge is not None:
         chosen = named_judge(judge)
     else:
-        recipes = [load_recipe(str(run / "recipe.yaml")) for run in runs]
-        own = [r.judge if isinstance(r, Aligning) else None for r in recipes]
+        own = [aligning(e.run.recipe).judge for e in found]
         if any(j != own[0] for j in own):
             raise ConfigError(
                 "These runs were judged by different judges, so their scores cannot be compared. "

@@ -121,7 +121,7 @@ def _writers(of: RoundView) -> tuple[str, str]:
     own = f"{recipe.name}{'/baseline' if of.is_baseline else ''}/iteration"
     if of.has_generator:
         generator = f"{own}-{of.k}/generator"
-        halves = any(s.step == "generator/plus" for s in of.stages)
+        halves = any(s.title == "generator/plus" for s in of.stages)
         return (f"{generator}/plus", f"{generator}/minus") if halves else (generator, generator)
     policy = public_name(recipe.policy.model) if of.k == 1 else f"{own}-{of.k - 1}/policy"
     improver = getattr(recipe, "improver", None)

@@ -1,12 +1,15 @@
 """``selfsteer queries``: a query set, cleaned."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from selfsteer.terminal import out
+from selfsteer.terminal import out, table
 from selfsteer.verbs.common import AsJson, emit
+
+#: Contaminated pairs shown in the terminal; the file beside the output has all.
+PAIRS_SHOWN = 10
 
 
 def queries(
@@ -46,7 +49,6 @@ def queries(
     from selfsteer.data.queries import write_curated
     from selfsteer.recipe.read import validate
     from selfsteer.recipe.sections import Queries
-    from selfsteer.report.summary import print_curated
 
     given = {
         "path": path,
@@ -61,4 +63,26 @@ def queries(
     }
     values = {k: v for k, v in given.items() if v is not None}
     found = write_curated(validate(Queries, values, "settings of queries"), to, holdout)
-    emit(found, as_json, lambda _: print_curated(found, out))
+    emit(found, as_json, print_curated)
+
+
+def print_curated(found: dict[str, Any]) -> None:
+    """What became of a query set: counts by reason, contaminated pairs, files."""
+    rows = [(f"{found['read']:,}", "read")]
+    rows += [(f"-{n:,}", reason.replace("_", " ")) for reason, n in found["dropped"].items()]
+    files = {side: found["files"].get(side) for side in ("queries", "holdout")}
+    rows += [(f"{found[side]:,}", path) for side, path in files.items() if path]
+    out.print(table(["", ""], rows, words=[1]))
+    if found["not_compared"]:
+        rest = ", ".join(f"{n:,} {reason}" for reason, n in found["not_compared"].items())
+        out.print(f"rows of evaluation sets without a query to compare with: {rest}")
+    if found["answers_cut"]:
+        out.print(f"answers cut off from the end of kept queries: {found['answers_cut']:,}")
+    pairs = found["contaminated"]
+    if pairs:
+        keys = ("id", "evaluation_id", "against", "shared")
+        shown = ([pair[k] for k in keys] for pair in pairs[:PAIRS_SHOWN])
+        names = ["query", "evaluation query", "of", "shared words"]
+        out.print(table(names, shown, title="\nshared with evaluation sets", words=4))
+        more = f"{len(pairs) - PAIRS_SHOWN:,} more" if len(pairs) > PAIRS_SHOWN else "all"
+        out.print(f"{more} of them in {found['files']['contaminated']}", markup=False)

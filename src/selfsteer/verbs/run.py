@@ -1,7 +1,6 @@
 """``selfsteer run``: a recipe, from queries to an aligned model."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +15,9 @@ from selfsteer.verbs.common import (
     load_recipe,
     on_ranks,
 )
+
+if TYPE_CHECKING:
+    from selfsteer.view import RunView
 
 
 def run(
@@ -44,6 +46,7 @@ def run(
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, select
     from selfsteer.run.folder import RunFolder
+    from selfsteer.view import RunView
 
     checked, given = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -63,33 +66,33 @@ def run(
         return
     if ran == 0:
         say(f"nothing to do: {checked.folder} is finished" + (f" up to {until}" if until else ""))
-    found = summary.load(checked.folder)
+    found = RunView.open(checked.folder)
     if as_json:
-        out.print_json(data=found)
+        out.print_json(data=found.to_json())
         return
-    summary.print_result(found, out)
+    summary.print_result(found)
     _say_next(found, until)
 
 
-def _say_next(found: dict[str, Any], until: str | None) -> None:
+def _say_next(found: "RunView", until: str | None) -> None:
     """Where the model is, and the commands that a person types now."""
-    folder, models = found["run"], found["models"]
+    folder, models = found.folder, found.models
     if until is not None:
         say(f"next: selfsteer view {folder}, or the rest: selfsteer run {folder}")
         return
     steps = [(f"view {folder}", "every triple in a browser")]
-    if found["recipe"]["method"] == "reward":
-        made = Path(folder) / "reward"
-        steps = [
-            (f"rewardbench {made} FILE", "its accuracy on a benchmark"),
-            (f"judge RUN --judge reward:{made}", "the pairs of another run, judged by it"),
-        ]
-    elif "policy" in models:
+    if "policy" in models:
         say(f"\nthe aligned model: {models['policy']}   (from_pretrained and servers load it)")
         steps += [
             (f"report {folder}", "the figures on one page"),
             (f"chat {folder}", "ask it something"),
             (f"export {folder} --format trl --to DIR", "the preferences for other trainers"),
+        ]
+    elif "reward" in models:
+        made = models["reward"]
+        steps = [
+            (f"rewardbench {made} FILE", "its accuracy on a benchmark"),
+            (f"judge RUN --judge reward:{made}", "the pairs of another run, judged by it"),
         ]
     say("next:")
     for command, what in steps:

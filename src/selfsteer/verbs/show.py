@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from selfsteer.terminal import out
 from selfsteer.verbs.common import AsJson, emit
 
 
@@ -15,5 +14,7 @@ def show(
 ) -> None:
     """Show a run: stages, counts, drops by reason, data quality, paths of the models."""
     from selfsteer.report import summary
+    from selfsteer.view import RunView
 
-    emit(summary.load(run), as_json, lambda found: summary.print_show(found, out))
+    found = RunView.open(run)
+    emit(found.to_json() if as_json else found, as_json, summary.print_show)

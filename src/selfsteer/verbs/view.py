@@ -50,16 +50,16 @@ def view(
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}. Give a run folder, or a folder of runs.")
     try:
-        from selfsteer.report import viewing
+        from selfsteer.report import server
     except ModuleNotFoundError as e:
         raise ConfigError(
             f"selfsteer view needs {e.name}, which is not installed: "
             "python -m pip install 'selfsteer[view]'."
         ) from None
     token = os.environ.get("SELFSTEER_VIEW_TOKEN") or None
-    if token is None and not viewing.is_loopback(host):
+    if token is None and not server.is_loopback(host):
         token = secrets.token_urlsafe(24)
-    bound = viewing.bind(host, port)
+    bound = server.bind(host, port)
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     name = f"[{name}]" if ":" in name else name
     known = f"?token={quote(token, safe='')}" if token else ""
@@ -74,4 +74,4 @@ def view(
         import webbrowser
 
         webbrowser.open(url)
-    viewing.serve(folder, bound, token, [host, *(allow_host or [])])
+    server.serve(folder, bound, token, [host, *(allow_host or [])])

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
@@ -12,30 +11,15 @@ from selfsteer.data.records import Query, Triple, Verdict
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
-from selfsteer.methods import recipe_of
-from selfsteer.recipe.read import load_values
+from selfsteer.methods import load_recipe
 from selfsteer.recipe.sections import JudgeConfig
-from selfsteer.report.rows import (
-    Fates,
-    Index,
-    RowSet,
-    Wanted,
-    build,
-    disagreement,
-    embedded,
-    row_sets,
-)
+from selfsteer.report.browser import Index, Wanted, build, disagreement, embedded
 from selfsteer.run.folder import RunFolder
-from selfsteer.stages.filter import FILTER_SEQUENCES, steering_filter
+from selfsteer.view import RunView, Sampled
 from tests.fakes import FakeEngine
+from tests.make import entry
 
-RECIPE = """\
-name: made
-method: {method}
-policy: {{model: nobody/nothing}}
-queries: {{path: prompts.jsonl}}
-judge: {{kind: human, path: {labels}}}
-"""
+SET, FILTER = "iteration-1/triples", "iteration-1/filter"
 
 
 def triple(identity: str, query: str, **responses: str) -> dict[str, Any]:
@@ -53,14 +37,15 @@ TRIPLES = [
 ]
 
 
-def make(folder: Path, triples: list[dict[str, Any]], method: str = "sso") -> RowSet:
-    """A run that has sampled these triples and filtered them."""
-    labels = folder / "labels.jsonl"
-    run = folder / "made"
-    shards = run / "iteration-1" / "triples"
+def make(folder: Path, triples: list[dict[str, Any]]) -> Path:
+    """A run that has sampled these triples."""
+    labels, run = folder / "labels.jsonl", folder / "made"
+    shards = run / SET
     shards.mkdir(parents=True)
-    (run / "recipe.yaml").write_text(RECIPE.format(method=method, labels=labels))
-    (run / "resolved.json").write_text("{}")
+    given = ["name=made", "policy.model=nobody/nothing", "queries.path=prompts.jsonl"]
+    recipe = load_recipe("sso", [*given, f"judge=human:{labels}"])
+    (run / "resolved.json").write_text(recipe.model_dump_json())
+    RunFolder(run).append("ledger.jsonl", entry("begin", SET, "Sample"))
     half = len(triples) // 2
     (shards / "shard-00000.jsonl").write_text(dump_lines(triples[:half]))
     (shards / "shard-00001.jsonl").write_text(dump_lines(triples[half:]) + '{"id": "torn", "mes')
@@ -69,25 +54,37 @@ def make(folder: Path, triples: list[dict[str, Any]], method: str = "sso") -> Ro
         {"id": "b", "first": "It snows soup, day and night.", "second": "No.", "verdict": "first"},
     ]
     labels.write_text(dump_lines(human))
-    return RowSet(run, "iteration-1/triples")
+    return run
 
 
-def finish_filter(rows: RowSet, kept: list[dict[str, Any]], dropped: dict[str, int]) -> None:
-    (rows.run / "iteration-1" / "filtered.jsonl").write_text(dump_lines(kept))
-    entry = {"event": "finish", "stage": "iteration-1/filter", "fingerprint": "f"}
-    RunFolder(rows.run).append("ledger.jsonl", {**entry, "dropped": dropped, "time": 0})
+def finish_filter(run: Path, kept: list[dict[str, Any]], dropped: dict[str, int]) -> None:
+    (run / "iteration-1" / "filtered.jsonl").write_text(dump_lines(kept))
+    made = {"outputs": ["iteration-1/filtered.jsonl"], "n_out": len(kept), "dropped": dropped}
+    line = entry("finish", FILTER, "FilterTriples", **made)
+    RunFolder(run).append("ledger.jsonl", line)
+
+
+def sampled(run: Path) -> Sampled:
+    (found,) = RunView.open(run).sampled
+    return found
+
+
+CLEANED = {**TRIPLES[3], "responses": {**TRIPLES[3]["responses"], "good": "Quite warm."}}
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> RowSet:
+def run(tmp_path: Path) -> Path:
+    """A run that has filtered its triples, and kept what it dropped."""
     made = make(tmp_path, TRIPLES)
-    finish_filter(made, [TRIPLES[0], TRIPLES[1], TRIPLES[3]], {"equals_plain": 1})
+    finish_filter(made, [TRIPLES[0], TRIPLES[1], CLEANED], {"equals_plain": 1})
+    line = {"id": "c", "reason": "equals_plain", "record": TRIPLES[2]}
+    (made / f"{FILTER}.dropped.jsonl").write_text(json.dumps(line) + "\n")
     return made
 
 
 @pytest.fixture
-def index(rows: RowSet) -> Index:
-    return Index(build(rows))
+def index(run: Path) -> Index:
+    return Index(build(sampled(run)))
 
 
 def ids(index: Index, **wanted: Any) -> list[str]:
@@ -102,8 +99,24 @@ def test_every_triple_has_its_fate_and_a_torn_line_is_counted(index: Index) -> N
 
 
 def test_before_the_filter_nothing_is_decided(tmp_path: Path) -> None:
-    index = Index(build(make(tmp_path, TRIPLES)))
+    index = Index(build(sampled(make(tmp_path, TRIPLES))))
     assert index.counts("fate") == {"pending": 4}
+
+
+def test_a_drop_without_a_record_says_so(run: Path) -> None:
+    (run / f"{FILTER}.dropped.jsonl").unlink()
+    index = Index(build(sampled(run)))
+    assert index.counts("fate") == {"kept": 3, "no record kept": 1}
+    assert ids(index, fate="dropped") == ["c"]
+
+
+def test_what_was_dropped_is_shown_as_the_stage_saw_it(run: Path) -> None:
+    cut = {**TRIPLES[2], "responses": {**TRIPLES[2]["responses"], "good": "Cut."}}
+    line = {"id": "c", "reason": "too_short", "record": cut}
+    (run / f"{FILTER}.dropped.jsonl").write_text(json.dumps(line) + "\n")
+    index = Index(build(sampled(run)))
+    (record,) = index.records([2])
+    assert (record["fate"], record["trained_on"]) == ("too_short", {"good": "Cut."})
 
 
 def test_filters_join_and_search_looks_into_every_text(index: Index) -> None:
@@ -155,54 +168,33 @@ def test_an_export_is_read_back_as_the_same_triples(index: Index) -> None:
     }
 
 
-def test_an_index_is_made_once_and_again_when_the_stage_has_changed(rows: RowSet) -> None:
-    first = build(rows)
+def test_an_index_is_made_once_and_again_when_the_stage_has_changed(run: Path) -> None:
+    first = build(sampled(run))
     before = (first / "rows.parquet").stat().st_mtime_ns
-    assert build(rows) == first
+    assert build(sampled(run)) == first
     assert (first / "rows.parquet").stat().st_mtime_ns == before
-    more = rows.run / rows.name / "shard-00002.jsonl"
-    more.write_text(dump_lines([triple("e", "Is it late?")]))
-    second = build(rows)
+    (run / SET / "shard-00002.jsonl").write_text(dump_lines([triple("e", "Is it late?")]))
+    second = build(sampled(run))
     assert second != first
     assert not first.exists()
     assert Index(second).number("e") == 4
 
 
-def test_a_link_out_of_the_run_is_not_followed(rows: RowSet, tmp_path: Path) -> None:
+def test_a_link_out_of_the_run_is_not_followed(run: Path, tmp_path: Path) -> None:
     outside = tmp_path / "secret.jsonl"
     outside.write_text(dump_lines([triple("secret", "What is the key?")]))
-    (rows.run / rows.name / "shard-00003.jsonl").symlink_to(outside)
-    assert Index(build(rows)).number("secret") is None
-    elsewhere = rows.run / "iteration-2"
-    elsewhere.mkdir()
-    (elsewhere / "triples").symlink_to(tmp_path)
-    assert [s.name for s in row_sets(rows.run)] == ["iteration-1/triples"]
+    (run / SET / "shard-00003.jsonl").symlink_to(outside)
+    assert Index(build(sampled(run))).number("secret") is None
+    for shard in (run / SET).glob("shard-0000[01].jsonl"):
+        shard.unlink()
+    assert RunView.open(run).sampled == []
 
 
-def test_a_run_that_cannot_be_written_is_indexed_elsewhere(rows: RowSet) -> None:
-    (rows.run / ".view").write_text("in the way")  # as root may write anywhere
-    folder = build(rows)
-    assert not folder.is_relative_to(rows.run)
+def test_a_run_that_cannot_be_written_is_indexed_elsewhere(run: Path) -> None:
+    (run / ".view").write_text("in the way")  # as root may write anywhere
+    folder = build(sampled(run))
+    assert not folder.is_relative_to(run)
     assert Index(folder).about["rows"] == 4
-
-
-def test_reasons_of_v1s_filter_are_those_that_it_counts(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    triples = [triple(str(n), f"Question {n}?") for n in range(400)]
-    # steered about as far as the noise goes, so that every step has something to drop
-    shift = {"good/good": 1, "plain/good": 0, "bad/good": -1}
-    shift |= {"bad/bad": 1, "plain/bad": 0, "good/bad": -1}
-    means = {s: rng.normal(shift[s], 0.5, 400) for s in FILTER_SEQUENCES}
-    mask, counts = steering_filter(means)
-    rows = make(tmp_path, triples, "sso-online")
-    finish_filter(rows, [t for t, keep in zip(triples, mask, strict=True) if keep], counts)
-    recipe = recipe_of(load_values(str(rows.run / "recipe.yaml")), "test")
-    fates = Fates(rows, recipe)
-    columns: dict[str, list[float | None]] = {s: list(m) for s, m in means.items()}
-    found = list(fates.by_filter([t["id"] for t in triples], columns).values())
-    assert min(counts.values()) > 10
-    assert {reason: found.count(reason) for reason in counts} == counts
-    assert len(found) == sum(counts.values())
 
 
 def test_disagreement_is_the_bad_responses_lead() -> None:
@@ -227,19 +219,20 @@ def test_what_a_chat_judge_said_is_found_again_in_both_orders(tmp_path: Path) ->
     assert texts == ["It is fine.\nVerdict: A"] * 2
 
 
-def test_a_page_without_a_server_holds_a_part_and_says_so(rows: RowSet) -> None:
-    whole = embedded(rows.run)
+def test_a_page_without_a_server_holds_a_part_and_says_so(run: Path) -> None:
+    whole = embedded(RunView.open(run))
     assert whole is not None
     assert [r["id"] for r in whole["start"]["rows"]] == ["a", "b", "c", "d"]
     assert whole["start"]["about"]["iteration-1/triples"]["cap"] == ""
-    part = embedded(rows.run, cap=2)
+    part = embedded(RunView.open(run), cap=2)
     assert part is not None
     assert [r["id"] for r in part["start"]["rows"]] == ["a", "c"]
     assert "2 of 4" in part["start"]["about"]["iteration-1/triples"]["cap"]
-    small = embedded(rows.run, most_bytes=1)
+    small = embedded(RunView.open(run), most_bytes=1)
     assert small is not None
     assert len(small["start"]["rows"]) == 1
 
 
-def test_a_run_without_triples_has_no_browser(tmp_path: Path) -> None:
-    assert embedded(tmp_path) is None
+def test_a_run_without_triples_has_no_browser(run: Path) -> None:
+    (run / "ledger.jsonl").unlink()
+    assert embedded(RunView.open(run)) is None

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import hashlib
 import ipaddress
+import os
+import re
 import secrets
 import socket
 import subprocess
@@ -17,10 +19,10 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.applications import Starlette
@@ -39,10 +41,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from selfsteer.data.digests import digest
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.report import live
+from selfsteer.report.browser import Index, Wanted, index_folder
 from selfsteer.report.page import asset, finite, render
-from selfsteer.report.rows import Index, RowSet, Wanted, cache_folder, row_sets
-from selfsteer.run.folder import RunFolder
-from selfsteer.run.progress import progress_of
+from selfsteer.view import RunView, Sampled
 
 #: Where a bookmark finds it again; any free port where this one is taken.
 PORT = 8327
@@ -163,12 +164,29 @@ def _cookie(request: Request) -> str:
     return f"selfsteer-{(request.scope.get('server') or ('', 0))[1]}"
 
 
+@dataclass
+class Job:
+    """A piece of work in a process of its own, and the file that it prints into."""
+
+    key: str
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    began: float
+    ended: float | None = None
+
+    def lines(self) -> list[str]:
+        """What it has printed so far."""
+        # not by seeking: the process writes at the same place
+        said = os.pread(self.said.fileno(), os.fstat(self.said.fileno()).st_size, 0)
+        return said.decode(errors="replace").splitlines()
+
+
 class Jobs:
     """Work that takes seconds, each piece in a process of its own; one at a time by name."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: dict[Any, dict[str, Any]] = {}
+        self.running: dict[Any, Job] = {}
 
     def ask(self, name: Any, key: str, arguments: Sequence[str]) -> dict[str, Any] | None:
         """Starts a job, unless it works already or did a moment ago; says how far it is.
@@ -185,54 +203,35 @@ class Jobs:
             SelfsteerError: the last try, from this very state, failed; says why.
         """
         with self._lock:
-            job = self._jobs.get(name)
-            if job is not None and job["process"].poll() is not None:
-                job["thread"].join()
-                if job["error"] and job["key"] == key:
-                    raise SelfsteerError(job["error"])
+            job, now = self.running.get(name), time.monotonic()
+            if job is not None and (code := job.process.poll()) is not None:
+                job.ended = job.ended or now
+                if code and job.key == key:
+                    raise SelfsteerError((job.lines() or [f"exit code {code}"])[-1])
                 # a stage that is being sampled changes every few seconds
-                if time.monotonic() - job["ended"] < 2 * (job["ended"] - job["began"]):
+                if now - job.ended < 2 * (job.ended - job.began):
                     return None
+                job.said.close()
                 job = None
             if job is None:
-                job = self._jobs[name] = self._start(key, arguments)
-            return {"done": job["done"], "total": job["total"]}
-
-    def _start(self, key: str, arguments: Sequence[str]) -> dict[str, Any]:
-        process = subprocess.Popen(
-            [sys.executable, "-P", *arguments],  # nothing is imported from where somebody stands
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        now = time.monotonic()
-        job: dict[str, Any] = {"process": process, "key": key, "done": 0, "total": 0, "error": ""}
-        job |= {"began": now, "ended": now}
-        job["thread"] = threading.Thread(target=self._follow, args=(job,), daemon=True)
-        job["thread"].start()
-        return job
-
-    @staticmethod
-    def _follow(job: dict[str, Any]) -> None:
-        said = ""
-        with job["process"].stdout as lines:
-            for line in lines:
-                done, _, total = line.strip().partition(" ")
-                if done.isdecimal() and total.isdecimal():
-                    job["done"], job["total"] = int(done), int(total)
-                else:
-                    said = line.strip() or said
-        code = job["process"].wait()
-        job["ended"] = time.monotonic()
-        job["error"] = (said or f"exit code {code}") if code else ""
+                said = tempfile.TemporaryFile()  # noqa: SIM115
+                # nothing is imported from where somebody stands
+                command = [sys.executable, "-P", *arguments]
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+                )
+                job = self.running[name] = Job(key, process, said, now)
+            counted = [x.split() for x in job.lines() if re.fullmatch(r"\d+ \d+", x)]
+            done, total = counted[-1] if counted else (0, 0)
+            return {"done": int(done), "total": int(total)}
 
     def close(self) -> None:
         """Ends what is being made."""
         with self._lock:
-            for job in self._jobs.values():
-                job["process"].terminate()
-                job["thread"].join()
+            for job in self.running.values():
+                job.process.terminate()
+                job.process.wait()
+                job.said.close()
 
 
 class Pages:
@@ -242,7 +241,7 @@ class Pages:
         self.root = root
         self.single = (root / "resolved.json").is_file()
         self.jobs = Jobs()
-        self._open: dict[RowSet, Index] = {}
+        self._open: dict[Path, Index] = {}
         self._reading = threading.Lock()
         self._drawn = tempfile.TemporaryDirectory(prefix="selfsteer-view-")
 
@@ -267,36 +266,35 @@ class Pages:
             raise HTTPException(404, f"There is no run {name!r} in {self.root.name}.")
         return name, runs[name]
 
-    def rows(self, request: Request) -> RowSet:
+    def rows(self, request: Request) -> Sampled:
         """The set of triples that is asked for; by default the first.
 
         Raises:
             HTTPException: 404 where the run has none of that name.
         """
         _, path = self.run(request)
-        sets, name = row_sets(path), request.query_params.get("set", "")
-        for rows in sets:
-            if name in (rows.name, ""):
-                return rows
+        name = request.query_params.get("set", "")
+        for found in RunView.open(path).sampled:
+            if name in (found.name, ""):
+                return found
         raise HTTPException(404, f"There are no triples {name!r} yet." if name else NO_TRIPLES)
 
-    def index(self, rows: RowSet) -> tuple[Index | None, dict[str, Any] | None]:
+    def index(self, rows: Sampled) -> tuple[Index | None, dict[str, Any] | None]:
         """The newest index of a set, perhaps of an earlier state, and how far the next one is.
 
         Raises:
             SelfsteerError: it cannot be made.
         """
-        key = rows.key()
-        folder = cache_folder(rows.run) / f"{rows.name.replace('/', '-')}.{key}"
+        folder, run = index_folder(rows), rows.round.run.folder
         with self._reading:
-            found = self._open.get(rows)
+            found = self._open.get(run / rows.name)
             if found is not None and found.folder == folder:
                 return found, None
             if (folder / "about.json").exists():
-                found = self._open[rows] = Index(folder)
+                found = self._open[run / rows.name] = Index(folder)
                 return found, None
-        arguments = ["-m", "selfsteer.report.rows", str(rows.run), rows.name]
-        return found, self.jobs.ask(rows, key, arguments)
+        arguments = ["-m", "selfsteer.report.browser", str(run), rows.name]
+        return found, self.jobs.ask(run / rows.name, folder.name, arguments)
 
     # -- pages ------------------------------------------------------------------------------------
 
@@ -314,13 +312,14 @@ class Pages:
     def data(self, request: Request) -> Response:
         """The data browser."""
         name, path = self.run(request)
-        start = {"run": name, "sets": [s.name for s in row_sets(path)], "rows": None}
+        sets = [s.name for s in RunView.open(path).sampled]
+        start = {"run": name, "sets": sets, "rows": None}
         return self._page("browser.html.j2", f"{name}: triples", name, ["browser.js"], start=start)
 
     def report(self, request: Request) -> Response:
         """The report of a run as it is now; drawn again when a stage has ended."""
         name, path = self.run(request)
-        key = digest(RunFolder(path).ledger())
+        key = digest([[s.name, s.done, s.fingerprint, s.time] for s in RunView.open(path).stages])
         drawn = Path(self._drawn.name) / digest(str(path)) / key / "report.html"
         if drawn.exists():
             return HTMLResponse(drawn.read_text("utf-8"))
@@ -361,7 +360,7 @@ class Pages:
         rows, query = self.rows(request), request.query_params
         offset, limit = _whole(query.get("offset"), 0), _whole(query.get("limit"), 50)
         index, building = self.index(rows)
-        working = (progress_of(rows.run) or {}).get("state") == "working"
+        working = rows.round.run.state == "working"
         answer: dict[str, Any] = {"building": building, "working": working, "total": 0, "of": 0}
         if index is None:
             # the next answer has it: making one takes seconds, even of nothing
@@ -395,7 +394,7 @@ class Pages:
             raise HTTPException(503, "The index is being made; try again in a moment.")
         own = Index(index.folder)  # reads on while others page
         own.find(wanted)
-        name = f"{rows.run.resolve().name}-{rows.name.replace('/', '-')}.jsonl"
+        name = f"{rows.round.run.folder.resolve().name}-{rows.name.replace('/', '-')}.jsonl"
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
         lines: Iterator[str] = own.export(wanted)
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)

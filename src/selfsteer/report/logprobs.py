@@ -1,0 +1,187 @@
+"""Log-probs that a run kept, found again by the text that they belong to; no model is asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import Records
+from selfsteer.data.records import Triple
+from selfsteer.errors import DataError, SelfsteerError
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES
+from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.recipe.sections import Loading, resolve_path
+from selfsteer.terminal import progress_bar
+from selfsteer.view import RoundView, RunView
+
+#: Records per set whose log-probs are drawn.
+SAMPLE = 1000
+
+
+def tokenizer(run: RunView) -> ChatFormat | None:
+    """That of one of the run's own models, or else of the base model, if it is on this machine.
+
+    No code of a model is run.
+    """
+    from selfsteer.models.load import load_chat
+
+    base, *own = run.models.values()
+    for source in [*own, resolve_path(base)]:
+        if Path(source).is_dir():
+            try:
+                return load_chat(source, Loading())
+            except SelfsteerError:
+                continue
+    return None
+
+
+class LogProbs:
+    """Per-token log-probs under the policy at the start of a round.
+
+    ``why_not`` says in a sentence why there are none.
+    """
+
+    def __init__(self, of: RoundView) -> None:
+        folder, self.why_not = of.scores, ""
+        self.chat: ChatFormat | None = None
+        if folder is None:
+            self.why_not = "the run has not scored these responses under its policy yet"
+            return
+        self.chat = tokenizer(of.run)
+        if self.chat is None:
+            self.why_not = "the policy's tokenizer is not on this machine"
+            return
+        from selfsteer.models.store import ScoreStore
+
+        self._store = ScoreStore(folder.parent, folder.name)
+
+    def of(self, triples: Sequence[Triple], name: str) -> list[np.ndarray | None]:
+        """Log-probs of each triple's ``context/response``; None where the run has not scored it."""
+        if self.chat is None:
+            return [None] * len(triples)
+        sequences = [_sequence(self.chat, t, name) for t in triples]
+        found = iter(self._store.find([s for s in sequences if s is not None]))
+        values = [None if s is None else next(found) for s in sequences]
+        return [None if v is None else v.numpy() for v in values]
+
+    def means(self, triples: Sequence[Triple], name: str) -> np.ndarray:
+        """(N,) means per token, nats; NaN where there is none."""
+        values = self.of(triples, name)
+        return np.array([np.nan if v is None else v.mean(dtype=np.float64) for v in values])
+
+    def tokens(self, triples: Sequence[Triple], response: str) -> list[dict[str, list[Any]] | None]:
+        """Of a response under the plain context: characters of each token, and its log-prob.
+
+        The end-of-turn token has none of the text; nor has a token whose character another one
+        ends.
+        """
+        return [
+            None if v is None else self._tokens(t.responses[response], v)
+            for t, v in zip(triples, self.of(triples, f"plain/{response}"), strict=True)
+        ]
+
+    def _tokens(self, text: str, values: np.ndarray) -> dict[str, list[Any]] | None:
+        assert self.chat is not None
+        if not self.chat.tokenizer.is_fast:
+            self.why_not = "the tokenizer does not say where its tokens stand in a text"
+            return None
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        offsets = self.chat.tokenizer(text, **options)["offset_mapping"]
+        ends = [end for _, end in offsets][: len(values)]
+        chars = np.diff([0, *np.maximum.accumulate(np.array(ends, dtype=int))]).tolist()
+        chars += [0] * (len(values) - len(chars))
+        return {"chars": chars, "logps": [round(float(v), 2) for v in values]}
+
+
+def _sequence(chat: ChatFormat, triple: Triple, name: str) -> EncodedSequence | None:
+    try:
+        return chat.sequence(triple, name)
+    except DataError:
+        return None
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Mean log-probs per token under the policy before a round, of one stored set.
+
+    Args:
+        round: whose records they are.
+        kind: ``triples`` or ``preferences``.
+        means: ``context/response`` → (N,) nats per token; a record without one has no row.
+        features: of each record, as its principles name them.
+        size: records of the set.
+    """
+
+    round: RoundView
+    kind: str
+    means: dict[str, np.ndarray]
+    features: list[tuple[str, ...]]
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Records drawn."""
+        return len(self.features)
+
+
+def likelihoods(run: RunView, sample: int = SAMPLE) -> tuple[list[Likelihoods], list[str]]:
+    """Those of the first and the last round of the recipe's method; what is missing, in sentences.
+
+    Args:
+        run: nothing of it is computed.
+        sample: most records per set, a seeded subset of those that were scored.
+    """
+    found, missing = list[Likelihoods](), list[str]()
+    rounds = run.rounds_of(run.recipe.method)
+    if rounds and not any(r.scores for r in rounds):
+        return [], ["The run has kept no log-probs yet, so their distributions are not drawn."]
+    for k in sorted({r.k for r in (rounds[0], rounds[-1])}) if rounds else ():
+        of = run.round(k)
+        store = LogProbs(of)
+        for kind, records in _sets(of).items():
+            with progress_bar(f"log-probs of {kind}", None):
+                drawn = _drawn(store, of, kind, records, sample)
+            if drawn:
+                found.append(drawn)
+            else:
+                missing.append(
+                    f"No kept log-prob belongs to the {kind} of iteration {k}: their distributions "
+                    "are not drawn. The stage that scores them has not run, or the tokenizer that "
+                    "they were scored with is no longer there."
+                )
+    return found, missing
+
+
+def _sets(of: RoundView) -> dict[str, Records[Triple]]:
+    """The records of a round, with principles; preferences where they are not its triples."""
+    found: dict[str, Records[Triple]] = {"triples": of.triples}
+    if not of.pairs_are_triples:
+        principles = {t.id: t.principles for t in of.principles}
+        pairs = [p.to_triple() for p in of.preferences]
+        found["preferences"] = [
+            Triple(t.id, t.messages, principles.get(t.id), t.responses, t.finish_reasons)
+            for t in pairs
+        ]
+    return {kind: records for kind, records in found.items() if len(records)}
+
+
+def _drawn(
+    store: LogProbs, of: RoundView, kind: str, records: Records[Triple], sample: int
+) -> Likelihoods | None:
+    # log-probs of a subset alone may be there: so many are looked at until enough are found
+    every = sorted(records, key=lambda t: derive_seed("report", t.id))
+    probe = every[: 4 * sample]
+    plain = [*PLAIN_SEQUENCES, *(["plain/plain"] if kind == "triples" else [])]
+    means = {name: store.means(probe, name) for name in plain}
+    rows = np.flatnonzero(~np.isnan(np.stack(list(means.values()))).any(axis=0))[:sample]
+    if not rows.size:
+        return None
+    chosen = [probe[i] for i in rows]
+    means = {name: values[rows] for name, values in means.items()}
+    if all(t.principles for t in chosen):
+        means |= {name: store.means(chosen, name) for name in GAP_SEQUENCES}
+    features = [tuple(t.principles.features) if t.principles else () for t in chosen]
+    return Likelihoods(of, kind, means, features, len(every))

@@ -1,0 +1,247 @@
+"""The tables of a run: each is made once, for the terminal, the page and the Markdown file."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from selfsteer.evaluation.benchmark_table import notes, tables
+from selfsteer.terminal import interval, out, table
+from selfsteer.view import RewardPart, RunView
+
+PAIR = ("chosen", "rejected")
+
+Cell = str | int | float | Sequence[float | None] | None
+
+
+def show_cell(value: Cell, *, brief: bool = False) -> str:
+    """A cell as text: three decimals, thousands, intervals (``brief`` in a terminal).
+
+    >>> show_cell(0.5), show_cell(1326), show_cell([0.6, 0.5, 0.7]), show_cell(None)
+    ('0.500', '1,326', '0.600 [0.500, 0.700]', '')
+    >>> show_cell([0.6, 0.5, 0.7], brief=True)
+    '0.600 [.50, .70]'
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if abs(value) >= 1000:
+            return f"{value:,.0f}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    mean, *bounds = value
+    if not brief or None in bounds:
+        return interval(value, ".3f")
+    low, high = (f"{b:.2f}".replace("0.", ".", 1) for b in bounds)
+    return f"{mean:.3f} [{low}, {high}]"
+
+
+def inline(text: str) -> str:
+    """Text inside Markdown: nothing in it is markup, and no picture or link of it is loaded."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return escaped.replace("|", "\\|").replace("](", "]\\(")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table; cells are shown by `show_cell`, columns of numbers stand to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers and nothing else but gaps."""
+        cells = [row[column] for row in self.rows if row[column] not in (None, "")]
+        return bool(cells) and not any(isinstance(cell, str) for cell in cells)
+
+    def print(self) -> None:
+        """Shows it in the terminal, unless it is empty."""
+        if self.rows:
+            words = [i for i in range(len(self.columns)) if not self.is_number(i)]
+            cells = ([show_cell(cell, brief=True) for cell in row] for row in self.rows)
+            title = f"\n{self.title}" if self.title else ""
+            out.print(table(self.columns, cells, title=title, words=words))
+
+    def markdown(self) -> list[str]:
+        """Its lines in a Markdown file."""
+        marks = ("---:" if self.is_number(i) else "---" for i in range(len(self.columns)))
+        rows = [[inline(show_cell(cell)) for cell in row] for row in self.rows]
+        return [
+            "| " + " | ".join(map(inline, self.columns)) + " |",
+            "|" + "|".join(marks) + "|",
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+
+
+def counts(of: Mapping[str, int]) -> str:
+    """``5 unfinished, 4 equals_plain``."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in of.items())
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def about(run: RunView) -> str:
+    """``sso against pbaa, 2 iterations, seed 0``."""
+    rounds = run.recipe.last_round
+    iterations = f"{rounds} iteration{'s' if rounds > 1 else ''}, " if rounds else ""
+    return f"{' against '.join(run.methods)}, {iterations}seed {run.recipe.seed}"
+
+
+def sentence(run: RunView) -> str:
+    """The result in one sentence, with its interval; says so when it cannot be told apart."""
+    difference = run.evaluation.difference if run.evaluation else None
+    if difference is None:
+        return ""
+    mean, low, high = difference.score
+    mine, _, theirs = difference.of.partition(" - ")
+    if low is None or high is None:
+        return f"{mine} - {theirs}: {mean:+.3f} in score: one query decides nothing."
+    verdict = f"{mine} is better" if low > 0 else f"{theirs} is better" if high < 0 else "undecided"
+    return (
+        f"{mine} - {theirs}: {interval(difference.score)} in score, paired by query: {verdict} "
+        "on this seed. The interval is over queries; training seeds vary more."
+    )
+
+
+def results(run: RunView) -> Sheet:
+    """Base, baseline and method; empty before evaluation."""
+    columns = ("model", "score", "win rate vs base", "accuracy", "on-policy chosen", "rejected",
+               "tokens", "time, s")  # fmt: skip
+    if run.evaluation is None:
+        return Sheet("", columns, [])
+    rows: list[list[Cell]] = []
+    for method in (None, *reversed(run.evaluation.finals)):
+        answers = run.evaluation.models[run.evaluation.finals[method] if method else "base"]
+        measured = [r.quality.preferences for r in run.rounds_of(method or "") if r.quality]
+        data: list[Cell] = [None] * 3
+        if measured:
+            data = [measured[-1].accuracy, *(measured[-1].on_policyness[r] for r in PAIR)]
+        seconds = run.seconds_of(method) if method else None
+        row: list[Cell] = [method or "base", answers.score, answers.win_rate, *data, answers.tokens]
+        rows.append([*row, None if seconds is None else round(seconds)])
+    return Sheet(f"{run.evaluation.queries:,} held-out queries", columns, rows)
+
+
+def models(run: RunView) -> Sheet:
+    """Every evaluated model, where there are more than the result's."""
+    evaluation = run.evaluation
+    rows: list[list[Cell]] = []
+    rounds = {r.label: r for r in run.rounds}
+    for label, answers in evaluation.models.items() if evaluation else ():
+        quality = rounds[label].quality if label in rounds else None
+        data: list[Cell] = [None] * 3
+        if quality:
+            pairs = quality.preferences
+            data = [pairs.accuracy, *(pairs.tokens[r] for r in PAIR)]
+        row = [label, answers.score, answers.win_rate, answers.tokens, answers.unfinished]
+        rows.append([*row, *data])
+    columns = ("model", "score", "win rate", "tokens", "unfinished", "accuracy of pairs",
+               "tokens of chosen", "of rejected")  # fmt: skip
+    more = evaluation is not None and len(rows) > len(evaluation.finals) + 1
+    return Sheet("Every model", columns, rows if more else [])
+
+
+def benchmarks(run: RunView) -> list[Sheet]:
+    """What ``benchmarks.md`` holds, under the notes it is to be read with."""
+    if not run.benchmarks:
+        return []
+    said = f"Benchmarks ({'; '.join(notes(run.benchmarks))})"
+    both = zip((said, "Differences between models"), tables(run.benchmarks), strict=False)
+    return [Sheet(title, head, rows) for title, (head, *rows) in both]
+
+
+def reward(run: RunView) -> list[Sheet]:
+    """A reward model: its sets of preferences, accuracy on held-out pairs, reliability."""
+    if run.reward is None:
+        return []
+    sources = [
+        (name, s.read, f"{s.weight:g}", s.trained, counts(s.dropped))
+        for name, s in run.reward.sources.items()
+    ]
+    found = [
+        Sheet("Sets of preferences", ("set", "read", "weight", "trained on", "dropped"), sources)
+    ]
+    held_out = run.reward.held_out
+    if not held_out.pairs or held_out.calibration is None:
+        return found
+    parts: dict[str, RewardPart] = {"all": held_out}
+    if len(held_out.by_source) > 1:
+        parts |= {f"set {name}": f for name, f in held_out.by_source.items()}
+    parts |= held_out.by_length
+    rows = [(name, f.pairs, f.accuracy) for name, f in parts.items()]
+    bins = [
+        (f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["stated"], b["right"])
+        for b in held_out.calibration.bins
+        if b["pairs"]
+    ]
+    return [
+        *found,
+        Sheet("Reward model on held-out pairs, 95 % (Wilson)", ("of", "pairs", "accuracy"), rows),
+        Sheet(
+            f"Reliability: calibration error {held_out.calibration.ece:.3f}",
+            ("stated probability", "pairs", "mean stated", "right"),
+            bins,
+        ),
+    ]
+
+
+# -- the data --------------------------------------------------------------------------------------
+
+
+def quality(run: RunView) -> Sheet:
+    """Quality of every measured set; how many were measured where it was not all."""
+    rows: list[list[Cell]] = []
+    for found, kind, f in run.measured:
+        gap = f.steering_gap or {}
+        row: list[Cell] = [f"{found.method} {found.k} {kind}", f.of]
+        row += [f.pairs if f.pairs != f.of else None, f.accuracy]
+        row += [*(f.on_policyness[r] for r in PAIR), gap.get("good"), gap.get("bad")]
+        rows.append([*row, *(f.tokens[r] for r in PAIR)])
+    columns = ["set", "records", "measured", "accuracy", "on-policy chosen", "rejected",
+               "gap good", "bad", "tokens chosen", "rejected"]  # fmt: skip
+    if all(row[2] is None for row in rows):
+        del columns[2]
+        for row in rows:
+            del row[2]
+    return Sheet("Quality of the data, under the policy before the iteration", columns, rows)
+
+
+def verdicts(run: RunView) -> Sheet:
+    """Every verdict class of every judged set, unparseable included."""
+    sets = {f"{r.method} {r.k} {kind}": f.verdicts for r, kind, f in run.measured}
+    for label, answers in run.evaluation.models.items() if run.evaluation else ():
+        sets[f"{label} against base"] = answers.verdicts
+    judged = {label: v for label, v in sets.items() if v}
+    names = list(next(iter(judged.values()), {}))
+    return Sheet(
+        "Verdicts; first is the chosen response, or the model's against base's",
+        ("set", *names),
+        [(label, *(v[n] for n in names)) for label, v in judged.items()],
+    )
+
+
+def lengths(run: RunView) -> Sheet:
+    """Lengths of pairs before and after hygiene's length settings; empty where none were used."""
+    rows = []
+    keys = ("pairs", "chosen", "rejected", "longer_chosen", "longer_rejected")
+    for stage in run.stages:
+        both = stage.notes.get("lengths", {})
+        if both.get("before") != both.get("after"):
+            rows += [(stage.name, when, *(f[k] for k in keys)) for when, f in both.items()]
+    columns = ("stage", "", "pairs", "chosen", "rejected", "chosen longer", "rejected longer")
+    return Sheet("Lengths of pairs, tokens", columns, rows)
+
+
+def stages(run: RunView) -> Sheet:
+    """Every stage with its counts."""
+    rows = [
+        (s.name, s.n_in, s.n_out, counts(s.dropped), s.seconds)
+        if s.done
+        else (s.name, None, None, "unfinished", None)
+        for s in run.stages
+    ]
+    return Sheet("Stages", ("stage", "in", "out", "dropped", "seconds"), rows)
