@@ -119,7 +119,7 @@ def test_rewardbench_reads_sections_and_writes_into_the_run(
     fails(here("rewardbench", TESTBED, file, "--beta", 0), 2, "above 0")
     fails(here("rewardbench", TESTBED, file, "--batch-size", 8), 2, "--batch-size has no effect")
     fails(here("rewardbench", TESTBED, file, "--out", tmp_path / "x.md"), 2, "ends in .json")
-    fails(here("rewardbench", TESTBED, tmp_path / "none.jsonl"), 2, "cannot be read")
+    fails(here("rewardbench", TESTBED, tmp_path / "none.jsonl"), 2, "none.jsonl")
     fails(here("rewardbench", "nowhere/at/all", file), 3, "no model folder")
 
 

@@ -89,6 +89,11 @@ def by_scores(a: float | None, b: float | None, margin: float = 0.0) -> Verdict:
     return Verdict.FIRST if a > b else Verdict.SECOND
 
 
+def turned(verdict: Verdict) -> Verdict:
+    """The verdict on the same two responses, named in the other order."""
+    return {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}.get(verdict, verdict)
+
+
 def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judge | None:
     """The judge that a recipe names; its model is loaded when it is first asked something new.
 

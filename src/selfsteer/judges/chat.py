@@ -17,7 +17,7 @@ from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Engine, Request, SamplingParams
 from selfsteer.errors import ConfigError
-from selfsteer.judges.base import Judge, Judgement, Pair, ScoringJudge, judge_source
+from selfsteer.judges.base import Judge, Judgement, Pair, ScoringJudge, judge_source, turned
 from selfsteer.judges.reading import extract_margin, extract_rating, lost, read_verdict
 from selfsteer.judges.store import Advance, AnswerStore
 from selfsteer.recipe.sections import JudgeConfig
@@ -219,9 +219,7 @@ def combine(shown: tuple[Verdict, Verdict]) -> Verdict:
     """
     if Verdict.UNPARSEABLE in shown:
         return Verdict.UNPARSEABLE
-    swapped = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}
-    there, back = shown[0], swapped.get(shown[1], shown[1])
-    return there if there is back else Verdict.INCONSISTENT
+    return shown[0] if shown[0] is turned(shown[1]) else Verdict.INCONSISTENT
 
 
 def stored_judgement(

@@ -19,6 +19,7 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
 from selfsteer.data.records import Dropped, Preference, Triple
 from selfsteer.errors import ArtifactError
+from selfsteer.judges.quality import steering_gaps
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
 from selfsteer.run.cost import Cost, Scale, scoring
@@ -166,9 +167,9 @@ def steering_filter(
         if bound.rule == "off":
             continue
         if reason == "off_policy":
-            figures = (m["plain/good"], m["plain/bad"])
+            figures: tuple[np.ndarray, ...] = (m["plain/good"], m["plain/bad"])
         else:
-            figures = (m["good/good"] - m["bad/good"], m["bad/bad"] - m["good/bad"])
+            figures = tuple(steering_gaps(m).values())
         strict = reason == "small_gap" and bound.rule == "mean"
         keep = np.ones(len(figures[0]), dtype=bool)
         for v in figures if len(keep) else ():

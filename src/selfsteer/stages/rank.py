@@ -21,7 +21,7 @@ from selfsteer.data.jsonl import Records, Stored
 from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request
-from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge, turned
 from selfsteer.judges.stats import accuracy
 from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
 from selfsteer.run.cost import Cost, Scale
@@ -99,10 +99,6 @@ def to_preference(
     return Preference(found.query.id, found.query.messages, chosen, rejected, extra=extra)
 
 
-#: What a verdict says of the second of two answers.
-TURNED = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}
-
-
 class Tournament:
     """A judge that only compares, as one that scores: each answer of a query meets each other.
 
@@ -122,9 +118,8 @@ class Tournament:
         pairs = [Pair(answers[i][0], answers[i][1], answers[j][1]) for i, j in meetings]
         said: defaultdict[int, list[Verdict]] = defaultdict(list)
         for (i, j), judgement in zip(meetings, self.judge.compare_all(pairs), strict=True):
-            verdict = judgement.verdict
-            said[i].append(verdict)
-            said[j].append(TURNED.get(verdict, verdict))
+            said[i].append(judgement.verdict)
+            said[j].append(turned(judgement.verdict))
         return [accuracy(said[i]) for i in range(len(answers))]
 
 
