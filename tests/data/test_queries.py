@@ -246,7 +246,7 @@ def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:
         ("q.json", "{", "is not JSON"),
         ("q.jsonl", "version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ("q.csv", "prompt,prompt\na,b\n", "more than one column called 'prompt'"),
-        ("q.csv", 'messages\n"[{}]"\n', "messages must be a list of turns"),
+        ("q.csv", 'messages\n"[{}]"\n', "its keys are messages; give .prompt. .text or chat."),
         (
             "q.jsonl",
             '{"conversations": [{"from": ["human"], "value": "x"}]}',

@@ -356,8 +356,8 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
         f"{path}, line 5: chosen must be one text or one assistant turn, found "
         "{'role': 'user', 'content': 'Why?'}",
         f"{path}, line 7: preference, but the first record is: preference (two conversations)",
-        f"{path}, line 8: no known shape of record, its keys are question; give 'prompt' or "
-        "'messages', 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
+        f"{path}, line 8: no known shape of record, its keys are question; give 'prompt' (text or "
+        "chat) or 'messages' (chat), 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
     ]
 
 

@@ -220,13 +220,11 @@ class NearDuplicates:
         self._queries.append(query)
 
     def _alike(self, query: Query, mine: set[str], other: Query) -> bool:
-        if _system(other) != _system(query):
-            return False
-        if jaccard(mine, shingles(_spoken(other))) < self.threshold:
-            return False
-        if len(query.messages) == len(other.messages) == 1:
-            return True
-        return jaccard(shingles(query.text), shingles(other.text)) >= self.threshold
+        return (
+            _system(other) == _system(query)
+            and jaccard(mine, shingles(_spoken(other))) >= self.threshold
+            and jaccard(shingles(query.text), shingles(other.text)) >= self.threshold
+        )
 
 
 def _spoken(query: Query) -> str:

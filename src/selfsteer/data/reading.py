@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,10 +191,9 @@ def _with_distinct_ids(found: Spool[Any], folder: Path | None) -> Spool[Any]:
     renamed: Spool[Any] = Spool(type(found[0]).from_dict, folder)
     seen: Counter[str] = Counter()
     for one in found:
-        identity = one.id
         seen[one.id] += 1
-        if seen[one.id] > 1:
-            while (identity := f"{one.id}-{seen[one.id]}") in taken:
-                seen[one.id] += 1
+        others = (f"{one.id}-{n}" for n in count(seen[one.id]))
+        identity = one.id if seen[one.id] == 1 else next(o for o in others if o not in taken)
+        taken.add(identity)
         renamed.append(replace(one, id=identity))
     return renamed

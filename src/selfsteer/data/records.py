@@ -168,15 +168,13 @@ class Query:
             )
         (content,) = given.values()
         turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        system = rest.pop("system", None)
-        if system:
+        messages = parse_messages(turns)
+        if system := rest.pop("system", None):
             if not isinstance(system, str):
                 raise DataError(f"system must be a string, found {short(system)}")
-            first = parse_messages(turns)[0]
-            if first.role == "system":
+            if messages[0].role == "system":
                 raise DataError("the query has both a 'system' field and a system turn; keep one")
-            turns = [{"role": "system", "content": system}, *turns]
-        messages = parse_messages(turns)
+            messages = (Message("system", system), *messages)
         identity = rest.pop("id", None)
         return cls(content_id(messages) if identity is None else str(identity), messages, rest)
 

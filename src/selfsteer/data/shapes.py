@@ -49,19 +49,9 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(t, Mapping) for t in value)
 
 
-def _is_stray(row: Row) -> bool:
-    """Whether ``messages`` is a text of another program beside an instruction."""
-    return "instruction" in row and isinstance(row["messages"], str)
-
-
 def _own_turns(row: Row) -> Any:
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None:
-        if isinstance(messages, str):
-            raise DataError(
-                f"messages must be a list of turns, found the text {short(messages)}; a text goes "
-                "under 'prompt'"
-            )
         return messages
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages is None or not isinstance(turns, list):
@@ -123,7 +113,7 @@ SHAREGPT = Form(
 )
 OWN = Form(
     "",
-    lambda row: "prompt" in row or ("messages" in row and not _is_stray(row)),
+    lambda row: "prompt" in row or isinstance(row.get("messages"), list),
     _own_turns,
     frozenset({"prompt", "messages"}),
 )
@@ -174,7 +164,8 @@ def asked(row: Row) -> Asked:
         raise Unusable(
             "unknown_shape",
             f"no known shape of record, its keys are {', '.join(row) or '(none)'}; give "
-            "'prompt' or 'messages', 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
+            "'prompt' (text or chat) or 'messages' (chat), 'instruction' (Alpaca), or "
+            "'conversations' (ShareGPT)",
         )
     found = form.turns(given)
     if not isinstance(found, list):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from selfsteer.methods import METHODS, Aligning, Principled
+from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
 from selfsteer.terminal import interval
 from selfsteer.view import RoundView
@@ -149,7 +150,7 @@ def _recipe(of: RoundView) -> Aligning:
 
 
 def _method(of: RoundView) -> type[Aligning]:
-    found = next(m for m in METHODS if m.model_fields["method"].default == of.method)
+    found = next(m for m in METHODS if method_of(m) == of.method)
     assert issubclass(found, Aligning)
     return found
 

@@ -82,8 +82,7 @@ class Catalogue(Section):
         for i, name in enumerate(names):
             if name.casefold() in (n.casefold() for n in names[:i]):
                 raise ValueError(f"two features are called {name!r}; rename or merge them")
-        for name in self.appended:
-            self[name]
+        self.ordered(tuple(self.appended))
         if not self.choosable:
             raise ValueError(
                 "there is no feature to choose; give at least one that is not appended"

@@ -21,9 +21,8 @@ class Fixed:
     def __init__(self, settings: PrinciplesConfig) -> None:
         self._path = settings.path
         self._found = read_fixed(settings.path) if settings.path else {}
-        self._default: Principles | None = None
-        if settings.good is not None and settings.bad is not None:
-            self._default = Principles(settings.good, settings.bad)
+        good, bad = settings.good, settings.bad
+        self._default = None if good is None or bad is None else Principles(good, bad)
 
     def check(self, queries: Records[Query]) -> int:
         """How many of the file's principles no query asks for.
@@ -31,17 +30,13 @@ class Fixed:
         Raises:
             DataError: the file lacks a query, and there is no default.
         """
-        used, lacking, first = 0, 0, ""
-        for query in queries:
-            if query.id in self._found:
-                used += 1
-            else:
-                lacking, first = lacking + 1, first or query.id
-        if lacking and self._default is None:
+        used = sum(query.id in self._found for query in queries)
+        if self._default is None and used < len(queries):
+            first = next(query.id for query in queries if query.id not in self._found)
             raise DataError(
-                f"{self._path} has no principles for {lacking:,} of {len(queries):,} queries, the "
-                f"first is {first!r}. Add them, or set principles.good and principles.bad for the "
-                "ids it lacks."
+                f"{self._path} has no principles for {len(queries) - used:,} of {len(queries):,} "
+                f"queries, the first is {first!r}. Add them, or set principles.good and "
+                "principles.bad for the ids it lacks."
             )
         return len(self._found) - used
 

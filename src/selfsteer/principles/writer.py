@@ -7,6 +7,7 @@ used has a named outcome.
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -210,17 +211,20 @@ def parse_principles(answer: str) -> tuple[Outcome, str, str]:
     for name, text in zip(sections[::2], sections[1::2], strict=True):
         found.setdefault(name.lower(), " ".join(text.split()).lstrip("* "))
     good, bad = found.get("good", ""), found.get("bad", "")
-    if not found:
-        outcome = Outcome.NO_SECTIONS
-    elif not good or not bad:
-        outcome = Outcome.ONE_SIDED
-    elif good.casefold() == bad.casefold():
-        outcome = Outcome.IDENTICAL
-    elif max(len(good), len(bad)) > MAX_GUIDELINE_CHARS:
-        outcome = Outcome.TOO_LONG
-    else:
-        return Outcome.OK, good, bad
-    return outcome, "", ""
+    outcome = _first(
+        {
+            Outcome.NO_SECTIONS: not found,
+            Outcome.ONE_SIDED: not good or not bad,
+            Outcome.IDENTICAL: good.casefold() == bad.casefold(),
+            Outcome.TOO_LONG: max(len(good), len(bad)) > MAX_GUIDELINE_CHARS,
+        }
+    )
+    return (outcome, good, bad) if outcome is Outcome.OK else (outcome, "", "")
+
+
+def _first(faults: Mapping[Outcome, bool]) -> Outcome:
+    """The first fault that applies; OK if none does."""
+    return next((fault for fault, applies in faults.items() if applies), Outcome.OK)
 
 
 def read_answer(text: str, finish_reason: str, examples: int = 0) -> tuple[Outcome, str, str]:
@@ -234,28 +238,29 @@ def read_answer(text: str, finish_reason: str, examples: int = 0) -> tuple[Outco
     Returns:
         The outcome and the two guidelines; the texts are empty unless the outcome is OK.
     """
-    for missing in (Outcome.PROMPT_TOO_LONG, Outcome.REQUEST_FAILED):
-        if finish_reason.startswith(missing):
-            return missing, "", ""
-    if finish_reason == "length":
-        return Outcome.UNFINISHED, "", ""
-    outcome, good, bad = parse_principles(text)
+    missing = (Outcome.PROMPT_TOO_LONG, Outcome.REQUEST_FAILED)
+    ended = {name: finish_reason.startswith(name) for name in missing}
+    outcome = _first({**ended, Outcome.UNFINISHED: finish_reason == "length"})
+    good = bad = ""
+    if outcome is Outcome.OK:
+        outcome, good, bad = parse_principles(text)
     if outcome is Outcome.OK:
         outcome = contrast(good, bad)
-    if outcome is Outcome.OK and (_copied(good, examples) or _copied(bad, examples)):
-        outcome = Outcome.LEAKS_EXAMPLE
+    if outcome is Outcome.OK:
+        outcome = _first({Outcome.LEAKS_EXAMPLE: any(_copied(t, examples) for t in (good, bad))})
     return (outcome, good, bad) if outcome is Outcome.OK else (outcome, "", "")
 
 
 def contrast(good: str, bad: str) -> Outcome:
     """OK, or why two guidelines are no contrastive pair of similar length."""
-    if words(good) == words(bad):
-        return Outcome.IDENTICAL
-    if overlap(good, bad) >= NEAR_OVERLAP:
-        return Outcome.NEAR_IDENTICAL
-    if max(len(good), len(bad)) > MAX_LENGTH_RATIO * min(len(good), len(bad)):
-        return Outcome.UNBALANCED
-    return Outcome.OK
+    shorter, longer = sorted((len(good), len(bad)))
+    return _first(
+        {
+            Outcome.IDENTICAL: words(good) == words(bad),
+            Outcome.NEAR_IDENTICAL: overlap(good, bad) >= NEAR_OVERLAP,
+            Outcome.UNBALANCED: longer > MAX_LENGTH_RATIO * shorter,
+        }
+    )
 
 
 def overlap(a: str, b: str) -> float:
