@@ -106,7 +106,7 @@ def read_reply(body: bytes) -> Reply:
             "choices": [{"message": {**message}, "finish_reason": str(reason)}],
             "usage": {"prompt_tokens": int(asked), "completion_tokens": int(said)},
         } if isinstance(message.get("content"), str | None) and min(asked, said) >= 0:
-            return Reply((message.get("content") or "").strip(), reason, asked, said)
+            return Reply(str(message.get("content") or "").strip(), reason, asked, said)
         case {"choices": [*choices]} if len(choices) != 1:
             raise Fault(f"{len(choices)}_choices", "one choice was asked for")
     raise Fault("malformed_answer", f"no choice with a message, or no usage: {body[:80]!r}")
