@@ -468,16 +468,16 @@ def test_a_training_killed_around_a_measurement_ends_like_an_undisturbed_one(
     assert straight.chosen.step == 12
     undisturbed = weights(tmp_path / "straight")
     measured: list[int] = []
-    measure, record = Selector._measured, Selector._record
+    measure, record = Selector._figures, Selector._record
 
-    def counting(self: Selector, step: int) -> dict[str, Any]:
+    def counting(self: Selector, step: int, answers: Any) -> dict[str, Any]:
         measured.append(step)
-        return measure(self, step)
+        return measure(self, step, answers)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise Killed
 
-    monkeypatch.setattr(Selector, "_measured", counting)
+    monkeypatch.setattr(Selector, "_figures", counting)
     for kill in ("no figures", "figures", "between", "end"):
         measured.clear()
         folder = tmp_path / kill

@@ -92,17 +92,12 @@ class TransformersEngine:
     @torch.no_grad()
     def _answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
         """One batch, decoded together."""
-        model, chat, limit = self.loaded.model, self.loaded.chat, self.loaded.context_length
+        chat, limit = self.loaded.chat, self.loaded.context_length
         prompts = {r.id: chat.prompt_ids(r.messages) for r in batch}
         room = None if limit is None else limit - sampling.max_new_tokens
         fitting = [r for r in batch if room is None or len(prompts[r.id]) <= room]
-        was_training = model.training
-        model.eval()
-        try:
-            with self.loaded.precision():
-                rows = self._decode([prompts[r.id] for r in fitting], fitting, sampling)
-        finally:
-            model.train(was_training)
+        with self.loaded.evaluating():
+            rows = self._decode([prompts[r.id] for r in fitting], fitting, sampling)
         drawn = {r.id: row for r, row in zip(fitting, rows, strict=True)}
         return [
             completion(name, chat, self.stop_ids, len(prompt), drawn[name])

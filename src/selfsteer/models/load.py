@@ -54,8 +54,7 @@ class LoadedModel:
         if self._settled:
             return
         asked = self.layout
-        self.model.eval()
-        with self.precision():
+        with self.evaluating():
             self.layout = settle_layout(self.model, asked, _probe(sequences), self.dtype)
         self._settled = True
         if asked == "auto":
@@ -67,6 +66,17 @@ class LoadedModel:
         enabled = self.dtype != next(self.model.parameters()).dtype
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode and `precision`: while it samples or scores, maybe amid its training."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.precision():
+                yield
+        finally:
+            self.model.train(was_training)
 
     @property
     def context_length(self) -> int | None:

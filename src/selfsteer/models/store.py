@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import batched, write_atomic
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import score_sequences
@@ -88,27 +88,20 @@ class ScoreStore:
         """
         keys = [sequence_key(s) for s in sequences]
         missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in self._places}
-        todo = list(missing.items())
-        if todo:
-            was_training = loaded.model.training
-            loaded.model.eval()
-            try:
-                with ExitStack() as stack:
-                    stack.enter_context(loaded.precision())
-                    if label is not None:
-                        advance = stack.enter_context(progress_bar(label, len(todo))).advance
-                    for start in range(0, len(todo), CHUNK):
-                        part = todo[start : start + CHUNK]
-                        found = score_sequences(
-                            loaded.model,
-                            [s for _, s in part],
-                            layout=loaded.layout,
-                            batch_size=batch_size,
-                            advance=advance,
-                        )
-                        self._add([k for k, _ in part], [v.numpy() for v in found])
-            finally:
-                loaded.model.train(was_training)
+        if missing:
+            with ExitStack() as stack:
+                stack.enter_context(loaded.evaluating())
+                if label is not None:
+                    advance = stack.enter_context(progress_bar(label, len(missing))).advance
+                for part in batched(missing.items(), CHUNK):
+                    found = score_sequences(
+                        loaded.model,
+                        [s for _, s in part],
+                        layout=loaded.layout,
+                        batch_size=batch_size,
+                        advance=advance,
+                    )
+                    self._add([k for k, _ in part], [v.numpy() for v in found])
         return [value for value in self.find(sequences) if value is not None]
 
     def find(self, sequences: Sequence[EncodedSequence]) -> list[Tensor | None]:

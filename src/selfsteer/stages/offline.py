@@ -52,7 +52,14 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         return _finished(output, fingerprint)
     work = RunFolder(work_folder(output))
     with work.locked() if is_main_process() else nullcontext():
-        _claim(work, fingerprint)
+        mark = work / "fingerprint"
+        if mark.exists() and mark.read_text("utf-8") != fingerprint:
+            raise ConfigError(
+                f"{work.path} holds a training that was begun with other settings, data or ranks. "
+                "Finish it with those, choose another output, or remove that folder."
+            )
+        if is_main_process():
+            write_atomic(mark, fingerprint)
         made = {"fingerprint": fingerprint, "model": model, "triples": str(triples_path)}
         return _train(model, triples, config, work, made)
 
@@ -116,14 +123,3 @@ def _finished(output: Path, fingerprint: str) -> dict[str, Any]:
         )
     say(f"nothing to do: {output} is finished")
     return dict(manifest)
-
-
-def _claim(work: RunFolder, fingerprint: str) -> None:
-    mark = work / "fingerprint"
-    if mark.exists() and mark.read_text("utf-8") != fingerprint:
-        raise ConfigError(
-            f"{work.path} holds a training that was begun with other settings, data or ranks. "
-            "Finish it with those, choose another output, or remove that folder."
-        )
-    if is_main_process():
-        write_atomic(mark, fingerprint)

@@ -32,7 +32,7 @@ from selfsteer.models.score import score_sequences
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Selection
 from selfsteer.run import ranks
-from selfsteer.terminal import is_main_process, progress_bar
+from selfsteer.terminal import interval, is_main_process, progress_bar
 from selfsteer.training.select import (
     Candidate,
     Drift,
@@ -102,22 +102,16 @@ class Selector:
         self.held_out, self.contexts = list(held_out), contexts
         self.sampling, self.batch_size, self.judge = sampling, batch_size, judge
         self.seed, self.label = seed, label
+        #: Whether the model answers users; a generator only writes data.
+        self.is_policy = contexts == ("plain",)
+        #: What wins are called; steering accuracy is a proxy, by log-probs of the start alone.
+        self.measure: Measure | None = "accuracy" if judge else "steering accuracy"
+        if self.is_policy:
+            self.measure = "win rate" if judge else None
         self.seconds = 0.0
         #: The step at which drift ended the training early.
         self.stopped: int | None = None
         self._records: dict[int, dict[str, Any]] = {}
-
-    @property
-    def is_policy(self) -> bool:
-        """Whether the model answers users; a generator only writes data."""
-        return self.contexts == ("plain",)
-
-    @property
-    def measure(self) -> Measure | None:
-        """What wins are called; steering accuracy is a proxy, by log-probs of the start alone."""
-        if self.is_policy:
-            return "win rate" if self.judge else None
-        return "accuracy" if self.judge else "steering accuracy"
 
     # -- OnStep ----------------------------------------------------------------------------------
 
@@ -204,8 +198,9 @@ class Selector:
         """``step 11 of 14 kept (win rate 0.81 [0.74, 0.87]; step 14: KL 1.6 times its bound)``."""
         chosen, parts = self.chosen, []
         if chosen.wins and self.measure:
-            values = mean_interval(list(chosen.wins.values()), np.random.default_rng(self.seed))
-            parts.append("{} {:.2f} [{:.2f}, {:.2f}]".format(self.measure, *values))
+            rng = np.random.default_rng(self.seed)
+            won = interval(mean_interval(list(chosen.wins.values()), rng), ".2f")
+            parts.append(f"{self.measure} {won}")
         if chosen.on_policyness is not None:
             parts.append(f"on-policyness {chosen.on_policyness:.3f}")
         for c in self.candidates:
@@ -265,7 +260,12 @@ class Selector:
         if step in self._records:
             return
         begin = time.monotonic()
-        record = {"step": step, **self._measured(step)}
+        # half a generator's responses are judged beside the start's own of the other half
+        contexts = self.contexts if step or self.is_policy else ("good", "bad")
+        # neither sampling nor scoring draws from the global generator: training does not notice
+        with self.loaded.evaluating():
+            answers = self._answers(contexts)
+            record = {"step": step, "answers": answers, **self._figures(step, answers)}
         record["seconds"] = round(time.monotonic() - begin, 3)
         self.seconds += record["seconds"]
         self._records[step] = record
@@ -286,21 +286,6 @@ class Selector:
     @property
     def _adapters(self) -> bool:
         return hasattr(self.model, "disable_adapter")
-
-    def _measured(self, step: int) -> dict[str, Any]:
-        # neither sampling nor scoring draws from the global generator: training does not notice
-        was_training = self.loaded.model.training
-        self.loaded.model.eval()
-        try:
-            answers = self._answers(self.contexts if step else self._responses)
-            return {"answers": answers, **self._figures(step, answers)}
-        finally:
-            self.loaded.model.train(was_training)
-
-    @property
-    def _responses(self) -> tuple[str, ...]:
-        """Half a generator's are judged beside the start's own responses of the other half."""
-        return self.contexts if self.is_policy else ("good", "bad")
 
     def _answers(self, contexts: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
         engine = TransformersEngine(self.loaded, self.batch_size)
