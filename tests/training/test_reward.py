@@ -22,11 +22,10 @@ from selfsteer.stages.fit_reward import (
     encode_pairs,
     held_out,
     read_pairs,
-    row_budget,
 )
 from selfsteer.stages.inputs import preferences_of
 from selfsteer.training.reward import RewardPair, RewardTask
-from selfsteer.training.trainer import train, work_folder
+from selfsteer.training.trainer import RowBudget, train, work_folder
 from tests.make import make_checkpoint
 
 WORDS = ("nectar", "honey", "fish", "milk", "mice", "tea", "water", "France")
@@ -82,7 +81,7 @@ def trained(
         RewardTask(loaded, pairs, chosen.center),
         chosen,
         output=folder,
-        budget=row_budget(chosen),
+        budget=RowBudget(chosen.batch_size, 10_000, chosen.forward_pairs),
         label="test",
         seed=5,
         lora=lora,

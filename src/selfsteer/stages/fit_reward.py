@@ -17,7 +17,7 @@ from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_reward_start
-from selfsteer.recipe.sections import JudgeConfig, Reward
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.folder import Dropped, RunFolder, StageResult
 from selfsteer.stages.fit import common, with_drops
 from selfsteer.terminal import progress_bar, say
@@ -84,11 +84,13 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
             "than 0 under that key. Name the right key, or remove reward.margin."
         )
     chat, output = loaded.chat, run / stage.outputs[0]
+    # rows of so many pairs, however long they are
+    longest = 2 * settings.forward_pairs * settings.max_length
     last = train(
         loaded,
         RewardTask(loaded, pairs, settings.center),
         settings,
-        budget=row_budget(settings),
+        budget=RowBudget(settings.batch_size, longest, settings.forward_pairs),
         **common(stage, run),
     )
     del loaded  # what is measured is the model as it was saved
@@ -115,12 +117,6 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
         say(f"  {len(test):,} held-out pairs: accuracy {accuracy:.3f}, calibration error {ece:.3f}")
     result.notes = {"last": last}
     return result
-
-
-def row_budget(settings: Reward) -> RowBudget:
-    """Rows of ``forward_pairs``, however long they are."""
-    longest = 2 * settings.forward_pairs * settings.max_length
-    return RowBudget(settings.batch_size, longest, settings.forward_pairs)
 
 
 def read_pairs(path: Path) -> tuple[list[Preference], Counter[str]]:
