@@ -239,7 +239,7 @@ def test_conversations_and_numbered_columns() -> None:
     )
     assert whole.query.messages == prior.query.messages
     assert whole.answers == prior.answers == ("A trout.", "An owl.")
-    assert (whole.id, whole.subset) == ("1", "mine")
+    assert (whole.id, whole.subset) == (prior.id, "mine")
     (several,) = read({"prompt": "q", "chosen": "a", "rejected_1": "b", "rejected_2": "c"})
     assert several.rejected == ("b", "c")
 
@@ -254,7 +254,7 @@ def test_unusable_rows_are_counted_by_reason() -> None:
     ]
     items, dropped, examples = read_items(((f"line {i}", r) for i, r in enumerate(rows, 1)), "x")
     assert len(items) == 1
-    assert dropped == {"equal": 1, "malformed": 3}
+    assert dropped == {"equal": 1, "malformed": 2, "unknown_shape": 1}
     assert examples[0].startswith("line 2: ")
     assert examples[1].startswith("line 3: rejected must be a text")
 

@@ -14,7 +14,6 @@ those of github.com/allenai/reward-bench, read in November 2026: rewardbench/con
 rewardbench/utils.py and analysis/get_benchmark_results.py.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Query
-from selfsteer.data.shapes import Unusable
+from selfsteer.data.shapes import Unusable, asked
 from selfsteer.errors import DataError
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.stats import Interval, proportion_interval
@@ -98,39 +97,32 @@ def read_items(
     what comes before the answer in ``chosen``.
 
     Returns:
-        The items, drops by reason (``malformed``, ``equal``: a chosen answer is also a rejected
-        one), and the first drop of each reason in words.
+        The items, drops by reason (``equal``: a chosen answer is also a rejected one; others as
+        `selfsteer.data.shapes.asked` has them), and the first drop of each reason in words.
     """
-    drops, numbers = Drops(), itertools.count(1)
-    found = read(rows, lambda row: _item(row, str(next(numbers)), default_subset), drops)
-    items = [item for _, item in found]
+    drops = Drops()
+    items = [item for _, item in read(rows, lambda row: _item(row, default_subset), drops)]
     return items, drops.counts, list(drops.examples.values())
 
 
-def _item(row: Mapping[str, Any], number: str, default_subset: str) -> Item:
+def _item(row: Mapping[str, Any], default_subset: str) -> Item:
     several = sorted((k for k in row if re.fullmatch(r"rejected_\d+", k)), key=lambda k: int(k[9:]))
-    given = row.get("rejected") if not several else [row[k] for k in several]
-    chosen, before = _answers(row.get("chosen"), "chosen")
-    rejected, _ = _answers(given, "rejected")
-    prompt = row.get("prompt") or before
-    if not prompt:
-        raise DataError("a row needs a prompt, or conversations with one")
-    identity = number if row.get("id") is None else str(row["id"])
-    query = Query.from_dict({"id": identity, "prompt": prompt})
+    chosen = _answers(row.get("chosen"), "chosen")
+    rejected = _answers([row[k] for k in several] or row.get("rejected"), "rejected")
+    query = asked(row).query
     if set(chosen) & set(rejected):
         raise Unusable("equal", "a chosen answer is also a rejected one")
-    return Item(identity, str(row.get("subset") or default_subset), query, chosen, rejected)
+    return Item(query.id, str(row.get("subset") or default_subset), query, chosen, rejected)
 
 
-def _answers(value: Any, name: str) -> tuple[tuple[str, ...], list[Any]]:
-    """The answers in a cell, and the turns before them where it is a conversation."""
-    found, before = value, []
-    if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
-        found, before = value[-1].get("content"), value[:-1]
+def _answers(value: Any, name: str) -> tuple[str, ...]:
+    """The answers in a cell; of a conversation its last turn."""
+    is_chat = isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value)
+    found = value[-1].get("content") if is_chat else value
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{name} must be a text, texts or a conversation, found {value!r:.80}")
-    return tuple(texts), before
+    return tuple(texts)
 
 
 def outcome(item: Item, scores: Sequence[float]) -> float:
