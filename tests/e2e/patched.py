@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfsteer import cli
-from selfsteer.stages import train as training
+from selfsteer.stages import fit
 
 
 def hold_out_four(ids: Sequence[str], settings: Any, seed: int) -> set[str]:
@@ -26,7 +26,7 @@ def mortal(step: Any) -> Any:
 
 
 if __name__ == "__main__":
-    training.hold_out = hold_out_four
+    fit.hold_out = hold_out_four
     if "DIES_AFTER" in os.environ:
         from selfsteer.training.trainer import RowTrainer
 

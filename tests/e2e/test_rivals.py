@@ -11,7 +11,7 @@ from selfsteer.data.records import Query
 from selfsteer.judges.base import Judgement, Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
-from selfsteer.stages import rivals
+from selfsteer.stages import oppose, rank
 from tests.e2e.support import TINY, Here, fails, finished
 from tests.fakes import say, serving
 
@@ -51,7 +51,7 @@ def test_best_of_n_trains_on_what_the_judge_ranked(here: Here, tmp_path: Path) -
     assert "principles none" in checked.out
     exported = here("export", folder, "--format", "parquet", "--to", tmp_path / "set")
     assert exported.code == 0, exported.err
-    assert "a judge ranked them" in (tmp_path / "set" / "README.md").read_text()
+    assert "a judge ranked" in (tmp_path / "set" / "README.md").read_text()
 
 
 class Comparing:
@@ -74,7 +74,7 @@ def test_self_rewarding_asks_the_policy_of_each_iteration(
         asked.append(settings)
         return Comparing()
 
-    monkeypatch.setattr(rivals, "load_judge", load)
+    monkeypatch.setattr(rank, "load_judge", load)
     given = ("method=self-rewarding", "ranking.samples=3", "iterations=2", "evaluation=null")
     ended = run(here, tmp_path, "s", *given)
     assert ended.code == 0, ended.err
@@ -127,7 +127,7 @@ def test_sgpo_asks_an_improver_for_a_better_answer(
                 return say(body)
             assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
             question, answer, request = (m["content"] for m in body["messages"])
-            assert request == rivals.IMPROVE
+            assert request == oppose.IMPROVE
             if len(question) % 4 == 0:
                 unchanged.add(question)
                 return str(answer)
@@ -160,7 +160,7 @@ def test_sgpo_asks_an_improver_for_a_better_answer(
     card = here("export", folder, "--format", "parquet", "--to", tmp_path / "set")
     assert card.code == 0, card.err
     assert "asked to write it again" in (tmp_path / "set" / "README.md").read_text()
-    fails(run(here, tmp_path, "x", "method=spin", improver), 2, "rewrites no answers; remove")
+    fails(run(here, tmp_path, "x", "method=spin", improver), 2, "a setting of sgpo")
     nobody = "improver={kind: openai, base_url: 'http://127.0.0.1:9/v1', model: canned}"
     fails(run(here, tmp_path, "n", "method=sgpo", nobody), 3, "127.0.0.1:9")
     assert not (tmp_path / "n" / "ledger.jsonl").exists()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,7 +259,8 @@ def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
         data = "reward.data=x.jsonl" if name == "reward" else "queries.path=x.jsonl"
         recipe = load_recipe(name, [f"policy.model={TESTBED}", data, *more.get(name, [])])
         assert recipe.name == name
-    assert load_recipe("sso", ["policy.model=m", "queries.path=q"]).generator.queries == 8000
+    made: Any = load_recipe("sso", ["policy.model=m", "queries.path=q"])
+    assert made.generator.queries == 8000
 
 
 def test_the_example_runs(tmp_path: Path) -> None:

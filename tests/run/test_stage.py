@@ -8,7 +8,6 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
-from pydantic.fields import FieldInfo
 
 from selfsteer.methods import load_recipe
 from selfsteer.objectives import Objective
@@ -24,6 +23,7 @@ from selfsteer.recipe.sections import (
     Queries,
     Section,
     WriterConfig,
+    mark,
 )
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage, Where, identity
@@ -33,6 +33,7 @@ from tests.make import recipe, smoke, stages_of
 #: Settings that must be given, and those without which a section says nothing.
 NEEDED: dict[str, dict[str, Any]] = {
     "Augment": {"to": 9},
+    "BenchmarkConfig": {"policy": {"model": "m"}, "benchmarks": {"tasks": ["ifeval"]}},
     "Benchmarks": {"tasks": ["ifeval"]},
     "Bound": {"rule": "mean"},
     "Evaluation": {"queries": {"path": "q"}},
@@ -54,9 +55,6 @@ SECTIONS = [
     for _, found in inspect.getmembers(sections, inspect.isclass)
     if issubclass(found, Section) and found is not Section
 ]
-
-#: What an engine's answers depend on; another server's tries and limits change none.
-OF_ANSWERS = {"kind", "model", "base_url", "launch", "extra_body"}
 
 #: Where any other value will not do.
 OTHERS: dict[str, Any] = {
@@ -88,7 +86,7 @@ def other(value: Any, annotation: Any) -> Any:
     if inspect.isclass(annotation) and issubclass(annotation, Section):
         if value is None:
             return example(annotation)
-        name = next(n for n, i in annotation.model_fields.items() if not costs_only(i))
+        name = next(n for n, i in annotation.model_fields.items() if not mark(i, "costs_only"))
         return value.model_copy(update={name: changed(value, name)})
     if annotation is bool:
         return not value
@@ -110,11 +108,6 @@ def changed(section: Section, name: str) -> Any:
     return special or other(getattr(section, name), annotation)
 
 
-def costs_only(info: FieldInfo) -> bool:
-    marks = info.json_schema_extra
-    return isinstance(marks, dict) and bool(marks.get("costs_only"))
-
-
 #: A catalogue counts by what is in it, in `test_a_catalogue_counts_by_content_in_every_stage`.
 FIELDS = [(kind, n) for kind in SECTIONS for n in kind.model_fields if n != "catalogue"]
 
@@ -124,16 +117,15 @@ def test_a_setting_counts_unless_it_only_costs(kind: type[Section], name: str) -
     section = example(kind)
     moved = section.model_copy(update={name: changed(section, name)})
     assert getattr(moved, name) != getattr(section, name)
-    counts = not costs_only(kind.model_fields[name])
-    if issubclass(kind, EngineSettings):
-        counts = name in OF_ANSWERS
+    # an engine holds no replicas unless its kind is ray
+    counts = not mark(kind.model_fields[name], "costs_only") and name != "replica"
     assert (identity(moved) != identity(section)) == counts
 
 
 def test_what_is_marked_as_cost_is_known_by_name() -> None:
     """A mark that slips in would let a run go on with another result."""
-    marked = {n for kind in SECTIONS for n, i in kind.model_fields.items() if costs_only(i)}
-    assert marked == {
+    marked = {(k, n) for k, n in FIELDS if mark(k.model_fields[n], "costs_only")}
+    assert {n for k, n in marked if not issubclass(k, EngineSettings)} == {
         "threads",
         "export_unsafe",
         "gradient_checkpointing",
@@ -142,9 +134,22 @@ def test_what_is_marked_as_cost_is_known_by_name() -> None:
         "output",
         "batch_size",
     }
-    assert [
-        k.__name__ for k, n in FIELDS if n == "batch_size" and costs_only(k.model_fields[n])
-    ] == ["Benchmarks"], "elsewhere rounding depends on what is computed together"
+    assert {n for k, n in marked if issubclass(k, EngineSettings)} == {
+        "launch_timeout",
+        "api_key_env",
+        "concurrency",
+        "retries",
+        "backoff",
+        "timeout",
+        "max_requests",
+        "max_tokens_total",
+        "memory",
+        "replicas",
+        "resources",
+        "address",
+    }
+    # elsewhere rounding depends on what is computed together
+    assert [k for k, n in FIELDS if n == "batch_size" and (k, n) in marked] == [Benchmarks]
 
 
 # -- engines and judges ----------------------------------------------------------------------------
