@@ -1,6 +1,7 @@
 """``selfsteer chat``: the models of a run answer one question in all three contexts."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import err, out
-from selfsteer.verbs.common import AsJson, aligning
+from selfsteer.verbs.common import AsJson, aligning, emit
 
 if TYPE_CHECKING:
     from selfsteer.view import RunView
@@ -36,12 +37,10 @@ def chat(
     if as_json and question is None:
         raise ConfigError("--json prints one answer; give the question with --question.")
     talk = Chat(RunView.open(run), tuple(f.strip() for f in features.split(",") if f.strip()), seed)
-    if as_json and question is not None:
-        said = {"principles": talk.principles.to_dict(), "answers": talk.answers(question)}
-        out.print_json(data={"question": question, **said})
-        return
     if question is not None:
-        talk.ask(question)
+        said = {"principles": talk.principles.to_dict(), "answers": talk.answers(question)}
+        result = {"question": question, **said}
+        emit(result, as_json, lambda _: print_answers(said["answers"]))
         return
     err.print("ask anything; an empty line or Ctrl-D leaves", style="dim")
     while True:
@@ -50,7 +49,7 @@ def chat(
         line = sys.stdin.readline().strip()
         if not line:
             return
-        talk.ask(line)
+        print_answers(talk.answers(line))
 
 
 class Chat:
@@ -107,14 +106,13 @@ class Chat:
             for name, engine in self.engines.items()
         }
 
-    def ask(self, question: str) -> None:
-        """Prints one table: a row per model, a column per context."""
-        from selfsteer.principles.contexts import CONTEXTS
 
-        table = Table(show_lines=True)
-        table.add_column("")
-        for context in CONTEXTS:
-            table.add_column(context, ratio=1)
-        for name, said in self.answers(question).items():
-            table.add_row(name, *map(escape, said.values()))
-        out.print(table)
+def print_answers(answers: Mapping[str, Mapping[str, str]]) -> None:
+    """A row per model, a column per context."""
+    table = Table(show_lines=True)
+    table.add_column("")
+    for context in next(iter(answers.values())):
+        table.add_column(context, ratio=1)
+    for name, said in answers.items():
+        table.add_row(name, *map(escape, said.values()))
+    out.print(table)
