@@ -99,11 +99,22 @@ class Scripted:
             yield Completion(request.id, answer, "stop", QUERY_WORDS, ANSWER_WORDS)
 
 
-def recipe_of(folder: Path, *more: str) -> Any:
-    """The smoke recipe without models at work."""
-    from selfsteer.methods import load_recipe
+def placed(folder: Path, *more: str) -> dict[str, Any]:
+    """The stages of the smoke recipe's round by title, as if ``folder`` were the run's."""
+    from dataclasses import replace
 
-    return load_recipe("smoke", [f"runs_dir={folder}", "name=run", *SETTINGS, *more])
+    from selfsteer.methods import load_recipe
+    from selfsteer.run.stage import Artifact, Where
+
+    def here(value: Any) -> Any:
+        made = isinstance(value, Artifact) and value.maker
+        return Artifact(folder / value.path.name) if made else value
+
+    found = {}
+    for stage in load_recipe("smoke", [*SETTINGS, *more]).plan():
+        fields = {name: here(value) for name, value in vars(stage).items()}
+        found[stage.title] = replace(stage, **{**fields, "where": Where()})
+    return found
 
 
 def read_queries(folder: Path, near: float | None) -> int:
@@ -117,46 +128,38 @@ def read_queries(folder: Path, near: float | None) -> int:
     return int(write_curated(settings, folder / "queries.jsonl", None)["queries"])
 
 
+def done(folder: Path, title: str, *more: str) -> int:
+    """Runs a stage; how many records it makes."""
+    from selfsteer.run.folder import RunFolder
+
+    return int(placed(folder, *more)[title].run(RunFolder(folder)).n_out)
+
+
 def principles(folder: Path) -> int:
     """Queries to picked principles."""
-    from selfsteer.stages.inputs import stored_queries
-    from selfsteer.stages.principles import write_principles
-
-    found = stored_queries(folder / "queries.jsonl")
-    return write_principles(found, recipe_of(folder), "", folder, "principles").n_out
+    return done(folder, "principles")
 
 
 def sampling(folder: Path) -> int:
     """Principles to triples."""
-    from selfsteer.stages.inputs import stored_triples
-    from selfsteer.stages.sample import sample
+    from selfsteer.engines.load import Engines
 
     engine = Scripted()
+    Engines.sampler = lambda *args: engine  # type: ignore[method-assign, assignment]
     shutil.rmtree(folder / "triples", ignore_errors=True)
-    found = stored_triples(folder / "principles.jsonl")
-    models = dict.fromkeys(("plain", "good", "bad"), "policy")
-    recipe = recipe_of(folder)
-    return sample(found, recipe, models, folder / "triples", "t", lambda source: engine).n_out
+    return done(folder, "triples")
 
 
 def hygiene(folder: Path) -> int:
     """Triples to ``filtered.jsonl``: hygiene and lengths in tokens."""
-    from selfsteer.stages.filter import filter_triples
-    from selfsteer.stages.inputs import stored_triples
-
-    recipe = recipe_of(folder)
-    found = stored_triples(folder / "triples")
-    model = policy(recipe)
-    return filter_triples(found, recipe, model, folder, folder / "scores", trained_on=True).n_out
+    return done(folder, "filter")
 
 
 def scripted_filter(folder: Path) -> int:
     """The same with v1's filter: six sequences a triple are tokenised, their scores stored."""
     import torch
 
-    from selfsteer.models import store as scores
-    from selfsteer.stages.filter import filter_triples
-    from selfsteer.stages.inputs import stored_triples
+    from selfsteer.models import store
 
     def scripted(model: Any, sequences: Sequence[Any], **settings: Any) -> list[Any]:
         return [
@@ -164,55 +167,36 @@ def scripted_filter(folder: Path) -> int:
             for s in sequences
         ]
 
-    scores.score_sequences = scripted  # type: ignore[assignment]
-    recipe = recipe_of(folder, "filter={steering_order: false, gap: off}")
+    store.score_sequences = scripted  # type: ignore[assignment]
     shutil.rmtree(folder / "scores", ignore_errors=True)
-    found = stored_triples(folder / "triples")
-    filter_triples(found, recipe, policy(recipe), folder / "v1", folder / "scores")
+    left = done(folder, "filter", "filter={steering_order: false, gap: off}")
     shutil.rmtree(folder / "scores")
-    return len(found)
-
-
-def policy(recipe: Any) -> str:
-    """Where the tiny model is, whose tokenizer counts."""
-    from selfsteer.recipe.sections import resolve_path
-
-    return resolve_path(recipe.policy.model)
+    return left
 
 
 def preferences(folder: Path) -> int:
     """Triples to preferences, hygiene and lengths included."""
-    from selfsteer.stages.filter import to_preferences
-    from selfsteer.stages.inputs import stored_triples
+    from dataclasses import replace
 
-    target = folder / "preferences"
-    shutil.rmtree(target, ignore_errors=True)
-    found = stored_triples(folder / "triples")
-    return to_preferences(found, recipe_of(folder), target, cleaned=False).n_out
+    from selfsteer.run.folder import RunFolder
+    from selfsteer.run.stage import Artifact
+
+    shutil.rmtree(folder / "preferences", ignore_errors=True)
+    stage = replace(placed(folder)["preferences"], samples=Artifact(folder / "triples"))
+    return int(stage.run(RunFolder(folder)).n_out)
 
 
 def quality(folder: Path) -> int:
     """The records that are measured, found and joined; their log-probs are scripted."""
     import torch
 
-    from selfsteer.stages import measure
-    from selfsteer.stages.inputs import stored_preferences, stored_triples
+    from selfsteer.models import store
 
     def scripted(folder: Path, loaded: Any, sequences: Sequence[Any], label: str) -> list[Any]:
         return [torch.full((len(s.response_ids),), -1.0) for s in sequences]
 
-    measure.scored = scripted
-    recipe = recipe_of(folder)
-    return measure.measure_quality(
-        stored_preferences(folder / "preferences"),
-        stored_triples(folder / "principles.jsonl"),
-        recipe,
-        policy(recipe),
-        folder / "quality.json",
-        folder,
-        "quality",
-        stored_triples(folder / "filtered.jsonl"),
-    ).n_out
+    store.scored = scripted
+    return done(folder, "quality")
 
 
 def export(folder: Path, fmt: str) -> int:

@@ -32,10 +32,11 @@ SIZES = (
 def measure(shard: int, batch: int, queries: int, repeats: int) -> dict[str, Any]:
     """One row: `selfsteer.verbs.sampling_speed.bench` in CPU time."""
     from selfsteer.methods import load_recipe
+    from selfsteer.verbs.common import aligning
     from selfsteer.verbs.sampling_speed import bench
 
     given = (f"sampling.shard_size={shard}", f"sampling.batch_size={batch}", "policy.threads=1")
-    return bench(load_recipe("demo", given), queries, repeats, clock=time.process_time)
+    return bench(aligning(load_recipe("demo", given)), queries, repeats, clock=time.process_time)
 
 
 def sync_seconds(count: int = 50) -> float:

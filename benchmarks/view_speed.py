@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import dump_lines
-from selfsteer.recipe.read import load_recipe
+from selfsteer.methods import load_recipe
 from selfsteer.report.browser import Index, Wanted, build
 from selfsteer.run.folder import RunFolder, versions
 from selfsteer.view import RunView, Sampled
@@ -68,10 +68,14 @@ def make(run: Path, triples: int) -> Sampled:
                 dump_lines({"id": t["id"], "reason": "equals_plain", "record": t} for t in lost)
             )
     counts = {"n_in": triples, "n_out": triples, "dropped": {}, "seconds": 1.0, "notes": {}}
-    outputs = {TRIPLES: TRIPLES, FILTER: "iteration-1/filtered.jsonl"}
-    for stage, output in outputs.items():
-        made = {"fingerprint": "f", "time": 0, "outputs": [output], **counts}
-        RunFolder(run).append("ledger.jsonl", {"event": "finish", "stage": stage, **made})
+    where = {"method": "sso", "round": 1, "fingerprint": "f", "time": 0}
+    for stage, kind, output in (
+        (TRIPLES, "Sample", TRIPLES),
+        (FILTER, "FilterTriples", "iteration-1/filtered.jsonl"),
+    ):
+        made = {"kind": kind, "title": stage.rpartition("/")[2], "outputs": [output], **counts}
+        entry = {"event": "finish", "stage": stage, **where, **made}
+        RunFolder(run).append("ledger.jsonl", entry)
     (found,) = RunView.open(run).sampled
     return found
 

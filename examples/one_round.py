@@ -11,28 +11,22 @@ import copy
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from selfsteer import Objective, Triple, steering_loss
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Query
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import batch_logps, pad, score_sequences, sums_by_row
 from selfsteer.principles import writer
 from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Loading
 from selfsteer.testbed import oracle, world
 
-SETTINGS = SimpleNamespace(
-    dtype="float32",
-    device="cpu",
-    trust_remote_code=False,
-    allow_pickle=False,
-    threads=None,
-    layout="padded",
-)
+LOADING = Loading(dtype="float32", device="cpu", layout="padded")
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=96)
 
 
@@ -41,11 +35,17 @@ def answer(loaded: LoadedModel, triples: list[Triple], contexts: tuple[str, ...]
     engine = TransformersEngine(loaded, batch_size=256)
     kept = {t.id: dict[str, str]() for t in triples}
     for context in contexts:
-        prompts = [context_messages(t.messages, t.principles, context) for t in triples]
-        answers = engine.generate(prompts, SAMPLING, seed=len(context))
-        for t, a in zip(triples, answers, strict=True):
+        asked = [
+            Request(
+                t.id,
+                tuple(context_messages(t.messages, t.principles, context)),
+                derive_seed(0, context, t.id),
+            )
+            for t in triples
+        ]
+        for a in engine.generate(asked, SAMPLING):
             if a.finish_reason == "stop":
-                kept[t.id][context] = a.text
+                kept[a.id][context] = a.text
     whole = [t for t in triples if len(kept[t.id]) == len(contexts)]
     return [Triple(t.id, t.messages, t.principles, kept[t.id]) for t in whole]
 
@@ -84,8 +84,9 @@ def train(loaded: LoadedModel, triples: list[Triple], objective: Objective, lr: 
 def oracle_score(loaded: LoadedModel, queries: list[Query]) -> float:
     """Mean oracle score of plain answers: the testbed's own measure."""
     engine = TransformersEngine(loaded, batch_size=256)
-    answers = engine.generate([q.messages for q in queries], SAMPLING, seed=1)
-    scores = [oracle.score(q.text, a.text).total for q, a in zip(queries, answers, strict=True)]
+    asked = [Request(q.id, q.messages, derive_seed(1, q.id)) for q in queries]
+    texts = {q.id: q.text for q in queries}
+    scores = [oracle.score(texts[a.id], a.text).total for a in engine.generate(asked, SAMPLING)]
     return sum(scores) / len(scores)
 
 
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=400)
     queries = read(world.QUERIES["align"], parser.parse_args().queries)
     held_out = read(world.QUERIES["tune"], 200)
-    policy = load_model(str(world.CHECKPOINT), SETTINGS)
+    policy = load_model(str(world.CHECKPOINT), LOADING)
     before = oracle_score(policy, held_out)
 
     # 1 principles: two features a query, the built-in text

@@ -464,6 +464,15 @@ def test_stages_say_what_they_make_and_where(name: str) -> None:
         assert all(m in plan[:i] for m in makers)
 
 
+@pytest.mark.parametrize("stage", {type(s): s for s, _ in PLANNED}.values(), ids=lambda s: s.title)
+def test_a_stage_that_is_in_no_round_writes_into_the_run_folder(
+    stage: Stage, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path)
+    for file in replace(stage, where=Where()).files:
+        assert (run / file).is_relative_to(tmp_path)
+
+
 def test_texts_are_those_of_the_stage_that_wrote_them() -> None:
     """What is filtered, and what is made of it, is scored under one name."""
     made = stages_of(recipe("sso-online"))

@@ -123,7 +123,8 @@ class Stage(ABC):
     @property
     def outputs(self) -> tuple[str, ...]:
         """The files and folders that it makes; the first is what others read."""
-        return tuple(p.format(name=self.name, folder=self.where.folder) for p in self.makes)
+        folder = self.where.folder or "."
+        return tuple(p.format(name=self.name, folder=folder) for p in self.makes)
 
     @property
     def files(self) -> tuple[str, ...]:
