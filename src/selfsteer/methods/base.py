@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
@@ -130,8 +131,8 @@ class Recipe(Section):
         """How many rounds there are."""
         return 0
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             yield f"name must be a plain folder name, found {self.name!r}"
 
@@ -154,8 +155,8 @@ class Aligning(Recipe):
     benchmarks: Benchmarks | None = Field(None, description="null: no benchmarks")
 
     @property
+    @override
     def last_round(self) -> int:
-        """See `Recipe.last_round`."""
         return self.iterations
 
     #: Whether an answer must stand beside each query.
@@ -179,8 +180,9 @@ class Aligning(Recipe):
             The trained policy.
         """
 
+    @override
     def plan(self) -> list[Stage]:
-        """See `Recipe.plan`: queries, rounds, reward model, baseline, evaluation, benchmarks."""
+        """Queries, rounds, reward model, baseline, evaluation, benchmarks."""
         plan = Plan(self)
         plan.queries = self._queries(plan)
         policy = plan.base
@@ -295,14 +297,14 @@ class Aligning(Recipe):
             plan(RunBenchmarks({"base": plan.base, **last}, self.benchmarks, judge, self.sampling))
 
     @property
+    @override
     def judges(self) -> tuple[JudgeConfig, ...]:
-        """See `Recipe.judges`."""
         return () if self.judge is None else (self.judge,)
 
     # -- what contradicts itself -------------------------------------------------------------------
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from super().faults()
         if self.reward and self.method in {d.label for d in self.reward.data}:
             yield f"a set of reward.data is called {self.method!r}, as the run's own"
@@ -399,13 +401,13 @@ class Principled(Aligning):
         plan.asked.append(asked)
         return asked
 
+    @override
     def engines(self) -> dict[str, EngineConfig]:
-        """See `Aligning.engines`."""
         writer = self.principles.writer
         return {} if writer is None else {"principles.writer": writer}
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if self.principles.features == "none" and not self.hygiene.export_unsafe:
             yield (
                 "hygiene.export_unsafe: false knows pairs about Safety by their features, and "
@@ -430,12 +432,12 @@ class WithBaseline(Principled):
     )
 
     @property
+    @override
     def methods(self) -> tuple[str, ...]:
-        """See `Recipe.methods`."""
         return (self.method, *([self.baseline] if self.baseline else []))
 
+    @override
     def baseline_rounds(self, plan: Plan) -> None:
-        """See `Aligning.baseline_rounds`."""
         from selfsteer.methods.pbaa import pbaa_round
 
         if self.baseline is None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan
 from selfsteer.methods.plain import Plain
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, JudgedRanking
@@ -22,18 +24,18 @@ class BestOfN(Plain):
         "one first and the rejected one last"
     )
 
+    @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        """See `Plain.opposed`."""
         judge = self.ranking.judge or self.judge
         return plan(RankAnswers(plan.queries, policy, self.ranking.samples, judge, self.sampling))
 
     @property
+    @override
     def judges(self) -> tuple[JudgeConfig, ...]:
-        """See `Recipe.judges`."""
         return (*super().judges, *([self.ranking.judge] if self.ranking.judge else []))
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         ranker = self.ranking.judge or self.judge
         if ranker is None:
             yield "method best-of-n needs someone who ranks: set ranking.judge or judge"

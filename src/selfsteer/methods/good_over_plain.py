@@ -6,6 +6,8 @@ teacher and without the paper's KL term: β 0.1, and 0.1 of the NLL of the good 
 
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan, Principled
 from selfsteer.objectives import BaseLoss, Objective, Term
 from selfsteer.recipe.sections import PolicyTraining
@@ -28,8 +30,8 @@ class GoodOverPlain(Principled):
     )
     bad_on_purpose: ClassVar[bool] = False
 
+    @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        """See `Aligning.round`."""
         asked = self.ask(plan, policy)
         samples = plan(Sample(asked, {"good": policy, "plain": policy}, self.sampling))
         pairs = self.pairs(plan, samples, policy, rejected="plain")

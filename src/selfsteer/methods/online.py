@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from selfsteer.methods.base import Plan, WithBaseline, named
 from selfsteer.methods.sso import active
@@ -23,8 +24,9 @@ class SSOOnline(WithBaseline):
         None, description="v1's log-prob filter on triples; null: on, as released"
     )
 
+    @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        """See `Aligning.round`; every iteration takes a slice of the queries."""
+        """Every iteration takes a slice of the queries."""
         size = self.queries.per_iteration
         asked = self.ask(plan, policy, Share(k, size, None if size else self.iterations))
         everyone = {"plain": policy, "good": policy, "bad": policy}

@@ -5,6 +5,8 @@ The baseline that SSO is measured against (SSO v2, §4): SSO without its generat
 
 from typing import Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan, Principled, plain_pair
 from selfsteer.recipe.sections import Training
 from selfsteer.run.stage import Artifact
@@ -25,6 +27,6 @@ class PBAA(Principled):
     method: Literal["pbaa"] = "pbaa"
     training: Training = Training()
 
+    @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        """See `Aligning.round`."""
         return pbaa_round(self, plan, self.ask(plan, policy), policy)

@@ -2,6 +2,8 @@
 
 from abc import abstractmethod
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Aligning, Plan, plain_pair
 from selfsteer.recipe.sections import Training
 from selfsteer.run.stage import Artifact
@@ -16,7 +18,7 @@ class Plain(Aligning):
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
         """Plans what makes a chosen and a rejected answer to every query."""
 
+    @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        """See `Aligning.round`."""
         pairs = self.pairs(plan, self.opposed(plan, policy), policy)
         return self.train(plan, pairs, policy, plain_pair(self.training), self.training)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan, Recipe, reward_stage
 from selfsteer.recipe.sections import Reward
 from selfsteer.run.stage import Stage
@@ -14,14 +16,14 @@ class RewardModel(Recipe):
     method: Literal["reward"] = "reward"
     reward: Reward
 
+    @override
     def plan(self) -> list[Stage]:
-        """See `Recipe.plan`."""
         plan = Plan(self)
         plan(reward_stage(self, self.reward, own=None))
         return plan.stages
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from super().faults()
         if not self.reward.data:
             yield "method reward needs reward.data: preference sets, or run folders"

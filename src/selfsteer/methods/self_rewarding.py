@@ -6,6 +6,8 @@ Less than the paper: it scores one answer at a time and adds seed data for judgi
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan
 from selfsteer.methods.best_of_n import answers_must_differ
 from selfsteer.methods.plain import Plain
@@ -26,15 +28,16 @@ class SelfRewarding(Plain):
         "first and the rejected one last itself"
     )
 
+    @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        """See `Plain.opposed`."""
         return plan(RankAnswers(plan.queries, policy, self.ranking.samples, None, self.sampling))
 
+    @override
     def answers_in_process(self) -> bool:
-        """See `Aligning.answers_in_process`: the policy judges here."""
+        """The policy judges here."""
         return True
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from answers_must_differ(self)
         yield from super().faults()

@@ -7,6 +7,7 @@ the rewriting.
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from selfsteer.methods.base import Plan
 from selfsteer.methods.plain import Plain
@@ -30,16 +31,16 @@ class SGPO(Plain):
         "model made of it when asked to write it again, better"
     )
 
+    @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        """See `Plain.opposed`."""
         samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
         return plan(Improve(samples, policy, self.improver, self.sampling))
 
+    @override
     def engines(self) -> dict[str, EngineConfig]:
-        """See `Aligning.engines`."""
         return {} if self.improver is None else {"improver": self.improver}
 
+    @override
     def answers_in_process(self) -> bool:
-        """See `Aligning.answers_in_process`."""
         here = self.improver is not None and self.improver.answering.kind == "transformers"
         return super().answers_in_process() or here

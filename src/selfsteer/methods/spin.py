@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from selfsteer.methods.base import Plan
 from selfsteer.methods.plain import Plain
 from selfsteer.recipe.sections import resolve_path
@@ -21,7 +23,7 @@ class SPIN(Plain):
         "The chosen one came with the prompt, the rejected one was written by a model"
     )
 
+    @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        """See `Plain.opposed`."""
         samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
         return plan(OpposeGiven(samples, Artifact(Path(resolve_path(self.queries.path)))))

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from selfsteer.methods.base import Plan, WithBaseline, named, plain_pair
 from selfsteer.recipe.sections import Filter, Generator, Training
@@ -20,8 +21,8 @@ class SSO(WithBaseline):
     training: Training = Training()
     filter: Filter | None = Field(None, description="v1's log-prob filter on triples; null: off")
 
+    @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        """See `Aligning.round`."""
         asked = self.ask(plan, policy)
         everyone = {"plain": policy, "good": policy, "bad": policy}
         limit = self.generator.queries
@@ -62,16 +63,16 @@ class SSO(WithBaseline):
         return made, made
 
     @property
+    @override
     def shortest(self) -> int:
-        """See `Aligning.shortest`."""
         return min(self.training.max_length, self.generator.max_length)
 
+    @override
     def sampled_models(self) -> dict[str, bool]:
-        """See `Aligning.sampled_models`."""
         return {"the generator": True, **super().sampled_models()}
 
+    @override
     def answers_in_process(self) -> bool:
-        """See `Aligning.answers_in_process`."""
         return super().answers_in_process() or self.generator.selection.points > 0
 
 

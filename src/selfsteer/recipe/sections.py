@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from typing_extensions import override
 
 from selfsteer.errors import ConfigError
 from selfsteer.objectives import BaseName, ObjectiveName, Weighting
@@ -306,8 +307,8 @@ class EngineConfig(EngineSettings):
         """What answers depend on; replicas are none: the same batches and seeds."""
         return self.answering.identity if self.kind == "ray" else super().identity
 
+    @override
     def conflicts(self, where: str, *, named: bool = False) -> list[str]:
-        """See `EngineSettings.conflicts`."""
         found, inner = super().conflicts(where, named=named), f"{where}.replica"
         replica = self.replica
         if self.kind != "ray" or replica is None:
@@ -356,8 +357,8 @@ class Augment(Section):
     max_new_tokens: int = _f(256, "budget of a new query, tokens", gt=0)
     attempts: int = _f(10, "rounds; each asks for what is still missing", gt=0)
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         total = self.depth + self.breadth + self.instruct
         if abs(total - 1) > 1e-6:
             yield f"depth, breadth and instruct must add up to 1, found {total:g}"
@@ -378,8 +379,8 @@ class Queries(Section):
     against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
     ngram: int = _f(8, "words shared with one of them that make a query contaminated", gt=0)
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
             yield f"min_chars {self.min_chars} exceeds max_chars {self.max_chars}"
         for script in self.scripts or ():
@@ -454,8 +455,8 @@ class PrinciplesConfig(Section):
         """Whether anything is asked of a model at all."""
         return self.mode == "generated" or (self.mode == "picked" and self.features == "model")
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if self.mode == "fixed":
             if (self.good is None) != (self.bad is None):
                 yield "good and bad come together; give both"
@@ -536,8 +537,8 @@ class Bound(Section):
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # what YAML makes of the word
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if sum(v is not None for v in (self.rule, self.quantile, self.at_least)) != 1:
             yield "give exactly one of mean, off, {quantile: …} and {at_least: …}"
 
@@ -556,8 +557,8 @@ class Filter(Section):
 
     short: ClassVar[str | None] = "enabled"
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if not self.enabled and self.model_fields_set - {"enabled"}:
             yield "a filter that is not enabled has no other settings"
 
@@ -606,8 +607,8 @@ class JudgeConfig(Section):
             return {"kind": kind}
         return {"kind": kind, "path" if kind == "human" else "model": rest}
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         own = _JUDGE_KEYS[self.kind]
         for name in sorted(self.model_fields_set - own - {"kind"}):
             yield f"{name} has no effect with a judge of kind {self.kind}; remove it"
@@ -691,8 +692,8 @@ class Selection(Section):
     max_unfinished: float = _f(0.1, "share of answers cut off, above the start's", gt=0)
     stop: float = _f(2.0, "training ends at a candidate so many times over a bound", ge=1)
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         idle = sorted(self.model_fields_set - {"points"})
         if self.points == 0 and idle:
             yield f"{idle[0]} has no effect with points 0; remove it"
@@ -708,8 +709,8 @@ class Generator(Optimisation):
     per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
     selection: Selection = Selection()
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from self._unused(self.objective)
         if self.per_half and self.objective != "sso":
             yield "per_half splits objective sso; leave objective unset"
@@ -729,8 +730,8 @@ class Training(PolicyTraining):
         None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
     )
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from self._unused("pbaa")
 
 
@@ -743,8 +744,8 @@ class OnlineTraining(PolicyTraining):
     use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
     detach_weight: bool = _f(False, "stop the gradient through W")
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from self._unused("sso-online")
 
 
@@ -786,8 +787,8 @@ class Reward(Schedule):
         rest, data = {k: v for k, v in value.items() if k != "data"}, value["data"]
         return rest if data is None else {**rest, "data": [data]}
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if self.batch_size % self.forward_pairs:
             yield (
                 f"forward_pairs {self.forward_pairs} does not divide batch_size {self.batch_size}"
@@ -809,8 +810,8 @@ class JudgedRanking(Ranking):
 
     judge: JudgeConfig | None = _f(None, "who ranks them; null: the recipe's judge")
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if self.judge is not None and self.judge.kind == "human":
             yield "people have not seen answers that are sampled now: no judge human"
 
@@ -859,8 +860,8 @@ class JudgedSet(Section):
         style, _, path = value.partition(":")
         return {"style": style, "questions": path}
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         if not self.questions:
             yield "it names no questions; give STYLE:PATH"
         if self.style == "mt-bench" and self.baseline is not None:
@@ -885,8 +886,8 @@ class Benchmarks(Section):
     max_new_tokens: int | None = _f(None, "of those answers; null: as in sampling", gt=0)
     limit: int | None = _f(None, "only the first questions of each task and set; null: all", gt=0)
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         names = [t.name for t in self.tasks] + [s.name for s in self.judged]
         if not names:
             yield "it names neither tasks nor judged sets"
@@ -950,8 +951,8 @@ class TrainConfig(Optimisation, Loading):
     output: str = _f(..., "folder for the trained model", costs_only=True)
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
 
+    @override
     def faults(self) -> Iterator[str]:
-        """See `Section.faults`."""
         yield from self._unused(self.objective)
         if self.reference == "first":
             yield "train takes the given model as reference"

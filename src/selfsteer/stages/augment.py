@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from typing_extensions import override
+
 from selfsteer.data import curate
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, write_atomic
@@ -357,24 +359,25 @@ class GrowQueries(Stage):
     makes = ("augmented.jsonl",)
     leaves = ("augment",)
 
+    @override
     def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
         assert self.settings.augment is not None
         return max(self.queries.records(scale), self.settings.augment.to)
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`; how many replies are of use is not known before."""
+        """How many replies are of use is not known before."""
         return Cost(unknown=(self.name,))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         assert self.settings.augment is not None
         yield from check_sampler(self.sampling, (), self.loading)
         budget = {"queries.augment.max_new_tokens": self.settings.augment.max_new_tokens}
         yield from check_budget(str(self.policy.path), self.loading, budget)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.engines.load import Engines
 
         judges, s = load_judges(self.judges), self.sampling

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
@@ -55,12 +56,13 @@ class RunBenchmarks(Stage):
     title = "benchmarks"
     makes = ("benchmarks.json", "benchmarks.md")
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         return Cost(unknown=(self.name,))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`; whether a task's data can be fetched shows only when it is asked."""
+        """Whether a task's data can be fetched shows only when it is asked."""
         settings, first = self.settings, next(iter(self.models))
         for fault in settings.judge_faults(self.judge):
             raise ConfigError(f"{fault}.")
@@ -87,8 +89,9 @@ class RunBenchmarks(Stage):
                 judge.check([q.query() for q in questions])
         yield from ()
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`.
+        """Runs what is not there yet.
 
         Raises:
             Unavailable: after everything else: some tasks cannot be asked here.

@@ -8,6 +8,7 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
@@ -74,22 +75,22 @@ class Evaluate(Stage):
     title = "evaluation"
     makes = ("evaluation.json", "evaluation")
 
+    @override
     def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
         return scale.held_out
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n, models = scale.held_out, len(self.models)
         judged = (models - 1) * n if self.judge else 0
         return Cost(n, answers=Counter(plain=models * n), judged=judged)
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         yield from check_sampler(self.sampling, self.models.values(), self.loading)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         found = load_queries(self.settings.queries)
         self._check_held_out(run, found.queries)
         notes: dict[str, Any] = reading_notes(found)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
@@ -324,13 +325,14 @@ class FilterTriples(Stage):
     makes = ("{folder}/filtered.jsonl",)
     passes_on = True
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n = self.records(scale)
         return Cost(n, scores=scoring(self.texts, FILTER_SEQUENCES if self.filter else (), n))
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`; the note ``survivors`` says how many were left after each step."""
+        """The note ``survivors`` says how many were left after each step."""
         from selfsteer.models.load import load_chat
 
         triples, policy = stored_triples(self.triples.path), str(self.policy.path)
@@ -409,8 +411,8 @@ class WritePairs(Stage):
     title = "preferences"
     passes_on = True
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.models.load import load_chat
 
         triples = stored_pairs(self.samples.path, self.rejected)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, at, write_atomic
@@ -49,8 +50,8 @@ class MeasureQuality(Stage):
         """Of a pair; without principles there is no steering gap."""
         return (*PLAIN_SEQUENCES, *(GAP_SEQUENCES if self.principled else ()))
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n = min(self.records(scale), QUALITY_PAIRS)
         costs = [Cost(self.records(scale), scores=scoring(self.pairs.texts, self._sequences, n))]
         judged = n
@@ -61,14 +62,14 @@ class MeasureQuality(Stage):
             judged += n
         return total([*costs, Cost(judged=judged if self.judge else 0)])
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         if judge := load_judge(self.judge):
             judge.check(())
         yield from ()
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.models.load import load_model
         from selfsteer.models.store import scored
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from typing_extensions import override
+
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import dump_line, write_atomic
@@ -69,8 +71,8 @@ class OpposeGiven(Stage):
     title = "opponents"
     makes = ("{name}.jsonl",)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         samples, given = stored_triples(self.samples.path), given_answers(str(self.answers.path))
         with run.drops(self.name) as drops:
 
@@ -141,13 +143,13 @@ class Improve(Stage):
 
     title = "improved"
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n = self.records(scale)
         return Cost(n, answers=Counter(plain=n))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         from selfsteer.engines.load import check_engine
 
         if self.improver is not None:
@@ -157,8 +159,8 @@ class Improve(Stage):
                 source = resolve_path(str(self.improver.model))
                 yield from check_budget(source, self.loading, budget)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.engines.load import Engines
 
         samples, folder, s = stored_triples(self.samples.path), run / self.name, self.sampling

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from typing_extensions import override
+
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, Stored, dump_line, write_atomic
 from selfsteer.data.records import Dropped, Message, Query, Triple
@@ -86,23 +88,23 @@ class WritePrinciples(Stage):
     makes = ("{name}.jsonl",)
     leaves = ("{name}",)
 
+    @override
     def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
         n = self.queries.records(scale)
         if self.share is None:
             return n
         return min(self.share.size or -(-n // (self.share.of or 1)), n)
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n, s = self.records(scale), self.settings
         asked = Counter(features=n) if s.features == "model" and s.asks_a_model else Counter()
         if s.mode == "generated":
             asked["principles"] = n * s.candidates
         return Cost(records=n, principles=n, answers=asked)
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         from selfsteer.engines.load import check_engine
 
         if not self.settings.asks_a_model:
@@ -116,8 +118,8 @@ class WritePrinciples(Stage):
             if author.base_url is None:
                 yield from check_budget(resolve_path(str(author.model)), self.loading, budget)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         queries = stored_queries(self.queries.path)
         mine = queries if self.share is None else self.share.take(queries)
         return self.write(mine, run)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
+
 from selfsteer.data.jsonl import dump_line, dump_lines, write_atomic
 from selfsteer.data.queries import Loaded, load_queries
 from selfsteer.judges.base import load_judges
@@ -31,16 +33,16 @@ class ReadQueries(Stage):
     title = "queries"
 
     @property
+    @override
     def outputs(self) -> tuple[str, ...]:
-        """See `Stage.outputs`."""
         return ("queries.jsonl", *(["contaminated.jsonl"] if self.settings.against else []))
 
+    @override
     def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
         return scale.queries
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         found = load_queries(self.settings, run.path)
         for judge in load_judges(self.judges):
             judge.check(found.queries)
@@ -57,8 +59,8 @@ class ReadQueries(Stage):
         n_in = len(found.queries) + drops.counts.total()
         return StageResult(n_in, len(found.queries), drops.counts, notes=reading_notes(found))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         for judge in load_judges(self.judges):
             judge.check(())
         yield from ()

@@ -16,6 +16,8 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, Stored
 from selfsteer.data.records import Dropped, Preference, Query, Verdict
@@ -181,22 +183,22 @@ class RankAnswers(Stage):
 
     title = "ranked"
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n = self.records(scale)
         judged = self.samples
         if self.judge is None or self.judge.kind == "chat":  # who only compares holds a tournament
             judged = self.samples * (self.samples - 1) // 2
         return Cost(n, answers=Counter(plain=self.samples * n), judged=judged * n)
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         yield from check_sampler(self.sampling, (self.policy,), self.loading)
         if self.judge is not None and (judge := load_judge(self.judge)):
             judge.check(())
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         queries, folder, size = (
             stored_queries(self.queries.path),
             run / self.name,

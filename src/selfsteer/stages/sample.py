@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from typing_extensions import override
+
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records
 from selfsteer.data.records import Dropped, Triple
@@ -42,22 +44,22 @@ class Sample(Stage):
     limit: int | None = None
     title: str = field(default="samples", kw_only=True)
 
+    @override
     def records(self, scale: Scale) -> int:
-        """See `Stage.records`."""
         n = self.queries.records(scale)
         return n if self.limit is None else min(n, self.limit)
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         n = self.records(scale)
         return Cost(records=n, answers=Counter(dict.fromkeys(self.writers, n)))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         yield from check_sampler(self.sampling, self.writers.values(), self.loading)
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.engines.load import Engines
 
         triples, s = subset(stored_triples(self.queries.path), self.limit, self.seed), self.sampling

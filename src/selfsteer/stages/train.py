@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from typing_extensions import override
+
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.objectives import Objective
@@ -69,12 +71,12 @@ class Train(Stage):
         """Whether it sees plain contexts only."""
         return all(name.startswith("plain/") for name in self.objective.sequences)
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         return cost.training(self.data.texts, self.objective, self.settings, self.records(scale))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         from selfsteer.models.load import check_bits, resolve_device
 
         device = resolve_device(self.loading.device)
@@ -82,14 +84,15 @@ class Train(Stage):
             check_bits(self.lora.bits, device)
         yield from ()
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.stages.fit import fit
 
         return fit(self, run)
 
+    @override
     def tidy(self, run: RunFolder) -> None:
-        """See `Stage.tidy`: the folder stays as a record."""
+        """The folder stays as a record."""
         for weights in () if self.keep else (run / self.name).rglob("*.safetensors"):
             weights.unlink()
             write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
@@ -141,12 +144,12 @@ class TrainReward(Stage):
     leaves = ("reward.partial",)
     one_process = True
 
+    @override
     def cost(self, scale: Scale) -> Cost:
-        """See `Stage.cost`."""
         return Cost(unknown=(self.name,))
 
+    @override
     def check(self) -> Iterator[str]:
-        """See `Stage.check`."""
         from selfsteer.models.load import load_chat
 
         load_chat(str(self.start.path), self.loading)
@@ -155,8 +158,8 @@ class TrainReward(Stage):
                 preferences_of(one.source)
         yield from ()
 
+    @override
     def run(self, run: RunFolder) -> StageResult:
-        """See `Stage.run`."""
         from selfsteer.stages.fit_reward import fit_reward
 
         return fit_reward(self, run)
