@@ -28,7 +28,8 @@ from selfsteer.engines.load import Engines
 from selfsteer.engines.openai import OpenAIEngine, retry_after, status_fault
 from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError, EngineError
-from selfsteer.judges.base import Pair, load_judge
+from selfsteer.judges.base import Pair
+from selfsteer.judges.load import load_judge
 from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate

@@ -15,6 +15,7 @@ from selfsteer.recipe.sections import EngineConfig, Loading, resolve_path
 
 pytest.importorskip("ray", reason="the engine ray needs ray: pip install 'selfsteer[ray]'")
 
+from selfsteer.engines.load import make_engine
 from selfsteer.engines.ray import RayEngine, check_room, weights_digest
 
 SOURCE = resolve_path("package:selfsteer.testbed/checkpoint")
@@ -29,7 +30,7 @@ REQUESTS = [Request(f"r{i}", (Message("user", QUESTIONS[i % 3]),), i) for i in r
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[RayEngine]:
-    found = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True)
+    found = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True, make=make_engine)
     yield found
     found.close()
 
@@ -51,7 +52,7 @@ def test_replicas_give_the_texts_of_one_process(engine: RayEngine) -> None:
 def test_two_engines_that_do_not_fit_take_turns(
     engine: RayEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True)
+    other = RayEngine(SETTINGS, SOURCE, LOADING, 4, at_hand=True, make=make_engine)
     expected = answers(engine, REQUESTS[:3], PARAMS)
     assert answers(other, REQUESTS[:3], PARAMS) == expected
     assert engine in RayEngine._with_replicas
@@ -63,7 +64,7 @@ def test_two_engines_that_do_not_fit_take_turns(
 
 
 def test_what_a_replica_cannot_do_is_its_own_error(engine: RayEngine) -> None:
-    lost = RayEngine(SETTINGS, "no/such-model", LOADING, 4, at_hand=True)
+    lost = RayEngine(SETTINGS, "no/such-model", LOADING, 4, at_hand=True, make=make_engine)
     with pytest.raises(ArtifactError, match="no/such-model cannot be loaded"):
         answers(lost, REQUESTS[:2], PARAMS)
     lost.close()

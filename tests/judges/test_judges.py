@@ -17,8 +17,9 @@ from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Request
 from selfsteer.errors import ArtifactError, ConfigError, DataError, NumericsError
 from selfsteer.judges import store
-from selfsteer.judges.base import Judgement, Pair, ScoringJudge, load_judge
+from selfsteer.judges.base import Judgement, Pair, ScoringJudge
 from selfsteer.judges.chat import ChatJudge, combine, question
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.people import HumanJudge, pair_digest
 from selfsteer.judges.reading import extract_verdict
 from selfsteer.judges.reward import RewardJudge

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from selfsteer.data.records import Message, Query, Triple, Verdict
-from selfsteer.judges.base import Pair, load_judge
+from selfsteer.judges.base import Pair
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import on_policyness, quality, steering_gap
 from selfsteer.judges.stats import (

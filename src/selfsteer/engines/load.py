@@ -128,7 +128,9 @@ class Engines:
         elif isinstance(settings, EngineConfig) and settings.kind == "ray":
             from selfsteer.engines.ray import RayEngine
 
-            engine = RayEngine(settings, source, loading, batch_size, at_hand=at_hand)
+            engine = RayEngine(
+                settings, source, loading, batch_size, at_hand=at_hand, make=make_engine
+            )
         else:
             engine = self._server(settings, source, loading if at_hand else None)
         if settings.kind != "transformers":
@@ -196,3 +198,8 @@ def check_engine(settings: EngineSettings) -> None:
         engine = OpenAIEngine(settings, settings.model or "", settings.base_url, Usage())
         with closing(engine):
             engine.check()
+
+
+def make_engine(**model: Any) -> Engine:
+    """The engine of a replica, which keeps no counts; arguments as of `Engines.get`."""
+    return Engines(None).get(**model)

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -48,17 +48,16 @@ class Replica:
     """Lives on a node and answers one batch after the other; a Ray actor.
 
     Args:
-        model: what `Engines.get` makes its engine of.
+        make: makes its engine.
+        model: of these arguments.
     """
 
-    def __init__(self, **model: Any) -> None:
-        self.model = model
+    def __init__(self, make: Callable[..., Engine], model: Mapping[str, Any]) -> None:
+        self._make, self._model = make, model
 
     @cached_property
     def _engine(self) -> Engine:
-        from selfsteer.engines.load import Engines
-
-        return Engines(None).get(**self.model)
+        return self._make(**self._model)
 
     def answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
         """All answers to a batch; the model is loaded before the first one."""
@@ -77,6 +76,7 @@ class RayEngine:
         loading: how each replica loads it.
         batch_size: of replicas in process.
         at_hand: whether ``source`` can be read even if the replicas launch servers.
+        make: makes the engine of a replica, in its process.
 
     Raises:
         ConfigError: the cluster has no room for the replicas.
@@ -94,7 +94,9 @@ class RayEngine:
         batch_size: int,
         *,
         at_hand: bool,
+        make: Callable[..., Engine],
     ) -> None:
+        self._make = make
         self.settings, answering = settings, settings.answering
         self.batch_size = batch_size if answering.kind == "transformers" else None
         source = str(Path(source).absolute()) if Path(source).is_dir() else source
@@ -131,7 +133,7 @@ class RayEngine:
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            made = [replica.remote(**self.model) for _ in range(self.settings.replicas)]
+            made = [replica.remote(self._make, self.model) for _ in range(self.settings.replicas)]
             self._pool = ActorPool(made)
             self._with_replicas.append(self)
         return self._pool

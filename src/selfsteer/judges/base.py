@@ -5,9 +5,8 @@ tie. Kinds: the testbed's exact oracle (`oracle`), a chat model (`chat`), a rewa
 and human labels (`people`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from selfsteer.data.records import Query, Verdict
@@ -92,38 +91,6 @@ def by_scores(a: float | None, b: float | None, margin: float = 0.0) -> Verdict:
 def turned(verdict: Verdict) -> Verdict:
     """The verdict on the same two responses, named in the other order."""
     return {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}.get(verdict, verdict)
-
-
-def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judge | None:
-    """The judge that a recipe names; its model is loaded when it is first asked something new.
-
-    Args:
-        settings: None is no judge.
-        folder: where the answers of judges that cost something are kept and found again, by
-            content; None keeps them in memory.
-    """
-    if settings is None:
-        return None
-    if settings.kind == "oracle":
-        from selfsteer.judges.oracle import OracleJudge
-
-        return OracleJudge()
-    if settings.kind == "human":
-        from selfsteer.judges.people import HumanJudge
-
-        return HumanJudge(Path(resolve_path(str(settings.path))))
-    if settings.kind == "chat":
-        from selfsteer.judges.chat import ChatJudge
-
-        return ChatJudge(settings, folder)
-    from selfsteer.judges.reward import RewardJudge
-
-    return RewardJudge(settings, folder)
-
-
-def load_judges(settings: Iterable[JudgeConfig]) -> list[Judge]:
-    """`load_judge` of several, without a folder."""
-    return [judge for s in settings if (judge := load_judge(s)) is not None]
 
 
 def judge_source(settings: JudgeConfig) -> str:

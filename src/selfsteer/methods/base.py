@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
@@ -422,31 +422,6 @@ class Principled(Aligning):
                 "principles.batch_size has no effect: no engine of kind transformers is asked; "
                 "unset it"
             )
-
-
-class WithBaseline(Principled):
-    """A method that PBAA can be run beside, on the same queries and principles."""
-
-    baseline: Literal["pbaa"] | None = Field(
-        None, description="also run PBAA: same queries and principles"
-    )
-
-    @property
-    @override
-    def methods(self) -> tuple[str, ...]:
-        return (self.method, *([self.baseline] if self.baseline else []))
-
-    @override
-    def baseline_rounds(self, plan: Plan) -> None:
-        from selfsteer.methods.pbaa import pbaa_round
-
-        if self.baseline is None:
-            return
-        policy = plan.base
-        for k, asked in enumerate(plan.asked, 1):
-            with plan.at(self.baseline, k, f"baseline/iteration-{k}"):
-                policy = pbaa_round(self, plan, asked, policy)
-            plan.policies[self.baseline].append(policy)
 
 
 def plain_pair(settings: PolicyTraining) -> Objective:

@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, WithBaseline, named
+from selfsteer.methods.base import Plan, named
+from selfsteer.methods.pbaa import WithBaseline
 from selfsteer.methods.sso import active
 from selfsteer.recipe.sections import Filter, OnlineQueries, OnlineTraining
 from selfsteer.run.stage import Artifact

@@ -5,6 +5,7 @@ The baseline that SSO is measured against (SSO v2, §4): SSO without its generat
 
 from typing import Literal
 
+from pydantic import Field
 from typing_extensions import override
 
 from selfsteer.methods.base import Plan, Principled, plain_pair
@@ -30,3 +31,26 @@ class PBAA(Principled):
     @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         return pbaa_round(self, plan, self.ask(plan, policy), policy)
+
+
+class WithBaseline(Principled):
+    """A method that PBAA can be run beside, on the same queries and principles."""
+
+    baseline: Literal["pbaa"] | None = Field(
+        None, description="also run PBAA: same queries and principles"
+    )
+
+    @property
+    @override
+    def methods(self) -> tuple[str, ...]:
+        return (self.method, *([self.baseline] if self.baseline else []))
+
+    @override
+    def baseline_rounds(self, plan: Plan) -> None:
+        if self.baseline is None:
+            return
+        policy = plan.base
+        for k, asked in enumerate(plan.asked, 1):
+            with plan.at(self.baseline, k, f"baseline/iteration-{k}"):
+                policy = pbaa_round(self, plan, asked, policy)
+            plan.policies[self.baseline].append(policy)

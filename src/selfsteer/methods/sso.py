@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, WithBaseline, named, plain_pair
+from selfsteer.methods.base import Plan, named, plain_pair
+from selfsteer.methods.pbaa import WithBaseline
 from selfsteer.recipe.sections import Filter, Generator, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.evaluate import Exhibit

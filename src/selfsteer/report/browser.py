@@ -33,7 +33,8 @@ from selfsteer.data.jsonl import batched, dump_line, write_atomic
 from selfsteer.data.records import RESPONSES, Preference, Query, Triple
 from selfsteer.engines.base import Advance, no_news
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError
-from selfsteer.judges.base import Pair, by_scores, load_judge
+from selfsteer.judges.base import Pair, by_scores
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.methods import Aligning
 from selfsteer.report.logprobs import LogProbs

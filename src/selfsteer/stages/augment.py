@@ -32,7 +32,7 @@ from selfsteer.engines.base import (
     SamplingParams,
 )
 from selfsteer.errors import DataError
-from selfsteer.judges.base import load_judges
+from selfsteer.judges.load import load_judges
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult

@@ -27,7 +27,8 @@ from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.evaluation.harness import Unavailable, check_tasks, harness_identity, run_task
 from selfsteer.evaluation.judged_sets import judge_set
 from selfsteer.evaluation.questions import Answered, Question, read_baseline, read_questions
-from selfsteer.judges.base import Judge, load_judge
+from selfsteer.judges.base import Judge
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import mean_interval
 from selfsteer.recipe.sections import Benchmarks, JudgeConfig, JudgedSet, Sampling
 from selfsteer.run.cost import Cost, Scale

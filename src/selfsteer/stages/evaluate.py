@@ -16,7 +16,8 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Dropped, Query
 from selfsteer.engines.answers import answers as ask
 from selfsteer.engines.base import Completion, Request
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.base import Judge, Pair, ScoringJudge
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import known_interval, mean_interval, verdict_counts, worth
 from selfsteer.principles import writer
 from selfsteer.principles.contexts import CONTEXTS, context_messages

@@ -12,7 +12,7 @@ from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import DataError
-from selfsteer.judges.base import load_judge
+from selfsteer.judges.load import load_judge
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import scored

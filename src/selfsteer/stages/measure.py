@@ -11,7 +11,7 @@ from typing_extensions import override
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, at, write_atomic
 from selfsteer.data.records import Triple
-from selfsteer.judges.base import load_judge
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.cost import Cost, Scale, scoring, total

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from selfsteer.data.jsonl import dump_line, dump_lines, write_atomic
 from selfsteer.data.queries import Loaded, load_queries
-from selfsteer.judges.base import load_judges
+from selfsteer.judges.load import load_judges
 from selfsteer.recipe.sections import JudgeConfig, Queries
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, StageResult

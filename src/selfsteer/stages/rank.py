@@ -23,7 +23,8 @@ from selfsteer.data.jsonl import Records, Stored
 from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request
-from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, load_judge, turned
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import accuracy
 from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
 from selfsteer.run.cost import Cost, Scale

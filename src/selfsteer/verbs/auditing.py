@@ -27,7 +27,8 @@ from selfsteer.data.records import Query, Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.base import Judge, Pair, ScoringJudge
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import by_group, known_interval, worths
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import (

@@ -22,9 +22,10 @@ from selfsteer.data.records import Query, Triple
 from selfsteer.engines.base import Engine
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, SelfsteerError
-from selfsteer.judges.base import Judge, load_judge
+from selfsteer.judges.base import Judge
+from selfsteer.judges.load import load_judge
 from selfsteer.methods import Aligning, Principled
-from selfsteer.methods.base import WithBaseline
+from selfsteer.methods.pbaa import WithBaseline
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import LoadedModel, load_chat, load_model
 from selfsteer.recipe.sections import Queries, resolve_path

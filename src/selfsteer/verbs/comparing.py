@@ -14,7 +14,8 @@ import numpy as np
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Query
 from selfsteer.errors import ArtifactError, DataError
-from selfsteer.judges.base import Judge, Pair, ScoringJudge, load_judge
+from selfsteer.judges.base import Judge, Pair, ScoringJudge
+from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import by_group, known_interval, verdict_counts, worth, worths
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.view import Answer, RoundView, RunView

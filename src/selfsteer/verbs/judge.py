@@ -115,7 +115,8 @@ def _judged(
     import numpy as np
 
     from selfsteer.data.records import Query
-    from selfsteer.judges.base import Pair, load_judge
+    from selfsteer.judges.base import Pair
+    from selfsteer.judges.load import load_judge
     from selfsteer.judges.stats import agreement, judge_report
 
     pairs = [Pair(Query(p.id, p.prompt), p.chosen, p.rejected) for p in preferences]
