@@ -1,0 +1,141 @@
+"""Which stages of a plan run, in which order, and what of a folder is left alone."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.run.execute import execute, select, summary_line
+from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage, Where
+
+RAN: list[str] = []
+
+
+@dataclass(frozen=True)
+class Step(Stage):
+    """Writes a file; remembers that it ran."""
+
+    title: str = field(default="step", kw_only=True)
+    source: Artifact | None = None
+    setting: int = 1
+    fails: bool = field(default=False, metadata=COSTS_ONLY)
+
+    makes = ("{name}.txt",)
+
+    def run(self, run: RunFolder) -> StageResult:
+        RAN.append(self.name)
+        if self.fails:
+            raise ArtifactError("it fails")
+        (run / self.outputs[0]).parent.mkdir(exist_ok=True)
+        (run / self.outputs[0]).write_text(str(self.setting))
+        return StageResult(1, 1)
+
+    def check(self) -> Any:
+        yield "odd, but it works"
+
+    def tidy(self, run: RunFolder) -> None:
+        RAN.append(f"tidy {self.name}")
+
+
+@dataclass
+class Plan:
+    """As far as running goes, a recipe: three stages, each reads the one before."""
+
+    folder: Path
+    settings: Mapping[str, int] = field(default_factory=dict)
+    fails: str = ""
+    tracking: tuple[Any, ...] = ()
+
+    def plan(self) -> list[Stage]:
+        found: list[Stage] = []
+        for title, folder in (("first", ""), ("second", "iteration-1"), ("third", "")):
+            found.append(
+                Step(
+                    title=title,
+                    source=Artifact(self.folder, found[-1]) if found else None,
+                    setting=self.settings.get(title, 1),
+                    fails=title == self.fails,
+                    where=Where(folder=folder),
+                )
+            )
+        return found
+
+    def model_dump_json(self, *, indent: int | None = None) -> str:
+        return json.dumps(dict(self.settings), indent=indent)
+
+
+NAMES = ["first", "iteration-1/second", "third"]
+
+
+@pytest.fixture(autouse=True)
+def ran() -> list[str]:
+    RAN.clear()
+    return RAN
+
+
+def test_stages_run_once_in_their_order_and_the_whole_run_is_tidied(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(Plan(tmp_path / "run"), {"name": "x"}) == 3
+    assert ran == [*NAMES, *(f"tidy {n}" for n in NAMES)]
+    assert capsys.readouterr().err.count("odd, but it works") == 1
+    ran.clear()
+    assert execute(Plan(tmp_path / "run"), {"name": "x"}) == 0
+    assert not set(ran) & set(NAMES)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == "name: x\n"
+
+
+@pytest.mark.parametrize("until", ["iteration-1/second", "second"])
+def test_until_ends_after_a_stage_and_tidies_nothing(
+    tmp_path: Path, ran: list[str], until: str
+) -> None:
+    assert execute(Plan(tmp_path / "run"), {}, until=until) == 2
+    assert ran == NAMES[:2]
+    assert execute(Plan(tmp_path / "run"), {}) == 1
+
+
+def test_a_stage_that_is_not_there_is_refused_and_the_others_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no stage 'fourth'; stages are first, second, third"):
+        select(Plan(tmp_path).plan(), "fourth")
+
+
+def test_a_run_that_broke_goes_on_where_it_was(tmp_path: Path, ran: list[str]) -> None:
+    with pytest.raises(ArtifactError, match="it fails"):
+        execute(Plan(tmp_path / "run", fails="third"), {})
+    ran.clear()
+    assert execute(Plan(tmp_path / "run"), {}) == 1
+    assert ran[0] == "third"
+
+
+def test_work_of_another_recipe_is_refused_or_moved_away(tmp_path: Path, ran: list[str]) -> None:
+    run = tmp_path / "run"
+    execute(Plan(run), {})
+    ran.clear()
+    other = Plan(run, {"second": 2})
+    with pytest.raises(ConfigError, match=r"iteration-1/second, third .*--redo"):
+        execute(other, {})
+    assert ran == []
+    assert execute(other, {}, redo=True) == 2
+    assert ran[:2] == NAMES[1:]
+    moved = {p.read_text() for p in (run / "superseded").rglob("*.txt")}
+    assert moved == {"1"}
+    assert (run / "iteration-1/second.txt").read_text() == "2"
+    (kept,) = (run / "superseded").glob("recipe-*/resolved.json")
+    assert kept.read_text() == "{}\n"
+
+
+def test_what_changes_no_result_changes_nothing(tmp_path: Path) -> None:
+    plan = Plan(tmp_path).plan()
+    assert [replace(s, fails=True).fingerprint for s in plan] == [s.fingerprint for s in plan]  # type: ignore[call-arg]
+
+
+def test_a_summary_names_the_commonest_reason_first() -> None:
+    result = StageResult(1400, 1391, Counter(equals_plain=4, unfinished=5))
+    assert summary_line(result) == ("1,400 in, 1,391 out, dropped 9 (5 unfinished, 4 equals_plain)")
+    assert summary_line(StageResult(2, 2)) == "2 in, 2 out"
