@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.ranks import environment_of
-from selfsteer.stages import train as training
+from selfsteer.stages import fit as training
 from tests.e2e.patched import hold_out_four
 from tests.e2e.support import TESTBED, Ended, Here, environment, fails, ledger, process
 
