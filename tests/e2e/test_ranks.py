@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.ranks import environment_of
-from selfsteer.stages import fit as training
+from selfsteer.stages import fit
 from tests.e2e.patched import hold_out_four
 from tests.e2e.support import TESTBED, Ended, Here, environment, fails, ledger, process
 
@@ -110,7 +110,7 @@ def test_sharded_ranks_select_like_one_and_go_on_after_a_death(
     """Started by torchrun, sharded as accelerate's own launcher would have it."""
     stage = "iteration-1/generator"
     one, two = (again(smoke, tmp_path / name, stage) for name in ("one", "two"))
-    monkeypatch.setattr(training, "hold_out", hold_out_four)
+    monkeypatch.setattr(fit, "hold_out", hold_out_four)
     alone = here("run", one, "--until", "generator")
     assert alone.code == 0, alone.err
     words = [*TORCHRUN, PATCHED, "run", two, "--until", "generator", "--json"]
