@@ -95,13 +95,13 @@ class Plan:
 class Recipe(Section):
     """Everything a run needs to know, whatever its method."""
 
-    name: str = Field(..., description="runs_dir/name is the run folder")
-    runs_dir: str = Field("runs", description="where run folders live")
-    seed: int = Field(0, description="of everything", ge=0, lt=2**31)
+    name: str = Field(..., description="name of the run; runs_dir/name is the run folder")
+    runs_dir: str = Field("runs", description="folder that holds run folders")
+    seed: int = Field(0, description="seed of everything", ge=0, lt=2**31)
     policy: Policy
     keep: Keep = Keep()
     tracking: tuple[Tracker, ...] = Field(
-        (), description="trackers beside the run folder: [wandb], [tensorboard]"
+        (), description="trackers to report to as well: [tensorboard], [wandb], [trackio], [mlflow]"
     )
 
     #: The method's name, as users write it.
@@ -140,19 +140,25 @@ class Recipe(Section):
 class Aligning(Recipe):
     """A method that trains a policy in rounds, each from the policy of the one before."""
 
-    iterations: int = Field(1, description="rounds, each from the last policy; v1 runs 3", ge=1)
+    iterations: int = Field(
+        1, description="rounds, each from the policy of the last one; v1 runs 3", ge=1
+    )
     queries: Queries
     sampling: Sampling = Sampling()
     hygiene: Hygiene = Hygiene()
     training: PolicyTraining = PolicyTraining()
-    reward: Reward | None = Field(None, description="null: no reward model of the pairs")
+    reward: Reward | None = Field(None, description="reward model trained on the pairs; null: none")
     judge: JudgeConfig | None = Field(
         None,
-        description="who compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; "
+        description="what compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; "
         "null: no judge",
     )
-    evaluation: Evaluation | None = Field(None, description="null: no evaluation")
-    benchmarks: Benchmarks | None = Field(None, description="null: no benchmarks")
+    evaluation: Evaluation | None = Field(
+        None, description="evaluation on held-out queries; null: none"
+    )
+    benchmarks: Benchmarks | None = Field(
+        None, description="benchmarks of base, baseline and policy; null: none"
+    )
 
     @property
     @override

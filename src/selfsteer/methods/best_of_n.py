@@ -38,9 +38,9 @@ class BestOfN(Plain):
     def faults(self) -> Iterator[str]:
         ranker = self.ranking.judge or self.judge
         if ranker is None:
-            yield "method best-of-n needs someone who ranks: set ranking.judge or judge"
+            yield "method best-of-n needs a judge that ranks: set ranking.judge or judge"
         elif ranker.kind == "human":
-            yield "people cannot rank answers that are sampled now; set ranking.judge"
+            yield "human labels cannot rank answers that are sampled now; set ranking.judge"
         yield from answers_must_differ(self)
         yield from super().faults()
 

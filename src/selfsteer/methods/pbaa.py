@@ -37,7 +37,7 @@ class WithBaseline(Principled):
     """A method that PBAA can be run beside, on the same queries and principles."""
 
     baseline: Literal["pbaa"] | None = Field(
-        None, description="also run PBAA: same queries and principles"
+        None, description="also run PBAA, on the same queries and principles; null: no baseline"
     )
 
     @property

@@ -23,7 +23,7 @@ class SGPO(Plain):
     method: Literal["sgpo"] = "sgpo"
     queries: GrownQueries
     improver: WriterConfig | None = Field(
-        None, description="who rewrites the policy's answers; null: the policy of that iteration"
+        None, description="what rewrites the policy's answers; null: the policy of that iteration"
     )
 
     pair: ClassVar[str] = (

@@ -118,7 +118,8 @@ class Lora(Section):
     alpha: int = _f(32, "scale of the adapters", gt=0)
     targets: str | list[str] = _f("all-linear", "module names, or all-linear")
     bits: Literal[4, 8] | None = _f(
-        None, "QLoRA: weights under the adapters in so many bits (arXiv 2305.14314); null: whole"
+        None,
+        "QLoRA: bits of the weights under the adapters (arXiv 2305.14314); null: full",
     )
 
 
@@ -128,10 +129,10 @@ class Loading(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = _f(
         "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
     )
-    device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
-    layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto proves it first")
+    device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES picks the GPU")
+    layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto tests it first")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
-    allow_pickle: bool = _f(False, "load weights that are not safetensors")
+    allow_pickle: bool = _f(False, "load weights that are not in safetensors format")
     threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0, costs_only=True)
 
     @property
@@ -144,7 +145,7 @@ class Policy(Loading):
     """The model to align."""
 
     model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
-    lora: Lora | None = _f(None, "train adapters instead of all weights; saved merged, and beside")
+    lora: Lora | None = _f(None, "train adapters; saved merged and on their own")
 
 
 class ReplicaResources(Section):
@@ -172,23 +173,21 @@ class EngineSettings(Section):
         "transformers",
         "transformers, vllm: in process; openai: a server, yours or hosted; ray: a cluster",
     )
-    model: str | None = _f(None, "openai without launch: what the server calls its model")
-    base_url: str | None = _f(None, "address of a server that runs, up to /v1", kind="openai")
+    model: str | None = _f(None, "openai without launch: the server's name for its model")
+    base_url: str | None = _f(None, "address of a running server, up to /v1", kind="openai")
     launch: str | None = _f(
-        None, "command that serves a model, with {model} and {port}; started per model",
+        None, "command that serves a model, with {model} and {port}; started for each model",
         kind="openai",
     )  # fmt: skip
     launch_timeout: float = _f(
         900, "seconds until a launched server must answer", kind="openai", costs_only=True, gt=0
     )
     api_key_env: str = _f(
-        "OPENAI_API_KEY", "environment variable with the key; unset: no key",
+        "OPENAI_API_KEY", "environment variable with the key; if unset, no key is sent",
         kind="openai", costs_only=True,
     )  # fmt: skip
     concurrency: int = _f(32, "requests under way at once", kind="openai", costs_only=True, gt=0)
-    retries: int = _f(
-        6, "tries of a request after the first one", kind="openai", costs_only=True, ge=0
-    )
+    retries: int = _f(6, "retries of a failed request", kind="openai", costs_only=True, ge=0)
     backoff: float = _f(
         0.5,
         "seconds before the first retry, doubled up to 60",
@@ -200,19 +199,23 @@ class EngineSettings(Section):
         600, "seconds until a request counts as lost", kind="openai", costs_only=True, gt=0
     )
     max_requests: int | None = _f(
-        None, "requests of a run at most; null: any", kind="openai", costs_only=True, gt=0
+        None, "most requests of a run; null: no limit", kind="openai", costs_only=True, gt=0
     )
     max_tokens_total: int | None = _f(
-        None, "tokens of a run at most, in and out; null: any", kind="openai", costs_only=True, gt=0
+        None,
+        "most tokens of a run, in and out; null: no limit",
+        kind="openai",
+        costs_only=True,
+        gt=0,
     )
     extra_body: dict[str, Any] = _f({}, "more fields of each request, such as top_k", kind="openai")
     memory: float = _f(
-        0.9, "share of each GPU's memory, of the machine's on a CPU",
+        0.9, "share of each GPU's memory (on a CPU: of the machine's)",
         kind="vllm", costs_only=True, gt=0, le=1,
     )  # fmt: skip
     tensor_parallel: int = _f(1, "GPUs that hold one model together", kind="vllm", gt=0)
     max_model_len: int | None = _f(
-        None, "longest prompt + answer, tokens; null: the model's context", kind="vllm", gt=0
+        None, "longest prompt and answer, tokens; null: the model's context", kind="vllm", gt=0
     )
     engine_args: dict[str, Any] = _f(
         {}, "more arguments of vllm.LLM, such as max_num_seqs or quantization", kind="vllm"
@@ -279,20 +282,20 @@ class EngineSettings(Section):
 
 
 class EngineConfig(EngineSettings):
-    """Who answers: transformers or vllm (in process), a server, or replicas on a Ray cluster."""
+    """What answers: transformers or vllm (in process), a server, or replicas on a Ray cluster."""
 
     replicas: int = _f(
         1, "copies of the model that answer side by side", kind="ray", costs_only=True, gt=0
     )
     resources: ReplicaResources = _f(
-        ReplicaResources(), "what each replica takes of a node", kind="ray", costs_only=True
+        ReplicaResources(), "what Ray reserves for each replica", kind="ray", costs_only=True
     )
     address: str | None = _f(
         None, "null starts a cluster on this machine; auto or ray://HOST:PORT joins one",
         kind="ray", costs_only=True,
     )  # fmt: skip
     replica: EngineSettings | None = _f(
-        None, "the engine that each replica holds; null: transformers", kind="ray"
+        None, "the engine of each replica; null: transformers", kind="ray"
     )
 
     @property
@@ -329,7 +332,7 @@ class EngineConfig(EngineSettings):
 
 
 class WriterConfig(EngineConfig):
-    """Who writes principles, or rewrites answers: folder, hub id, or engine with its model."""
+    """What writes principles or rewrites answers: folder, hub id, or engine with its model."""
 
     short: ClassVar[str | None] = "model"
 
@@ -348,13 +351,13 @@ SCRIPTS = (
 class Augment(Section):
     """Grows the query set with the policy itself before principles are written."""
 
-    to: int = _f(..., "queries wanted, the given ones included", gt=0)
-    depth: float = _f(0.4, "share made of one query, harder or more specific", ge=0, le=1)
-    breadth: float = _f(0.3, "share made of one query, same kind on another subject", ge=0, le=1)
-    instruct: float = _f(0.3, "share asked for beside three shown queries", ge=0, le=1)
-    temperature: float = _f(1.0, "ours: new queries live on variety", ge=0)
+    to: int = _f(..., "number of queries wanted, including the given ones", gt=0)
+    depth: float = _f(0.4, "share made from one query, harder or more specific", ge=0, le=1)
+    breadth: float = _f(0.3, "share made from one query, same kind, other subject", ge=0, le=1)
+    instruct: float = _f(0.3, "share asked for after showing three queries", ge=0, le=1)
+    temperature: float = _f(1.0, "ours: new queries need variety", ge=0)
     top_p: float = _f(0.95, "ours, as temperature", gt=0, le=1)
-    max_new_tokens: int = _f(256, "budget of a new query, tokens", gt=0)
+    max_new_tokens: int = _f(256, "tokens of a new query", gt=0)
     attempts: int = _f(10, "rounds; each asks for what is still missing", gt=0)
 
     @override
@@ -368,16 +371,20 @@ class Queries(Section):
     """Where the prompts come from, and which of them are asked."""
 
     path: str = _f(..., "JSONL, JSON, CSV or Parquet: file, folder, datasets name or package:")
-    split: str = _f("train", "which split, where the path is a datasets name")
-    limit: int | None = _f(None, "use only the first so many", gt=0)
+    split: str = _f("train", "split to read, if the path is a datasets name")
+    limit: int | None = _f(None, "use only the first N queries", gt=0)
     min_chars: int | None = _f(None, "fewest characters of the user turns", gt=0)
     max_chars: int | None = _f(None, "most characters of the user turns", gt=0)
-    scripts: tuple[str, ...] | None = _f(None, "scripts of half the letters: [Latin]", min_length=1)
+    scripts: tuple[str, ...] | None = _f(
+        None, "scripts of half of the letters: [Latin]", min_length=1
+    )
     near_duplicates: float | None = _f(
-        None, "drop later queries with this Jaccard similarity of word 3-grams", ge=0.05, le=1
+        None, "drop later queries whose word 3-grams have this Jaccard similarity", ge=0.05, le=1
     )
     against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
-    ngram: int = _f(8, "words shared with one of them that make a query contaminated", gt=0)
+    ngram: int = _f(
+        8, "words in a row shared with one of them that make a query contaminated", gt=0
+    )
 
     @override
     def faults(self) -> Iterator[str]:
@@ -396,16 +403,16 @@ class Queries(Section):
 
 
 class GrownQueries(Queries):
-    """Queries that the policy may add to before anything else."""
+    """Where the prompts come from; the policy may add to them."""
 
-    augment: Augment | None = _f(None, "grow the set with the policy; null: take it as it is")
+    augment: Augment | None = _f(None, "grow the set with the policy; null: use it as it is")
 
     def _grows(self) -> bool:
         return self.augment is not None
 
 
 class OnlineQueries(GrownQueries):
-    """Queries of which every iteration takes a slice of its own (SSO v1)."""
+    """Where the prompts come from; each iteration takes a slice of its own (SSO v1)."""
 
     per_iteration: int | None = _f(None, "new queries per iteration; null: an equal share", gt=0)
 
@@ -420,33 +427,33 @@ class PrinciplesConfig(Section):
     catalogue: str | None = _f(None, "YAML file of your own features; null: the built-in one")
     features: Literal["model", "random", "none"] = _f(
         "model",
-        "who chooses a query's features, missing ones are filled at random; none: no adjectives",
+        "who names a query's features; missing ones are drawn at random; none: no adjectives",
     )
-    features_per_query: int = _f(2, "SSO v2, §4", ge=1)
+    features_per_query: int = _f(2, "features of each query (SSO v2, §4)", ge=1)
     concision: float = _f(
-        0.2, "probability that Concision is appended (SSO v2); unset: the catalogue's", ge=0, le=1
+        0.2, "probability that Concision is appended (SSO v2); null: the catalogue's", ge=0, le=1
     )
     append: dict[str, Annotated[float, Field(ge=0, le=1)]] = _f(
-        {}, "feature: its own probability to be appended; such features are not chosen"
+        {}, "feature: its probability of being appended; such features are not named or drawn"
     )
     writer: WriterConfig | None = _f(
         None, "model that writes principles, or an engine with its model; null: the policy"
     )
     written_from: Literal["features", "query"] = _f(
-        "features", "what the writer sees beside the query: its features (v1), or nothing (v2)"
+        "features", "what the writer sees: query and its features (v1), or the query alone (v2)"
     )
     examples: int = _f(0, "worked examples shown to the writer", ge=0, le=3)
-    candidates: int = _f(1, "answers asked of the writer per query; the best is taken", ge=1)
+    candidates: int = _f(1, "answers of the writer per query; the best is used", ge=1)
     good: str | None = _f(None, "mode fixed: the whole good principle, the same for every query")
     bad: str | None = _f(None, "mode fixed: the whole bad principle")
     path: str | None = _f(
         None,
-        "mode fixed: JSONL of principles by query id; good and bad stand in for missing ids",
+        "mode fixed: JSONL of principles by query id; missing ids get good and bad",
         content="file",
     )
-    max_new_tokens: int = _f(256, "budget of a written answer", gt=0)
-    temperature: float = _f(0.7, "of the writer", ge=0)
-    top_p: float = _f(0.8, "of the writer", gt=0, le=1)
+    max_new_tokens: int = _f(256, "tokens of a written answer", gt=0)
+    temperature: float = _f(0.7, "temperature of the writer", ge=0)
+    top_p: float = _f(0.8, "nucleus mass of the writer", gt=0, le=1)
     batch_size: int = _f(32, "conversations decoded together", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
 
@@ -483,28 +490,30 @@ class PrinciplesConfig(Section):
 class Sampling(Section):
     """How responses are sampled (SSO v2, §4: temperature 0.7, top-p 0.8, 2048 new tokens)."""
 
-    engine: EngineConfig = _f(EngineConfig(), "who answers: transformers, or a section")
-    temperature: float = _f(0.7, "0 means greedy", ge=0)
+    engine: EngineConfig = _f(EngineConfig(), "what answers: transformers, vllm, or a section")
+    temperature: float = _f(0.7, "temperature; 0 is greedy", ge=0)
     top_p: float = _f(0.8, "nucleus mass", gt=0, le=1)
-    max_new_tokens: int = _f(2048, "response budget, tokens", gt=0)
+    max_new_tokens: int = _f(2048, "tokens of a response", gt=0)
     batch_size: int = _f(32, "conversations decoded together", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
-    keep_unfinished: bool = _f(False, "keep responses cut off by the budget")
+    keep_unfinished: bool = _f(False, "keep responses that were cut off by the budget")
 
 
 class Hygiene(Section):
     """Pairs that teach nothing, or the wrong thing, are dropped and counted."""
 
     min_chars: int = _f(1, "shortest response kept; 20 in the authors' release", ge=0)
-    strip_lead_ins: bool = _f(True, "cut 'Helpful response:' and the like off the front")
+    strip_lead_ins: bool = _f(True, "cut lead-ins such as 'Helpful response:'")
     max_length_ratio: float | None = _f(
-        None, "longer response / shorter response of a pair at most, in tokens; null: any", ge=1
+        None,
+        "longer / shorter response of a pair at most, in tokens; null: no limit",
+        ge=1,
     )
     max_length_difference: int | None = _f(
-        None, "tokens that the two responses of a pair may differ by; null: any", ge=0
+        None, "most tokens by which the two responses of a pair differ; null: no limit", ge=0
     )
     match_lengths: bool = _f(
-        False, "keep as many pairs whose chosen response is the longer as the shorter one"
+        False, "keep equally many pairs with a longer and with a shorter chosen response"
     )
 
     @property
@@ -518,7 +527,7 @@ class PrincipledHygiene(Hygiene):
 
     export_unsafe: bool = _f(
         True,
-        "export pairs whose principles name Safety: their rejected text is meant to harm",
+        "export pairs whose principles name Safety; their rejected text was written to harm",
         costs_only=True,
     )
 
@@ -526,9 +535,9 @@ class PrincipledHygiene(Hygiene):
 class Bound(Section):
     """What a figure must reach: mean, off, {quantile: 0.5} or {at_least: -1.2}."""
 
-    rule: Literal["mean", "off"] | None = _f(None, "mean: of what is left so far; off: no bound")
-    quantile: float | None = _f(None, "of what is left so far; 0 keeps all", ge=0, lt=1)
-    at_least: float | None = _f(None, "nats per token")
+    rule: Literal["mean", "off"] | None = _f(None, "mean: over what is left so far; off: no bound")
+    quantile: float | None = _f(None, "over what is left so far; 0 keeps all", ge=0, lt=1)
+    at_least: float | None = _f(None, "least value, nats per token")
 
     short: ClassVar[str | None] = "rule"
 
@@ -548,12 +557,13 @@ class Filter(Section):
 
     enabled: bool = _f(True, "whether triples are filtered at all")
     steering_order: bool = _f(
-        True, "each response likelier the closer the context is to its own (SSO v1's release)"
+        True,
+        "each response likelier the closer the context is to its own (SSO v1's release)",
     )
     near_on_policy: Bound = _f(
-        Bound(rule="mean"), "for m(y+|x) and m(y-|x), nats per token (SSO v1's release)"
+        Bound(rule="mean"), "bound on m(y+|x) and m(y-|x), nats per token (SSO v1's release)"
     )
-    gap: Bound = _f(Bound(rule="mean"), "for both steering gaps, nats (SSO v1's release)")
+    gap: Bound = _f(Bound(rule="mean"), "bound on both steering gaps, nats (SSO v1's release)")
 
     short: ClassVar[str | None] = "enabled"
 
@@ -574,18 +584,18 @@ _JUDGE_KEYS: dict[str, set[str]] = {
 
 
 class JudgeConfig(Section):
-    """Who compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
+    """What compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
 
     kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
     model: str | None = _f(
         None, "chat, reward: a folder, a hub id, or package:MODULE/PATH", content="model"
     )
-    engine: EngineConfig = _f(EngineConfig(), "chat: who answers, as in sampling.engine")
+    engine: EngineConfig = _f(EngineConfig(), "chat: what answers, as in sampling.engine")
     path: str | None = _f(None, "human: JSONL of labels, see docs/judges.md", content="file")
     temperature: float = _f(0.0, "chat: 0 is greedy, as in MT-Bench (arXiv 2306.05685)", ge=0)
-    max_new_tokens: int = _f(512, "chat: budget of reasons and verdict", gt=0)
-    tie_margin: float = _f(0.0, "reward: scores that differ by no more are a tie", ge=0)
-    batch_size: int = _f(32, "chat, reward: sequences together", gt=0)
+    max_new_tokens: int = _f(512, "chat: tokens of reasons and verdict", gt=0)
+    tie_margin: float = _f(0.0, "reward: scores that differ by no more than this tie", ge=0)
+    batch_size: int = _f(32, "chat, reward: sequences per batch", gt=0)
     dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
     device: Device = _f("auto", "as policy.device")
     trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
@@ -637,14 +647,14 @@ class JudgeConfig(Section):
 class Schedule(Section):
     """What all trainings have in common: steps, optimiser, memory."""
 
-    learning_rate: float = _f(5e-7, "peak; SSO v2, §4", gt=0)
+    learning_rate: float = _f(5e-7, "peak learning rate (SSO v2, §4)", gt=0)
     batch_size: int = _f(..., "queries per optimiser step, over all ranks", gt=0)
     epochs: float = _f(1, "passes over the data", gt=0)
-    warmup: float = _f(0.1, "share of the steps, then cosine (SSO v2)", ge=0, lt=1)
+    warmup: float = _f(0.1, "share of the steps; cosine decay follows (SSO v2)", ge=0, lt=1)
     weight_decay: float = _f(0.1, "AdamW (SSO v2)", ge=0)
     adam_beta2: float = _f(0.95, "AdamW (SSO v2)", gt=0, lt=1)
     max_grad_norm: float = _f(1.0, "gradient clipping", gt=0)
-    max_length: int = _f(2048, "longest prompt + response, tokens (SSO v2)", gt=0)
+    max_length: int = _f(2048, "longest prompt and response, tokens (SSO v2)", gt=0)
     gradient_checkpointing: bool = _f(
         False, "recompute activations to save memory", costs_only=True
     )
@@ -655,17 +665,17 @@ class Optimisation(Schedule):
     """What training the generator and training the policy have in common."""
 
     base: BaseName = _f("sigmoid", "sigmoid (DPO), ipo, hinge, simpo or orpo")
-    beta: float = _f(0.1, "β of the base loss; 0.1 (v2), 0.2 with IPO (v1)", gt=0)
+    beta: float = _f(0.1, "β of the base loss: 0.1 (v2), 0.2 with IPO (v1)", gt=0)
     label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
     row_tokens: int = _f(
         16_384,
-        "tokens of one forward and rank; a full GPU halves it and says so",
+        "tokens of one forward pass per rank; halved, with a message, if a GPU runs out of memory",
         gt=0,
         costs_only=True,
     )
     reference: Literal["iteration", "first"] = _f(
-        "iteration", "frozen reference: this iteration's start, or the very first policy"
+        "iteration", "frozen reference: the iteration's start, or the very first policy"
     )
 
     def _unused(self, objective: str) -> Iterator[str]:
@@ -684,13 +694,17 @@ class Optimisation(Schedule):
 class Selection(Section):
     """Which step of a training is kept, by its answers to held-out queries (docs/selection.md)."""
 
-    points: int = _f(4, "candidates, evenly over the steps; 0: the last step, unmeasured", ge=0)
-    queries: int = _f(128, "held out of the training data, never more than a tenth of it", ge=16)
-    max_kl: float = _f(0.2, "KL from the start, nats per token (docs/selection.md)", gt=0)
-    max_length_ratio: float = _f(2.0, "answers longer, or shorter, by this factor", gt=1)
-    max_repeated: float = _f(0.1, "share of repeated 4-grams, above the start's", gt=0)
-    max_unfinished: float = _f(0.1, "share of answers cut off, above the start's", gt=0)
-    stop: float = _f(2.0, "training ends at a candidate so many times over a bound", ge=1)
+    points: int = _f(4, "candidate steps, evenly spaced; 0: keep the last step, unmeasured", ge=0)
+    queries: int = _f(128, "queries held out of the training data, at most a tenth of it", ge=16)
+    max_kl: float = _f(0.2, "largest KL from the start, nats per token (docs/selection.md)", gt=0)
+    max_length_ratio: float = _f(2.0, "factor by which answers may lengthen or shorten", gt=1)
+    max_repeated: float = _f(
+        0.1, "share of repeated 4-grams, at most this much above the start's", gt=0
+    )
+    max_unfinished: float = _f(
+        0.1, "share of answers cut off, at most this much above the start's", gt=0
+    )
+    stop: float = _f(2.0, "training ends at a candidate this many times over a bound", ge=1)
 
     @override
     def faults(self) -> Iterator[str]:
@@ -706,7 +720,7 @@ class Generator(Optimisation):
     objective: GeneratorObjective = _f("sso", "sso, or an ablation of it")
     gamma: float = _f(0.1, "γ, weight of the NLL", ge=0)
     batch_size: int = _f(32, "triples per optimiser step (SSO v2)", gt=0)
-    per_half: bool = _f(False, "two generators, one per half of the loss (SSO v2, §8)")
+    per_half: bool = _f(False, "train two generators, one per half of the loss (SSO v2, §8)")
     selection: Selection = Selection()
 
     @override
@@ -727,7 +741,7 @@ class Training(PolicyTraining):
     """The policy stage: one plain pair per query."""
 
     weighting: Weighting | None = _f(
-        None, "wpo: pairs weigh by how likely the policy finds them (arXiv 2406.11827)"
+        None, "wpo: weight pairs by how likely the policy finds them (arXiv 2406.11827)"
     )
 
     @override
@@ -740,8 +754,8 @@ class OnlineTraining(PolicyTraining):
 
     alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
     steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
-    use_weight: bool = _f(True, "v1's W; false: W = 1")
-    use_steer: bool = _f(True, "v1's steering terms; false: 2 sequences per query")
+    use_weight: bool = _f(True, "use v1's W; false: W = 1")
+    use_steer: bool = _f(True, "use v1's steering terms; false: 2 sequences per query")
     detach_weight: bool = _f(False, "stop the gradient through W")
 
     @override
@@ -752,8 +766,8 @@ class OnlineTraining(PolicyTraining):
 class RewardData(Section):
     """One preference set of a reward model's mixture; its path alone will do."""
 
-    path: str = _f(..., "what selfsteer import reads, or a run folder: its last preferences")
-    name: str | None = _f(None, "in tables; null: the path's last part")
+    path: str = _f(..., "anything that selfsteer import reads, or a run folder")
+    name: str | None = _f(None, "name in tables; null: the path's last part")
     weight: float = _f(1.0, "passes per epoch: 0.5 takes a seeded half, 2 each pair twice", gt=0)
 
     short: ClassVar[str | None] = "path"
@@ -767,16 +781,18 @@ class RewardData(Section):
 class Reward(Schedule):
     """A Bradley-Terry reward model, on the run's preferences, other sets, or both."""
 
-    model: str | None = _f(None, "what it starts from: a folder or a hub id; null: policy.model")
-    data: tuple[RewardData, ...] = _f((), "preference sets beside the run's own")
-    own_weight: float = _f(1.0, "of the run's own preferences, as data.weight", gt=0)
+    model: str | None = _f(None, "model to start from: a folder or a hub id; null: policy.model")
+    data: tuple[RewardData, ...] = _f((), "preference sets besides the run's own")
+    own_weight: float = _f(1.0, "weight of the run's own preferences, as data.weight", gt=0)
     margin: str | None = _f(
-        None, "key of a record's margin, taken off its score difference (Llama 2, eq. 2)"
+        None, "key of a record's margin, subtracted from its score difference (Llama 2, eq. 2)"
     )
-    holdout: float = _f(0.1, "share of the queries kept out and measured on", ge=0, lt=1)
-    learning_rate: float = _f(2e-6, "peak; RLHFlow's Llama3-8B reward models, SSO has none", gt=0)
+    holdout: float = _f(0.1, "share of the queries to hold out and measure on", ge=0, lt=1)
+    learning_rate: float = _f(
+        2e-6, "peak; that of RLHFlow's Llama3-8B reward models, SSO gives none", gt=0
+    )
     batch_size: int = _f(256, "pairs per optimiser step (SSO v2's policy stage)", gt=0)
-    forward_pairs: int = _f(8, "pairs per forward; divides batch_size", gt=0)
+    forward_pairs: int = _f(8, "pairs per forward pass; divides batch_size", gt=0)
     center: float = _f(0.0, "pulls scores to mean 0; 0.01 is usual (arXiv 2312.09244, eq. 2)", ge=0)
 
     @model_validator(mode="before")
@@ -800,26 +816,26 @@ class Reward(Schedule):
 
 
 class Ranking(Section):
-    """Plain answers, the best against the worst."""
+    """How many plain answers compete; the best against the worst."""
 
-    samples: int = _f(4, "answers per query; self-rewarding: 4 (arXiv 2401.10020, §3.1)", ge=2)
+    samples: int = _f(4, "answers per query; 4 in self-rewarding (arXiv 2401.10020, §3.1)", ge=2)
 
 
 class JudgedRanking(Ranking):
-    """Plain answers that a judge ranks."""
+    """How plain answers are ranked; the best against the worst."""
 
-    judge: JudgeConfig | None = _f(None, "who ranks them; null: the recipe's judge")
+    judge: JudgeConfig | None = _f(None, "judge that ranks them; null: the recipe's judge")
 
     @override
     def faults(self) -> Iterator[str]:
         if self.judge is not None and self.judge.kind == "human":
-            yield "people have not seen answers that are sampled now: no judge human"
+            yield "human labels cannot rank answers that are sampled now"
 
 
 class Evaluation(Section):
     """Base, baseline and aligned policy answer held-out queries; the judge compares."""
 
-    queries: Queries = _f(..., "held-out prompts, never used above")
+    queries: Queries = _f(..., "held-out prompts, used for nothing else")
     temperature: float | None = _f(None, "null: as in sampling", ge=0)
     bootstrap: int = _f(2000, "resamples for the 95 % intervals", ge=100)
 
@@ -827,7 +843,7 @@ class Evaluation(Section):
 class HarnessTask(Section):
     """A task of lm-evaluation-harness or of a task folder: its name, or a section."""
 
-    name: str = _f(..., "as the harness calls it: a task or a group of tasks")
+    name: str = _f(..., "the harness's name of a task or a group of tasks")
     metric: str | None = _f(
         None, "METRIC or METRIC,FILTER for the table; null: the first that the harness reports"
     )
@@ -843,14 +859,14 @@ class JudgedSet(Section):
         ..., "alpaca-eval, arena-hard: against a baseline; mt-bench: each answer rated 1 to 10"
     )
     questions: str = _f(
-        ..., "JSONL: id, and prompt, messages, instruction or turns", content="file"
+        ..., "file of questions: id, and prompt, messages, instruction or turns", content="file"
     )
     baseline: str | None = _f(
         None,
-        "JSONL of answers to beat, by id or equal question; null: the first model's own",
+        "file of answers to beat, by id or equal question; null: the first model's answers",
         content="file",
     )
-    label: str | None = _f(None, "its column's name; null: the questions' file name")
+    label: str | None = _f(None, "name of its column; null: the questions' file name")
 
     @model_validator(mode="before")
     @classmethod
@@ -876,15 +892,15 @@ class JudgedSet(Section):
 class Benchmarks(Section):
     """Public or own benchmarks of base, baseline and aligned policy (docs/benchmarks.md)."""
 
-    tasks: tuple[HarnessTask, ...] = _f((), "of lm-evaluation-harness: [ifeval, gsm8k, mmlu]")
-    task_folders: tuple[str, ...] = _f((), "folders with tasks of your own, in its YAML")
-    chat_template: bool = _f(True, "tasks are asked through the model's chat template")
-    batch_size: int = _f(16, "tasks: requests computed together", gt=0, costs_only=True)
+    tasks: tuple[HarnessTask, ...] = _f((), "tasks of lm-evaluation-harness: [ifeval, gsm8k, mmlu]")
+    task_folders: tuple[str, ...] = _f((), "folders with tasks of your own, in the harness's YAML")
+    chat_template: bool = _f(True, "ask tasks through the model's chat template")
+    batch_size: int = _f(16, "tasks: requests per batch", gt=0, costs_only=True)
     judged: tuple[JudgedSet, ...] = _f((), "question sets whose answers are judged")
-    judge: JudgeConfig | None = _f(None, "of the judged sets; null: the recipe's")
+    judge: JudgeConfig | None = _f(None, "judge of the judged sets; null: the recipe's")
     temperature: float = _f(0.0, "of answers to judged sets; greedy as in Arena-Hard", ge=0)
-    max_new_tokens: int | None = _f(None, "of those answers; null: as in sampling", gt=0)
-    limit: int | None = _f(None, "only the first questions of each task and set; null: all", gt=0)
+    max_new_tokens: int | None = _f(None, "tokens of those answers; null: as in sampling", gt=0)
+    limit: int | None = _f(None, "only the first N questions of each task and set; null: all", gt=0)
 
     @override
     def faults(self) -> Iterator[str]:
@@ -924,7 +940,7 @@ class Keep(Section):
 
 
 class BenchmarkConfig(Section):
-    """`selfsteer benchmark`: what of a recipe bears on benchmarks of given models."""
+    """`selfsteer benchmark`: the settings of a recipe that benchmarks of given models need."""
 
     seed: int = 0
     policy: Policy
@@ -937,16 +953,16 @@ class TrainConfig(Optimisation, Loading):
     """`selfsteer train`: one objective on stored triples, offline."""
 
     objective: ObjectiveName = _f("sso", "any named objective")
-    batch_size: int = _f(8, "most queries per forward and rank", gt=0)
+    batch_size: int = _f(8, "most queries per forward pass and rank", gt=0)
     accumulate: int = _f(1, "optimiser step = batch_size × accumulate × ranks", gt=0)
     gamma: float = _f(0.1, "γ, weight of the NLL in the sso objectives", ge=0)
     alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
-    steer: float = _f(0.1, "v1's β_G", ge=0)
-    use_weight: bool = _f(True, "v1's W")
-    use_steer: bool = _f(True, "v1's steering terms")
+    steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
+    use_weight: bool = _f(True, "use v1's W")
+    use_steer: bool = _f(True, "use v1's steering terms")
     detach_weight: bool = _f(False, "stop the gradient through W")
     weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
-    seed: int = _f(0, "order of the data", ge=0)
+    seed: int = _f(0, "seed of the order of the data", ge=0)
     lora: Lora | None = _f(None, "as policy.lora")
     output: str = _f(..., "folder for the trained model", costs_only=True)
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")

@@ -22,7 +22,7 @@ class Writing(Section):
     """Settings of ``selfsteer principles write``."""
 
     folder: Path
-    seed: int = Field(0, description="of everything", ge=0, lt=2**31)
+    seed: int = Field(0, description="seed of everything", ge=0, lt=2**31)
     policy: Policy
     queries: Queries
     principles: PrinciplesConfig = PrinciplesConfig()
