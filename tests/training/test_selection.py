@@ -13,11 +13,10 @@ from torch import Tensor
 from selfsteer.data.records import Query, Triple, Verdict
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import ConfigError
-from selfsteer.judges.base import Judgement, Pair
+from selfsteer.judges.base import Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
-from selfsteer.methods import load_recipe, recipe_of
-from selfsteer.methods.sso import SSO
+from selfsteer.methods import load_recipe
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import score_records
 from selfsteer.objectives import Objective
@@ -35,6 +34,8 @@ from selfsteer.training.select import (
     hold_out,
 )
 from selfsteer.training.trainer import RowBudget
+from tests.fakes import FakeJudge
+from tests.make import recipe
 from tests.training.test_trainer import make_examples, make_triple, run, settings, weights
 
 BOUNDS = Selection()
@@ -178,32 +179,15 @@ def test_one_set_of_weights_on_disk_is_enough() -> None:
     assert moved > 300
 
 
-class Scripted:
-    """A judge that is a function of query and responses."""
-
-    name = "scripted"
-
-    def __init__(self, verdict: Callable[[Pair], Verdict]) -> None:
-        self.verdict = verdict
-
-    def check(self, queries: Sequence[Query]) -> None: ...
-
-    def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        return [Judgement(self.verdict(p)) for p in pairs]
-
-
 # -- the recipe -----------------------------------------------------------------------------------
 
 
 def test_bounds_without_points_are_refused() -> None:
-    values = {"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}
-    off = recipe_of({**values, "training": {"selection": {"points": 0}}}, "recipe")
-    assert isinstance(off, SSO)
+    off = recipe(training={"selection": {"points": 0}})
     assert off.training.selection.points == 0
     assert off.generator.selection.points == 4
-    bad = {**values, "training": {"selection": {"points": 0, "max_kl": 2}}}
     with pytest.raises(ConfigError, match="max_kl has no effect with points 0"):
-        recipe_of(bad, "recipe")
+        recipe(training={"selection": {"points": 0, "max_kl": 2}})
 
 
 def test_what_decides_is_in_the_fingerprint() -> None:
@@ -419,7 +403,7 @@ def test_the_weights_of_the_chosen_step_are_written(
             loaded,
             [make_triple(i) for i in range(100, 108)],
             load_start=lambda: load("llama"),
-            judge=Scripted(likes_the_second),
+            judge=FakeJudge(likes_the_second),
             settings=Selection(max_kl=1e9),
         )
         run(
@@ -544,7 +528,7 @@ def test_rows_of_one_and_of_eight_choose_alike(
     load: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
     more: dict[str, Any] = {
-        "judge": Scripted(prefers_high_letters),
+        "judge": FakeJudge(prefers_high_letters),
         "settings": Selection(max_kl=1e9),
     }
     found = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfsteer.data.records import Message, Principles, Triple, Verdict
+from selfsteer.data.records import Principles, Triple, Verdict
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.run.folder import RunFolder
@@ -14,8 +14,8 @@ from selfsteer.terminal import duration, interval
 from selfsteer.verbs.check import conclusion
 from selfsteer.verbs.checks import Checks
 from selfsteer.verbs.rehearsal import Line
+from tests import make
 
-QUERY = (Message("user", "Name a river."),)
 SEQUENCES = (
     "good/good",
     "bad/good",
@@ -27,8 +27,7 @@ SEQUENCES = (
 
 
 def triple(i: int, *features: str) -> Triple:
-    principles = Principles(f"Be fine {i}.", f"Be foul {i}.", features)
-    return Triple(f"q{i}", QUERY, principles, {"good": "The Seine.", "bad": "Go away."})
+    return make.triple(f"q{i}", *features, good="The Seine.", bad="Go away.")
 
 
 def means(**columns: Sequence[float]) -> dict[str, np.ndarray]:
