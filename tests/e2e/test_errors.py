@@ -38,7 +38,7 @@ def test_unknown_keys_name_the_nearest(here: Here) -> None:
 
 
 def test_settings_without_effect_are_refused(here: Here) -> None:
-    fails(here("run", "smoke", "training.steer=0.5"), 2, "training.steer", "pbaa")
+    fails(here("run", "smoke", "training.steer=0.5"), 2, "training.steer", "sso-online")
     fails(here("run", "smoke", "training.simpo_margin=0.1"), 2, "simpo_margin", "sigmoid")
     fails(here("run", "smoke", "method=sso-online"), 2, "generator")
     fails(here("run", "smoke", "method=pbaa"), 2, "baseline")
@@ -103,7 +103,7 @@ def test_a_model_without_a_chat_template(
         ("", "holds no query"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ('{"prompt": "a"}\n[1]\n', "line 2 is not a JSON object"),
-        ('{"question": "a"}\n', "line 1: no known shape of query, found the columns question"),
+        ('{"question": "a"}\n', "line 1: no known shape of record, its keys are question"),
         ('{"messages": [{"role": "assistant", "content": "b"}]}\n', "must end in a user turn"),
         ('{"id": "1", "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "line 2: the id '1'"),
     ],
