@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.sections import Section
+from selfsteer.recipe.sections import Section, did_you_mean, twice
 
 
 def recipe_names() -> list[str]:
@@ -32,12 +32,11 @@ def recipe_text(name_or_path: str) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(
             f"There is no recipe {name_or_path!r}: it is not a shipped one "
-            f"({', '.join(recipe_names())}) and as a file: {reason}.{hint}"
+            f"({', '.join(recipe_names())}) and as a file: {reason}."
+            f"{did_you_mean(name_or_path, recipe_names())}"
         ) from None
 
 
@@ -52,10 +51,9 @@ class UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """As YAML does, but a key that stands twice is an error."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
-        if twice is not None:
+        if (key := twice(keys)) is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} is there twice", node.start_mark
+                None, None, f"the key {key!r} is there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -104,9 +102,7 @@ def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         *parents, last = key.split(".")
         node: Any = out
         for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = {}
+            child = {} if node.get(parent) is None else node[parent]
             if not isinstance(child, dict):
                 raise ConfigError(f"{override!r}: {parent} is a plain value, not a section.")
             node[parent] = node = dict(child)
@@ -151,11 +147,9 @@ def choose(family: Sequence[type[S]], values: Mapping[str, Any], where: str) -> 
     name = values.get("method", method_of(family[0]))
     if name in by_name:
         return by_name[name]
-    near = difflib.get_close_matches(str(name), list(by_name), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(
         f"The {where} cannot be used: unknown method {name!r}; methods are "
-        f"{', '.join(by_name)}.{hint}"
+        f"{', '.join(by_name)}.{did_you_mean(name, by_name)}"
     )
 
 
@@ -205,14 +199,9 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
     return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r}"
 
 
-def known_keys(model: type[Section], prefix: str = "") -> list[str]:
+def known_keys(model: type[Section]) -> list[str]:
     """All keys of a section and its subsections, dotted."""
-    keys = []
-    for name, info in model.model_fields.items():
-        keys.append(prefix + name)
-        for sub in subsections(info.annotation):
-            keys += known_keys(sub, f"{prefix}{name}.")
-    return keys
+    return list(descriptions(model))
 
 
 def subsections(annotation: Any) -> list[type[Section]]:
@@ -222,15 +211,15 @@ def subsections(annotation: Any) -> list[type[Section]]:
 
 
 def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
-    wanted = ".".join(map(str, loc))
-    keys = known_keys(model)
-    siblings = [k for k in keys if k.rpartition(".")[0] == wanted.rpartition(".")[0]]
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
-    if near:
-        return near[0]
-    by_leaf = {k.rpartition(".")[2]: k for k in keys}
-    near = difflib.get_close_matches(str(loc[-1]), list(by_leaf), n=1, cutoff=0.7)
-    return by_leaf[near[0]] if near else None
+    """The key that was meant: one of the same section, else one of the same name elsewhere."""
+    *parents, last = map(str, loc)
+    keys = [key.split(".") for key in known_keys(model)]
+    siblings = {key[-1]: ".".join(key) for key in keys if key[:-1] == parents}
+    anywhere = {key[-1]: ".".join(key) for key in keys}
+    for names, cutoff in ((siblings, 0.5), (anywhere, 0.7)):
+        if near := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
+            return names[near[0]]
+    return None
 
 
 def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:

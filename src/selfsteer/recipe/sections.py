@@ -6,7 +6,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -20,13 +20,17 @@ from selfsteer.errors import ConfigError
 from selfsteer.objectives import BaseName, ObjectiveName, Weighting
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
+Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
 Layout = Literal["auto", "tree", "padded"]
 
 
 #: The constants of `Objective.named`, as settings are called that give them.
 CONSTANTS = frozenset(
-    "beta gamma alpha steer use_weight use_steer detach_weight label_smoothing simpo_margin weighting".split()  # noqa: SIM905, E501
+    [
+        *("beta", "gamma", "alpha", "steer", "use_weight", "use_steer", "detach_weight"),
+        *("label_smoothing", "simpo_margin", "weighting"),
+    ]
 )
 
 
@@ -34,20 +38,36 @@ def unused_arguments(
     objective: str, base: str, given: Iterable[str], *, use_weight: bool, use_steer: bool
 ) -> list[str]:
     """The constants among ``given`` that this objective and base would ignore."""
-    used = {"beta"}
-    if base == "sigmoid":
-        used.add("label_smoothing")
-    if base == "simpo":
-        used.add("simpo_margin")
-    if objective == "pbaa":
-        used.add("weighting")
-    if objective in get_args(GeneratorObjective):
-        used.add("gamma")
-    if objective == "sso-online":
-        used |= {"use_weight", "use_steer"}
-        used |= {"alpha", "detach_weight"} if use_weight else set()
-        used |= {"steer"} if use_steer else set()
-    return [name for name in given if name in CONSTANTS - used]
+    online = objective == "sso-online"
+    used = {
+        "label_smoothing": base == "sigmoid",
+        "simpo_margin": base == "simpo",
+        "weighting": objective == "pbaa",
+        "gamma": objective in get_args(GeneratorObjective),
+        "use_weight": online,
+        "use_steer": online,
+        "alpha": online and use_weight,
+        "detach_weight": online and use_weight,
+        "steer": online and use_steer,
+    }
+    return [name for name in given if not used.get(name, True)]
+
+
+def holding(faults: Mapping[str, bool]) -> Iterator[str]:
+    """Those of the texts that hold."""
+    return (text for text, holds in faults.items() if holds)
+
+
+def twice(names: Iterable[str]) -> str | None:
+    """The first name that stands there a second time."""
+    found = list(names)
+    return next((n for i, n in enumerate(found) if n in found[:i]), None)
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """`` Did you mean NAME?``, or nothing where none of the known names is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class Section(BaseModel):
@@ -80,6 +100,11 @@ class Section(BaseModel):
         """What contradicts itself, and settings that have no effect beside the others."""
         yield from ()
 
+    def idle(self, names: Iterable[str], why: str) -> Iterator[str]:
+        """The settings among ``names`` that were given, though they have no effect."""
+        for name in sorted(self.model_fields_set & set(names)):
+            yield f"{name} has no effect {why}; remove it"
+
 
 def _f(
     default: Any,
@@ -97,7 +122,8 @@ def _f(
         description: with the source of the default.
         costs_only: it bears on time, memory or disk and on no result.
         content: it names a file (or folder), or a model, whose content bears on results.
-        kind: it is a setting of this ``kind`` of section only; its description begins with that.
+        kind: it is a setting of this ``kind`` of section only, or of several with commas between;
+            its description begins with that.
         bounds: what values are allowed.
     """
     extra: Any = {"costs_only": costs_only, "content": content, "kind": kind}
@@ -109,6 +135,12 @@ def mark(field: FieldInfo, name: str) -> Any:
     """What a field was declared with: ``costs_only``, ``content`` or ``kind``."""
     extra = field.json_schema_extra
     return extra.get(name) if isinstance(extra, dict) else None
+
+
+def foreign(section: Any) -> set[str]:
+    """The settings that are of other kinds of this section than its own."""
+    kinds = {name: mark(f, "kind") for name, f in type(section).model_fields.items()}
+    return {name for name, kind in kinds.items() if kind and section.kind not in kind.split(", ")}
 
 
 class Lora(Section):
@@ -126,9 +158,7 @@ class Lora(Section):
 class Loading(Section):
     """How a model is loaded: precision, device, layout and permissions."""
 
-    dtype: Literal["float32", "bfloat16", "auto"] = _f(
-        "auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU"
-    )
+    dtype: Dtype = _f("auto", "auto: bfloat16 on a GPU (paper), float32 on a CPU")
     device: Device = _f("auto", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES picks the GPU")
     layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto tests it first")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
@@ -138,7 +168,11 @@ class Loading(Section):
     @property
     def loading(self) -> "Loading":
         """These settings alone."""
-        return Loading(**{name: getattr(self, name) for name in Loading.model_fields})
+        return Loading(**self.model_dump(include=set(Loading.model_fields)))
+
+
+#: What of `Loading` a judge's model has, too.
+LOADED = {"dtype", "device", "trust_remote_code", "allow_pickle"}
 
 
 class Policy(Loading):
@@ -155,15 +189,20 @@ class ReplicaResources(Section):
     num_gpus: float = _f(0, "GPUs; 0.5 puts two replicas on one", ge=0)
 
 
-#: Arguments of vllm.LLM that come from elsewhere in the recipe.
-_VLLM_OWN = (
-    *("model", "dtype", "seed", "trust_remote_code", "load_format", "tensor_parallel_size"),
-    *("gpu_memory_utilization", "max_model_len", "enable_prefix_caching", "generation_config"),
-    "max_logprobs",
+#: Further arguments of an engine, those of them that come from elsewhere in the recipe, and what
+#: the engine does with those: the arguments of vllm.LLM, and the fields of a request.
+# fmt: off
+_TAKEN = (
+    ("engine_args", {
+        "model", "dtype", "seed", "trust_remote_code", "load_format", "tensor_parallel_size",
+        "gpu_memory_utilization", "max_model_len", "enable_prefix_caching", "generation_config",
+        "max_logprobs",
+    }, "sets"),
+    ("extra_body", {
+        "model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream",
+    }, "sends"),
 )
-
-#: Fields of a request that come from elsewhere in the recipe.
-_SENT = ("model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream")
+# fmt: on
 
 
 class EngineSettings(Section):
@@ -229,56 +268,53 @@ class EngineSettings(Section):
         fields = EngineSettings.model_fields.items()
         return {name: getattr(self, name) for name, f in fields if not mark(f, "costs_only")}
 
-    def conflicts(self, where: str, *, named: bool = False) -> list[str]:
+    def conflicts(self, where: str, *, named: bool = False) -> Iterator[str]:
         """What contradicts itself, and settings that have no effect.
 
         Args:
             where: the section's dotted name, for the messages.
             named: whether ``model`` belongs here, launched or in process.
         """
-        fields = type(self).model_fields
+        fields, openai = type(self).model_fields, self.kind == "openai"
         changed = {name for name, f in fields.items() if getattr(self, name) != f.default}
-        of_others = {
-            name for name in changed if mark(fields[name], "kind") not in (None, self.kind)
+        others = foreign(self) | ({"model"} if not openai and not named else set())
+        url = urlsplit(self.base_url or "http://none")
+        launched, launch = self.launch is not None, self.launch or "{model}{port}"
+        wrong = {
+            **{
+                f".{name} has no effect with kind {self.kind}": True
+                for name in sorted(changed & others)
+            },
+            " of kind openai needs base_url or launch, and not both": (
+                openai and (self.base_url is None) != launched
+            ),
+            ".model is missing: what the server calls its model": (
+                openai and not launched and self.model is None
+            ),
+            ".launch_timeout has no effect without launch; remove it": (
+                openai and not launched and "launch_timeout" in changed
+            ),
+            f".launch has no place for {{model}}: {launch!r}": openai and "{model}" not in launch,
+            f".launch has no place for {{port}}: {launch!r}": openai and "{port}" not in launch,
+            ".model has no effect with launch: the stage names the model": (
+                openai and launched and self.model is not None and not named
+            ),
+            ".api_key_env has no effect: a launched server gets no key": (
+                openai and launched and "api_key_env" in changed
+            ),
+            ".base_url must look like http://HOST:PORT/v1": (
+                openai and (url.scheme not in ("http", "https") or not url.hostname)
+            ),
+            ".base_url must hold no secret; see api_key_env": (
+                openai and bool(url.password or url.query)
+            ),
+            **{
+                f".{key}.{name} is what the engine itself {what}; remove it": True
+                for key, own, what in _TAKEN
+                for name in sorted(own & getattr(self, key).keys())
+            },
         }
-        if self.kind != "openai" and not named:
-            of_others |= changed & {"model"}
-        found = [
-            f"{where}.{name} has no effect with kind {self.kind}" for name in sorted(of_others)
-        ]
-        if self.kind == "openai":
-            url = urlsplit(self.base_url or "http://none")
-            launched, launch = self.launch is not None, self.launch or "{model}{port}"
-            wrong = {
-                " of kind openai needs base_url or launch, and not both": (
-                    (self.base_url is None) != launched
-                ),
-                ".model is missing: what the server calls its model": (
-                    not launched and self.model is None
-                ),
-                ".launch_timeout has no effect without launch; remove it": (
-                    not launched and "launch_timeout" in changed
-                ),
-                f".launch has no place for {{model}}: {launch!r}": "{model}" not in launch,
-                f".launch has no place for {{port}}: {launch!r}": "{port}" not in launch,
-                ".model has no effect with launch: the stage names the model": (
-                    launched and self.model is not None and not named
-                ),
-                ".api_key_env has no effect: a launched server gets no key": (
-                    launched and "api_key_env" in changed
-                ),
-                ".base_url must look like http://HOST:PORT/v1": (
-                    url.scheme not in ("http", "https") or not url.hostname
-                ),
-                ".base_url must hold no secret; see api_key_env": bool(url.password or url.query),
-            }
-            found += [where + text for text, holds in wrong.items() if holds]
-        for key, own, what in (("engine_args", _VLLM_OWN, "sets"), ("extra_body", _SENT, "sends")):
-            found += [
-                f"{where}.{key}.{name} is what the engine itself {what}; remove it"
-                for name in sorted(set(own) & set(getattr(self, key)))
-            ]
-        return found
+        return (where + text for text in holding(wrong))
 
 
 class EngineConfig(EngineSettings):
@@ -301,9 +337,8 @@ class EngineConfig(EngineSettings):
     @property
     def answering(self) -> EngineSettings:
         """The engine that answers in the end: of kind ray, the one that each replica holds."""
-        if self.kind != "ray":
-            return self
-        return (self.replica or EngineSettings()).model_copy(update={"model": self.model})
+        held = (self.replica or EngineSettings()).model_copy(update={"model": self.model})
+        return held if self.kind == "ray" else self
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -311,24 +346,26 @@ class EngineConfig(EngineSettings):
         return self.answering.identity if self.kind == "ray" else super().identity
 
     @override
-    def conflicts(self, where: str, *, named: bool = False) -> list[str]:
-        found, inner = super().conflicts(where, named=named), f"{where}.replica"
-        replica = self.replica
+    def conflicts(self, where: str, *, named: bool = False) -> Iterator[str]:
+        yield from super().conflicts(where, named=named)
+        inner, replica = f"{where}.replica", self.replica
         if self.kind != "ray" or replica is None:
-            return found
+            return
         if replica.kind == "ray":
-            return [*found, f"{inner} of kind ray would be a cluster in a cluster"]
-        found += replica.conflicts(inner)
-        if replica.base_url is not None:
-            found.append(
-                f"{inner}.base_url names one server for all replicas; ask it with {where} of kind "
-                "openai and more concurrency, or give launch"
+            yield f"{inner} of kind ray would be a cluster in a cluster"
+            return
+        yield from replica.conflicts(inner)
+        one_server = (
+            f"{inner}.base_url names one server for all replicas; ask it with {where} of kind "
+            "openai and more concurrency, or give launch"
+        )
+        limits = {
+            f"{inner}.{name} would count for each replica by itself; remove it": (
+                getattr(replica, name) is not None
             )
-        return found + [
-            f"{inner}.{name} would count for each replica by itself; remove it"
             for name in ("max_requests", "max_tokens_total")
-            if getattr(replica, name) is not None
-        ]
+        }
+        yield from holding({one_server: replica.base_url is not None, **limits})
 
 
 class WriterConfig(EngineConfig):
@@ -388,15 +425,15 @@ class Queries(Section):
 
     @override
     def faults(self) -> Iterator[str]:
-        if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
-            yield f"min_chars {self.min_chars} exceeds max_chars {self.max_chars}"
-        for script in self.scripts or ():
-            if script not in SCRIPTS:
-                near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                yield f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}"
-        if "ngram" in self.model_fields_set and not self.against and not self._grows():
-            yield "ngram has no effect without 'against' or 'augment'; remove it"
+        least, most = self.min_chars, self.max_chars
+        if least and most and least > most:
+            yield f"min_chars {least} exceeds max_chars {most}"
+        for script in (s for s in self.scripts or () if s not in SCRIPTS):
+            near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            yield f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}"
+        if not self.against and not self._grows():
+            yield from self.idle(["ngram"], "without 'against' or 'augment'")
 
     def _grows(self) -> bool:
         return False
@@ -464,27 +501,31 @@ class PrinciplesConfig(Section):
 
     @override
     def faults(self) -> Iterator[str]:
-        if self.mode == "fixed":
-            if (self.good is None) != (self.bad is None):
-                yield "good and bad come together; give both"
-            elif self.good is None and self.path is None:
-                yield "mode fixed needs good and bad, or path"
-            elif self.good is not None and self.good == self.bad:
-                yield "good and bad are the same text"
-            idle = set(type(self).model_fields) - {"mode", "good", "bad", "path", "shard_size"}
-        else:
-            idle = {"good", "bad", "path"}
-            if self.features == "none" and (self.mode, self.written_from) != ("generated", "query"):
-                yield "features none is for mode generated with written_from query"
-            if self.mode == "picked":
-                idle |= {"writer", "written_from", "examples", "candidates"}
-            if not self.asks_a_model:
-                idle |= {"max_new_tokens", "temperature", "top_p", "batch_size"}
-            if self.temperature == 0 and self.candidates > 1:
-                yield "candidates: at temperature 0 all of them are the same answer"
-        for name in sorted(idle & self.model_fields_set):
-            chosen = f"mode {self.mode} and features {self.features}"
-            yield f"{name} has no effect with {chosen}; remove it"
+        fixed, good = self.mode == "fixed", self.good
+        incomplete = (good is None) != (self.bad is None)
+        from_query = (self.mode, self.written_from) == ("generated", "query")
+        yield from holding(
+            {
+                "good and bad come together; give both": fixed and incomplete,
+                "mode fixed needs good and bad, or path": (
+                    fixed and not incomplete and good is None and self.path is None
+                ),
+                "good and bad are the same text": fixed and good is not None and good == self.bad,
+                "features none is for mode generated with written_from query": (
+                    not fixed and self.features == "none" and not from_query
+                ),
+                "candidates: at temperature 0 all of them are the same answer": (
+                    not fixed and self.temperature == 0 and self.candidates > 1
+                ),
+            }
+        )
+        own = {"good", "bad", "path"}
+        idle = set(type(self).model_fields) - own - {"mode", "shard_size"} if fixed else own
+        if self.mode == "picked":
+            idle |= {"writer", "written_from", "examples", "candidates"}
+        if not self.asks_a_model:
+            idle |= {"max_new_tokens", "temperature", "top_p", "batch_size"}
+        yield from self.idle(idle, f"with mode {self.mode} and features {self.features}")
 
 
 class Sampling(Section):
@@ -574,13 +615,6 @@ class Filter(Section):
 
 
 JudgeKind = Literal["oracle", "chat", "reward", "human"]
-_MODEL_KEYS = {"model", "batch_size", "dtype", "device", "trust_remote_code", "allow_pickle"}
-_JUDGE_KEYS: dict[str, set[str]] = {
-    "oracle": set(),
-    "chat": _MODEL_KEYS | {"temperature", "max_new_tokens", "engine"},
-    "reward": _MODEL_KEYS | {"tie_margin"},
-    "human": {"path"},
-}
 
 
 class JudgeConfig(Section):
@@ -588,24 +622,25 @@ class JudgeConfig(Section):
 
     kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
     model: str | None = _f(
-        None, "chat, reward: a folder, a hub id, or package:MODULE/PATH", content="model"
+        None, "a folder, a hub id, or package:MODULE/PATH", kind="chat, reward", content="model"
     )
-    engine: EngineConfig = _f(EngineConfig(), "chat: what answers, as in sampling.engine")
-    path: str | None = _f(None, "human: JSONL of labels, see docs/judges.md", content="file")
-    temperature: float = _f(0.0, "chat: 0 is greedy, as in MT-Bench (arXiv 2306.05685)", ge=0)
-    max_new_tokens: int = _f(512, "chat: tokens of reasons and verdict", gt=0)
-    tie_margin: float = _f(0.0, "reward: scores that differ by no more than this tie", ge=0)
-    batch_size: int = _f(32, "chat, reward: sequences per batch", gt=0)
-    dtype: Literal["float32", "bfloat16", "auto"] = _f("auto", "as policy.dtype")
-    device: Device = _f("auto", "as policy.device")
-    trust_remote_code: bool = _f(False, "as policy.trust_remote_code")
-    allow_pickle: bool = _f(False, "as policy.allow_pickle")
+    engine: EngineConfig = _f(EngineConfig(), "what answers, as in sampling.engine", kind="chat")
+    path: str | None = _f(None, "JSONL of labels, see docs/judges.md", kind="human", content="file")
+    temperature: float = _f(
+        0.0, "0 is greedy, as in MT-Bench (arXiv 2306.05685)", kind="chat", ge=0
+    )
+    max_new_tokens: int = _f(512, "tokens of reasons and verdict", kind="chat", gt=0)
+    tie_margin: float = _f(0.0, "scores that differ by no more than this tie", kind="reward", ge=0)
+    batch_size: int = _f(32, "sequences per batch", kind="chat, reward", gt=0)
+    dtype: Dtype = _f("auto", "as policy.dtype", kind="chat, reward")
+    device: Device = _f("auto", "as policy.device", kind="chat, reward")
+    trust_remote_code: bool = _f(False, "as policy.trust_remote_code", kind="chat, reward")
+    allow_pickle: bool = _f(False, "as policy.allow_pickle", kind="chat, reward")
 
     @property
     def loading(self) -> Loading:
         """How the judge's own model is loaded; it is only asked, never scored under a layout."""
-        own = ("dtype", "device", "trust_remote_code", "allow_pickle")
-        return Loading(layout="padded", **{name: getattr(self, name) for name in own})
+        return Loading(layout="padded", **self.model_dump(include=LOADED))
 
     @model_validator(mode="before")
     @classmethod
@@ -613,29 +648,31 @@ class JudgeConfig(Section):
         if not isinstance(value, str):
             return value
         kind, colon, rest = value.partition(":")
-        if not colon:
-            return {"kind": kind}
-        return {"kind": kind, "path" if kind == "human" else "model": rest}
+        given = {"path" if kind == "human" else "model": rest} if colon else {}
+        return {"kind": kind, **given}
 
     @override
     def faults(self) -> Iterator[str]:
-        own = _JUDGE_KEYS[self.kind]
-        for name in sorted(self.model_fields_set - own - {"kind"}):
-            yield f"{name} has no effect with a judge of kind {self.kind}; remove it"
-        for name in sorted(own & {"model", "path"}):
-            if not getattr(self, name):
-                yield f"a judge of kind {self.kind} needs a {name}"
-        if self.engine.model is not None:
-            yield "engine.model has no effect: judge.model names the model; remove it"
-        kind = self.engine.answering.kind
-        idle = {"openai": _MODEL_KEYS - {"model"}, "vllm": {"batch_size", "device"}}
-        for name in sorted(idle.get(kind, set()) & self.model_fields_set):
-            yield f"{name} has no effect with an engine of kind {kind}; remove it"
-        if self.engine.kind == "ray":
-            yield (
+        engine = self.engine.answering.kind
+        idle = {"openai": {*LOADED, "batch_size"}, "vllm": {"batch_size", "device"}}
+        yield from self.idle(foreign(self), f"with a judge of kind {self.kind}")
+        yield from holding(
+            {
+                f"a judge of kind {self.kind} needs a {name}": not getattr(self, name)
+                for name in ("model", "path")
+                if name not in foreign(self)
+            }
+        )
+        yield from self.idle(idle.get(engine, ()), f"with an engine of kind {engine}")
+        yield from holding(
+            {
+                "engine.model has no effect: judge.model names the model; remove it": (
+                    self.engine.model is not None
+                ),
                 "an engine of kind ray answers shards, which a judge has none of; use vllm, or "
-                "openai with launch"
-            )
+                "openai with launch": self.engine.kind == "ray",
+            }
+        )
         yield from self.asked.conflicts("engine", named=True)
 
     @property
@@ -683,12 +720,11 @@ class Optimisation(Schedule):
         unused = unused_arguments(
             objective,
             self.base,
-            sorted(self.model_fields_set),
+            self.model_fields_set,
             use_weight=getattr(self, "use_weight", True),
             use_steer=getattr(self, "use_steer", True),
         )
-        for name in unused:
-            yield f"{name} has no effect with objective {objective} and base {self.base}; remove it"
+        yield from self.idle(unused, f"with objective {objective} and base {self.base}")
 
 
 class Selection(Section):
@@ -708,9 +744,8 @@ class Selection(Section):
 
     @override
     def faults(self) -> Iterator[str]:
-        idle = sorted(self.model_fields_set - {"points"})
-        if self.points == 0 and idle:
-            yield f"{idle[0]} has no effect with points 0; remove it"
+        if self.points == 0:
+            yield from self.idle(self.model_fields_set - {"points"}, "with points 0")
 
 
 class Generator(Optimisation):
@@ -805,14 +840,14 @@ class Reward(Schedule):
 
     @override
     def faults(self) -> Iterator[str]:
-        if self.batch_size % self.forward_pairs:
-            yield (
-                f"forward_pairs {self.forward_pairs} does not divide batch_size {self.batch_size}"
-            )
-        labels = [d.label for d in self.data]
-        twice = next((x for i, x in enumerate(labels) if x in labels[:i]), None)
-        if twice is not None:
-            yield f"two sets of data are called {twice!r}; give each a name"
+        sizes = f"forward_pairs {self.forward_pairs} does not divide batch_size {self.batch_size}"
+        label = twice(d.label for d in self.data)
+        yield from holding(
+            {
+                sizes: self.batch_size % self.forward_pairs != 0,
+                f"two sets of data are called {label!r}; give each a name": label is not None,
+            }
+        )
 
 
 class Ranking(Section):
@@ -881,7 +916,7 @@ class JudgedSet(Section):
         if not self.questions:
             yield "it names no questions; give STYLE:PATH"
         if self.style == "mt-bench" and self.baseline is not None:
-            yield "baseline has no effect in style mt-bench; remove it"
+            yield from self.idle(["baseline"], "in style mt-bench")
 
     @property
     def name(self) -> str:
@@ -905,18 +940,17 @@ class Benchmarks(Section):
     @override
     def faults(self) -> Iterator[str]:
         names = [t.name for t in self.tasks] + [s.name for s in self.judged]
-        if not names:
-            yield "it names neither tasks nor judged sets"
-        twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
-        if twice is not None:
-            yield f"two benchmarks are called {twice!r}; give one a label"
-        for needed, own in (
-            ("tasks", {"task_folders", "chat_template", "batch_size"}),
-            ("judged", {"judge", "temperature", "max_new_tokens"}),
-        ):
-            idle = sorted(own & self.model_fields_set)
-            if idle and not getattr(self, needed):
-                yield f"{idle[0]} has no effect without {needed}; remove it"
+        name = twice(names)
+        yield from holding(
+            {
+                "it names neither tasks nor judged sets": not names,
+                f"two benchmarks are called {name!r}; give one a label": name is not None,
+            }
+        )
+        if not self.tasks:
+            yield from self.idle(["task_folders", "chat_template", "batch_size"], "without tasks")
+        if not self.judged:
+            yield from self.idle(["judge", "temperature", "max_new_tokens"], "without judged")
 
     def judge_faults(self, judge: JudgeConfig | None) -> Iterator[str]:
         """Why this judge cannot judge the judged sets."""
