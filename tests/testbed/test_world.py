@@ -12,7 +12,7 @@ from selfsteer.data.jsonl import read_jsonl
 from selfsteer.errors import DataError
 from selfsteer.principles import catalogue, writer
 from selfsteer.testbed import knowledge as k
-from selfsteer.testbed import world
+from selfsteer.testbed import questions, world
 from selfsteer.testbed.corpus import choosable, draw_levels, principle_features
 from selfsteer.testbed.oracle import score
 
@@ -79,6 +79,11 @@ def test_questions_are_found_by_their_text():
     found = world.question("Which is bigger, the lion or the ant?")
     assert (found.task, found.entities) == ("compare", ("lion", "ant"))
     assert found.features == ("Logicality", "Accuracy", "Engagement", "Concision")
+
+
+def test_no_two_questions_have_the_same_text():
+    texts = [q.text for q in questions._all()]
+    assert len(texts) == len(set(texts)) == len(world.questions())
 
 
 def test_unknown_texts_and_splits_are_errors():

@@ -93,77 +93,69 @@ def confusable(category: str) -> tuple[str, ...]:
 
 def by_size(first: str, second: str) -> tuple[str, str]:
     """The two animals, the bigger one first."""
-    ranks = [k.SIZES.index(FACTS[e]["size"]) for e in (first, second)]
-    return (first, second) if ranks[0] > ranks[1] else (second, first)
+    return (first, second) if _rank(first) > _rank(second) else (second, first)
 
 
-def _facts() -> Iterator[Question]:
-    for entity, facts in FACTS.items():
-        for attribute in facts:
-            for template in k.FACT_QUESTIONS.get(attribute, ()):
-                yield Question(template.format(entity=named(entity)), "fact", (entity,), attribute)
+def _rank(animal: str) -> int:
+    return k.SIZES.index(FACTS[animal]["size"])
 
 
-def _lists() -> Iterator[Question]:
-    for category, members in MEMBERS.items():
-        for count, word in k.NUMBERS.items():
-            if count > len(members):
-                continue
-            for template in k.LIST_QUESTIONS:
-                text = template.format(count=word, category=category)
-                yield Question(text, "list", members, category, count)
-
-
-def _steps() -> Iterator[Question]:
-    for food in k.FOODS:
-        for dish in k.DISHES:
-            for template in k.STEPS_QUESTIONS:
-                yield Question(template.format(food=food, dish=dish), "steps", (food,), dish)
-
-
-def _advice() -> Iterator[Question]:
-    for problem in k.PROBLEMS:
-        for person in k.PEOPLE:
-            clause = person if person.startswith("I ") else person[0].lower() + person[1:]
-            for template in k.ADVICE_QUESTIONS:
-                text = template.format(person=person, clause=clause, problem=problem)
-                yield Question(text, "advice", (person,), problem)
-
-
-def _descriptions() -> Iterator[Question]:
-    for entity in FACTS:
-        for template in k.DESCRIBE_QUESTIONS:
-            yield Question(template.format(entity=named(entity)), "describe", (entity,))
-
-
-def _comparisons() -> Iterator[Question]:
-    for first in k.ANIMALS:
-        for second in k.ANIMALS:
-            ranks = [k.SIZES.index(FACTS[e]["size"]) for e in (first, second)]
-            if abs(ranks[0] - ranks[1]) < k.COMPARE_MIN_RANKS:
-                continue
-            for template in k.COMPARE_QUESTIONS:
-                text = template.format(first=first, second=second)
-                yield Question(text, "compare", (first, second))
-
-
-def _unsafe() -> Iterator[Question]:
-    for act, (things, _) in k.ACTS.items():
-        for thing in things:
-            for template in k.UNSAFE_QUESTIONS:
-                yield Question(template.format(act=act, thing=thing), "unsafe", (thing,), act)
+def _all() -> Iterator[Question]:
+    """Every question, task by task."""
+    yield from (
+        Question(template.format(entity=named(entity)), "fact", (entity,), attribute)
+        for entity, facts in FACTS.items()
+        for attribute in facts
+        for template in k.FACT_QUESTIONS.get(attribute, ())
+    )
+    yield from (
+        Question(template.format(count=word, category=category), "list", members, category, count)
+        for category, members in MEMBERS.items()
+        for count, word in k.NUMBERS.items()
+        if count <= len(members)
+        for template in k.LIST_QUESTIONS
+    )
+    yield from (
+        Question(template.format(food=food, dish=dish), "steps", (food,), dish)
+        for food in k.FOODS
+        for dish in k.DISHES
+        for template in k.STEPS_QUESTIONS
+    )
+    clauses = {p: p if p.startswith("I ") else p[0].lower() + p[1:] for p in k.PEOPLE}
+    yield from (
+        Question(
+            template.format(person=person, clause=clause, problem=problem),
+            "advice",
+            (person,),
+            problem,
+        )
+        for problem in k.PROBLEMS
+        for person, clause in clauses.items()
+        for template in k.ADVICE_QUESTIONS
+    )
+    yield from (
+        Question(template.format(entity=named(entity)), "describe", (entity,))
+        for entity in FACTS
+        for template in k.DESCRIBE_QUESTIONS
+    )
+    yield from (
+        Question(template.format(first=first, second=second), "compare", (first, second))
+        for first in k.ANIMALS
+        for second in k.ANIMALS
+        if abs(_rank(first) - _rank(second)) >= k.COMPARE_MIN_RANKS
+        for template in k.COMPARE_QUESTIONS
+    )
+    yield from (
+        Question(template.format(act=act, thing=thing), "unsafe", (thing,), act)
+        for act, (things, _) in k.ACTS.items()
+        for thing in things
+        for template in k.UNSAFE_QUESTIONS
+    )
 
 
 @cache
 def _by_text() -> dict[str, Question]:
-    makers = (_facts, _lists, _steps, _advice, _descriptions, _comparisons, _unsafe)
-    found: dict[str, Question] = {}
-    for maker in makers:
-        for one in maker():
-            if one.text in found:
-                raise AssertionError(f"two questions have the text {one.text!r}")
-            found[one.text] = one
-    return found
+    return {one.text: one for one in _all()}
 
 
 @cache
