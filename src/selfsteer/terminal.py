@@ -168,7 +168,7 @@ class Bar:
 
     @property
     def seconds_left(self) -> float | None:
-        """None where nobody can know."""
+        """None where it cannot be known."""
         rate, _ = self.rates
         return (self.total - self.done) / rate if self.total is not None and rate else None
 
@@ -205,7 +205,7 @@ def progress_bar(label: str, total: int | None) -> Iterator[Bar]:
 
     Args:
         label: what is being done.
-        total: how many items; None where nobody knows.
+        total: how many items; None where it is not known.
     """
     if not (err.is_terminal and sys.stderr.isatty() and is_main_process()) or "CI" in os.environ:
         yield _begin(Bar(label, total, None))

@@ -130,7 +130,7 @@ def test_an_answer_budget_that_is_too_small(tmp_path: Path, here: Here) -> None:
     ended = look(here, tmp_path, "sampling.max_new_tokens=4")
     assert ended.code == 3
     assert "FAILED   sampling   0 of 4 triples left (4 unfinished)" in ended.out
-    assert ended.out.splitlines()[-1] == "not ready: mend sampling, then check again"
+    assert ended.out.splitlines()[-1] == "not ready: fix sampling, then check again"
 
 
 def test_one_query_tells_nothing_of_steering(tmp_path: Path, here: Here) -> None:
@@ -175,7 +175,7 @@ def test_queries_that_the_judge_does_not_know(tmp_path: Path, here: Here) -> Non
     assert "FAILED   judge" in ended.out
     assert "steer on 2 queries; no judge" in ended.out.replace("steers on", "steer on")
     assert "Not counted: judge." in ended.out
-    assert ended.out.splitlines()[-1] == "not ready: mend judge, then check again"
+    assert ended.out.splitlines()[-1] == "not ready: fix judge, then check again"
 
 
 def test_a_judge_without_verdicts_is_not_called_no_judge(tmp_path: Path, here: Here) -> None:

@@ -220,7 +220,7 @@ def test_a_server_that_is_not_there_is_told_before_any_work(
 ) -> None:
     server.shutdown()
     server.server_close()
-    fails(ask(here, server, tmp_path, "none"), 3, "Nobody answers at")
+    fails(ask(here, server, tmp_path, "none"), 3, "Nothing answers at")
     assert not [e for e in ledger_or_none(tmp_path / "none") if e["event"] == "begin"]
 
 

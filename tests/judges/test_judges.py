@@ -436,7 +436,7 @@ def test_a_label_counts_for_its_two_texts_in_either_order_and_for_no_others(tmp_
         ({"id": "q", "first": "a", "second": "b", "verdict": "better"}, "is not first, second"),
         ({"id": "q", "first": "a", "second": "b", "verdict": ["first"]}, "is not first, second"),
         ({"id": "q", "first": "a", "second": "a", "verdict": "first"}, "two equal responses"),
-        ({"id": "q", "first": "a", "verdict": "first"}, "is no label"),
+        ({"id": "q", "first": "a", "verdict": "first"}, "is not a label"),
         ({"id": "q", "pair": "0" * 16, "verdict": "first"}, "needs the preferred response"),
     ],
 )

@@ -88,7 +88,7 @@ def test_overrides_that_cannot_be_applied() -> None:
                 "principles": {"features": "none", "written_from": "query"},
                 "hygiene": {"export_unsafe": False},
             },
-            "knows pairs about Safety by their features",
+            "recognises pairs about Safety by their features",
         ),
         ({"method": "best-of-n"}, "needs a judge that ranks: set ranking.judge or judge"),
         ({"method": "best-of-n", "judge": "human:x"}, "human labels cannot rank answers"),

@@ -160,7 +160,7 @@ def test_the_conclusion_names_what_to_mend() -> None:
         "it would run, but the policy does not steer (1 warning)"
     )
     text = conclusion({"checks": {"judge": bad, "steering": ok, "disk": bad}})
-    assert text == "not ready: mend judge, disk, then check again"
+    assert text == "not ready: fix judge, disk, then check again"
 
 
 def test_a_folder_in_use_is_told_without_a_trace(tmp_path: Path) -> None:

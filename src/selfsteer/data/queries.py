@@ -68,7 +68,7 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
     streamed = not Path(path).exists()
     if "split" in settings.model_fields_set and not streamed:
         raise ConfigError(
-            f"split {settings.split!r} has no effect: {settings.path} is no datasets name but a "
+            f"split {settings.split!r} has no effect: {settings.path} is not a datasets name but a "
             "file or folder, all of which is read. Remove it."
         )
     out_of_bounds = bounds(settings.min_chars, settings.max_chars, settings.scripts)
@@ -201,7 +201,7 @@ def contamination(settings: Queries) -> tuple[Contamination, Counter[str]]:
         if len(index) == before:
             raise DataError(
                 f"The evaluation set {name} holds no query, so nothing would be kept apart from "
-                "it. Mend it, or take it out of 'against'."
+                "it. Fix it, or remove it from 'against'."
             )
     return index, drops.counts
 

@@ -83,7 +83,7 @@ def _encodable(text: str) -> bool:
 
 
 def _with_extra(out: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance behind the record's own keys; it never overwrites one of them."""
+    """Provenance after the record's own keys; it never overwrites one of them."""
     return {**out, **{k: v for k, v in extra.items() if k not in out}}
 
 

@@ -61,7 +61,7 @@ def check_command(launch: str) -> None:
         raise ConfigError(f"launch cannot be read as a command ({e}): {launch!r}.") from None
     if shutil.which(program) is None:
         raise ConfigError(
-            f"launch starts {program!r}, which is no program here. Install it, or give its path."
+            f"launch starts {program!r}, which is not a program here. Install it, or give its path."
         )
 
 

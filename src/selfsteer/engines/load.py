@@ -181,7 +181,7 @@ def check_engine(settings: EngineSettings) -> None:
     Raises:
         ConfigError: a package or program is missing, a server serves other models, a cluster has
             no room for the replicas.
-        EngineError: nobody answers.
+        EngineError: the engine does not answer.
     """
     check_installed(settings)
     if isinstance(settings, EngineConfig) and settings.kind == "ray":

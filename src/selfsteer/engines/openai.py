@@ -230,7 +230,7 @@ class OpenAIEngine(ProbedEngine):
                 ) from None
         except openai.APIConnectionError as e:
             raise EngineError(
-                f"Nobody answers at {self.base_url} ({_cause(e)}). Start the server, or correct "
+                f"Nothing answers at {self.base_url} ({_cause(e)}). Start the server, or correct "
                 "base_url."
             ) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
@@ -375,7 +375,7 @@ class OpenAIEngine(ProbedEngine):
             raise EngineError(
                 f"The next request to {self.base_url} could pass {limit}: this run has sent "
                 f"{counts['requests']:,} requests, {counts['prompt_tokens']:,} tokens in and "
-                f"{counts['completion_tokens']:,} out. Finished shards are kept; raise the limit "
+                f"{counts['completion_tokens']:,} out. Finished answers are kept; raise the limit "
                 "and run the same command to go on."
             )
 
@@ -384,7 +384,7 @@ class OpenAIEngine(ProbedEngine):
         if pause > LONGEST_PAUSE:
             raise EngineError(
                 f"{self.who} asks to wait {pause:,.0f} s "
-                f"({self._hidden(fault.said)}). Finished shards are kept; run the same command "
+                f"({self._hidden(fault.said)}). Finished answers are kept; run the same command "
                 "again then."
             )
         if pause > 30:
@@ -407,8 +407,8 @@ class OpenAIEngine(ProbedEngine):
             if self._server is not None:
                 self._server.failed, log = True, f" (its log: {self._server.log})"
             raise EngineError(
-                f"{self.who} gave no usable answer to request after request, "
-                f"the last one {what}. Finished shards are kept; see to the server{log}, then run "
+                f"{self.who} gave no usable answer to several requests in a row, "
+                f"the last one {what}. Finished answers are kept; check the server{log}, then run "
                 "the same command again."
             )
         warn(f"a request failed for good {what}")
@@ -417,7 +417,7 @@ class OpenAIEngine(ProbedEngine):
     def _refused(self, said: str) -> EngineError:
         return EngineError(
             f"{self.who} refuses model {self.model!r} ({self._hidden(said)}). "
-            "See to base_url, model and the key: the environment variable "
+            "Check base_url, model and the key: the environment variable "
             f"{self.settings.api_key_env} {'is set' if self._key else 'is not set'}."
         )
 

@@ -40,7 +40,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values of one layer with room to grow.
 
     ``DynamicLayer`` copies the whole cache at every token, which on a CPU was half of all
-    sampling time; here a token is written behind the others, and a copy is made once per GROW.
+    sampling time; here a token is written after the others, and a copy is made once per GROW.
     """
 
     GROW = 64

@@ -86,7 +86,7 @@ class VllmEngine(ProbedEngine):
         except Exception as e:
             first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise EngineError(
-                f"vLLM cannot load {source} ({first}). What it said itself stands above. Where "
+                f"vLLM cannot load {source} ({first}). Its own messages are above. Where "
                 "memory is short, lower memory or max_model_len, or raise tensor_parallel."
             ) from e
         say(f"  vllm answers after {time.monotonic() - start:.0f} s")
@@ -128,7 +128,7 @@ class VllmEngine(ProbedEngine):
                 if type(e).__name__ not in ("EngineDeadError", "EngineGenerateError"):
                     raise
                 raise EngineError(
-                    f"vLLM's engine died ({e}). Its own messages stand above; finished answers are "
+                    f"vLLM's engine died ({e}). Its own messages are above; finished answers are "
                     "kept, run the same command again."
                 ) from e
             for answer in answered:

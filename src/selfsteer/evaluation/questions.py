@@ -146,7 +146,7 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
     for where, row in read_rows(resolve_path(settings.baseline)):
         answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
         if answer is None:
-            raise DataError(f"{where} is no answer: it needs 'response' or 'output', a text.")
+            raise DataError(f"{where} is not an answer: it needs 'response' or 'output', a text.")
         try:
             question = _question(row)
             key = wanted.get(question.id) or wanted.get(content_id(question.start))

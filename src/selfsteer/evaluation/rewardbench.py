@@ -67,7 +67,7 @@ PRIOR_WEIGHT = 0.5
 #: RewardBench 2: each subset is a section of its own, the score their mean.
 SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
-#: Draws behind an interval.
+#: Draws for an interval.
 DRAWS = 2000
 
 

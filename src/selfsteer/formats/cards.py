@@ -236,7 +236,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _judge(judge: JudgeConfig) -> str:
-    named = {"oracle": "the testbed's oracle", "human": "people's labels"}
+    named = {"oracle": "the testbed's oracle", "human": "human labels"}
     own = f"{public_name(judge.model)} ({judge.kind})" if judge.model else judge.kind
     return named.get(judge.kind, own)
 

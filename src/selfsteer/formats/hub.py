@@ -45,7 +45,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ConfigError(f"{repo!r} is no name of a hub repository: {e}") from None
+        raise ConfigError(f"{repo!r} is not the name of a hub repository: {e}") from None
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; give one that `selfsteer export` wrote.")
     if (folder / "resolved.json").exists():
@@ -69,7 +69,7 @@ def _warnings(folder: Path, model: bool) -> list[str]:
 
     card = folder / "README.md"
     if not card.exists():
-        return ["there is no README.md; nobody will know what this is or how it was made"]
+        return ["there is no README.md to say what this is and how it was made"]
     try:
         known = (metadata_load(card) or {}).get("license")
     except yaml.YAMLError:

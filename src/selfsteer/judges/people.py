@@ -86,11 +86,11 @@ def _label(value: dict[str, Any]) -> tuple[tuple[str, str], str | None]:
     names = ("id", "verdict", "first", "second", "pair", "preferred")
     identity, verdict, first, second, pair, preferred = map(value.get, names)
     if not isinstance(identity, str | int):
-        raise DataError("is no label: it needs the id of its query.")
+        raise DataError("is not a label: it needs the id of its query.")
     if isinstance(first, str) and isinstance(second, str):
         if verdict not in ("first", "second", "tie", None):
             raise DataError(
-                f"is no label: its verdict {verdict!r} is not first, second, tie or null."
+                f"is not a label: its verdict {verdict!r} is not first, second, tie or null."
             )
         if verdict in ("first", "second") and first == second:
             raise DataError("prefers one of two equal responses.")
@@ -98,11 +98,11 @@ def _label(value: dict[str, Any]) -> tuple[tuple[str, str], str | None]:
         preferred = {"first": first, "second": second}.get(str(verdict))
     elif not isinstance(pair, str):
         raise DataError(
-            "is no label: give first, second and verdict, or pair (selfsteer's digest of both "
+            "is not a label: give first, second and verdict, or pair (selfsteer's digest of both "
             "responses) and preferred."
         )
     if isinstance(preferred, str):
         return (str(identity), pair), digest(preferred)
     if verdict not in ("tie", None):
-        raise DataError("is no label: a pair needs the preferred response, or a verdict tie.")
+        raise DataError("is not a label: a pair needs the preferred response, or a verdict tie.")
     return (str(identity), pair), verdict

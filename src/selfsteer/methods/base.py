@@ -359,7 +359,7 @@ class Aligning(Recipe):
         if len(clusters) > 1:
             yield (
                 f"sampling.engine and {', '.join(self.engines())} are on different Ray clusters, "
-                "and a stage can join one: give both the same address"
+                "but a stage can join only one: give both the same address"
             )
         longest = engine.answering.max_model_len
         if longest is not None and longest <= self.sampling.max_new_tokens:
@@ -416,8 +416,8 @@ class Principled(Aligning):
     def faults(self) -> Iterator[str]:
         if self.principles.features == "none" and not self.hygiene.export_unsafe:
             yield (
-                "hygiene.export_unsafe: false knows pairs about Safety by their features, and "
-                "principles.features none names none"
+                "hygiene.export_unsafe: false recognises pairs about Safety by their features, and "
+                "with principles.features none there are none"
             )
         yield from super().faults()
         engine, writer = self.sampling.engine, self.principles.writer

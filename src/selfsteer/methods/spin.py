@@ -14,7 +14,7 @@ from selfsteer.stages.sample import Sample
 
 
 class SPIN(Plain):
-    """Answers that stand beside the queries are preferred to the policy's own."""
+    """Answers that come with the queries are preferred to the policy's own."""
 
     method: Literal["spin"] = "spin"
 

@@ -119,7 +119,7 @@ class ChatFormat:
     def exchange_ids(self, messages: Sequence[Message], response: str) -> tuple[int, ...]:
         """Ids of a conversation and its answer, as the template ends it: what a reward model reads.
 
-        The same as TRL's reward trainer makes of it; some templates put a line end behind the
+        The same as TRL's reward trainer makes of it; some templates put a line end after the
         end-of-turn token, so this is not always `prompt_ids` + `response_ids`.
         """
         turns = [*self.folded(messages), Message("assistant", response)]

@@ -3,7 +3,7 @@
 A micro-batch becomes one row. Sequences with the same prompt form a tree::
 
     ids        p p p p a a a b b | q q q c c …      two responses a, b under prompt p, …
-    positions  0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 …      restart behind the prompt
+    positions  0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 …      restart after the prompt
 
 Every response sees its prompt and itself. It runs through the model's own forward: an attention
 function registered with transformers works on the segments, so no mask over the row exists.

@@ -291,8 +291,8 @@ def catalogue_of(settings: PrinciplesConfig) -> Catalogue:
         if CONCISION not in found.by_name:
             raise ConfigError(
                 f"principles.concision has no effect: {settings.catalogue} has no feature "
-                f"{CONCISION}. Remove it (principles.concision=null); what a catalogue appends "
-                "stands in its 'appended'."
+                f"{CONCISION}. Remove it (principles.concision=null); a catalogue lists "
+                "what it appends under 'appended'."
             )
         more[CONCISION] = settings.concision
     found = found.appending(more)

@@ -18,7 +18,7 @@ _LEAK = re.compile(
     r"|\b(?:your|these|the|my) instructions?\b|\breveal\w*[^.]*\b(?:told|asked|instructed)\b",
     re.IGNORECASE,
 )
-#: In any script, a quotation or a bracket closed behind it.
+#: In any script, a quotation or a bracket closed after it.
 _SENTENCE_END = regex.compile(r"""[\p{Sentence_Terminal}…]["'\p{Pe}\p{Pf}]*$""")
 _ADVICE = {
     Outcome.IDENTICAL: "the two are the same; make the bad one ask for the opposite",

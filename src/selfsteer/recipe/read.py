@@ -223,7 +223,7 @@ def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
 
 
 def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
-    """A recipe text with each known key's description behind it."""
+    """A recipe text with each known key's description after it."""
     lines: list[str] = []
     parents: list[str] = []
     for line in recipe_yaml.splitlines():

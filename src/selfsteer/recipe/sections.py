@@ -669,8 +669,9 @@ class JudgeConfig(Section):
                 "engine.model has no effect: judge.model names the model; remove it": (
                     self.engine.model is not None
                 ),
-                "an engine of kind ray answers shards, which a judge has none of; use vllm, or "
-                "openai with launch": self.engine.kind == "ray",
+                "a judge cannot use an engine of kind ray; use vllm, or openai with launch": (
+                    self.engine.kind == "ray"
+                ),
             }
         )
         yield from self.asked.conflicts("engine", named=True)

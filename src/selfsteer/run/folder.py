@@ -274,7 +274,7 @@ class RunFolder:
             drops = ", ".join(f"{n} {reason}" for reason, n in result.dropped.most_common())
             raise ArtifactError(
                 f"Stage {stage.name} has nothing left: of {result.n_in} records all were dropped "
-                f"({drops or 'there were none'}). Loosen what dropped them, or give it more."
+                f"({drops or 'there were none'}). Relax what dropped them, or give more."
             )
         self.append(
             "ledger.jsonl",

@@ -46,7 +46,7 @@ _WORLDLESS = {
 
 
 def size() -> int:
-    """How many ranks there are; 1 where nobody launched any."""
+    """How many ranks there are; 1 where none were launched."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -179,7 +179,7 @@ def environment_of(profile: str, ranks: int) -> dict[str, str]:
         config = load_config_from_file(str(path))
         kind = str(config.distributed_type).rpartition(".")[2]
     except Exception as e:
-        raise ConfigError(f"{path} is no configuration of accelerate's: {e}") from e
+        raise ConfigError(f"{path} is not an accelerate configuration: {e}") from e
     if config.num_machines > 1:
         raise ConfigError(
             f"{path} is for {config.num_machines} machines; --nproc starts ranks on this one. Set "
@@ -271,7 +271,7 @@ def verdict(failures: dict[int, dict[str, Any]]) -> tuple[str, int]:
         hint = " That is how systems end what takes too much memory."
     return (
         f"rank {rank} was killed by signal {name}, and the others were ended.{hint} What is "
-        "finished is kept; the same command goes on from there."
+        "finished is kept; the same command resumes from there."
     ), 3
 
 
@@ -316,7 +316,7 @@ def is_loss(error: BaseException) -> bool:
 
 LOST = (
     "another rank is gone, and this one cannot work without it. What is finished is kept; the same "
-    "command goes on from there."
+    "command resumes from there."
 )
 
 

@@ -216,7 +216,7 @@ def _section_identity(section: BaseModel) -> Any:
 
 
 def content(value: Any, kind: Any) -> Any:
-    """A named file or model by what is in it; what is not there is said by whoever reads it."""
+    """A named file or model by what is in it; a missing one is reported by what reads it."""
     if kind is None:
         return identity(value)
     name = resolve_path(value)
@@ -226,7 +226,7 @@ def content(value: Any, kind: Any) -> Any:
 
 
 def engine_identity(settings: EngineSettings) -> Any:
-    """What answers depend on; a model that is not behind somebody's server counts by content."""
+    """What answers depend on; a model that no server holds counts by content."""
     found = settings.identity
     if settings.model is None or settings.base_url is not None:
         return found

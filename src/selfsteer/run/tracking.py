@@ -109,7 +109,7 @@ class Tracker:
             except Exception as e:  # whatever a server, a network or a full disk makes of it
                 self._callbacks.remove(callback)
                 name = type(callback).__name__.removesuffix("Callback")
-                warn(f"{name} gets no more figures, which metrics.jsonl and the ledger hold: {e}")
+                warn(f"{name} gets no more figures; metrics.jsonl and the ledger have them: {e}")
 
 
 @contextmanager

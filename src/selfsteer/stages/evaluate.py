@@ -61,7 +61,7 @@ class Evaluate(Stage):
         finals: method → the label of its last policy.
         settings: held-out queries, intervals.
         sampling: how the models answer.
-        judge: who compares; None: nobody.
+        judge: who compares; None: no judge.
         exhibit: shown in ``exhibit.json``; may be None.
     """
 

@@ -30,7 +30,7 @@ class MeasureQuality(Stage):
     Args:
         pairs: the preferences.
         policy: at the start of the iteration; everything is scored under it.
-        judge: who says which response is better; None: nobody.
+        judge: who says which response is better; None: no judge.
         principled: records of the same ids with principles, for the steering gap; None where the
             method has no principles.
         triples: the policy's own, measured beside, plain responses included.

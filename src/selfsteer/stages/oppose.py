@@ -27,7 +27,7 @@ from selfsteer.terminal import progress_bar
 
 
 def given_answers(path: str) -> dict[tuple[Message, ...], str]:
-    """The answer that stands behind each query of a file; of preferences the chosen one.
+    """The answer that follows each query of a file; of preferences the chosen one.
 
     Raises:
         ConfigError: the path is no local file or folder.
@@ -36,8 +36,8 @@ def given_answers(path: str) -> dict[tuple[Message, ...], str]:
     source = Path(resolve_path(path))
     if not source.exists():
         raise ConfigError(
-            f"method spin reads the answers from the file of queries, and {path} is none. Save the "
-            "set as JSON Lines and give its path."
+            f"method spin reads the answers from the file of queries; {path} is not a file. Save "
+            "the set as JSON Lines and give its path."
         )
     answers: dict[tuple[Message, ...], str] = {}
     for _, found in read(read_rows(source), record, Drops()):

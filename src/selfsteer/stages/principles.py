@@ -168,7 +168,7 @@ class WritePrinciples(Stage):
         return result
 
     def _author(self, engines: Any) -> "Author":
-        """Who names the features (the policy), and who writes; None where nobody is asked."""
+        """Who names the features (the policy), and who writes; None where no model is asked."""
         settings, size = self.settings, self.settings.batch_size
 
         def policy() -> Engine:

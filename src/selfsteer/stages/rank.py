@@ -163,7 +163,7 @@ class RankAnswers(Stage):
     """n plain answers per query, the best over the worst as a preference.
 
     The answers come first, into ``candidates``, so that the sampling model has left memory when the
-    judge's is loaded. Both halves go on behind their last finished shard. Dropped are
+    judge's is loaded. Both halves resume after their last finished shard. Dropped are
     ``too_few_answers`` (fewer than two different answers that ended by themselves),
     ``prompt_too_long`` and ``request_failed:REASON`` where answers are missing for that reason,
     ``no_score`` and ``all_equal``.

@@ -1,6 +1,6 @@
 """Which step of a training is kept: the rule, as pure functions over figures.
 
-A preference loss goes on falling, and reward accuracies rising, while a policy forgets how to
+A preference loss keeps falling, and reward accuracies rising, while a policy forgets how to
 speak (Rafailov et al. 2024, arXiv 2406.02900). So the model answers queries that it is not trained
 on, before the first step and at a few steps evenly spread over the training. Two kinds of figures
 decide: drift, which has bounds, and what the model is for (a generator's data, a policy's win
@@ -43,7 +43,7 @@ class Candidate:
     """The model after a step; step 0 is the start.
 
     ``drift`` is by context. ``wins`` is by query id, 0 to 1: for a generator whether its pair is
-    right, for a policy whether its answer beats the start's; empty where nobody can say.
+    right, for a policy whether its answer beats the start's; empty without a judge.
     ``on_policyness`` is that of the generator's responses under the start, None for a policy.
     """
 

@@ -239,11 +239,11 @@ class RowTrainer(Trainer):
                 advice = f"Set row_tokens below {tokens:,}"
             raise EngineError(
                 f"The GPU's memory is too small for a row of {tokens:,} tokens. {advice}; then the "
-                "same command goes on from the last checkpoint."
+                "same command resumes from the last checkpoint."
             ) from error
         self.budget = replace(self.budget, row_tokens=max(tokens // 2, 1))
         warn(
-            f"the GPU's memory is too small for a row of {tokens:,} tokens; going on with "
+            f"the GPU's memory is too small for a row of {tokens:,} tokens; retrying with "
             f"row_tokens: {self.budget.row_tokens}"
         )
 

@@ -76,7 +76,7 @@ def audit(
         to = to or folder / "audit"
     else:
         if base is None:
-            raise ConfigError(f"{model} is no run folder; name the model before with --base.")
+            raise ConfigError(f"{model} is not a run folder; name the model before with --base.")
         given = merge({"policy": {"model": base}}, settings or [])
         models = {"base": base, "policy": model, **({"generator": generator} if generator else {})}
         source, to = None, to or Path("audit")

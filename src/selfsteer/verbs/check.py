@@ -71,7 +71,7 @@ def conclusion(figures: dict[str, Any]) -> str:
     lines = figures["checks"]
     failed = [name for name, line in lines.items() if line["status"] == "FAILED"]
     if failed:
-        return f"not ready: mend {', '.join(failed)}, then check again"
+        return f"not ready: fix {', '.join(failed)}, then check again"
     warned = sum(line["status"] == "warning" for line in lines.values())
     count = f"{warned} warning{'s' * (warned != 1)}" if warned else "no warnings"
     if lines["steering"]["status"] == "skipped":

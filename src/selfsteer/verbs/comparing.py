@@ -56,7 +56,7 @@ def entrants(runs: Sequence[Path], *, baselines: bool) -> list[Entrant]:
     names = [place.name for place in places]
     twice = next((str(r) for i, r in enumerate(runs) if places[i] in places[:i]), None)
     if twice is not None:
-        raise DataError(f"{twice} is named twice; a run differs from itself in nothing.")
+        raise DataError(f"{twice} is named twice; a run cannot be compared with itself.")
     for folder, name in zip(runs, names, strict=True):
         run = RunView.open(folder)
         if run.evaluation is None:

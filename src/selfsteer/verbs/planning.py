@@ -27,7 +27,7 @@ GPUS = {
     "l40s": (362e12, 48e9),
 }
 
-#: Tokens of what a model says of a query's features, and of what it is told before it writes.
+#: Tokens of what a model says of a query's features, and of what it is shown before it writes.
 FEATURE_ANSWER, INSTRUCTION = 20, 200
 
 #: Bytes per parameter: float32 weights, gradients, two moments, bfloat16 copies of autocast.
@@ -184,7 +184,9 @@ def stored_parameters(folder: Path) -> int | None:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size))
         except (struct.error, ValueError):
-            raise ArtifactError(f"{path} is no whole safetensors file; fetch it again.") from None
+            raise ArtifactError(
+                f"{path} is not a complete safetensors file; fetch it again."
+            ) from None
         total += sum(
             math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
         )
@@ -372,7 +374,7 @@ def memory_bytes(
 
 
 def _adapters(shape: Shape, rank: int) -> int:
-    """Parameters of LoRA on every product of a layer: four of attention, three behind it."""
+    """Parameters of LoRA on every product of a layer: four of attention, three after it."""
     inner = max(shape.body / shape.layers - 4 * shape.hidden * shape.attention, 0)
     inner = inner / (3 * shape.hidden)
     wide = 4 * (shape.hidden + shape.attention) + 3 * (shape.hidden + inner)

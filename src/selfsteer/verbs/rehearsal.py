@@ -264,7 +264,7 @@ def sample_some(
                 f"sampling.max_new_tokens {budget:,}. Raise it."
             )
         raise ArtifactError(
-            f"{left}, and from fewer than 2 nothing can be told of steering. "
+            f"{left}, and steering cannot be measured on fewer than 2. "
             + ("See why answers are missing." if len(triples) > 1 else "Give more queries.")
         )
     line.found = (

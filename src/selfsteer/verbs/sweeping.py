@@ -62,7 +62,7 @@ def cells_of(axes: dict[str, list[Any]], budget: int, seed: int) -> list[dict[st
 
 
 def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget: int) -> Any:
-    """Trains every cell and writes ``sweep.json``; the same command goes on where it was.
+    """Trains every cell and writes ``sweep.json``; the same command resumes where it stopped.
 
     Args:
         values: the recipe's settings as given.
