@@ -5,8 +5,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import digest
 from selfsteer.engines.base import Engine
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from selfsteer.models.load import LoadedModel
 
 
-class Engines:
+class Engines(ExitStack):
     """The engines of one stage, each made when it is first needed; a block that ends them.
 
     Args:
@@ -30,32 +29,20 @@ class Engines:
     """
 
     def __init__(self, home: Path | None) -> None:
+        super().__init__()
         self.home = home
         self._made: dict[str, Engine] = {}
         self._usage: dict[str, tuple[str, Usage]] = {}
-        self._stack = ExitStack()
+        self.callback(self._report)
+        self.callback(self._made.clear)  # a model in process leaves memory: a judge's may come next
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
-        self._made.clear()  # a model in process leaves memory: a judge's may come next
-        self._stack.__exit__(kind, error, trace)
+    def _report(self) -> None:
         for label, counts in self.asked.items():
             retried = f" ({counts['retried']:,} retried)" if counts["retried"] else ""
             say(
                 f"  {label}: {counts['requests']:,} requests{retried}, "
                 f"{counts['prompt_tokens']:,} tokens in, {counts['completion_tokens']:,} out"
             )
-
-    def close(self) -> None:
-        """Ends what was started and reports what was asked."""
-        self.__exit__()
 
     @property
     def asked(self) -> dict[str, dict[str, Any]]:
@@ -134,7 +121,7 @@ class Engines:
         else:
             engine = self._server(settings, source, loading if at_hand else None)
         if settings.kind != "transformers":
-            self._stack.callback(engine.close)
+            self.callback(engine.close)
         return self._made.setdefault(key, engine)
 
     def _server(
@@ -152,7 +139,7 @@ class Engines:
             logs = self.home / "logs" if self.home else Path(tempfile.mkdtemp(prefix="selfsteer-"))
             log = logs / f"server-{name}-{len(self._made)}.log"
             server = LaunchedServer(settings.launch, source, log, hidden=settings.api_key_env)
-            self._stack.enter_context(server).wait(settings.launch_timeout)
+            self.enter_context(server).wait(settings.launch_timeout)
             model, base_url, local = source, server.base_url, {"server": server}
         if loading is not None:
             from selfsteer.models.load import load_chat, load_context_length
