@@ -9,6 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+import selfsteer.run.stage as stage_module
+from selfsteer.data.digests import digest
 from selfsteer.methods import load_recipe
 from selfsteer.objectives import Objective
 from selfsteer.recipe import sections
@@ -440,6 +442,20 @@ def test_more_iterations_leave_those_that_are_done(tmp_path: Path) -> None:
     once = fingerprints(recipe("pbaa"))
     twice = fingerprints(recipe("pbaa", iterations=2))
     assert {n: twice[n] for n in once} == once
+
+
+def test_each_fingerprint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of a late round reads those of the earlier ones along many ways."""
+    calls: list[Any] = []
+
+    def counted(value: Any) -> str:
+        calls.append(value)
+        return digest(value)
+
+    monkeypatch.setattr(stage_module, "digest", counted)
+    plan = recipe("sso", iterations=2).plan()
+    assert plan[-1].fingerprint == plan[-1].fingerprint
+    assert len(calls) <= len(plan)
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -15,6 +15,7 @@ Nothing heavy is imported before a stage runs.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,9 +144,12 @@ class Stage(ABC):
         """The stage whose responses its records hold."""
         return self.read.texts if self.passes_on and self.read else self.name
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes when, and only when, the stage would have to be done again."""
+        """Changes when, and only when, the stage would have to be done again.
+
+        Computed once: stages read each other's many times over.
+        """
         inputs = {
             f.name: f.metadata.get("identity", identity)(getattr(self, f.name))
             for f in fields(self)
