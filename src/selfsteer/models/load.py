@@ -297,8 +297,9 @@ def load_reward(source: str, settings: Loading) -> LoadedModel:
             tokenizer does not fit it.
     """
     check_reward(source, settings)
-    kind = AutoModelForSequenceClassification
-    loaded, missing = _load(kind, source, settings, inference=True, num_labels=1)
+    loaded, missing = _load(
+        AutoModelForSequenceClassification, source, settings, inference=True, num_labels=1
+    )
     if missing:
         raise ArtifactError(
             f"{source} lacks the weights {', '.join(sorted(missing)[:3])}, which "
@@ -318,8 +319,9 @@ def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
         ArtifactError: unreadable, not of a family with such a head, or its tokenizer does not fit.
     """
     torch.manual_seed(seed)
-    kind = AutoModelForSequenceClassification
-    loaded, _ = _load(kind, source, settings, inference=False, num_labels=1)
+    loaded, _ = _load(
+        AutoModelForSequenceClassification, source, settings, inference=False, num_labels=1
+    )
     tokenizer = loaded.chat.tokenizer
     if tokenizer.pad_token is None:
         ends = loaded.chat.end_of_turn

@@ -288,11 +288,11 @@ def score_records(
         if not installed:
             tree.uninstall(model)
         model.train(was_training)
-    out = {}
-    for k, name in enumerate(sequences):
-        part = values[k :: len(sequences)]
-        out[name] = (
+    parts = {name: values[k :: len(sequences)] for k, name in enumerate(sequences)}
+    return {
+        name: (
             torch.tensor([float(v.double().sum()) for v in part], dtype=torch.float64),
             torch.tensor([len(v) for v in part], dtype=torch.int64),
         )
-    return out
+        for name, part in parts.items()
+    }
