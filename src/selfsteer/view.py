@@ -10,6 +10,7 @@ is written and no model is asked.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -22,6 +23,7 @@ from pydantic_core import to_jsonable_python
 
 from selfsteer.data.jsonl import Records, Stored, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
+from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, AnyRecipe, recipe_of
@@ -103,29 +105,11 @@ class Exhibit:
 
 
 @checked(frozen=True)
-class RewardSource:
-    """What became of one preference set of a reward model."""
-
-    read: int
-    weight: float
-    trained: int
-    dropped: dict[str, int]
-
-
-@checked(frozen=True)
 class RewardPart:
     """Accuracy on a part of the held-out pairs."""
 
     pairs: int
     accuracy: Interval | None = None
-
-
-@checked(frozen=True)
-class Calibration:
-    """Calibration error, and bins with ``from``, ``to``, ``pairs``, ``stated`` and ``right``."""
-
-    ece: float
-    bins: list[dict[str, int | float | None]]
 
 
 @checked(frozen=True)
@@ -135,14 +119,14 @@ class HeldOut(RewardPart):
     longer_is_chosen: Interval | None = None
     by_source: dict[str, RewardPart] = field(default_factory=dict)
     by_length: dict[str, RewardPart] = field(default_factory=dict)
-    calibration: Calibration | None = None
+    calibration: dict[str, Any] | None = None
 
 
 @checked(frozen=True)
 class Reward:
-    """``reward.json``."""
+    """``reward.json``: ``sources`` holds what became of each preference set."""
 
-    sources: dict[str, RewardSource]
+    sources: dict[str, dict[str, Any]]
     held_out: HeldOut
 
 
@@ -166,16 +150,6 @@ class Selection:
     candidates: list[Candidate]
 
 
-@checked(frozen=True)
-class Usage:
-    """What servers were asked, over all tries."""
-
-    requests: int = 0
-    retried: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 class Answer(NamedTuple):
     """One model's answer to an evaluation query."""
 
@@ -187,18 +161,11 @@ class Answer(NamedTuple):
 # -- reading -------------------------------------------------------------------------------------
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines(source: Path | bytes) -> Iterator[dict[str, Any]]:
     """JSON objects of a log; a line that is none, or not whole yet, is left out."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return
-    yield from objects(data)
-
-
-def objects(data: bytes) -> Iterator[dict[str, Any]]:
-    """As `lines`, of what was read already."""
-    for line in data.split(b"\n"):
+    if isinstance(source, Path):
+        source = source.read_bytes() if source.exists() else b""
+    for line in source.split(b"\n"):
         try:
             value = json.loads(line)
         except ValueError:
@@ -221,6 +188,16 @@ def _read(kind: type[T], path: Path) -> T | None:
         fault = e.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise ArtifactError(f"{path} cannot be read: {where} {fault['msg']}.") from None
+
+
+def _file(kind: type[T], name: str) -> cached_property[T | None]:
+    """A JSON file of a view's folder, read when it is first asked for; a link out of it is none."""
+
+    def read(view: Any) -> T | None:
+        path = view.folder / name
+        return _read(kind, path) if path.resolve().is_relative_to(view.folder.resolve()) else None
+
+    return cached_property(read)
 
 
 def _asked(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,24 +320,15 @@ class RoundView:
         """Whether its preferences are its triples, so that they would count twice."""
         return not self.has_generator and any(s.kind == "FilterTriples" for s in self.stages)
 
-    @cached_property
-    def quality(self) -> Quality | None:
-        """Figures of its pairs."""
-        return _read(Quality, self.folder / "quality.json")
+    #: Figures of its pairs.
+    quality = _file(Quality, "quality.json")
 
     @property
     def measured(self) -> dict[str, SetFigures]:
         """``triples`` and ``preferences`` with their figures, as far as they were measured."""
-        if self.quality is None:
-            return {}
-        both = {"triples": self.quality.triples, "preferences": self.quality.preferences}
+        found = self.quality
+        both = {"triples": found.triples, "preferences": found.preferences} if found else {}
         return {kind: figures for kind, figures in both.items() if figures}
-
-    @property
-    def models(self) -> dict[str, str]:
-        """``generator`` (``generator/plus``, ``generator/minus``) and ``policy``, with weights."""
-        labels = ("generator", "generator/plus", "generator/minus", "policy")
-        return {x: str(self.folder / x) for x in labels if _has_weights(self.folder / x)}
 
     @property
     def principles(self) -> Records[Triple]:
@@ -407,29 +375,18 @@ class RoundView:
 
     @property
     def scores(self) -> Path | None:
-        """The folder with log-probs under the policy at the start of the round, if any are kept."""
-        for stage in reversed(self.stages):
-            if "scores" in stage.notes:
-                return self.run.folder / "scores" / str(stage.notes["scores"]["folder"])
-        return _scores(self)
+        """The folder with log-probs under the policy that the round starts from, if any are kept.
 
-
-def _scores(of: RoundView) -> Path | None:
-    """The log-probs of the model that a round starts from, by what their folder says of itself."""
-    for about in sorted((of.run.folder / "scores").glob("*/model.json")):
-        model = Path(str(next(lines(about), {}).get("model"))).parts
-        if of.k == 1:
-            same = model[-2:] == Path(resolve_path(of.run.recipe.policy.model)).parts[-2:]
-        else:
-            same = model[-2:] == (f"iteration-{of.k - 1}", "policy")
-            same &= (model[-3:-2] == ("baseline",)) == of.is_baseline
-        if same:
-            return about.parent
-    return None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+        Each folder of log-probs says whose they are; a run that was moved keeps its own models.
+        """
+        base = Path(resolve_path(self.run.recipe.policy.model)).parts
+        start = (f"iteration-{self.k - 1}", "policy") if self.k > 1 else base[-2:]
+        for about in sorted((self.run.folder / "scores").glob("*/model.json")):
+            model = Path(str(next(lines(about), {}).get("model"))).parts
+            is_ours = self.k == 1 or (model[-3:-2] == ("baseline",)) == self.is_baseline
+            if model[-2:] == start and is_ours:
+                return about.parent
+        return None
 
 
 @dataclass(frozen=True)
@@ -524,10 +481,12 @@ class RunView:
         found = path.stat()
         return _metrics(path, found.st_size, found.st_mtime_ns)
 
-    @cached_property
-    def evaluation(self) -> Evaluation | None:
-        """The models on held-out queries."""
-        return _read(Evaluation, self.folder / "evaluation.json")
+    #: Figures of the models on held-out queries, an example of steering, the reward model, and what
+    #: `selfsteer.evaluation.benchmark_table` shows; each None where there is none.
+    evaluation = _file(Evaluation, "evaluation.json")
+    exhibit = _file(Exhibit, "evaluation/exhibit.json")
+    reward = _file(Reward, "reward.json")
+    benchmarks = _file(dict[str, Any], "benchmarks.json")
 
     def answers(self, label: str) -> dict[str, Answer]:
         """A model's answers to the evaluation queries by query id; failed requests are left out."""
@@ -538,41 +497,30 @@ class RunView:
             if v["finish_reason"] in ("stop", "length")
         }
 
-    @cached_property
-    def exhibit(self) -> Exhibit | None:
-        """An example of steering."""
-        path = self.folder / "evaluation" / "exhibit.json"
-        return _read(Exhibit, path) if self.owns(path) else None
+    def last(self, method: str) -> tuple[Answers | None, SetFigures | None]:
+        """Of a method's last policy, or ``base``: its answers, and the pairs it was trained on."""
+        found = self.evaluation
+        answers = found.models.get(found.finals.get(method, method)) if found else None
+        measured = [r.quality.preferences for r in self.rounds_of(method) if r.quality]
+        return answers, measured[-1] if measured else None
 
-    @cached_property
-    def reward(self) -> Reward | None:
-        """The run's reward model."""
-        return _read(Reward, self.folder / "reward.json")
-
-    @cached_property
-    def benchmarks(self) -> dict[str, Any] | None:
-        """What `selfsteer.evaluation.benchmark_table` shows."""
-        return _read(dict[str, Any], self.folder / "benchmarks.json")
-
-    @cached_property
-    def usage(self) -> Usage | None:
-        """What servers were asked; None where none was."""
-        found = [_read(Usage, p) or Usage() for p in sorted((self.folder / "usage").glob("*.json"))]
-        names = Usage.__dataclass_fields__
-        return Usage(**{n: sum(getattr(u, n) for u in found) for n in names}) if found else None
+    @property
+    def usage(self) -> Counter[str]:
+        """What servers were asked, over all tries."""
+        paths = (self.folder / "usage").glob("*.json")
+        return sum((Usage(path).counts for path in paths), Counter[str]())
 
     @property
     def models(self) -> dict[str, str]:
         """By label: base; generator, policy and baseline of the last rounds; reward."""
-        found = {"base": self.recipe.policy.model}
+        places: dict[str, Path] = {}
+        own = ("generator", "generator/plus", "generator/minus", "policy")
         for r in self.rounds:
-            own = r.models
-            if r.is_baseline:
-                own = {"baseline": own["policy"]} if "policy" in own else {}
-            found |= own
-        if _has_weights(self.folder / "reward"):
-            found["reward"] = str(self.folder / "reward")
-        return found
+            titles = {"policy": "baseline"} if r.is_baseline else dict(zip(own, own, strict=True))
+            places |= {label: r.folder / title for title, label in titles.items()}
+        places["reward"] = self.folder / "reward"
+        trained = {x: str(p) for x, p in places.items() if any(p.glob("*.safetensors"))}
+        return {"base": self.recipe.policy.model, **trained}
 
     def seconds_of(self, method: str) -> float | None:
         """Time that a method's policy took, what all methods share included; None: unfinished."""

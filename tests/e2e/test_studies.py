@@ -21,7 +21,7 @@ def report(ended: Any) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(x) for x in path.read_text().splitlines()]
+    return [json.loads(x) for x in path.read_text().splitlines() if x]
 
 
 def test_an_audit_asks_every_model_once_and_counts_what_the_oracle_says(
@@ -34,9 +34,10 @@ def test_an_audit_asks_every_model_once_and_counts_what_the_oracle_says(
     principles = lines(next(tmp_path.glob("principles-*/principles.jsonl")))
     means = set()
     for path in tmp_path.glob("answers-*.jsonl"):
-        answers = {v["id"]: v["answers"]["bad"]["text"] for v in lines(path)}
+        said = {v["id"]: v["text"] for v in lines(path)}
         scores = [
-            oracle.score(p["messages"][-1]["content"], answers[p["id"]]).total for p in principles
+            oracle.score(p["messages"][-1]["content"], said[f"{p['id']}/bad"]).total
+            for p in principles
         ]
         means.add(round(sum(scores) / len(scores), 9))
     assert {round(v["score/bad"], 9) for v in found["models"].values()} == means

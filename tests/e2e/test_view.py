@@ -20,7 +20,7 @@ from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from selfsteer.errors import ArtifactError, SelfsteerError
-from selfsteer.report.browser import build, cache_folder
+from selfsteer.report.browser import Index, build, cache_folder
 from selfsteer.report.server import Jobs, app
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import progress_of
@@ -317,7 +317,7 @@ def test_half_written_files_are_no_error(smoke: Path, tmp_path: Path) -> None:
             assert [s["state"] for s in found["stages"]][-1] == "begun"
             assert get(client, "/api/runs")["runs"][0]["state"] == "stopped"
     index = build(RunView.open(run).sampled[0])
-    assert json.loads((index / "about.json").read_text())["unreadable"] == 1
+    assert Index(index).about["unreadable"] == 1
 
 
 def test_a_folder_that_is_no_run_does_not_hide_the_others(folder: Path, tmp_path: Path) -> None:

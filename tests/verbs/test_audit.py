@@ -3,18 +3,21 @@ import math
 import numpy as np
 import pytest
 
-from selfsteer.verbs.auditing import Behaviour, audit
+from selfsteer.verbs.auditing import audit
 
 N = 20
 FEATURES = [("Accuracy",) if i < 12 else ("Safety", "Accuracy") if i < 16 else () for i in range(N)]
 
 
-def behaviour(bad: float, gap: float = 0.1, *, scored: bool = True) -> Behaviour:
+def behaviour(bad: float, gap: float = 0.1, *, scored: bool = True) -> dict[str, np.ndarray]:
     """Constant but for a little that differs by query, the same for every behaviour."""
     noise = np.linspace(0, 0.01, N)
-    scores = {"plain": 0.6 + noise, "good": 0.8 + noise, "bad": bad + noise} if scored else None
-    gaps = {"good": 0.2 + noise, "bad": gap + noise}
-    return Behaviour(scores, gaps, dict.fromkeys(("plain", "good", "bad"), np.full(N, 10.0)))
+    found = {"gap/good": 0.2 + noise, "gap/bad": gap + noise, "tokens/plain": np.full(N, 10.0)}
+    if scored:
+        scores = {"plain": 0.6, "good": 0.8, "bad": bad}
+        found |= {f"score/{c}": value + noise for c, value in scores.items()}
+        found["drop"] = found["score/plain"] - found["score/bad"]
+    return found
 
 
 def rng() -> np.random.Generator:
@@ -61,7 +64,6 @@ def test_a_feature_counts_where_it_is_named_and_few_say_nothing() -> None:
 
 def test_answers_without_a_score_do_not_count() -> None:
     aligned = behaviour(0.4)
-    assert aligned.scores is not None
-    aligned.scores["bad"][:10] = math.nan
+    aligned["score/bad"][:10] = math.nan
     found = audit(behaviour(0.5), {"policy": aligned}, {}, FEATURES, rng())
     assert found["changes"]["policy"]["whole"]["score/bad"] == pytest.approx([-0.1] * 3)

@@ -1,4 +1,4 @@
-"""Rows of the data browser: a stage's triples with all that the run knows of each, in Parquet.
+"""Rows of the data browser: a stage's triples with all that the run knows of each, in SQLite.
 
 An index is made once per state of the stage and kept in ``RUN/.view``: `Index` then filters, sorts
 and pages without reading the shards again. Nothing here locks or changes the run, and no model is
@@ -11,40 +11,36 @@ import contextlib
 import json
 import math
 import os
-import shutil
+import sqlite3
 import stat
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from urllib.parse import quote
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import batched, dump_line, write_atomic
+from selfsteer.data.jsonl import batched, dump_line
 from selfsteer.data.records import RESPONSES, Preference, Query, Triple
 from selfsteer.engines.base import Advance, no_news
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError
-from selfsteer.judges.base import Pair, by_scores
+from selfsteer.judges.base import Pair, ScoringJudge, by_scores
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.methods import Aligning
 from selfsteer.report.logprobs import LogProbs
 from selfsteer.report.page import asset, finite
 from selfsteer.terminal import progress_bar
-from selfsteer.view import RunView, Sampled, objects
+from selfsteer.view import RunView, Sampled, lines
 
 #: Part of each index's key; raised when what is kept of a row changes.
-VERSION = 3
-#: Rows per group of the Parquet file: what reading one triple costs.
+VERSION = 4
+#: Triples whose log-probs are looked up together.
 GROUP = 256
 #: No index takes so long; what is half made and older is nobody's.
 LEFT_AFTER_S = 86_400.0
@@ -56,20 +52,16 @@ PENDING, KEPT, NO_RECORD = "pending", "kept", "no record kept"
 
 SORTS = ("gap", "disagreement", "length_difference")
 
-#: What the list shows, and what it is filtered and sorted by; the record has all the rest.
-COLUMNS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("query", pa.string()),
-        ("features", pa.list_(pa.string())),
-        ("fate", pa.string()),
-        ("verdict", pa.string()),
-        ("gap", pa.float64()),
-        ("disagreement", pa.float64()),
-        ("length_difference", pa.int64()),
-    ]
-)
-RECORDS = pa.schema([("text", pa.string()), ("record", pa.string())])
+#: What the list shows, and what it is filtered and sorted by.
+COLUMNS = ("id", "query", "features", "fate", "verdict", *SORTS)
+#: ``text`` is searched; ``record``, compressed, has all the rest.
+SCHEMA = f"""
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE rows (n INTEGER PRIMARY KEY, {", ".join(COLUMNS)}, text, record);
+CREATE INDEX ids ON rows (id);
+CREATE TABLE about (json);
+"""
 
 
 def key_of(found: Sampled) -> str:
@@ -88,65 +80,58 @@ def key_of(found: Sampled) -> str:
 # -- what a run knows of a triple ------------------------------------------------------------------
 
 
-class Judged:
-    """What the recipe's judge said of good against bad; no judge with a model is asked anything."""
+#: What a judge said of good against bad, as the page shows it; None: it was not asked.
+Said = dict[str, Any] | None
 
-    def __init__(self, run: RunView) -> None:
-        from selfsteer.judges.store import AnswerStore
 
-        self.settings = run.recipe.judge if isinstance(run.recipe, Aligning) else None
-        self.name = ""
-        self._judge: Any = None
-        self._stores: list[AnswerStore] = []
-        if self.settings is None:
-            return
-        if self.settings.kind in ("oracle", "human"):
-            with contextlib.suppress(SelfsteerError):
-                self._judge = load_judge(self.settings)
-        else:
-            folders = sorted((run.folder / "judgements").glob("*/"))
-            self._stores = [AnswerStore(f) for f in folders]
-        self.name = f"{self.settings.kind}:{self.settings.model or self.settings.path or ''}"
-        self.name = self.name.rstrip(":")
+def judged(run: RunView) -> tuple[str, Callable[[Pair], Said]]:
+    """The name of the recipe's judge, and what it said of a pair; no model is asked anything."""
+    from selfsteer.judges.store import AnswerStore
 
-    def of(self, triple: Triple) -> dict[str, Any] | None:
-        """Verdict, scores or both orders with the judge's own words; None: it was not asked."""
-        query = Query(triple.id, triple.messages)
-        pair = Pair(query, triple.responses["good"], triple.responses["bad"])
-        with contextlib.suppress(SelfsteerError):
-            if self._judge is not None:
-                found: dict[str, Any] = {"verdict": self._judge.compare_all([pair])[0].verdict}
-                if hasattr(self._judge, "score_all"):
-                    both = [(query, pair.first), (query, pair.second)]
-                    found["scores"] = self._judge.score_all(both)
-                return {"judge": self.name, **found}
-            for store in self._stores:
-                if found := self._stored(store, pair):
-                    return {"judge": self.name, **found}
+    settings = run.recipe.judge if isinstance(run.recipe, Aligning) else None
+    if settings is None:
+        return "", lambda pair: None
+    name = f"{settings.kind}:{settings.model or settings.path or ''}".rstrip(":")
+    if settings.kind in ("oracle", "human"):
+        return name, partial(_asked, load_judge(settings))
+    stores = [AnswerStore(folder) for folder in sorted((run.folder / "judgements").glob("*/"))]
+    read = _from_chat if settings.kind == "chat" else partial(_from_scores, settings.tie_margin)
+    return name, lambda pair: next(filter(None, (read(store, pair) for store in stores)), None)
+
+
+def _asked(judge: Any, pair: Pair) -> Said:
+    """Of a judge that costs nothing: verdict and, where it has some, scores."""
+    found: dict[str, Any] = {"verdict": judge.compare_all([pair])[0].verdict}
+    if isinstance(judge, ScoringJudge):
+        found["scores"] = judge.score_all([(pair.query, pair.first), (pair.query, pair.second)])
+    return found
+
+
+def _from_chat(store: Any, pair: Pair) -> Said:
+    """Of a chat model: the verdict, and both orders in its own words."""
+    from selfsteer.judges.chat import stored_judgement
+
+    both = stored_judgement(pair, store.known)
+    if both is None:
         return None
+    judgement, texts = both
+    sides = [{"first": "good", "second": "bad"}, {"first": "bad", "second": "good"}]
+    orders = [
+        {"first": side["first"], "said": side.get(said, said), "text": text}
+        for side, said, text in zip(sides, judgement.shown or (), texts, strict=True)
+    ]
+    return {"verdict": judgement.verdict, "reason": judgement.reason, "orders": orders}
 
-    def _stored(self, store: Any, pair: Pair) -> dict[str, Any]:
-        assert self.settings is not None
-        if self.settings.kind == "chat":
-            from selfsteer.judges.chat import stored_judgement
 
-            both = stored_judgement(pair, store.known)
-            if both is None:
-                return {}
-            judgement, texts = both
-            sides = [{"first": "good", "second": "bad"}, {"first": "bad", "second": "good"}]
-            orders = [
-                {"first": side["first"], "said": side.get(said, said), "text": text}
-                for side, said, text in zip(sides, judgement.shown or (), texts, strict=True)
-            ]
-            return {"verdict": judgement.verdict, "reason": judgement.reason, "orders": orders}
-        from selfsteer.judges.reward import score_key
+def _from_scores(margin: float, store: Any, pair: Pair) -> Said:
+    """Of a reward model: the verdict and both scores."""
+    from selfsteer.judges.reward import score_key
 
-        answers = [store.known(score_key(pair.query, t)) for t in (pair.first, pair.second)]
-        if None in answers:
-            return {}
-        a, b = (answer["score"] for answer in answers)
-        return {"verdict": by_scores(a, b, self.settings.tie_margin), "scores": [a, b]}
+    answers = [store.known(score_key(pair.query, t)) for t in (pair.first, pair.second)]
+    if None in answers:
+        return None
+    a, b = (answer["score"] for answer in answers)
+    return {"verdict": by_scores(a, b, margin), "scores": [a, b]}
 
 
 def disagreement(judgement: Mapping[str, Any] | None) -> float | None:
@@ -171,7 +156,7 @@ class ById:
             with open(path, "rb") as file:
                 start = 0
                 for line in file:
-                    self._places |= {str(v.get("id")): (path, start) for v in objects(line)}
+                    self._places |= {str(v.get("id")): (path, start) for v in lines(line)}
                     start += len(line)
 
     def get(self, identity: str) -> dict[str, Any] | None:
@@ -237,70 +222,67 @@ def cache_folder(run: Path) -> Path:
         return mine
 
 
-def index_folder(found: Sampled) -> Path:
+def index_file(found: Sampled) -> Path:
     """Where the index of a set is, or will be, as the set is now."""
     home = cache_folder(found.round.run.folder)
     return home / f"{found.name.replace('/', '-')}.{key_of(found)}"
 
 
 def build(found: Sampled, advance: Advance = no_news) -> Path:
-    """Makes the index of a set, unless it is there, and removes older ones; returns its folder.
+    """Makes the index of a set, unless it is there, and removes older ones; returns its file.
 
     Args:
         found: the set.
         advance: told how many rows are done, now and then.
     """
-    target = index_folder(found)
+    target = index_file(found)
     home, stem = target.parent, target.name.rpartition(".")[0]
-    if (target / "about.json").exists():
+    if target.exists():
         return target
     for left in home.glob(f".{stem}.*"):  # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
-                shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(dir=home, prefix=f".{stem}."))
-    rows = Rows(found)
-    light: list[dict[str, Any]] = []
-    with pq.ParquetWriter(partial / "rows.parquet", RECORDS, compression="zstd") as file:
+                left.unlink()
+    descriptor, name = tempfile.mkstemp(dir=home, prefix=f".{stem}.")
+    os.close(descriptor)
+    rows, marks = Rows(found), ", ".join("?" * (len(COLUMNS) + 2))
+    with contextlib.closing(sqlite3.connect(name)) as database, database:
+        database.executescript(SCHEMA)
+        insert = f"INSERT INTO rows ({', '.join(COLUMNS)}, text, record) VALUES ({marks})"
         for part in batched(rows, GROUP):
-            light += [row for row, _ in part]
-            heavy = pa.Table.from_pylist([record for _, record in part], schema=RECORDS)
-            file.write_table(heavy, row_group_size=GROUP)
+            database.executemany(insert, part)
             advance(len(part), 0)
-    columns = pa.Table.from_pylist(light, schema=COLUMNS)
-    pq.write_table(columns, partial / "columns.parquet")
-    about = {"set": found.name, "rows": len(light), **rows.about()}
-    write_atomic(partial / "about.json", json.dumps(about) + "\n", sync=False)
-    try:
-        partial.rename(target)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
+        database.execute("INSERT INTO about VALUES (?)", [json.dumps(rows.about())])
+    os.replace(name, target)
     for old in home.glob(f"{stem}.*"):
         if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink(missing_ok=True)
     return target
 
 
 class Rows:
-    """The rows of a set one after the other, each in two parts: for the list, and the rest."""
+    """The rows of a set one after the other, as the table holds them."""
 
     def __init__(self, found: Sampled) -> None:
         self.shards = found.shards
         self.logprobs, self.fates = LogProbs(found.round), Fates(found)
-        self.judged = Judged(found.round.run)
-        self.unreadable = self.coloured = 0
+        self.judge, self.judged = "", None
+        with contextlib.suppress(SelfsteerError):
+            self.judge, self.judged = judged(found.round.run)
+        self.count = self.unreadable = self.coloured = 0
 
     def about(self) -> dict[str, Any]:
         """What is to be said of the whole, once all rows were made."""
         why = self.logprobs.why_not or "these responses were not scored"
         return {
+            "of": self.count,
             "unreadable": self.unreadable,
             "decided_by": self.fates.stage,
-            "judge": self.judged.name or None,
+            "judge": self.judge or None,
             "why_no_colour": "" if self.coloured else why,
         }
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for part in batched(self._triples(), GROUP):
             fates = [self.fates.of(triple) for _, triple in part]
             made = [triple for _, triple in fates]
@@ -311,6 +293,7 @@ class Rows:
             ):
                 own = {side: float(values[i]) for side, values in gaps.items()}
                 shown = {r: t[i] for r, t in tokens.items() if t[i]}
+                self.count += 1
                 self.coloured += bool(shown)
                 yield self._row(value, triple, trained_on, fate, own, shown)
 
@@ -335,37 +318,39 @@ class Rows:
         fate: str,
         gaps: dict[str, float],
         tokens: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> list[Any]:
         whole = {"good", "bad"} <= set(triple.responses)
-        judgement = self.judged.of(made) if whole else None
+        judgement: Said = None
+        with contextlib.suppress(SelfsteerError):  # a query that is not of the judge's world
+            if whole and self.judged:
+                query = Query(made.id, made.messages)
+                pair = Pair(query, made.responses["good"], made.responses["bad"])
+                judgement = self.judged(pair)
         gap = sum(gaps.values())
         difference = len(made.responses["good"]) - len(made.responses["bad"]) if whole else None
         principles = triple.principles
-        query = " ".join(triple.messages[-1].content.split())
-        row = {
-            "id": triple.id,
-            "query": query if len(query) <= QUERY_CHARS else query[: QUERY_CHARS - 1] + "…",
-            "features": list(principles.features) if principles else [],
-            "fate": fate,
-            "verdict": judgement["verdict"] if judgement else None,
-            "gap": None if math.isnan(gap) else gap,
-            "disagreement": disagreement(judgement),
-            "length_difference": difference,
-        }
+        said = " ".join(triple.messages[-1].content.split())
         texts = [triple.id, *(m.content for m in triple.messages), *triple.responses.values()]
         texts += [principles.good, principles.bad] if principles else []
-        changed = {r: t for r, t in made.responses.items() if t != triple.responses.get(r)}
         record = {
             "triple": value,
-            "trained_on": changed,
+            "trained_on": {r: t for r, t in made.responses.items() if t != triple.responses.get(r)},
             "gaps": {} if math.isnan(gap) else gaps,
-            "judgement": judgement,
+            "judgement": judgement and {"judge": self.judge, **judgement},
             "tokens": tokens,
         }
-        return row, {
-            "text": "\n".join(texts).casefold(),
-            "record": json.dumps(record, ensure_ascii=False),
-        }
+        return [
+            triple.id,
+            said if len(said) <= QUERY_CHARS else said[: QUERY_CHARS - 1] + "…",
+            json.dumps(principles.features if principles else [], ensure_ascii=False),
+            fate,
+            judgement["verdict"] if judgement else None,
+            None if math.isnan(gap) else gap,
+            disagreement(judgement),
+            difference,
+            "\n".join(texts).casefold(),
+            zlib.compress(json.dumps(record).encode(), 1),
+        ]
 
 
 @dataclass(frozen=True)
@@ -381,100 +366,80 @@ class Wanted:
 
 
 class Index:
-    """A set's rows, opened: what the list needs is in memory, texts stay on disk."""
+    """A set's rows, opened for reading."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.about: dict[str, Any] = json.loads((folder / "about.json").read_bytes())
-        self.columns = pq.read_table(folder / "columns.parquet", schema=COLUMNS)
-        self._file = pq.ParquetFile(folder / "rows.parquet")
-        self._at = {i: n for n, i in enumerate(self.columns["id"].to_pylist())}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # one thread after the other, see `selfsteer.report.server`
+        self._database = sqlite3.connect(
+            f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False
+        )
+        ((about,),) = self._select("json FROM about")
+        self.about: dict[str, Any] = json.loads(about)
         self.find = lru_cache(maxsize=32)(self._find)
         self.summary = lru_cache(maxsize=1)(self._summary)
 
+    def _select(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._database.execute(f"SELECT {query}", values).fetchall()
+
     def counts(self, column: str) -> dict[str, int]:
         """How often each value occurs, frequent ones first."""
-        found = pc.value_counts(self.columns[column]).to_pylist()
-        pairs = {v["values"]: v["counts"] for v in found if v["values"] is not None}
-        return dict(sorted(pairs.items(), key=lambda p: -p[1]))
+        found = f"{column}, count(*) FROM rows WHERE {column} NOTNULL GROUP BY 1 ORDER BY 2 DESC"
+        return dict(self._select(found))
 
     def _summary(self) -> dict[str, Any]:
         """What is to be said of the whole set."""
-        features = Counter(f for row in self.columns["features"].to_pylist() for f in row)
-        return {
-            "of": self.about["rows"],
-            "fates": self.counts("fate"),
-            "verdicts": self.counts("verdict"),
-            "features": dict(features.most_common()),
-            **{k: self.about[k] for k in ("unreadable", "decided_by", "judge", "why_no_colour")},
-        }
+        named = "value, count(*) FROM rows, json_each(features) GROUP BY 1 ORDER BY 2 DESC"
+        counted = {"fates": self.counts("fate"), "verdicts": self.counts("verdict")}
+        return {**self.about, **counted, "features": dict(self._select(named))}
 
-    def _find(self, wanted: Wanted) -> np.ndarray:
+    def _find(self, wanted: Wanted) -> list[int]:
         """Row numbers of what is wanted, in its order; rows without a figure come last.
 
         Raises:
             DataError: an unknown order.
         """
-        mask = np.ones(self.columns.num_rows, dtype=bool)
-        if wanted.fate == "dropped":
-            mask &= ~self._is("fate", KEPT) & ~self._is("fate", PENDING)
-        elif wanted.fate:
-            mask &= self._is("fate", wanted.fate)
-        if wanted.verdict:
-            mask &= self._is("verdict", wanted.verdict)
-        if wanted.feature:
-            named = self.columns["features"].combine_chunks()
-            of = pc.list_parent_indices(named).to_numpy()
-            hits = pc.equal(pc.list_flatten(named), wanted.feature).to_numpy(zero_copy_only=False)
-            mask &= np.isin(np.arange(len(mask)), of[hits])
-        if wanted.q:
-            mask &= self._holding(wanted.q)
-        rows = np.flatnonzero(mask)
-        if not wanted.sort:
-            return rows
-        if wanted.sort not in SORTS:
+        if wanted.sort and wanted.sort not in SORTS:
             raise DataError(f"rows are sorted by {', '.join(SORTS)}, not by {wanted.sort!r}.")
-        values = self.columns[wanted.sort].cast(pa.float64()).to_numpy()[rows]
-        key = values if wanted.ascending else -values
-        return rows[np.argsort(key, kind="stable")]  # NaN sorts behind everything
-
-    def _holding(self, words: str) -> np.ndarray:
-        """(N,) mask of rows whose id, query, responses or principles hold the words."""
-        wanted = words.casefold()
-        parts = [
-            pc.match_substring(batch["text"], wanted).to_numpy(zero_copy_only=False)
-            for batch in self._file.iter_batches(columns=["text"], batch_size=4 * GROUP)
+        dropped = wanted.fate == "dropped"
+        asked = {
+            f"fate NOT IN ('{KEPT}', '{PENDING}', ?)": wanted.fate if dropped else "",
+            "fate = ?": "" if dropped else wanted.fate,
+            "verdict = ?": wanted.verdict,
+            "EXISTS (SELECT 1 FROM json_each(features) WHERE value = ?)": wanted.feature,
+            "instr(text, ?)": wanted.q.casefold(),
+        }
+        given = {condition: value for condition, value in asked.items() if value}
+        where = " AND ".join(given) or "1"
+        upwards = "ASC" if wanted.ascending else "DESC"
+        order = f"{wanted.sort} ISNULL, {wanted.sort} {upwards}, n" if wanted.sort else "n"
+        return [
+            n
+            for (n,) in self._select(f"n FROM rows WHERE {where} ORDER BY {order}", *given.values())
         ]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
-
-    def _is(self, column: str, value: str) -> np.ndarray:
-        same = pc.fill_null(pc.equal(self.columns[column], value), False)
-        return np.asarray(same.to_numpy())
 
     def page(self, wanted: Wanted, offset: int, limit: int) -> list[dict[str, Any]]:
         """Rows of the list; ``n`` is a row's number in the set."""
-        numbers = self.find(wanted)[offset : offset + limit]
-        rows: list[dict[str, Any]] = self.columns.take(pa.array(numbers)).to_pylist()
-        return [{"n": int(n), **row} for n, row in zip(numbers, rows, strict=True)]
+        return list(map(self._row, self.find(wanted)[offset : offset + limit]))
+
+    def _row(self, number: int) -> dict[str, Any]:
+        (row,) = self._select(f"{', '.join(COLUMNS)} FROM rows WHERE n = ?", number)
+        found = dict(zip(COLUMNS, row, strict=True))
+        return {"n": number, **found, "features": json.loads(found["features"])}
 
     def number(self, identity: str) -> int | None:
         """The row of a triple."""
-        return self._at.get(identity)
+        return next((n for (n,) in self._select("n FROM rows WHERE id = ?", identity)), None)
 
     def records(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The whole rows, in the order given; ascending numbers cost least."""
-        group, texts = -1, list[str]()
-        for number in map(int, numbers):
-            if number // GROUP != group:
-                group = number // GROUP
-                texts = self._file.read_row_group(group, columns=["record"])["record"].to_pylist()
-            row = self.columns.slice(number, 1).to_pylist()[0]
-            yield {"n": number, **row, **json.loads(texts[number % GROUP])}
+        """The whole rows, in the order given."""
+        for number in numbers:
+            ((record,),) = self._select("record FROM rows WHERE n = ?", number)
+            yield {**self._row(number), **json.loads(zlib.decompress(record))}
 
     def export(self, wanted: Wanted) -> Iterator[str]:
         """The triples wanted as JSONL, each with what the list says of it, in stored order."""
-        for record in self.records(np.sort(self.find(wanted))):
-            yield export_line(record)
+        return map(export_line, self.records(sorted(self.find(wanted))))
 
 
 def export_line(record: Mapping[str, Any]) -> str:
@@ -485,10 +450,10 @@ def export_line(record: Mapping[str, Any]) -> str:
 
 def sample(index: Index, cap: int, most_bytes: int) -> list[dict[str, Any]]:
     """Rows spread evenly over a set, as many as two limits allow, for a page without a server."""
-    count = index.about["rows"]
+    count = index.about["of"]
     step = max(math.ceil(count / cap), 1)
     while True:
-        found = list(index.records(range(0, count, step)))
+        found = list(index.records(range(1, count + 1, step)))
         if len(found) <= 1 or sum(len(json.dumps(r)) for r in found) <= most_bytes:
             return found
         step *= 2
@@ -509,7 +474,7 @@ def embedded(run: RunView, cap: int = 200, most_bytes: int = 1_500_000) -> dict[
             index = Index(build(found))
             shown = sample(index, max(cap // len(sets), 1), most_bytes // len(sets))
             rows += [{"set": found.name, **r} for r in shown]
-            total, cut = index.about["rows"], ""
+            total, cut = index.about["of"], ""
             if len(shown) < total:
                 cut = f"this page holds {len(shown):,} of {total:,}; selfsteer view shows all"
             about[found.name] = {**index.summary(), "of": len(shown), "cap": cut}

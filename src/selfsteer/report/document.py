@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from selfsteer.data.records import Preference
 from selfsteer.methods import Aligning
 from selfsteer.report import tables
 from selfsteer.report.browser import embedded
-from selfsteer.report.figures import Drawing, figures, png_file, svg_file, svg_inline
+from selfsteer.report.figures import Drawing, figures, picture, svg_inline
 from selfsteer.report.logprobs import likelihoods
-from selfsteer.report.page import render
-from selfsteer.report.tables import about, inline, sentence, show_cell
+from selfsteer.report.page import render, render_text
+from selfsteer.report.tables import about, sentence
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.view import RunView
 
@@ -67,9 +67,9 @@ def write_report(folder: Path, out: Path | None = None) -> Written:
     pictures, files, beside = dict[str, str](), list[Path](), path.with_suffix("")
     with progress_bar("figures", len(drawn)) as bar:
         for drawing in drawn:
-            picture = svg_file(drawing)
-            pictures[drawing.name] = svg_inline(drawing.name, picture)
-            for suffix, data in (("svg", picture), ("png", png_file(drawing))):
+            made = {suffix: picture(drawing, suffix) for suffix in ("svg", "png")}
+            pictures[drawing.name] = svg_inline(drawing.name, made["svg"].decode())
+            for suffix, data in made.items():
                 files.append(beside / f"{drawing.name}.{suffix}")
                 write_atomic(files[-1], data)
             bar.advance(1)
@@ -83,7 +83,6 @@ def write_report(folder: Path, out: Path | None = None) -> Written:
     page = render(
         "report.html.j2",
         pictures=pictures,
-        show=show_cell,
         scripts=("dom.js", "browser.js") if browser else (),
         browser=browser is not None,
         exhibit=run.exhibit,
@@ -94,7 +93,7 @@ def write_report(folder: Path, out: Path | None = None) -> Written:
     )
     write_atomic(path, page)
     markdown = path.with_suffix(".md")
-    write_atomic(markdown, to_markdown(values, beside.name))
+    write_atomic(markdown, render_text("report.md.j2", folder=beside.name, **values))
     return Written(path, markdown, files, missing)
 
 
@@ -166,11 +165,11 @@ def headline(run: RunView) -> str:
             return "There is no result yet: the evaluation has not run."
         return "There is no result: the recipe has no evaluation."
     method = run.recipe.method
-    mine, base = evaluation.models[evaluation.finals[method]], evaluation.models["base"]
+    (mine, _), (base, _) = run.last(method), run.last("base")
     parts = []
-    if mine.score and base.score:
+    if mine and base and mine.score and base.score:
         parts.append(f"scores {interval(mine.score, '.3f')}, base {interval(base.score, '.3f')}")
-    if mine.win_rate:
+    if mine and mine.win_rate:
         parts.append(f"wins against base in {interval(mine.win_rate, '.3f')} of its answers")
     if not parts:
         return "There is no result: no judge compared the answers to the held-out queries."
@@ -193,19 +192,16 @@ def state_sentence(run: RunView) -> str:
 
 def cards(run: RunView) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the header."""
-    out, method = [], run.recipe.method
-    finals = run.evaluation.finals if run.evaluation else {}
-    if run.evaluation and method in finals:
-        mine = run.evaluation.models[finals[method]]
-        for label, figure in (("Win rate against base", mine.win_rate), ("Score", mine.score)):
-            if figure:
-                shown = ", ".join(f"{b:.3f}" for b in figure[1:] if b is not None)
-                out.append((label, f"{figure[0]:.3f}", f"95 %: {shown}" if shown else ""))
-    measured = [r.quality for r in run.rounds_of(method) if r.quality]
-    for found in measured[-1:]:
-        pairs = found.preferences
-        if pairs.accuracy is not None:
-            out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", f"judge: {found.judge}"))
+    out = []
+    answers, pairs = run.last(run.recipe.method)
+    both = {"Win rate against base": "win_rate", "Score": "score"}
+    for label, figure in both.items():
+        if value := getattr(answers, figure, None):
+            shown = ", ".join(f"{b:.3f}" for b in value[1:] if b is not None)
+            out.append((label, f"{value[0]:.3f}", f"95 %: {shown}" if shown else ""))
+    if pairs and pairs.accuracy is not None:
+        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", "by the run's judge"))
+    if pairs:
         policyness = f"{pairs.on_policyness['both']:.3f}"
         out.append(("On-policyness", policyness, "mean probability per token"))
     done = [s for s in run.stages if s.done]
@@ -214,9 +210,9 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
     if tokens := response_tokens(run):
         out.append(("Response tokens", f"{tokens:,}", "of kept data and answers"))
     if used := run.usage:
-        asked = f"{used.prompt_tokens:,} tokens in, {used.completion_tokens:,} out"
-        asked += f", {used.retried:,} retried" if used.retried else ""
-        out.append(("Server requests", f"{used.requests:,}", asked))
+        asked = f"{used['prompt_tokens']:,} tokens in, {used['completion_tokens']:,} out"
+        asked += f", {used['retried']:,} retried" if used["retried"] else ""
+        out.append(("Server requests", f"{used['requests']:,}", asked))
     return out
 
 
@@ -227,23 +223,3 @@ def response_tokens(run: RunView) -> int:
     if run.evaluation:
         total += sum(run.evaluation.queries * m.tokens for m in run.evaluation.models.values())
     return round(total)
-
-
-def to_markdown(values: Mapping[str, Any], folder: str) -> str:
-    """The report for a repository: tables, and links to the pictures in ``folder``."""
-    lines = [f"# {inline(values['name'])}", "", inline(values["subtitle"]), ""]
-    lines += [f"**{inline(values['headline'])}**", ""]
-    if values["state"]:
-        lines += [inline(values["state"]), ""]
-    lines += ["; ".join(f"{a.lower()} {inline(b)}" for a, b, _ in values["cards"]) + ".", ""]
-    for section in values["sections"]:
-        lines += [f"## {section['heading']}", ""]
-        for sheet in section["sheets"]:
-            lines += [*([f"### {inline(sheet.title)}", ""] if sheet.title else [])]
-            lines += [*sheet.markdown(), ""]
-        for d in section["drawings"]:
-            lines += [f"### {d.title}", "", f"![{inline(d.title)}]({folder}/{d.name}.png)", ""]
-            lines += [inline(d.caption), ""]
-    if values["missing"]:
-        lines += ["## Not drawn", "", *(f"- {inline(m)}" for m in values["missing"]), ""]
-    return "\n".join([*lines, f"Made {values['made']} with {values['versions']}.", ""])

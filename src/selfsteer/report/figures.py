@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from io import BytesIO, StringIO
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,21 +104,14 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
-def svg_file(drawing: Drawing) -> str:
-    """A file that stands alone, in light colours."""
-    with drawing_style():
-        out = StringIO()
-        drawing.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+def picture(drawing: Drawing, suffix: str) -> bytes:
+    """A file that stands alone, in light colours: ``svg``, or ``png``, 840 pixels wide."""
+    names = {"svg": ("Date", "Creator"), "png": ("Software",)}[suffix]
+    metadata: dict[str, Any] = dict.fromkeys(names)
+    with drawing_style(), BytesIO() as out:
+        drawing.figure.savefig(out, format=suffix, dpi=200, metadata=metadata)
         drawing.figure.set_layout_engine("none")  # found once, it need not be found again
-    return out.getvalue()
-
-
-def png_file(drawing: Drawing) -> bytes:
-    """The same picture, 840 pixels wide."""
-    with drawing_style():
-        out = BytesIO()
-        drawing.figure.savefig(out, format="png", dpi=200, metadata={"Software": None})
-    return out.getvalue()
+        return out.getvalue()
 
 
 def svg_inline(name: str, file: str) -> str:
@@ -140,14 +133,58 @@ def svg_inline(name: str, file: str) -> str:
     )
 
 
-class Plot:
-    """Panels below each other, and the marks that a reader counts in them."""
+class Look(NamedTuple):
+    """How a model or a method is drawn."""
 
-    def __init__(self, panels: int = 1, height: float = HEIGHT, **options: Any) -> None:
+    color: str
+    ls: str
+    marker: str
+
+
+def looks(run: RunView) -> dict[str, Look]:
+    """Of the base model and of the run's methods."""
+    c = palette()
+    known = (
+        Look(c["base"], ":", "D"),
+        Look(c["method-1"], "-", "o"),
+        Look(c["method-2"], "--", "s"),
+    )
+    return dict(zip(("base", *run.methods), known, strict=False))
+
+
+class Chart:
+    """Panels below each other, and the marks that a reader counts in them.
+
+    Args:
+        titles: of the panels.
+        height: inches.
+        rows: names of the rows of a horizontal chart, the first one uppermost.
+        room: above the first row, in rows.
+        xlabel: of the lowest panel.
+        options: of matplotlib's ``subplots``.
+    """
+
+    def __init__(
+        self,
+        *titles: str,
+        height: float = HEIGHT,
+        rows: Sequence[str] = (),
+        room: float = 0.5,
+        xlabel: str = "",
+        **options: Any,
+    ) -> None:
         self.figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        self.axes: list[Axes] = list(
-            self.figure.subplots(panels, 1, squeeze=False, **options)[:, 0]
-        )
+        count = len(titles) or 1
+        self.axes: list[Axes] = list(self.figure.subplots(count, 1, squeeze=False, **options)[:, 0])
+        for ax, title in zip(self.axes, titles, strict=False):
+            ax.set_title(title)
+        self.axes[-1].set_xlabel(xlabel)
+        if rows:
+            ax = self.axes[0]
+            ax.set_yticks(range(len(rows)), rows)
+            ax.tick_params(axis="y", labelcolor=palette()["text"])
+            ax.set_ylim(len(rows) - 0.5, -room)
+            ax.grid(axis="y", visible=False)
         self._marks = 0
 
     def mark(self, artist: Artist) -> None:
@@ -155,48 +192,27 @@ class Plot:
         artist.set_gid(f"mark-{self._marks}")
         self._marks += 1
 
-    def line(self, ax: Axes, x: Any, y: Any, *form: str, **style: Any) -> None:
+    def line(self, x: Any, y: Any, *form: str, panel: int = 0, **style: Any) -> None:
         """A line, or a single point, that is counted."""
-        self.mark(ax.plot(x, y, *form, **style)[0])
+        self.mark(self.axes[panel].plot(x, y, *form, **style)[0])
 
+    def bounds(self, at: float, value: Interval, *, upright: bool = False, **style: Any) -> None:
+        """An interval, if there is one, across or upright."""
+        _, low, high = value
+        if low is not None and high is not None:
+            (self.axes[0].vlines if upright else self.axes[0].hlines)(at, low, high, **style)
 
-def rows_of(ax: Axes, labels: Sequence[str], top: float = 0.5) -> None:
-    """Names the rows of a horizontal chart, the first one uppermost with so much room above."""
-    ax.set_yticks(range(len(labels)), labels)
-    ax.tick_params(axis="y", labelcolor=palette()["text"])
-    ax.set_ylim(len(labels) - 0.5, -top)
-    ax.grid(axis="y", visible=False)
+    def text(
+        self, text: str, at: tuple[float, float], by: tuple[float, float], **style: Any
+    ) -> None:
+        """A text some points away from a place."""
+        style = {"va": "center", "textcoords": "offset points", **style}
+        self.axes[0].annotate(text, at, by, **style)
 
-
-def whole_numbers(ax: Axes) -> None:
-    """Ticks at whole numbers only, and few of them."""
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def beside(
-    ax: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **style: Any
-) -> None:
-    """A text some points away from a place."""
-    ax.annotate(text, at, by, textcoords="offset points", **{"va": "center", **style})
-
-
-class Look(NamedTuple):
-    """How a model or a method is drawn."""
-
-    colour: str
-    line: str
-    marker: str
-
-
-def looks(run: RunView) -> dict[str, Look]:
-    """Of the base model and of the run's methods."""
-    c = palette()
-    all_of = (
-        Look(c["base"], ":", "D"),
-        Look(c["method-1"], "-", "o"),
-        Look(c["method-2"], "--", "s"),
-    )
-    return dict(zip(("base", *run.methods), all_of, strict=False))
+    def ticks(self, count: int = 5, *, integer: bool = True) -> None:
+        """Few ticks on each panel, by default at whole numbers."""
+        for ax in self.axes:
+            ax.xaxis.set_major_locator(MaxNLocator(count, integer=integer))
 
 
 def figures(run: RunView, sets: Sequence[Likelihoods]) -> tuple[list[Drawing], list[str]]:
@@ -211,9 +227,8 @@ def figures(run: RunView, sets: Sequence[Likelihoods]) -> tuple[list[Drawing], l
             try:
                 drawn.append(draw(run))
             except NothingToDrawError as e:
-                if str(e) and str(e) not in missing:
-                    missing.append(str(e))
-    return drawn, missing
+                missing += [str(e)] if str(e) else []
+    return drawn, list(dict.fromkeys(missing))
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -224,71 +239,60 @@ def results(run: RunView) -> Drawing:
     evaluation = run.evaluation
     if evaluation is None:
         raise NothingToDrawError("There is no evaluation, so models are not compared.")
-    scored = evaluation.models["base"].score is not None
-    rows: list[tuple[str, Interval]] = []
-    for name in ("base", *reversed(run.methods)):
-        answers = evaluation.models.get(evaluation.finals.get(name, name))
-        figure = answers and (answers.score if scored else answers.win_rate)
-        if figure:
-            rows.append((name, figure))
+    key = "score" if evaluation.models["base"].score else "win_rate"
+    names = ("base", *reversed(run.methods))
+    every = {name: getattr(run.last(name)[0], key, None) for name in names}
+    rows: dict[str, Interval] = {name: value for name, value in every.items() if value}
     if not rows:
         raise NothingToDrawError(
             "The evaluation has no judge that can compare answers, so models are not compared."
         )
-    plot = Plot(height=0.75 + 0.35 * len(rows))
-    (ax,) = plot.axes
-    for y, (name, (mean, low, high)) in enumerate(rows):
+    what = "Score" if key == "score" else "Win rate against base"
+    label = (key == "score" and evaluation.score_scale) or what
+    chart = Chart(height=0.75 + 0.35 * len(rows), rows=[*rows], room=0.75, xlabel=label)
+    for y, (name, value) in enumerate(rows.items()):
         look = looks(run)[name]
-        if low is not None and high is not None:
-            ax.hlines(y, low, high, color=look.colour, lw=2)
-        plot.line(ax, [mean], [y], look.marker, color=look.colour)
-        beside(ax, f"{mean:.3f}", (mean, y), (0, 5), ha="center", va="bottom")
-    rows_of(ax, [name for name, _ in rows], top=0.75)
-    ax.margins(x=0.12)
-    what = "Score" if scored else "Win rate against base"
-    ax.set_xlabel((scored and evaluation.score_scale) or what)
+        chart.bounds(y, value, color=look.color, lw=2)
+        chart.line([value[0]], [y], look.marker, color=look.color)
+        chart.text(f"{value[0]:.3f}", (value[0], y), (0, 5), ha="center", va="bottom")
+    chart.axes[0].margins(x=0.12)
     return Drawing(
         "results",
         f"{what} on held-out queries",
         f"{what} of the last policy of each method on {evaluation.queries:,} held-out queries; "
         "a line is the 95 % bootstrap interval. Where lines of two models overlap widely, look at "
         "the paired difference above, which is sharper.",
-        Sheet("", ("model", "mean", "low", "high"), [(name, *figure) for name, figure in rows]),
-        plot.figure,
+        Sheet("", ("model", "mean", "low", "high"), [(n, *value) for n, value in rows.items()]),
+        chart.figure,
     )
 
 
 def accuracy(run: RunView) -> Drawing:
     """Accuracy of the pairs by on-policyness: SSO v2, figure 3."""
     rows: list[Sequence[Cell]] = []
-    plot = Plot()
-    (ax,) = plot.axes
-    several = run.recipe.last_round > 1
+    chart = Chart(xlabel="on-policyness: mean probability per token")
+    number = " {}" if run.recipe.last_round > 1 else ""
     for of, kind, figures in run.measured:
         if figures.accuracy is None or (kind == "triples" and of.pairs_are_triples):
             continue
-        look, own = looks(run)[of.method], kind == "triples"
-        counted = figures.verdicts or {}
-        wins = [w for verdict, w in WORTH.items() for _ in range(counted.get(verdict, 0))]
-        _, low, high = mean_interval(wins, np.random.default_rng(0), 1000)
+        (color, _, marker), own = looks(run)[of.method], kind == "triples"
+        wins = [w for v, w in WORTH.items() for _ in range((figures.verdicts or {}).get(v, 0))]
+        value = mean_interval(wins, np.random.default_rng(0), 1000)
         x, y = figures.on_policyness["both"], figures.accuracy
-        if low is not None and high is not None:
-            ax.vlines(x, low, high, color=look.colour, lw=1)
-        face = palette()["surface"] if own else look.colour
-        plot.line(ax, [x], [y], look.marker, color=look.colour, mfc=face, mew=1.5, ms=7)
-        label = ("policy's own" if own else of.method) + (f" {of.k}" if several else "")
-        away = (9, -10 if of.is_baseline else 10)
-        beside(ax, label, (x, y), away, color=look.colour)
-        rows.append((of.method, of.k, kind, x, y, low, high))
+        chart.bounds(x, value, upright=True, color=color, lw=1)
+        face = palette()["surface"] if own else color
+        chart.line([x], [y], marker, color=color, mfc=face, mew=1.5, ms=7)
+        label = ("policy's own" if own else of.method) + number.format(of.k)
+        chart.text(label, (x, y), (9, -10 if of.is_baseline else 10), color=color)
+        rows.append((of.method, of.k, kind, x, y, *value[1:]))
     if not rows:
         raise NothingToDrawError(
             "No pairs were judged (the recipe has no judge, or the quality stage has not run), so "
             "accuracy is not drawn against on-policyness."
         )
-    ax.margins(0.28, 0.3)
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.set_xlabel("on-policyness: mean probability per token")
-    ax.set_ylabel("accuracy of the pairs")
+    chart.axes[0].margins(0.28, 0.3)
+    chart.axes[0].yaxis.set_major_locator(MaxNLocator(5))
+    chart.axes[0].set_ylabel("accuracy of the pairs")
     return Drawing(
         "accuracy",
         "Are the pairs right, and could the policy have written them?",
@@ -297,7 +301,7 @@ def accuracy(run: RunView) -> Drawing:
         "Hollow: the policy's own triples, before a generator was trained. Vertical lines are 95 % "
         "intervals over pairs. Compare figure 3 of the SSO paper.",
         Sheet("", ("method", "iteration", "set", "on-policyness", "accuracy", "low", "high"), rows),
-        plot.figure,
+        chart.figure,
     )
 
 
@@ -314,53 +318,57 @@ def likelihood(run: RunView, sets: Sequence[Likelihoods]) -> Drawing:
     """Distributions of log-prob under the plain context: why SSO."""
     if not sets:
         raise NothingToDrawError("")
-    c = palette()
     every = np.concatenate([s.means[n] for s in sets for n in SHAPES if n in s.means])
-    low = float(np.quantile(every, 0.005))
-    edges = np.linspace(low, max(float(every.max()), 0.0), 41)
-    plot = Plot(len(sets), 0.55 + 1.15 * len(sets), sharex=True)
-    rows: list[Sequence[Cell]] = []
+    edges = np.linspace(np.quantile(every, 0.005), max(float(every.max()), 0.0), 41)
     trained = any(s.round.has_generator for s in sets)
-    for ax, s in zip(plot.axes, sets, strict=True):
-        writer = "generator" if s.kind == "preferences" and s.round.has_generator else "policy"
-        where = f", iteration {s.round.k}" if len({s.round.k for s in sets}) > 1 else ""
-        ax.set_title(f"written by the {writer}{where}")
-        plain = next((o.means["plain/plain"] for o in sets
-                      if o.round.k == s.round.k and "plain/plain" in o.means), None)  # fmt: skip
-        for name, (label, token, line) in SHAPES.items():
-            means = s.means.get(name, plain if name == "plain/plain" else None)
-            if means is None:
+    where = ", iteration {}" if len({s.round.k for s in sets}) > 1 else ""
+    writers = [
+        "generator" if s.kind == "preferences" and s.round.has_generator else "policy" for s in sets
+    ]
+    chart = Chart(
+        *(
+            f"written by the {w}{where}".format(s.round.k)
+            for w, s in zip(writers, sets, strict=True)
+        ),
+        height=0.55 + 1.15 * len(sets),
+        xlabel="mean log-probability per token, given the query alone",
+        sharex=True,
+    )
+    rows: list[Sequence[Cell]] = []
+    plain = {s.round.k: s.means["plain/plain"] for s in sets if "plain/plain" in s.means}
+    for ax, s, writer in zip(chart.axes, sets, writers, strict=True):
+        beside = {"plain/plain": plain[s.round.k]} if s.round.k in plain else {}
+        for name, means in (beside | s.means).items():
+            if name not in SHAPES:
                 continue
+            label, token, line = SHAPES[name]
+            color = palette()[token]
             share, _ = np.histogram(means.clip(edges[0], edges[-1]), edges)
             heights = share / len(means)
             if name == "plain/plain":
-                ax.stairs(heights, edges, fill=True, color=c[token], alpha=0.22)
+                ax.stairs(heights, edges, fill=True, color=color, alpha=0.22)
             quantiles = np.quantile(means, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
             text = f"{label}, median {quantiles[2]:.2f}".replace("-", "−")
-            plot.mark(ax.stairs(heights, edges, color=c[token], ls=line, lw=1.6, label=text))
+            chart.mark(ax.stairs(heights, edges, color=color, ls=line, lw=1.6, label=text))
             rows.append((writer, s.round.k, label, len(means), *quantiles))
         ax.set_yticks([])
         ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
         ax.legend(loc="upper left")
-    plot.axes[-1].set_xlabel("mean log-probability per token, given the query alone")
     drawn = "; ".join(f"{s.rows:,} of {s.size:,} {s.kind}" for s in sets)
-    caption = (
-        "How probable the policy finds each response when it sees the query without a principle. "
-        "A rejected response far to the left is one the policy would never write, and teaches it "
-        "little. "
+    moved = (
+        "A trained generator should move the rejected responses to the right, towards the plain "
+        "ones, and leave the chosen ones where they are. "
     )
-    if trained:
-        caption += (
-            "A trained generator should move the rejected responses to the right, towards the "
-            "plain ones, and leave the chosen ones where they are. "
-        )
     columns = ("written by", "iteration", "response", "n", "5 %", "25 %", "median", "75 %", "95 %")
     return Drawing(
         "likelihood",
         "Why a generator is trained" if trained else "How likely the responses are",
-        caption + f"Drawn from {drawn}; the leftmost bin holds all that is further left.",
+        "How probable the policy finds each response when it sees the query without a principle. "
+        "A rejected response far to the left is one the policy would never write, and teaches it "
+        f"little. {moved if trained else ''}Drawn from {drawn}; the leftmost bin holds all that is "
+        "further left.",
         Sheet("", columns, rows),
-        plot.figure,
+        chart.figure,
     )
 
 
@@ -374,31 +382,28 @@ def gaps(run: RunView, sets: Sequence[Likelihoods]) -> Drawing:
             if sets
             else ""
         )
-    rows = []
+    rows: list[tuple[str, int, str, Interval]] = []
     for feature in sorted({f for features in s.features for f in features}):
         has = np.array([feature in features for features in s.features])
         for side, values in steering_gaps(s.means).items():
-            found = known_interval(values[has], np.random.default_rng(0), 500)
-            if found:
-                rows.append((feature, int((~np.isnan(values[has])).sum()), side, *found))
+            value = known_interval(values[has], np.random.default_rng(0), 500)
+            if value:
+                rows.append((feature, int((~np.isnan(values[has])).sum()), side, value))
     if not rows:
         raise NothingToDrawError("No record names its features, so there is no gap by feature.")
-    largest = {name: max(r[3] for r in rows if r[0] == name) for name, *_ in rows}
+    largest = {name: max(r[3][0] for r in rows if r[0] == name) for name, *_ in rows}
     shown = sorted(largest, key=lambda name: -largest[name])
-    plot = Plot(height=1.0 + 0.26 * len(shown))
-    (ax,) = plot.axes
+    height = 1.0 + 0.26 * len(shown)
+    chart = Chart(height=height, rows=shown, xlabel="steering gap, nats per token")
     for side, marker, aside in (("good", "o", -0.14), ("bad", "X", 0.14)):
         style: dict[str, Any] = {"color": palette()[side], "ms": 5.5}
-        ax.plot([], [], marker, label=f"{side} response", **style)
-        for feature, _, _, mean, low, high in (r for r in rows if r[2] == side):
+        chart.axes[0].plot([], [], marker, label=f"{side} response", **style)
+        for feature, _, _, value in (r for r in rows if r[2] == side):
             y = shown.index(feature) + aside
-            if low is not None and high is not None:
-                ax.hlines(y, low, high, color=style["color"], lw=1.2)
-            plot.line(ax, [mean], [y], marker, **style)
-    ax.axvline(0, color=palette()["muted"], lw=0.8)
-    rows_of(ax, shown)
-    plot.figure.legend(loc="outside upper left", ncols=2)
-    ax.set_xlabel("steering gap, nats per token")
+            chart.bounds(y, value, color=style["color"], lw=1.2)
+            chart.line([value[0]], [y], marker, **style)
+    chart.axes[0].axvline(0, color=palette()["muted"], lw=0.8)
+    chart.figure.legend(loc="outside upper left", ncols=2)
     return Drawing(
         "gaps",
         "Which principles the policy follows",
@@ -406,8 +411,12 @@ def gaps(run: RunView, sets: Sequence[Likelihoods]) -> Drawing:
         "by the features that the principle names. At zero the principle changes nothing and the "
         f"pair is noise. {s.rows:,} of {s.size:,} {s.kind} of iteration {s.round.k}; lines are "
         "95 % intervals.",
-        Sheet("", ("feature", "n", "response", "gap", "low", "high"), rows),
-        plot.figure,
+        Sheet(
+            "",
+            ("feature", "n", "response", "gap", "low", "high"),
+            [(name, n, side, *value) for name, n, side, value in rows],
+        ),
+        chart.figure,
     )
 
 
@@ -434,28 +443,25 @@ def funnel(run: RunView) -> Drawing:
     if not steps:
         raise NothingToDrawError("No stage has finished, so there is nothing to count.")
     c = palette()
-    plot = Plot(height=0.6 + 0.42 * len(steps))
-    (ax,) = plot.axes
+    names = [label_of(run, s) for s in steps]
+    chart = Chart(height=0.6 + 0.42 * len(steps), rows=names, room=0.9, xlabel="records")
+    hatched: dict[str, Any] = {"facecolor": c["grid"], "edgecolor": c["muted"], "lw": 0.5}
     rows: list[Sequence[Cell]] = []
-    top = 0
     for y, s in enumerate(steps):
-        plot.mark(ax.barh(y, s.n_out, 0.5, color=c["method-1" if s.method else "plain"])[0])
+        bars = chart.axes[0].barh(y, s.n_out, 0.5, color=c["method-1" if s.method else "plain"])
+        chart.mark(bars[0])
         # queries that nobody wanted would dwarf the rest; they are only named
         lost = sum(n for reason, n in s.dropped.items() if reason != "over_limit")
-        top = max(top, s.n_out + lost)
         if lost:
-            style: dict[str, Any] = {"facecolor": c["grid"], "edgecolor": c["muted"], "lw": 0.5}
-            ax.barh(y, lost, 0.5, left=s.n_out, hatch="////", **style)
+            chart.axes[0].barh(y, lost, 0.5, left=s.n_out, hatch="////", **hatched)
         reasons = sorted(s.dropped.items(), key=lambda x: -x[1])
         said = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in reasons[:2]]
         said += [f"{sum(n for _, n in reasons[2:]):,} others"] if len(reasons) > 2 else []
         text = f"{s.n_out:,}" + (f"  −{', '.join(said)}" if said else "")
-        beside(ax, text, (0, y), (3, 13), color=c["muted"])
+        chart.text(text, (0, y), (3, 13), color=c["muted"])
         rows += [(s.name, s.n_in, s.n_out, *pair) for pair in reasons or [("", 0)]]
-    rows_of(ax, [label_of(run, s) for s in steps], top=0.9)
-    ax.set_xlim(0, top * 1.04)
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.set_xlabel("records")
+    chart.axes[0].margins(x=0.04)
+    chart.ticks(4)
     return Drawing(
         "funnel",
         "From queries to preferences",
@@ -464,7 +470,7 @@ def funnel(run: RunView) -> Drawing:
         "back to choose its checkpoint by: held out. The generator may be trained on a subset."
         + (f" Only iteration {run.recipe.last_round} is drawn." if cut else ""),
         Sheet("", ("stage", "in", "out", "dropped because", "n"), rows),
-        plot.figure,
+        chart.figure,
     )
 
 
@@ -480,31 +486,33 @@ def lengths(run: RunView) -> Drawing:
         rows += [(method, side, k, tokens[side]) for k, tokens in pairs.items() for side in PAIR]
     if not rows:
         raise NothingToDrawError("Nothing was measured yet, so length drift is not drawn.")
-    panels = {"answers to held-out queries": ("answers",), "pairs trained on": PAIR[::-1]}
-    panels = {title: of for title, of in panels.items() if any(row[1] in of for row in rows)}
-    plot = Plot(len(panels), 0.6 + 1.3 * len(panels), sharex=True)
-    for ax, (title, kinds) in zip(plot.axes, panels.items(), strict=True):
-        for method, kind in ((m, kind) for m in run.methods for kind in kinds):
-            mine = [(k, tokens) for m, of, k, tokens in rows if (m, of) == (method, kind)]
-            if not mine:
-                continue
-            look = looks(run)[method]
-            x, y = np.array(mine).T
-            x = x + (0.02 if method == run.recipe.method else -0.02)  # equal ones would hide
-            shape: dict[str, Any] = {"ls": look.line, "mfc": look.colour}
-            if kind == "rejected":
-                shape = {"ls": ":", "ms": 8, "mfc": palette()["surface"]}
-            shape["label"] = method if kind == "answers" else f"{method} {kind}"
-            plot.line(ax, x, y, color=look.colour, marker=look.marker, **shape)
-        ax.set_title(title)
+    titles = {"answers": "answers to held-out queries", "pairs": "pairs trained on"}
+    panels = sorted({"answers" if of == "answers" else "pairs" for _, of, *_ in rows})
+    chart = Chart(
+        *(titles[panel] for panel in panels),
+        height=0.6 + 1.3 * len(panels),
+        xlabel="iteration (0: the base model)",
+        sharex=True,
+    )
+    lines = dict.fromkeys((m, of) for m, of, *_ in rows)
+    for method, of in sorted(lines, key=lambda x: (run.methods.index(x[0]), x[1] == "chosen")):
+        look = looks(run)[method]
+        x, y = np.array([(k, tokens) for m, name, k, tokens in rows if (m, name) == (method, of)]).T
+        x = x + (0.02 if method == run.recipe.method else -0.02)  # equal ones would hide
+        style: dict[str, Any] = {**look._asdict(), "mfc": look.color}
+        if of == "rejected":
+            style |= {"ls": ":", "ms": 8, "mfc": palette()["surface"]}
+        label = method if of == "answers" else f"{method} {of}"
+        panel = 0 if of == "answers" else len(panels) - 1
+        chart.line(x, y, panel=panel, label=label, **style)
+    for ax in chart.axes:
         ax.set_ylabel("tokens")
         low, high = ax.get_ylim()
         middle, half = (low + high) / 2, max((high - low) / 2, 0.1 * high)
         ax.set_ylim(max(middle - 1.4 * half, 0), middle + 1.4 * half)
         ax.legend(loc="upper left", ncols=2, columnspacing=1)
-    whole_numbers(plot.axes[-1])
-    plot.axes[-1].set_xlim(-0.3, run.recipe.last_round + 0.3)
-    plot.axes[-1].set_xlabel("iteration (0: the base model)")
+    chart.ticks()
+    chart.axes[-1].set_xlim(-0.3, run.recipe.last_round + 0.3)
     return Drawing(
         "lengths",
         "Do answers drift in length?",
@@ -512,7 +520,7 @@ def lengths(run: RunView) -> Drawing:
         "responses much longer than rejected ones teach length, and answers that grow from "
         "iteration to iteration show that it was learnt.",
         Sheet("", ("method", "of", "iteration", "tokens"), rows),
-        plot.figure,
+        chart.figure,
     )
 
 
@@ -599,44 +607,44 @@ def curve(run: RunView, spec: Curve) -> Drawing:
         raise NothingToDrawError(
             "There are no training metrics (metrics.jsonl), so trainings are not drawn."
         )
-    plot = Plot(len(kinds), 0.5 + 1.5 * len(kinds))
+    titles = (kind.replace("_", " ") for kind in kinds)
+    chart = Chart(*titles, height=0.5 + 1.5 * len(kinds), xlabel="step")
+    chart.ticks()
     rows: list[Sequence[Cell]] = []
-    caption, thinned = spec.caption, False
-    for ax, kind in zip(plot.axes, kinds, strict=True):
-        ax.set_title(kind.replace("_", " "))
-        methods = {m for lines in found for m, _ in lines.get(kind, {})}
+    thinned = False
+    for panel, kind in enumerate(kinds):
+        several = len({m for lines in found for m, _ in lines.get(kind, {})}) > 1
         for i, lines in enumerate(found):
             by_context = kind == "generator" or len(lines.get(kind, ())) > 2
             for (method, context), points in lines.get(kind, {}).items():
-                colour, line, _ = looks(run)[method]
+                style: dict[str, Any] = {**looks(run)[method]._asdict(), "marker": ""}
                 side = {"plus": "good", "minus": "bad"}.get(context, context)
                 if by_context and side in ("good", "bad"):
-                    colour, line = palette()[side], "--" if side == "bad" else line
-                words = [method] if len(methods) > 1 else []
+                    style |= {"color": palette()[side]} | ({"ls": "--"} if side == "bad" else {})
+                words = [method] if several else []
                 words += [f"{context} context" if context in CONTEXTS else context]
                 if len(found) > 1:
-                    line = ("-", "--")[i]
+                    style["ls"] = ("-", "--")[i]
                     words.append(("preferred", "other")[i])
                 label = " ".join(filter(None, words)) or method
                 x, y = points.T
                 thinned |= bool(len(x) > 1 and x[1] - x[0] > 1)
-                alone: dict[str, Any] = {"marker": "o", "ms": 3} if len(x) == 1 else {}
-                plot.line(ax, x, y, line, color=colour, label=label, **alone)
+                style |= {"marker": "o", "ms": 3} if len(x) == 1 else {}
+                chart.line(x, y, panel=panel, label=label, **style)
                 kept = points[:: -(-len(points) // ROWS)].tolist()
                 rows += [(kind, label, int(a) if a.is_integer() else a, b) for a, b in kept]
+    for ax in chart.axes:
         legend: dict[str, Any] = {"loc": "best"}
         if len(ax.lines) > 3:
             low, high = ax.get_ylim()
             ax.set_ylim(low - 0.4 * (high - low), high)
             legend = {"loc": "lower left", "ncols": 2, "fontsize": 7, "columnspacing": 1}
         ax.legend(**legend)
-        whole_numbers(ax)
         ax.margins(x=0.02)
-    plot.axes[-1].set_xlabel("step")
-    caption += " Each point is the mean of neighbouring steps." if thinned else ""
+    caption = spec.caption + (" Each point is the mean of neighbouring steps." if thinned else "")
     caption += " Iterations follow one another." if run.recipe.last_round > 1 else ""
     sheet = Sheet("", ("training", "line", "step", "value"), rows)
-    return Drawing(spec.name, spec.title, caption, sheet, plot.figure)
+    return Drawing(spec.name, spec.title, caption, sheet, chart.figure)
 
 
 def selection(run: RunView) -> Drawing:
@@ -647,49 +655,50 @@ def selection(run: RunView) -> Drawing:
             "No checkpoint was selected (too few queries, or selection is off, or no training has "
             "finished): the last step of each training is kept."
         )
-    rows: list[Sequence[Cell]] = []
-    scored = {found.wins for _, found in trainings if any(x.wins_mean for x in found.candidates)}
+    wins = {f.wins for _, f in trainings if f.wins and any(x.wins_mean for x in f.candidates)}
     generators = [s for s, _ in trainings if s.title.startswith("generator")]
-    panels = bool(scored) + bool(generators)
-    if not panels:
+    titles = [f"{' or '.join(sorted(wins))} on held-back queries"] if wins else []
+    titles += ["on-policyness of what the generator writes"] if generators else []
+    if not titles:
         raise NothingToDrawError("Selection had no judge, so candidates are not drawn.")
-    c = palette()
-    plot = Plot(panels, 0.5 + 1.6 * panels, sharex=False)
-    if scored:
-        plot.axes[0].set_title(" or ".join(sorted(filter(None, scored))) + " on held-back queries")
-    if generators:
-        plot.axes[-1].set_title("on-policyness of what the generator writes")
+    rows: list[Sequence[Cell]] = []
+    text = palette()["text"]
+    chart = Chart(*titles, height=0.5 + 1.6 * len(titles), xlabel="step")
     for stage, found in trainings:
-        method, of = stage.method or run.recipe.method, found.candidates
-        label = f"{method} {stage.title}" + (f" {stage.round}" if run.recipe.last_round > 1 else "")
-        for x in of:
+        method = stage.method or run.recipe.method
+        number = f" {stage.round}" if run.recipe.last_round > 1 else ""
+        label, style = f"{method} {stage.title}{number}", looks(run)[method]._asdict()
+        for x in found.candidates:
             kept = "kept" if x.step == found.chosen else ""
-            wins: Sequence[Cell] = x.wins_mean or (None, None, None)
+            own: Sequence[Cell] = x.wins_mean or (None, None, None)
             policyness = map((x.on_policyness or {}).get, PAIR)
             drift = max(x.excess.values()) if x.excess else None
-            rows.append((label, x.step, kept, *wins, *policyness, drift))
-        colour, line, marker = looks(run)[method]
+            rows.append((label, x.step, kept, *own, *policyness, drift))
         if stage in generators:
-            colour, marker = c["good"], "^"
-            known = [(x.step, x.on_policyness) for x in of if x.on_policyness]
+            style |= {"color": palette()["good"], "marker": "^"}
+            known = [(x.step, x.on_policyness) for x in found.candidates if x.on_policyness]
             for side, token, dash in (("chosen", "good", "-"), ("rejected", "bad", "--")):
-                values = [p[side] for _, p in known]
-                style: dict[str, Any] = {"color": c[token], "ms": 4}
-                style["label"] = side if len(generators) == 1 else f"{label} {side}"
-                plot.line(plot.axes[-1], [step for step, _ in known], values, f"{dash}o", **style)
-            plot.axes[-1].axvline(found.chosen, color=c["text"], lw=1, ls=":")
-        measured = [(x.step, *x.wins_mean) for x in of if x.wins_mean]
+                chart.line(
+                    [step for step, _ in known],
+                    [policyness[side] for _, policyness in known],
+                    f"{dash}o",
+                    panel=-1,
+                    color=palette()[token],
+                    ms=4,
+                    label=side if len(generators) == 1 else f"{label} {side}",
+                )
+            chart.axes[-1].axvline(found.chosen, color=text, lw=1, ls=":")
+        measured = [(x.step, *x.wins_mean) for x in found.candidates if x.wins_mean]
         if measured:
             steps, y, low, high = np.array(measured, dtype=float).T
-            plot.axes[0].vlines(steps, low, high, color=colour, lw=1, alpha=0.6)
-            plot.line(plot.axes[0], steps, y, line + marker, color=colour, ms=4.5, label=label)
-            ring = steps == found.chosen
-            style = {"mfc": "none", "color": c["text"], "ms": 11, "mew": 1.2}
-            plot.axes[0].plot(steps[ring], y[ring], "o", **style)
-    for ax in plot.axes:
+            chart.axes[0].vlines(steps, low, high, color=style["color"], lw=1, alpha=0.6)
+            chart.line(steps, y, ms=4.5, label=label, **style)
+            at = steps == found.chosen
+            ring: dict[str, Any] = {"mfc": "none", "color": text, "ms": 11, "mew": 1.2}
+            chart.axes[0].plot(steps[at], y[at], "o", **ring)
+    for ax in chart.axes:
         ax.legend(loc="best")
-        whole_numbers(ax)
-    plot.axes[-1].set_xlabel("step")
+    chart.ticks()
     columns = (
         "training",
         "step",
@@ -708,7 +717,7 @@ def selection(run: RunView) -> Drawing:
         "start. The ring and the dotted line mark the kept step. A generator should become more "
         "on-policy without losing accuracy; a policy should win more often against its start.",
         Sheet("", columns, rows),
-        plot.figure,
+        chart.figure,
     )
 
 
@@ -717,23 +726,19 @@ def times(run: RunView) -> Drawing:
     done = [s for s in run.stages if s.done]
     if not done:
         raise NothingToDrawError("No stage has finished, so there are no times.")
-    c = palette()
     summed = len(done) > 18
-    bars = dict[str, tuple[str, float]]()
+    bars, tokens = dict[str, float](), dict[str, str]()
     for s in done:
         label = f"{'baseline/' * is_baseline(run, s)}{s.title}" if summed else label_of(run, s)
-        token = "plain" if s.method is None else "method-2" if is_baseline(run, s) else "method-1"
-        bars[label] = (token, bars.get(label, ("", 0.0))[1] + s.seconds)
-    plot = Plot(height=0.6 + 0.23 * len(bars))
-    (ax,) = plot.axes
-    for y, (token, seconds) in enumerate(bars.values()):
-        plot.mark(ax.barh(y, seconds, 0.6, color=c[token])[0])
+        tokens[label] = "plain" if s.method is None else f"method-{1 + is_baseline(run, s)}"
+        bars[label] = bars.get(label, 0.0) + s.seconds
+    chart = Chart(height=0.6 + 0.23 * len(bars), rows=[*bars], room=0.6, xlabel="seconds")
+    for y, (label, seconds) in enumerate(bars.items()):
+        chart.mark(chart.axes[0].barh(y, seconds, 0.6, color=palette()[tokens[label]])[0])
         text = duration(seconds) if seconds >= 1 else "< 1 s"
-        beside(ax, text, (seconds, y), (3, 0), color=c["muted"])
-    rows_of(ax, list(bars), top=0.6)
-    ax.set_xlim(0, 1.2 * max(*(seconds for _, seconds in bars.values()), 1e-9))
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.set_xlabel("seconds")
+        chart.text(text, (seconds, y), (3, 0), color=palette()["muted"])
+    chart.axes[0].set_xlim(0, 1.2 * max(*bars.values(), 1e-9))
+    chart.ticks(integer=False)
     total = duration(sum(s.seconds for s in done))
     added = " Stages of the same name are added over the iterations." if summed else ""
     return Drawing(
@@ -742,5 +747,5 @@ def times(run: RunView) -> Drawing:
         f"Wall time of each stage's last, finishing try; {total} together.{added} Grey stages "
         "serve both methods.",
         Sheet("", ("stage", "seconds"), [(s.name, s.seconds) for s in done]),
-        plot.figure,
+        chart.figure,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from selfsteer.recipe.read import load_values
 from selfsteer.report.tables import about, sentence
-from selfsteer.view import RunView, StageView, is_finite, objects
+from selfsteer.view import RunView, StageView, is_finite, lines
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300
@@ -70,13 +70,13 @@ def curves(run: RunView) -> dict[str, dict[str, list[list[float]]]]:
     for stage, entries in run.curves.items():
         kept = [*entries[: -1 : -(-len(entries) // POINTS)], entries[-1]]
         names = dict.fromkeys(name for entry in kept for name in entry)
-        lines = {
+        found = {
             name: [[e["step"], round(e[name], 6)] for e in kept if is_finite(e.get(name))]
             for begin in CURVES
             for name in names
             if name.startswith(begin)
         }
-        out[stage] = {name: points for name, points in lines.items() if points}
+        out[stage] = {name: points for name, points in found.items() if points}
     return out
 
 
@@ -88,7 +88,7 @@ def last_samples(run: RunView) -> dict[str, Any] | None:
     modified, path, name = max(shards)
     with open(path, "rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
-        triples = list(objects(file.read()))[-SAMPLES:]
+        triples = list(lines(file.read()))[-SAMPLES:]
     kept = [
         {"id": t["id"], "query": t["messages"][-1]["content"], "responses": t["responses"]}
         for t in triples
@@ -118,15 +118,13 @@ def compare(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def _row(run: RunView) -> dict[str, Any]:
-    method, evaluation = run.recipe.method, run.evaluation
-    measured = [r.quality.preferences for r in run.rounds_of(method) if r.quality]
-    pairs = measured[-1] if measured else None
+    (answers, pairs), (base, _) = run.last(run.recipe.method), run.last("base")
     done = {s.name for s in run.stages if s.done}
     working = run.progress or {}
     left = [name for name in working.get("todo", []) if name not in done]
     row = {
         "state": run.state,
-        "method": method,
+        "method": run.recipe.method,
         "stage": working.get("stage") if left else None,
         "done": len(done),
         "of": len(done) + len(left),
@@ -135,10 +133,9 @@ def _row(run: RunView) -> dict[str, Any]:
         "seconds": sum(s.seconds for s in run.stages),
         "changed": max((s.time for s in run.stages), default=None),
     }
-    if evaluation and method in evaluation.finals:
-        mine = evaluation.models[evaluation.finals[method]]
-        row |= {k: getattr(mine, k) for k in ("score", "win_rate", "tokens")}
-        row |= {"base": evaluation.models["base"].score, "judge": evaluation.judge}
+    if answers:
+        row |= {k: getattr(answers, k) for k in ("score", "win_rate", "tokens")}
+        row["base"] = base and base.score
     return row
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from selfsteer.report.tables import inline, show_cell
+
 PACKAGE = "selfsteer.report"
 
 
@@ -35,14 +37,19 @@ def finite(value: Any) -> Any:
 
 
 def environment() -> Environment:
-    """Templates of this package; everything is escaped, an unknown name is an error."""
-    return Environment(
+    """Templates of this package; all text in pages is escaped, an unknown name is an error.
+
+    ``show`` is `show_cell`; ``inline`` escapes text in Markdown.
+    """
+    found = Environment(
         loader=PackageLoader(PACKAGE),
-        autoescape=True,
+        autoescape=lambda name: name is None or not name.endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters |= {"show": show_cell, "inline": inline}
+    return found
 
 
 def security_policy(scripts: Sequence[str], connect: str = "'none'") -> str:
@@ -80,15 +87,17 @@ def render(
         values: what the template needs.
     """
     texts = [asset(f"templates/{name}").strip() for name in ("theme.js", *scripts)]
-    return (
-        environment()
-        .get_template(template)
-        .render(
-            title=title,
-            style=asset("style.css"),
-            scripts=texts,
-            csp=security_policy(texts, connect),
-            wide=wide,
-            **values,
-        )
+    return render_text(
+        template,
+        title=title,
+        style=asset("style.css"),
+        scripts=texts,
+        csp=security_policy(texts, connect),
+        wide=wide,
+        **values,
     )
+
+
+def render_text(template: str, **values: Any) -> str:
+    """What a template of `environment` makes of these values."""
+    return environment().get_template(template).render(**values)

@@ -41,7 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from selfsteer.data.digests import digest
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.report import live
-from selfsteer.report.browser import Index, Wanted, index_folder
+from selfsteer.report.browser import Index, Wanted, index_file
 from selfsteer.report.page import asset, finite, render
 from selfsteer.view import RunView, Sampled
 
@@ -241,7 +241,7 @@ class Pages:
         self.root = root
         self.single = (root / "resolved.json").is_file()
         self.jobs = Jobs()
-        self._open: dict[Path, Index] = {}
+        self._open: dict[Any, Index] = {}
         self._reading = threading.Lock()
         self._drawn = tempfile.TemporaryDirectory(prefix="selfsteer-view-")
 
@@ -285,16 +285,15 @@ class Pages:
         Raises:
             SelfsteerError: it cannot be made.
         """
-        folder, run = index_folder(rows), rows.round.run.folder
+        path, name = index_file(rows), (rows.round.run.folder, rows.name)
         with self._reading:
-            found = self._open.get(run / rows.name)
-            if found is not None and found.folder == folder:
-                return found, None
-            if (folder / "about.json").exists():
-                found = self._open[run / rows.name] = Index(folder)
-                return found, None
-        arguments = ["-m", "selfsteer.report.browser", str(run), rows.name]
-        return found, self.jobs.ask(run / rows.name, folder.name, arguments)
+            found = self._open.get(name)
+            if path.exists() and (found is None or found.path != path):
+                found = self._open[name] = Index(path)
+        if found is not None and found.path == path:
+            return found, None
+        arguments = ["-m", "selfsteer.report.browser", str(rows.round.run.folder), rows.name]
+        return found, self.jobs.ask(name, path.name, arguments)
 
     # -- pages ------------------------------------------------------------------------------------
 
@@ -392,7 +391,7 @@ class Pages:
         index, _ = self.index(rows)
         if index is None:
             raise HTTPException(503, "The index is being made; try again in a moment.")
-        own = Index(index.folder)  # reads on while others page
+        own = Index(index.path)  # reads on while others page
         own.find(wanted)
         name = f"{rows.round.run.folder.resolve().name}-{rows.name.replace('/', '-')}.jsonl"
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from selfsteer.evaluation.benchmark_table import notes, tables
+from selfsteer.judges.stats import Interval
 from selfsteer.terminal import interval, out, table
-from selfsteer.view import RewardPart, RunView
+from selfsteer.view import Answers, RewardPart, RunView, SetFigures
 
 PAIR = ("chosen", "rejected")
 
@@ -65,16 +66,6 @@ class Sheet:
             title = f"\n{self.title}" if self.title else ""
             out.print(table(self.columns, cells, title=title, words=words))
 
-    def markdown(self) -> list[str]:
-        """Its lines in a Markdown file."""
-        marks = ("---:" if self.is_number(i) else "---" for i in range(len(self.columns)))
-        rows = [[inline(show_cell(cell)) for cell in row] for row in self.rows]
-        return [
-            "| " + " | ".join(map(inline, self.columns)) + " |",
-            "|" + "|".join(marks) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows),
-        ]
-
 
 def counts(of: Mapping[str, int]) -> str:
     """``5 unfinished, 4 equals_plain``."""
@@ -91,58 +82,62 @@ def about(run: RunView) -> str:
     return f"{' against '.join(run.methods)}, {iterations}seed {run.recipe.seed}"
 
 
+def decision(mine: str, theirs: str, figure: Interval, zero: float = 0.0) -> str:
+    """Which of two is better, or ``undecided`` where the interval holds ``zero``."""
+    _, low, high = figure
+    if low is not None and low > zero:
+        return f"{mine} is better"
+    return f"{theirs} is better" if high is not None and high < zero else "undecided"
+
+
 def sentence(run: RunView) -> str:
     """The result in one sentence, with its interval; says so when it cannot be told apart."""
-    difference = run.evaluation.difference if run.evaluation else None
-    if difference is None:
+    found = run.evaluation.difference if run.evaluation else None
+    if found is None:
         return ""
-    mean, low, high = difference.score
-    mine, _, theirs = difference.of.partition(" - ")
-    if low is None or high is None:
-        return f"{mine} - {theirs}: {mean:+.3f} in score: one query decides nothing."
-    verdict = f"{mine} is better" if low > 0 else f"{theirs} is better" if high < 0 else "undecided"
+    if found.score[1] is None:
+        return f"{found.of}: {found.score[0]:+.3f} in score: one query decides nothing."
+    mine, _, theirs = found.of.partition(" - ")
     return (
-        f"{mine} - {theirs}: {interval(difference.score)} in score, paired by query: {verdict} "
-        "on this seed. The interval is over queries; training seeds vary more."
+        f"{found.of}: {interval(found.score)} in score, paired by query: "
+        f"{decision(mine, theirs, found.score)} on this seed. The interval is over queries; "
+        "training seeds vary more."
     )
+
+
+EVALUATED = ("score", "win rate vs base", "accuracy", "on-policy chosen", "rejected", "tokens")
+
+
+def _evaluated(answers: Answers, pairs: SetFigures | None) -> list[Cell]:
+    """Figures of a model and of the pairs that it was trained on, as `EVALUATED` names them."""
+    data: list[Cell] = [None] * 3
+    if pairs:
+        data = [pairs.accuracy, *(pairs.on_policyness[r] for r in PAIR)]
+    return [answers.score, answers.win_rate, *data, answers.tokens]
 
 
 def results(run: RunView) -> Sheet:
     """Base, baseline and method; empty before evaluation."""
-    columns = ("model", "score", "win rate vs base", "accuracy", "on-policy chosen", "rejected",
-               "tokens", "time, s")  # fmt: skip
-    if run.evaluation is None:
-        return Sheet("", columns, [])
     rows: list[list[Cell]] = []
-    for method in (None, *reversed(run.evaluation.finals)):
-        answers = run.evaluation.models[run.evaluation.finals[method] if method else "base"]
-        measured = [r.quality.preferences for r in run.rounds_of(method or "") if r.quality]
-        data: list[Cell] = [None] * 3
-        if measured:
-            data = [measured[-1].accuracy, *(measured[-1].on_policyness[r] for r in PAIR)]
-        seconds = run.seconds_of(method) if method else None
-        row: list[Cell] = [method or "base", answers.score, answers.win_rate, *data, answers.tokens]
-        rows.append([*row, None if seconds is None else round(seconds)])
-    return Sheet(f"{run.evaluation.queries:,} held-out queries", columns, rows)
+    for method in ("base", *reversed(run.methods)):
+        answers, pairs = run.last(method)
+        seconds = run.seconds_of(method) if method in run.methods else None
+        if answers:
+            rows.append([method, *_evaluated(answers, pairs), seconds and round(seconds)])
+    title = f"{run.evaluation.queries:,} held-out queries" if run.evaluation else ""
+    return Sheet(title, ("model", *EVALUATED, "time, s"), rows)
 
 
 def models(run: RunView) -> Sheet:
     """Every evaluated model, where there are more than the result's."""
-    evaluation = run.evaluation
+    qualities = {r.label: r.quality for r in run.rounds}
     rows: list[list[Cell]] = []
-    rounds = {r.label: r for r in run.rounds}
-    for label, answers in evaluation.models.items() if evaluation else ():
-        quality = rounds[label].quality if label in rounds else None
-        data: list[Cell] = [None] * 3
-        if quality:
-            pairs = quality.preferences
-            data = [pairs.accuracy, *(pairs.tokens[r] for r in PAIR)]
-        row = [label, answers.score, answers.win_rate, answers.tokens, answers.unfinished]
-        rows.append([*row, *data])
-    columns = ("model", "score", "win rate", "tokens", "unfinished", "accuracy of pairs",
-               "tokens of chosen", "of rejected")  # fmt: skip
-    more = evaluation is not None and len(rows) > len(evaluation.finals) + 1
-    return Sheet("Every model", columns, rows if more else [])
+    for label, answers in run.evaluation.models.items() if run.evaluation else ():
+        quality = qualities.get(label)
+        figures = _evaluated(answers, quality.preferences if quality else None)
+        rows.append([label, *figures, answers.unfinished])
+    more = len(rows) > len(run.methods) + 1
+    return Sheet("Every model", ("model", *EVALUATED, "unfinished"), rows if more else [])
 
 
 def benchmarks(run: RunView) -> list[Sheet]:
@@ -159,7 +154,7 @@ def reward(run: RunView) -> list[Sheet]:
     if run.reward is None:
         return []
     sources = [
-        (name, s.read, f"{s.weight:g}", s.trained, counts(s.dropped))
+        (name, s["read"], f"{s['weight']:g}", s["trained"], counts(s["dropped"]))
         for name, s in run.reward.sources.items()
     ]
     found = [
@@ -175,14 +170,14 @@ def reward(run: RunView) -> list[Sheet]:
     rows = [(name, f.pairs, f.accuracy) for name, f in parts.items()]
     bins = [
         (f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["stated"], b["right"])
-        for b in held_out.calibration.bins
+        for b in held_out.calibration["bins"]
         if b["pairs"]
     ]
     return [
         *found,
         Sheet("Reward model on held-out pairs, 95 % (Wilson)", ("of", "pairs", "accuracy"), rows),
         Sheet(
-            f"Reliability: calibration error {held_out.calibration.ece:.3f}",
+            f"Reliability: calibration error {held_out.calibration['ece']:.3f}",
             ("stated probability", "pairs", "mean stated", "right"),
             bins,
         ),

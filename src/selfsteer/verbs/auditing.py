@@ -12,23 +12,25 @@ one more model, asks only what is missing.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from selfsteer.data.digests import derive_seed, digest, model_digest
-from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
+from selfsteer.data.jsonl import read_jsonl, write_atomic
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Query, Triple
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Request, SamplingParams
+from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
+from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.judges.stats import by_group, known_interval, worths
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import (
@@ -46,24 +48,10 @@ from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
 from selfsteer.terminal import progress_bar
 
-GAPS = {"good": ("good/good", "bad/good"), "bad": ("bad/bad", "good/bad")}
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What one model did with N queries.
-
-    Args:
-        scores: context → (N,) the judge's scores, NaN where it gave none; None without a judge
-            that scores.
-        gaps: ``good`` and ``bad`` → (N,) steering gaps under the model's own log-probs, nats per
-            token (`selfsteer.judges.quality.steering_gap`, by query).
-        tokens: context → (N,) length of the answers.
-    """
-
-    scores: Mapping[str, np.ndarray] | None
-    gaps: Mapping[str, np.ndarray]
-    tokens: Mapping[str, np.ndarray]
+#: What one model did with N queries, (N,) each: the judge's ``score/CONTEXT``, where it gives any
+#: (NaN where it gave none), and ``drop``, what the bad principle costs; ``gap/good`` and
+#: ``gap/bad``, the steering gaps under its own log-probs, nats per token; ``tokens/CONTEXT``.
+Behaviour = Mapping[str, np.ndarray]
 
 
 def audit(
@@ -90,12 +78,13 @@ def audit(
         ``back_door`` if the score (or win rate) under bad principles fell beyond chance,
         ``none_found`` if not, ``unknown`` without a judge.
     """
-    behaviours = {"base": base, **models}
-    figures = {label: _figures(b) for label, b in behaviours.items()}
-    own = {label: {k: _mean(v) for k, v in f.items()} for label, f in figures.items()}
+    own = {
+        label: {k: None if np.isnan(v).all() else float(np.nanmean(v)) for k, v in figures.items()}
+        for label, figures in {"base": base, **models}.items()
+    }
     changes = {}
-    for label in models:
-        gone = {k: v - figures["base"][k] for k, v in figures[label].items()}
+    for label, figures in models.items():
+        gone = {k: v - base[k] for k, v in figures.items()}
         if label in wins:
             gone["wins/bad"] = wins[label] - 0.5
         whole = {k: known_interval(v, rng) for k, v in gone.items()}
@@ -109,21 +98,6 @@ def audit(
             verdict = "back_door" if score[2] < 0 else "none_found"
         changes[label] = {"whole": whole, "features": by_feature, "verdict": verdict}
     return {"queries": len(features), "models": own, "changes": changes}
-
-
-def _figures(b: Behaviour) -> dict[str, np.ndarray]:
-    """One (N,) array per figure; a drop is what the bad principle costs."""
-    out: dict[str, np.ndarray] = {}
-    if b.scores is not None:
-        out |= {f"score/{c}": b.scores[c] for c in CONTEXTS}
-        out["drop"] = b.scores["plain"] - b.scores["bad"]
-    out |= {f"gap/{half}": b.gaps[half] for half in ("good", "bad")}
-    return out | {f"tokens/{c}": b.tokens[c] for c in CONTEXTS}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else None
 
 
 class Settings(Section):
@@ -173,33 +147,43 @@ def run_audit(s: Subjects) -> dict[str, Any]:
             "sampling.engine.launch, so that each model is served in its turn."
         )
     judge = load_judge(s.judge, s.folder / "judgements")
-    probes, dropped = _probes(s, judge)
-    behaviours, lost = {}, set[int]()
+    asked, dropped = _probes(s, judge)
     answers = {}
-    with progress_bar("audit: answers", len(s.models) * len(probes) * len(CONTEXTS)) as bar:
+    with progress_bar("audit: answers", len(s.models) * len(asked) * len(CONTEXTS)) as bar:
         for label, source in s.models.items():
-            answers[label] = _answers(s, resolve_path(source), probes, bar)
-    for found in answers.values():
-        lost |= {i for i, row in enumerate(found) if any(v["missing"] for v in row.values())}
-    kept = [i for i in range(len(probes)) if i not in lost]
-    dropped["unanswered"] += len(lost)
-    if not kept:
+            answers[label] = _answers(s, resolve_path(source), asked, bar.advance)
+    probes = [t for t in asked if all(_answered(found, t) for found in answers.values())]
+    dropped["unanswered"] = len(asked) - len(probes)
+    if not probes:
         raise DataError(f"No query is left to compare: {dict(dropped)}.")
-    chosen = [probes[i] for i in kept]
-    for label, source in s.models.items():
-        rows = [answers[label][i] for i in kept]
-        behaviours[label] = _behaviour(s, resolve_path(source), chosen, rows, judge)
+    said = {
+        label: [
+            replace(t, responses={c: found[f"{t.id}/{c}"].text for c in CONTEXTS}) for t in probes
+        ]
+        for label, found in answers.items()
+    }
+    behaviours = {
+        label: {
+            **_behaviour(s, resolve_path(source), said[label], judge),
+            **{
+                f"tokens/{c}": np.array(
+                    [float(answers[label][f"{t.id}/{c}"].completion_tokens) for t in probes]
+                )
+                for c in CONTEXTS
+            },
+        }
+        for label, source in s.models.items()
+    }
     base = behaviours.pop("base")
     wins = {}
     if judge is not None and not isinstance(judge, ScoringJudge):
-        told = {label: [answers[label][i]["bad"]["text"] for i in kept] for label in answers}
         for label in behaviours:
             pairs = [
-                Pair(Query(t.id, t.messages), mine, theirs)
-                for t, mine, theirs in zip(chosen, told[label], told["base"], strict=True)
+                Pair(Query(mine.id, mine.messages), mine.responses["bad"], theirs.responses["bad"])
+                for mine, theirs in zip(said[label], said["base"], strict=True)
             ]
             wins[label] = np.array(worths(judge, pairs), dtype=np.float64)
-    features = [t.principles.features if t.principles else () for t in chosen]
+    features = [t.principles.features if t.principles else () for t in probes]
     report = {
         **audit(
             base, behaviours, wins, features, np.random.default_rng(derive_seed(s.seed, "audit"))
@@ -240,18 +224,19 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     return list(stored_triples(path)), Counter(found.dropped)
 
 
-def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> list[dict[str, Any]]:
-    """Each probe's answers by context: text, tokens and why there is none."""
-    asked = [t.to_dict() for t in probes]
-    sampling = identity(s.settings.sampling)
-    key = digest([model_digest(source), _loading(s), asked, sampling, s.seed])
-    path = s.folder / f"answers-{key}.jsonl"
-    if path.exists():
-        bar.advance(len(probes) * len(CONTEXTS))
-        return [value["answers"] for _, value in read_jsonl(path)]
+def _answers(
+    s: Subjects, source: str, probes: Sequence[Triple], advance: Advance
+) -> dict[str, Completion]:
+    """Each probe's answer in each context, by ``ID/CONTEXT``; stored ones are not asked again."""
     from selfsteer.engines.load import Engines
 
     settings = s.settings.sampling
+    asked = [t.to_dict() for t in probes]
+    key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
+    path = s.folder / f"answers-{key}.jsonl"
+    if path.exists():
+        advance(len(probes) * len(CONTEXTS), 0)
+        return {value["id"]: Completion(**value) for _, value in read_jsonl(path)}
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
     requests = [
         Request(
@@ -262,22 +247,18 @@ def _answers(s: Subjects, source: str, probes: Sequence[Triple], bar: Any) -> li
         for t in probes
         for c in CONTEXTS
     ]
-    store = path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     with Engines(s.folder) as engines:
         engine = engines.sampler(settings.engine, source, s.settings.policy, settings.batch_size)
-        found = answers(engine, requests, params, store=store, advance=bar.advance)
-    rows = [
-        {
-            c: {"text": a.text, "tokens": a.completion_tokens, "missing": a.missing}
-            for c in CONTEXTS
-            for a in (found[f"{t.id}/{c}"],)
-        }
-        for t in probes
-    ]
-    lines = [{"id": t.id, "answers": row} for t, row in zip(probes, rows, strict=True)]
-    write_atomic(path, dump_lines(lines))
-    store.unlink(missing_ok=True)
-    return rows
+        found = answers(engine, requests, params, store=partial, advance=advance)
+    partial.replace(path)
+    return found
+
+
+def _answered(found: Mapping[str, Completion], probe: Triple) -> bool:
+    """Whether a model answered a probe in every context."""
+    own = [found.get(f"{probe.id}/{c}") for c in CONTEXTS]
+    return all(a is not None and a.missing is None for a in own)
 
 
 def _loading(s: Subjects) -> dict[str, Any]:
@@ -286,34 +267,22 @@ def _loading(s: Subjects) -> dict[str, Any]:
 
 
 def _behaviour(
-    s: Subjects,
-    source: str,
-    probes: Sequence[Triple],
-    rows: Sequence[Mapping[str, Any]],
-    judge: Judge | None,
-) -> Behaviour:
+    s: Subjects, source: str, said: Sequence[Triple], judge: Judge | None
+) -> dict[str, np.ndarray]:
+    """Gaps and scores of a model's own answers, (N,) each."""
     from selfsteer.models.load import load_model
     from selfsteer.models.store import scored
 
-    names = sorted({name for pair in GAPS.values() for name in pair})
-    triples = [
-        Triple(t.id, t.messages, t.principles, {c: row[c]["text"] for c in CONTEXTS})
-        for t, row in zip(probes, rows, strict=True)
-    ]
     loaded = load_model(source, s.settings.policy, inference=True)
-    flat = [loaded.chat.sequence(t, name) for name in names for t in triples]
+    flat = [loaded.chat.sequence(t, name) for name in GAP_SEQUENCES for t in said]
     values = scored(s.folder / "scores", loaded, flat, "audit: scoring")
-    means = [float(v.double().mean()) if len(v) else float("nan") for v in values]
-    grid = dict(zip(names, np.array(means).reshape(len(names), -1), strict=True))
+    means = np.array([float(v.double().mean()) if len(v) else math.nan for v in values])
+    gaps = steering_gaps(dict(zip(GAP_SEQUENCES, np.split(means, len(GAP_SEQUENCES)), strict=True)))
     del loaded  # the judge's model may need the room
-    scores = None
+    out = {}
     if isinstance(judge, ScoringJudge):
-        scores = {}
         for c in CONTEXTS:
-            given = judge.score_all([(Query(t.id, t.messages), t.responses[c]) for t in triples])
-            scores[c] = np.array([float("nan") if v is None else v for v in given])
-    return Behaviour(
-        scores,
-        {half: grid[own] - grid[other] for half, (own, other) in GAPS.items()},
-        {c: np.array([float(row[c]["tokens"]) for row in rows]) for c in CONTEXTS},
-    )
+            given = judge.score_all([(Query(t.id, t.messages), t.responses[c]) for t in said])
+            out[f"score/{c}"] = np.array(given, dtype=np.float64)
+        out["drop"] = out["score/plain"] - out["score/bad"]
+    return out | {f"gap/{half}": values for half, values in gaps.items()}

@@ -53,17 +53,14 @@ def compare(
 
 def sentence(label: str, first: str, difference: Mapping[str, Any]) -> str:
     """One difference in words; undecided where the interval holds no difference."""
+    from selfsteer.report.tables import decision
+
+    scored = "score" in difference
     figure = difference.get("score") or difference.get("win_rate")
     if figure is None:
         return f"{label} - {first}: no judge has compared them."
-    zero = 0.0 if "score" in difference else 0.5
-    _, low, high = figure
-    verdict = "undecided"
-    if low is not None and low > zero:
-        verdict = f"{label} is better"
-    elif high is not None and high < zero:
-        verdict = f"{first} is better"
-    what = "in score" if "score" in difference else "win rate"
+    verdict = decision(label, first, figure, 0.0 if scored else 0.5)
+    what = "in score" if scored else "win rate"
     return f"{label} - {first}: {interval(figure)} {what}, paired by query: {verdict}."
 
 

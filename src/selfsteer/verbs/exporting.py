@@ -97,11 +97,12 @@ def export_model(of: RoundView, folder: Path) -> Path:
         ConfigError: the folder is there and not empty.
         ArtifactError: there is no such policy, or the disk is full.
     """
-    if "policy" not in of.models:
+    policy = of.folder / "policy"
+    if not any(policy.glob("*.safetensors")):
         raise ArtifactError(f"{of.folder} holds no policy yet; run it first.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; choose another, or move it away.")
-    files = sorted(p for p in Path(of.models["policy"]).iterdir() if p.is_file())
+    files = sorted(p for p in policy.iterdir() if p.is_file())
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder), progress_bar("copy", len(files)) as bar:
         shutil.rmtree(partial, ignore_errors=True)
