@@ -1,11 +1,14 @@
 """What of the evaluation queries is counted, asked and kept."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from selfsteer.recipe.sections import Evaluation, Queries, Sampling
+from selfsteer.errors import ConfigError
+from selfsteer.recipe.sections import Evaluation, JudgeConfig, Queries, Sampling
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.evaluate import Evaluate
@@ -23,7 +26,7 @@ def stage(run: RunFolder, *models: str) -> Evaluate:
     return Evaluate(
         own,
         {name: Artifact(Path(name)) for name in ("base", *models)},
-        {"sso": models[-1]},
+        {"sso": m for m in models[-1:]},
         Evaluation(queries=Queries(path=str(held_out), min_chars=5)),
         Sampling(),
         None,
@@ -45,8 +48,8 @@ def test_what_is_dropped_of_the_evaluation_queries_is_counted(
     assert sorted(asked) == sorted(2 * ("Why is it so?", "Where is it then?", "Which is too long?"))
     # the same query has the same seed, whoever answers
     assert len({(r.id, r.seed) for r in engine.asked}) == 3
-    (dropped,) = read_dropped(run / "evaluation.dropped.jsonl")
-    assert dropped.reason == "prompt_too_long"
+    written = Counter(d.reason for d in read_dropped(run / "evaluation.dropped.jsonl"))
+    assert written == result.dropped
     report = json.loads((run / "evaluation.json").read_text())
     assert report["queries"] == 2
     assert list(report["models"]) == ["base", "sso/iteration-1"]
@@ -62,7 +65,17 @@ def test_answers_of_an_earlier_try_are_read_again(
     whole = (run / "evaluation.json").read_bytes()
     (run / "evaluation.json").unlink()
     (run / "evaluation/answers-sso-iteration-2.jsonl").unlink()
+    # killed when the answers were written, but still waited in the store as well
+    (run / "evaluation/answers-base.partial.jsonl").touch()
     engine.asked.clear()
     run.execute(made)
     assert len(engine.asked) == 3
     assert (run / "evaluation.json").read_bytes() == whole
+    assert not list((run / "evaluation").glob("*.partial*"))
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    judge = JudgeConfig(kind="human", path=str(tmp_path / "none.jsonl"))
+    made = replace(stage(RunFolder(tmp_path / "run")), models={}, judge=judge)
+    with pytest.raises(ConfigError, match="none"):
+        list(made.check())

@@ -89,6 +89,8 @@ class Evaluate(Stage):
     @override
     def check(self) -> Iterator[str]:
         yield from check_sampler(self.sampling, self.models.values(), self.loading)
+        if judge := load_judge(self.judge):
+            judge.check(())
 
     @override
     def run(self, run: RunFolder) -> StageResult:
@@ -103,10 +105,11 @@ class Evaluate(Stage):
         for completions in said.values():
             lost |= {i: c.missing for i, c in enumerate(completions) if c.missing}
         with run.drops(self.name) as drops:
+            for one in found.left_out:
+                drops.add(one)
             for i, reason in sorted(lost.items()):
                 drops.add(Dropped(found.queries[i].id, reason, found.queries[i]))
-        dropped = drops.counts + found.dropped
-        n_in = len(found.queries) + found.dropped.total()
+        n_in = len(found.queries) + len(found.left_out)
         kept = [i not in lost for i in range(len(found.queries))]
         queries = list(compress(found.queries, kept))
         if queries:
@@ -119,7 +122,7 @@ class Evaluate(Stage):
                 shown = self._show(queries[0], self.exhibit, run)
                 text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
                 write_atomic(run / "evaluation" / "exhibit.json", text)
-        return StageResult(n_in, len(queries), dropped, notes=notes)
+        return StageResult(n_in, len(queries), drops.counts, notes=notes)
 
     def _check_held_out(self, run: RunFolder, queries: Sequence[Query]) -> None:
         held_out = {q.messages for q in queries}
@@ -147,11 +150,11 @@ class Evaluate(Stage):
         if self.settings.temperature is not None:
             params = params_of(s.model_copy(update={"temperature": self.settings.temperature}))
         path = run / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+        store = path.with_suffix(".partial.jsonl")
         if not path.exists():
             # the same seeds for every model: what differs is the model
             seed = derive_seed(self.seed, "evaluation")
             asked = [Request(q.id, q.messages, derive_seed(seed, q.id)) for q in queries]
-            store = path.with_suffix(".partial.jsonl")
             with Engines(run.path) as engines, progress_bar(label, len(queries)) as bar:
                 # without a name, so that one model leaves memory before the next comes
                 found = ask(
@@ -172,7 +175,7 @@ class Evaluate(Stage):
                 for q in queries
             ]
             write_atomic(path, dump_lines(lines))
-            store.unlink(missing_ok=True)
+        store.unlink(missing_ok=True)
         return [
             Completion(v["id"], v["response"], **{k: v[k] for k in COUNTS})
             for _, v in read_jsonl(path)
