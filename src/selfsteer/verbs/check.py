@@ -10,7 +10,7 @@ from selfsteer.terminal import interval, out, table
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
 if TYPE_CHECKING:
-    from selfsteer.verbs.rehearsal import Line
+    from selfsteer.verbs.checks import Line
 
 STYLES = {"ok": "green", "warning": "yellow", "FAILED": "bold red", "skipped": "dim"}
 

@@ -12,37 +12,69 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Query, Triple
-from selfsteer.engines.base import Engine
+from selfsteer.data.records import RESPONSES, Query, Triple, Verdict
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import PROMPT_TOO_LONG, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.errors import ArtifactError, SelfsteerError
-from selfsteer.judges.base import Judge
+from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError
+from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.load import load_judge
+from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality, steering, strangers
+from selfsteer.judges.stats import above, verdict_counts
 from selfsteer.methods import Aligning, Principled
-from selfsteer.methods.pbaa import WithBaseline
-from selfsteer.models.chat import ChatFormat
+from selfsteer.models import tree
+from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.load import LoadedModel, load_chat, load_model
-from selfsteer.recipe.sections import Queries, resolve_path
+from selfsteer.models.score import settle_layout, tree_difference
+from selfsteer.models.store import scored
+from selfsteer.principles.catalogue import load_catalogue
+from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Loading, Queries, Sampling, resolve_path
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
 from selfsteer.run.folder import RunFolder, refuse
 from selfsteer.run.stage import Artifact, Stage, Where
+from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
+from selfsteer.stages.sample import answer, collect, params_of
 from selfsteer.stages.train import Train
-from selfsteer.terminal import duration
+from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import size
-from selfsteer.verbs.rehearsal import Line, drops, first_words, fit, measure, sample_some, settle
 
-#: Share of written principles that cannot be used above which it is a warning.
-FALLEN_BACK = 0.1
+#: Shares above which something ordinary becomes a warning: written principles that cannot be used,
+#: answers cut off, equal answers, and pairs that the judge's answer says nothing of.
+FALLEN_BACK, UNFINISHED, EQUAL, UNPARSEABLE = 0.1, 0.2, 0.2, 0.2
 
-STYLES = {"ok": "green", "warning": "yellow", "FAILED": "bold red", "skipped": "dim"}
+#: Good answers this many times as long as bad ones, or the reverse, teach length.
+LENGTH_RATIO = 2.0
+
+#: Queries and new tokens of the engine's first words.
+PROBES, PROBE_TOKENS = 4, 64
+
+
+@dataclass
+class Line:
+    """What one check found."""
+
+    name: str
+    status: str = "ok"
+    found: str = ""
+    todo: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def warn(self, todo: str, when: bool = True) -> None:
+        """Makes it a warning, with one more thing to know or to do, where that holds."""
+        if when:
+            self.status = "warning"
+            self.todo.append(todo)
 
 
 class Checks:
@@ -96,12 +128,11 @@ def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[st
     """
     c = Checks(tell)
     with c.line("recipe") as line:
-        beside = recipe.baseline if isinstance(recipe, WithBaseline) else None
-        baseline = f", baseline {beside}" if beside else ""
+        method, *beside = recipe.methods
         principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
         line.found = (
-            f"method {recipe.method}{baseline}, {recipe.iterations} iteration(s), "
-            f"principles {principles}, seed {recipe.seed}"
+            f"method {method}{''.join(f', baseline {b}' for b in beside)}, {recipe.iterations} "
+            f"iteration(s), principles {principles}, seed {recipe.seed}"
         )
     stages = _folder(c, recipe)
     queries, held_out = _queries(c, recipe)
@@ -111,34 +142,27 @@ def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[st
     chosen.sort(key=lambda q: q.id)
     probed = _model(c, recipe, chosen) if chat and chosen else None
     if chat is None or probed is None:
-        missing = " and ".join(
-            what
-            for what, there in (("queries", chosen), ("a model that answers", probed))
-            if not there
-        )
+        needed = {"queries": chosen, "a model that answers": probed}
+        missing = " and ".join(what for what, there in needed.items() if not there)
         c.skip("disk principles budgets sampling steering time", missing)
     else:
-        scale = Scale(len(queries), len(held_out))
-        todo = total(stage.cost(scale) for stage in stages)
+        todo = total(stage.cost(Scale(len(queries), len(held_out))) for stage in stages)
         _disk(c, recipe, todo, probed)
-    if chat is not None and probed is not None and not isinstance(recipe, Principled):
-        c.skip("principles budgets sampling steering time", "a method with principles")
-    elif chat is not None and probed is not None and isinstance(recipe, Principled):
-        with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
-            rates = _steering(c, recipe, chat, probed, queries, chosen, judge, Path(scratch))
-        _time(c, stages, todo, rates)
-    return {
-        "recipe": recipe.name,
-        "exit_code": c.exit_code,
-        "checks": {line.name: asdict(line) for line in c.lines},
-    }
+        if isinstance(recipe, Principled):
+            with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
+                rates = _steering(c, recipe, chat, probed, queries, chosen, judge, Path(scratch))
+            _time(c, stages, todo, rates)
+        else:
+            c.skip("principles budgets sampling steering time", "a method with principles")
+    lines = {line.name: asdict(line) for line in c.lines}
+    return {"recipe": recipe.name, "exit_code": c.exit_code, "checks": lines}
 
 
 def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
     """The stages that are not done."""
-    run, stages = RunFolder(recipe.folder), []
+    run, stages = RunFolder(recipe.folder), list[Stage]()
     with c.line("folder") as line:
-        parent = next(p for p in (run.path, *run.path.absolute().parents) if p.exists())
+        parent = _existing(run.path)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise ArtifactError(
                 f"{run.path} cannot be written: {parent} is not a folder that you may write to. "
@@ -147,8 +171,7 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
         run.check_free()
         whole = recipe.plan()
         stages = [s for s in whole if not run.is_done(s)]
-        stale = run.stale(whole)
-        if stale:
+        if stale := run.stale(whole):
             refuse(run, stale)
         done = len(whole) - len(stages)
         line.figures = {"stages": len(whole), "done": done}
@@ -156,6 +179,11 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
             f"{done} of {len(whole)} stages done, free" if done else f"{len(whole)} stages to do"
         )
     return stages
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def _queries(c: Checks, recipe: Aligning) -> tuple[Sequence[Query], Sequence[Query]]:
@@ -176,8 +204,8 @@ def _queries(c: Checks, recipe: Aligning) -> tuple[Sequence[Query], Sequence[Que
             overlap = sum(q.messages in seen for q in held_out)
             line.figures["overlap"] = overlap
             line.found += f", {overlap:,} of them also above" if overlap else ", none of them above"
-            if overlap:
-                line.warn("The evaluation is not held out. Take those queries out of one set.")
+            advice = "The evaluation is not held out. Take those queries out of one set."
+            line.warn(advice, overlap > 0)
     return queries, held_out
 
 
@@ -208,7 +236,7 @@ def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatForma
 
 def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | None:
     """Loads the policy as training does; it leaves memory with this function."""
-    loaded = None
+    loaded, sequences, layout = None, list[EncodedSequence](), None
     with c.line("model") as line:
         start = time.monotonic()
         loaded = load_model(resolve_path(recipe.policy.model), recipe.policy)
@@ -229,26 +257,97 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         )
     if loaded is None:
         return None
-    sequences, layout = [], None
     with c.line("engine") as line, Engines(None) as engines:
-        engine = answering(recipe, loaded, engines)
-        sequences = first_words(line, engine, recipe.sampling, loaded.chat, queries, recipe.seed)
-    if not sequences:
+        engine = _answering(recipe, loaded, engines)
+        sequences = _first_words(
+            line, engine, recipe.sampling, loaded.chat, queries[:PROBES], recipe.seed
+        )
+    if sequences:
+        with c.line("layout") as line:
+            layout = _settle(line, loaded, sequences)
+    else:
         c.skip("layout", "answers")
-        return None
-    with c.line("layout") as line:
-        layout = settle(line, loaded, sequences)
     if layout is None:
         return None
     return Probed(weights, loaded.dtype.itemsize, loaded.context_length, layout)
 
 
-def answering(recipe: Aligning, loaded: LoadedModel, engines: Engines) -> Engine:
+def _answering(recipe: Aligning, loaded: LoadedModel, engines: Engines) -> Engine:
     """Who answers for the policy, which is in memory already."""
-    s = recipe.sampling
-    return engines.sampler(
-        s.engine, loaded.source, recipe.policy.loading, s.batch_size, loaded=loaded
+    s, loading = recipe.sampling, recipe.policy.loading
+    return engines.sampler(s.engine, loaded.source, loading, s.batch_size, loaded=loaded)
+
+
+def _first_words(
+    line: Line,
+    engine: Engine,
+    sampling: Sampling,
+    chat: ChatFormat,
+    queries: Sequence[Query],
+    seed: int,
+) -> list[EncodedSequence]:
+    """Answers the queries under two seeds; returns what was answered, as sequences.
+
+    Raises:
+        EngineError: nothing but empty answers.
+    """
+    s = sampling
+    params = SamplingParams(s.temperature, s.top_p, min(s.max_new_tokens, PROBE_TOKENS))
+    asked = [
+        Request(f"{q.id}/{k}", q.messages, derive_seed(seed, "check/engine", i, k))
+        for k in range(2)
+        for i, q in enumerate(queries)
+    ]
+    found = answers(engine, asked, params)
+    said = [found[request.id] for request in asked]
+    empty = sum(not a.text for a in said)
+    if empty == len(said):
+        reasons = Counter(a.finish_reason for a in said)
+        raise EngineError(
+            f"The policy answers nothing: {len(said)} answers, all empty "
+            f"({', '.join(f'{n} {r}' for r, n in reasons.items())}). Look at what it says with "
+            "another chat template, or choose another model."
+        )
+    halves = zip(said[: len(queries)], said[len(queries) :], strict=True)
+    differ = sum(a.text != b.text for a, b in halves)
+    line.figures = {"probes": len(queries), "differ": differ, "temperature": s.temperature}
+    line.found = (
+        f"answers; {differ} of {len(queries)} change with the seed"
+        if s.temperature
+        else "answers; greedy, as temperature is 0"
     )
+    line.warn(
+        f"It ignores temperature {s.temperature:g}, or is certain of every token: good, bad and "
+        "plain answers will hardly differ.",
+        s.temperature > 0 and not differ,
+    )
+    line.warn(f"{empty} of {len(said)} answers are empty; those are dropped.", empty > 0)
+    return [
+        EncodedSequence(chat.prompt_ids(request.messages), chat.response_ids(a.text))
+        for request, a in zip(asked, said, strict=True)
+        if a.completion_tokens
+    ]
+
+
+def _settle(line: Line, loaded: LoadedModel, sequences: Sequence[EncodedSequence]) -> str:
+    """The layout that the model settles on; the sequences should share prompts."""
+    asked = loaded.layout
+    with loaded.precision():
+        reason = tree.obstacle(loaded.model)
+        layout = settle_layout(loaded.model, asked, sequences, loaded.dtype)
+        line.figures = {"asked": asked, "layout": layout}
+        line.found = layout if asked == layout else f"{asked} settles on {layout}"
+        if layout == "tree":
+            difference = tree_difference(loaded.model, sequences)
+            line.figures["difference"] = difference
+            line.found += f", {difference:.1g} nats from padded on {len(sequences)} sequences"
+    line.warn(
+        f"Trees cannot be used: {reason}. Training is slower, its result the same."
+        if reason
+        else "Trees give other numbers on this model (see above), so they are not used.",
+        (asked, layout) == ("auto", "padded"),
+    )
+    return layout
 
 
 def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
@@ -260,20 +359,19 @@ def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
             bytes_per_weight=probed.bytes_per_weight,
             checkpoints=0 if recipe.policy.lora else recipe.keep.checkpoints,
         )
-        path = recipe.folder.absolute()
-        there = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(there).free
+        there = _existing(recipe.folder.absolute())
+        free, models = shutil.disk_usage(there).free, need["models"] + need["checkpoints"]
         line.figures = {"need_at_most": need, "free": free}
         parts = ", ".join(f"{k} {size(n)}" for k, n in need.items() if n)
         line.found = f"{size(free)} free; needs at most {parts or 'nothing'} (estimate)"
-        if need["models"] + need["checkpoints"] > free:
+        if models > free:
             raise ArtifactError(
-                f"{there} has {size(free)} free, and the models alone need about "
-                f"{size(need['models'] + need['checkpoints'])} ({parts}). Choose another "
-                "runs_dir, lower keep.checkpoints or train adapters (policy.lora.rank=16)."
+                f"{there} has {size(free)} free, and the models alone need about {size(models)} "
+                f"({parts}). Choose another runs_dir, lower keep.checkpoints or train adapters "
+                "(policy.lora.rank=16)."
             )
-        if sum(need.values()) > free:
-            line.warn("Full-length answers would not fit. Free some room or lower the budget.")
+        advice = "Full-length answers would not fit. Free some room or lower the budget."
+        line.warn(advice, sum(need.values()) > free)
 
 
 def _steering(
@@ -287,45 +385,16 @@ def _steering(
     scratch: Path,
 ) -> Rates | None:
     """Principles, answers and figures of the chosen queries; the rates where all went well."""
-    policy = resolve_path(recipe.policy.model)
-    triples: list[Triple] = []
-    kept: list[Triple] = []
-    fits = False
-    rates = None
+    policy, loading = resolve_path(recipe.policy.model), recipe.policy.loading
+    triples, kept = list[Triple](), list[Triple]()
+    fits, rates = False, None
     with c.line("principles") as line:
-        start = time.monotonic()
-        writer = WritePrinciples(
-            Artifact(scratch),
-            Artifact(Path(policy)),
-            recipe.principles,
-            recipe.sampling.engine,
-            where=Where(folder="check"),
-            seed=recipe.seed,
-            loading=recipe.policy.loading,
-        )
-        writer.write(chosen, RunFolder(scratch))
-        writing = time.monotonic() - start
-        triples = list(stored_triples(scratch / writer.outputs[0]))
-        sources = Counter(str(t.extra["source"]) for t in triples)
-        line.figures = {"sources": dict(sources), "seconds": writing}
-        line.found = ", ".join(f"{n:,} {source}" for source, n in sources.most_common())
-        fallen = sum(n for source, n in sources.items() if source.startswith("fallback"))
-        if fallen > FALLEN_BACK * len(triples):
-            line.warn(
-                f"{fallen / len(triples):.0%} of the written principles cannot be used. Set "
-                "principles.mode=picked, or a stronger principles.writer."
-            )
+        triples, writing = _write(line, recipe, chosen, RunFolder(scratch))
     if triples:
         with c.line("budgets") as line:
-            fit(
-                line,
-                [s for s in recipe.plan() if isinstance(s, Train)],
-                recipe.sampling.max_new_tokens,
-                chat,
-                probed.context_length,
-                queries,
-                triples,
-            )
+            trainings = [s for s in recipe.plan() if isinstance(s, Train)]
+            new, limit = recipe.sampling.max_new_tokens, probed.context_length
+            _fit(line, trainings, new, chat, limit, queries, triples)
             fits = True
     if not fits:
         c.skip("sampling steering", "prompts that fit" if triples else "principles")
@@ -335,29 +404,287 @@ def _steering(
         loaded = load_model(policy, recipe.policy, inference=True)
         taken = time.monotonic() - start
         with Engines(None) as engines:
-            engine = answering(recipe, loaded, engines)
-            kept, per_answer = sample_some(
-                line,
-                engine,
-                triples,
-                recipe.sampling,
-                recipe.hygiene,
-                recipe.principles.catalogue,
-                seed=recipe.seed,
-            )
+            kept, per_answer = _sample(line, _answering(recipe, loaded, engines), triples, recipe)
         del loaded
     if not kept:
         c.skip("steering", "finished answers")
         return None
     with c.line("steering") as line:
-        loading = recipe.policy.loading.model_copy(update={"layout": probed.layout})
-        per_forward, per_judged = measure(
-            line, policy, loading, kept, judge, scratch, seed=recipe.seed
-        )
+        loading = loading.model_copy(update={"layout": probed.layout})
+        measured = _measure(line, policy, loading, kept, judge, scratch, seed=recipe.seed)
         # what was written for a few queries includes loading the model for them
-        per_principles = max(writing - taken, 0) / len(triples)
-        rates = Rates(per_principles, per_answer, per_forward, per_judged)
+        rates = Rates(max(writing - taken, 0) / len(triples), per_answer, *measured)
     return rates
+
+
+def _write(
+    line: Line, recipe: Principled, queries: Sequence[Query], run: RunFolder
+) -> tuple[list[Triple], float]:
+    """The queries with their principles, and the seconds of writing them all."""
+    writer = WritePrinciples(
+        Artifact(run.path),
+        Artifact(Path(resolve_path(recipe.policy.model))),
+        recipe.principles,
+        recipe.sampling.engine,
+        where=Where(folder="check"),
+        seed=recipe.seed,
+        loading=recipe.policy.loading,
+    )
+    start = time.monotonic()
+    writer.write(queries, run)
+    taken = time.monotonic() - start
+    triples = list(stored_triples(run / writer.outputs[0]))
+    sources = Counter(str(t.extra["source"]) for t in triples)
+    line.figures = {"sources": dict(sources), "seconds": taken}
+    line.found = ", ".join(f"{n:,} {source}" for source, n in sources.most_common())
+    fallen = sum(n for s, n in sources.items() if s.startswith("fallback")) / len(triples)
+    line.warn(
+        f"{fallen:.0%} of the written principles cannot be used. Set principles.mode=picked, or a "
+        "stronger principles.writer.",
+        fallen > FALLEN_BACK,
+    )
+    return triples, taken
+
+
+def _fit(
+    line: Line,
+    trainings: Sequence[Train],
+    new: int,
+    chat: ChatFormat,
+    limit: int | None,
+    queries: Sequence[Query],
+    triples: Sequence[Triple],
+) -> None:
+    """Longest prompts, with what the principles add, against context and ``max_length``.
+
+    Raises:
+        DataError: no query fits.
+    """
+    count = len(queries)
+    plain = np.zeros(count, dtype=np.int64)
+    with progress_bar("tokens", count) as bar:
+        for i, query in enumerate(queries):
+            plain[i] = len(chat.prompt_ids(query.messages))
+            bar.advance(1)
+    added = max(
+        len(chat.prompt_ids(context_messages(t.messages, t.principles, context)))
+        - len(chat.prompt_ids(t.messages))
+        for t in triples
+        for context in ("good", "bad")
+    )
+    steered, longest = plain + added, int(plain.max())
+    bounds = {f"{t.section}.max_length": t.settings.max_length for t in trainings}
+    lengths = {f"{t.section}.max_length": plain if t.plain else steered for t in trainings}
+    dropped = {key: int((lengths[key] >= bound).sum()) for key, bound in bounds.items()}
+    cut = {key: int((lengths[key] + new > bound).sum()) for key, bound in bounds.items()}
+    too_long = int((steered + new > limit).sum()) if limit else 0
+    line.figures = {
+        "longest_prompt": longest,
+        "principles_add": added,
+        "max_new_tokens": new,
+        "context": limit,
+        PROMPT_TOO_LONG: too_long,
+        "dropped_by": dropped,
+        "cut_by": cut,
+    }
+    line.found = (
+        f"longest prompt {longest:,} tokens, principles {added:,}, answers {new:,}: "
+        f"{longest + added + new:,}" + (f" of {limit:,}" if limit else "")
+    )
+    if too_long == count:
+        raise DataError(
+            f"No query fits: a prompt of {plain.min():,} tokens and more, principles of {added:,} "
+            f"and sampling.max_new_tokens {new:,} exceed the context of {limit:,}. Lower "
+            "sampling.max_new_tokens, or choose a model with a longer context."
+        )
+    line.warn(
+        f"{too_long:,} of {count:,} queries would be dropped as prompt_too_long. Lower "
+        "sampling.max_new_tokens or leave long queries out.",
+        too_long > 0,
+    )
+    for key, bound in bounds.items():
+        line.warn(
+            f"{dropped[key]:,} of {count:,} prompts do not fit {key} {bound:,}.", dropped[key] > 0
+        )
+        line.warn(
+            f"Answers that fill their budget would be cut in training for {cut[key]:,} of "
+            f"{count:,} queries: {key} is {bound:,}.",
+            cut[key] > dropped[key] == 0,
+        )
+
+
+def _sample(
+    line: Line, engine: Engine, triples: Sequence[Triple], recipe: Principled
+) -> tuple[list[Triple], dict[str, float]]:
+    """The answered triples, and per response the seconds of one answer.
+
+    Raises:
+        ArtifactError: no triple is left.
+    """
+    sampling, count = recipe.sampling, len(triples)
+    models = dict.fromkeys(RESPONSES, "policy")
+    start = time.monotonic()
+    with progress_bar("sampling", count * len(models)) as bar:
+        found = answer(
+            triples,
+            models,
+            lambda source: engine,
+            params_of(sampling),
+            seed=derive_seed(recipe.seed, "check"),
+            store=None,
+            advance=bar.advance,
+        )
+    elapsed = time.monotonic() - start
+    tokens = {r: sum(found[t.id, r].completion_tokens for t in triples) for r in models}
+    sampled = max(sum(tokens.values()), 1)
+    unfinished = sum(a.finish_reason == "length" for a in found.values()) / len(found)
+    kept, lost = collect(triples, tuple(models), found, keep_unfinished=sampling.keep_unfinished)
+    usable = Left(kept, recipe.hygiene, load_catalogue(recipe.principles.catalogue)).sift()
+    dropped = Counter(d.reason for d in lost) + usable.reasons
+    same = sum(len(set(t.responses.values())) < len(models) for t in kept) / max(len(kept), 1)
+    line.figures = {
+        "answers": len(found),
+        "tokens_per_second": sampled / elapsed,
+        "mean_tokens": {r: n / count for r, n in tokens.items()},
+        "unfinished": unfinished,
+        "equal": same if kept else None,
+        "usable": len(usable),
+        "dropped": dict(dropped),
+    }
+    ending = (
+        f"{unfinished:.0%} of the answers do not end within sampling.max_new_tokens "
+        f"{sampling.max_new_tokens:,}. Raise it"
+    )
+    if len(kept) < 2:
+        more = "See why answers are missing." if count > 1 else "Give more queries."
+        nothing = f"and steering cannot be measured on fewer than 2. {more}"
+        raise ArtifactError(
+            f"{len(kept)} of {count} triples left{drops(dropped)}"
+            + (f": {ending}." if unfinished else f", {nothing}")
+        )
+    line.found = (
+        f"{len(found):,} answers at {sampled / elapsed:,.0f} tokens/s, {unfinished:.0%} "
+        f"unfinished; {len(usable)} of {count} triples usable{drops(dropped)}"
+    )
+    fate = "kept as they are" if sampling.keep_unfinished else "dropped"
+    line.warn(f"{ending}, or they are {fate}.", unfinished > UNFINISHED)
+    line.warn(
+        f"{same:.0%} of the queries get the same answer in two contexts. Raise "
+        "sampling.temperature, or choose a model that follows instructions.",
+        same > EQUAL,
+    )
+    return kept, {r: elapsed * n / sampled / count for r, n in tokens.items()}
+
+
+def _measure(
+    line: Line,
+    policy: str,
+    loading: Loading,
+    triples: Sequence[Triple],
+    judge: Judge | None,
+    scratch: Path,
+    *,
+    seed: int,
+) -> tuple[float, float | None]:
+    """Puts the steering figures into the line.
+
+    Returns:
+        The seconds of scoring one sequence, and of judging one pair if there is a judge.
+    """
+    own = dict.fromkeys((*PLAIN_SEQUENCES, "plain/plain", *GAP_SEQUENCES), triples)
+    principles = [t.principles for t in triples if t.principles is not None]
+    lent = strangers(principles)
+    foreign = [replace(t, principles=p) for t, p in zip(triples, lent, strict=True)]
+    texts = {**own, "stranger-good/good": foreign, "stranger-bad/bad": foreign}
+    loaded = load_model(policy, loading)
+    flat = [
+        loaded.chat.sequence(t, name.removeprefix("stranger-"))
+        for name, under in texts.items()
+        for t in under
+    ]
+    start = time.monotonic()
+    values = scored(scratch / "scores", loaded, flat, "scoring")
+    per_forward = (time.monotonic() - start) / len(flat)
+    del loaded  # the judge's model may need the room
+    grid = np.array([[float(v.double().sum()), len(v)] for v in values])
+    sums, lengths = (
+        dict(zip(texts, column.reshape(len(texts), -1), strict=True)) for column in grid.T
+    )
+    figures = quality(triples, {n: sums[n] for n in own}, lengths, judge=None)
+    verdicts, per_judged = _verdicts(judge, triples) if judge else (None, None)
+    rng = np.random.default_rng(derive_seed(seed, "check/steering"))
+    found = steering(triples, {n: sums[n] / lengths[n] for n in texts}, verdicts, rng)
+    line.figures = {
+        **found,
+        "one_principle_for_all": lent == principles,
+        "verdicts": None if verdicts is None else verdict_counts(verdicts),
+        "on_policyness": figures["on_policyness"],
+        "tokens": figures["tokens"],
+    }
+    right, policyness = found["accuracy"], figures["on_policyness"]
+    missing = "judge" if judge is None else "verdict"
+    line.found = (
+        f"{'steers' if found['steers'] else 'does not steer'} on {len(triples)} queries"
+        + (f"; accuracy {interval(right, '.2f')}" if right else f"; no {missing}")
+        + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
+    )
+    _advise(line, verdicts or ())
+    return per_forward, per_judged
+
+
+def _verdicts(judge: Judge, triples: Sequence[Triple]) -> tuple[list[Verdict], float]:
+    """Verdicts on good against bad, and seconds of one pair, without those of loading a model."""
+    pairs = [
+        Pair(Query(t.id, t.messages), t.responses["good"], t.responses["bad"]) for t in triples
+    ]
+    first = judge.compare_all(pairs[:1])
+    start = time.monotonic()
+    found = [*first, *judge.compare_all(pairs[1:])]
+    return [j.verdict for j in found], (time.monotonic() - start) / len(pairs[1:])
+
+
+def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
+    """What the figures of steering mean, and what to do about it."""
+    found, tokens, steers = line.figures, line.figures["tokens"], line.figures["steers"]
+    for half in ("good", "bad"):
+        gap, net = above(found["gap"][half], 0), above(found["net_gap"][half], 0)
+        line.warn(
+            f"The {half} principle changes nothing: its gap is not above 0 beyond chance.", not gap
+        )
+        line.warn(
+            f"Answers react to the wording of the {half} principle, not to what it asks for.",
+            gap and not net,
+        )
+    line.warn(
+        "The judge cannot tell good answers from bad ones, or prefers the bad ones.",
+        bool(found["accuracy"]) and not above(found["accuracy"], 0.5),
+    )
+    line.warn(
+        "A run would learn noise. Use a model that follows a system message, or simpler "
+        "principles (principles.mode=picked principles.features_per_query=1).",
+        not steers,
+    )
+    line.warn(
+        "All queries have the same principles, so the net gap is only the gap.",
+        found["one_principle_for_all"],
+    )
+    chosen, rejected = tokens["chosen"], tokens["rejected"]
+    line.warn(
+        f"Good answers have {chosen:.0f} tokens, bad ones {rejected:.0f}: training on them teaches "
+        "length.",
+        max(chosen, rejected) > LENGTH_RATIO * min(chosen, rejected),
+    )
+    for feature, figures in found["features"].items():
+        line.warn(
+            f"{feature}: adds {interval(figures['adds'])}, does not steer on "
+            f"{figures['triples']} queries; consider dropping it.",
+            steers and figures["steers"] is False,
+        )
+    lost = verdicts.count(Verdict.UNPARSEABLE)
+    line.warn(
+        f"{lost} of {len(verdicts)} pairs are unparseable for the judge: they do not count.",
+        lost > UNPARSEABLE * len(verdicts),
+    )
 
 
 def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -> None:
@@ -374,12 +701,15 @@ def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -
             + (f": {parts}" if parts else "")
             + " (estimate from the rates above)"
         )
-        if unknown:
-            line.warn(f"Not counted: {', '.join(unknown)}.")
+        line.warn(f"Not counted: {', '.join(unknown)}.", bool(unknown))
+
+
+def drops(dropped: Counter[str]) -> str:
+    """`` (5 unfinished, 4 equals_plain)``, or nothing."""
+    return f" ({', '.join(f'{n:,} {r}' for r, n in dropped.most_common())})" if dropped else ""
 
 
 def _amount(n: float) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= scale:
-            return f"{n / scale:.3g}{unit}"
-    return f"{n:.0f}"
+    units = (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+    unit, scale = next((u, s) for u, s in units if n >= s)
+    return f"{n / scale:.3g}{unit}"

@@ -5,7 +5,6 @@ Counts come from the stages themselves (`Stage.cost`); the formulas are those of
 
 import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyTraining
+from selfsteer.recipe.sections import Generator, Lora, PolicyTraining
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage
 from selfsteer.stages.principles import WritePrinciples
@@ -119,19 +118,20 @@ def shape_of(
         )
     found = json.loads(path.read_text("utf-8"))
     c = {**found, **found.get("text_config", {})}
-    try:
-        depth = layers or int(c["num_hidden_layers"])
-        width = hidden or int(c["hidden_size"])
-        tokens = vocabulary or int(c["vocab_size"])
-        heads = int(c["num_attention_heads"])
-    except KeyError as e:
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "vocab_size": vocabulary,
+        "num_attention_heads": None,
+    }
+    if absent := [key for key, value in sizes.items() if value is None and key not in c]:
         raise ConfigError(
-            f"{path} has no {e.args[0]}, so the size of {model} is not known. Give "
+            f"{path} has no {absent[0]}, so the size of {model} is not known. Give "
             f"{', '.join(missing)} as well."
-        ) from None
+        )
+    depth, width, tokens, heads = (value or int(c[key]) for key, value in sizes.items())
     head = int(c.get("head_dim") or width // heads)
-    tied = bool(c.get("tie_word_embeddings", False))
-    tables = 1 if tied else 2
+    tables = 1 if c.get("tie_word_embeddings") else 2
     total = int(params) if params else stored_parameters(path.parent)
     if total is None:
         if any("expert" in key for key in c) or "intermediate_size" not in c:
@@ -159,13 +159,11 @@ def _whole(shape: Shape, tables: int) -> Shape:
 
 
 def _config_path(model: str) -> Path | None:
-    if Path(model).is_dir():
-        path = Path(model) / "config.json"
-        return path if path.exists() else None
-    if model.count("/") != 1:
-        return None
     from huggingface_hub import try_to_load_from_cache
 
+    path = Path(model) / "config.json"
+    if path.exists() or Path(model).is_dir() or model.count("/") != 1:
+        return path if path.exists() else None
     cached = try_to_load_from_cache(model, "config.json")
     return Path(cached) if isinstance(cached, str) else None
 
@@ -176,20 +174,18 @@ def stored_parameters(folder: Path) -> int | None:
     Raises:
         ArtifactError: one of the files is not whole.
     """
-    total = 0
-    files = sorted(folder.glob("*.safetensors"))
+    from safetensors import SafetensorError, safe_open
+
+    total, files = 0, sorted(folder.glob("*.safetensors"))
     for path in files:
         try:
-            with open(path, "rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-        except (struct.error, ValueError):
+            with safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError:
             raise ArtifactError(
                 f"{path} is not a complete safetensors file; fetch it again."
             ) from None
-        total += sum(
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-        )
     return total if files else None
 
 
@@ -240,19 +236,19 @@ def plan(
         lengths: assumed, the same for every record; responses never exceed their budget.
         machine: assumed; all stages keep all of its GPUs busy.
     """
-    loading, lora = recipe.policy.loading, recipe.policy.lora
+    loading, lora, (peak, gpu_memory) = recipe.policy.loading, recipe.policy.lora, GPUS[machine.gpu]
     lengths = replace(lengths, response=min(lengths.response, recipe.sampling.max_new_tokens))
-    costs = [(stage, stage.cost(scale)) for stage in recipe.plan()]
-    rows = []
-    before = Cost()
-    for stage, cost in costs:
+    rows, before = [], Cost()
+    for stage in recipe.plan():
+        cost = stage.cost(scale)
         rows.append(_stage(stage, cost, before, lengths, shape, machine))
         before = total((before, cost))
     disk = disk_bytes(
         before,
         tokens=lengths.response,
         parameters=shape.parameters,
-        bytes_per_weight=_saved_bytes(loading),
+        # models are saved in the computing precision
+        bytes_per_weight=4 if loading.dtype == "float32" or loading.device == "cpu" else 2,
         checkpoints=0 if lora else recipe.keep.checkpoints,
     )
     # queries with their principles stand in three files of a record
@@ -266,7 +262,18 @@ def plan(
         "recipe": recipe.name,
         "estimate": True,
         "shape": shape.__dict__,
-        "assumptions": _assumptions(loading, lengths, machine),
+        "assumptions": {
+            "gpu": machine.gpu,
+            "gpus": machine.count,
+            "peak_flops": peak,
+            "gpu_memory": gpu_memory,
+            "utilisation": machine.training,
+            "sampling_utilisation": machine.sampling,
+            "query_tokens": lengths.query,
+            "principle_tokens": lengths.principles,
+            "response_tokens": lengths.response,
+            "layout": "padded" if loading.layout == "padded" else "tree",
+        },
         "stages": rows,
         "not_counted": list(before.unknown),
         "totals": {
@@ -278,7 +285,7 @@ def plan(
             "disk": sum(disk.values()),
         },
         "memory_per_rank": memory,
-        "gpu_memory": GPUS[machine.gpu][1],
+        "gpu_memory": gpu_memory,
         "host_memory": _host_bytes(before, lengths),
         "disk": disk,
     }
@@ -289,10 +296,10 @@ def _stage(
 ) -> dict[str, Any]:
     """What one stage adds to the work of those before it."""
     shared = stage.loading.layout != "padded"
-    written = min(lengths.principles, _budget(stage, lengths))
+    budget = stage.settings.max_new_tokens if isinstance(stage, WritePrinciples) else 0
     kinds = {
         "features": (INSTRUCTION + lengths.query, FEATURE_ANSWER),
-        "principles": (INSTRUCTION + lengths.query, written),
+        "principles": (INSTRUCTION + lengths.query, min(lengths.principles, budget)),
     }
     flops = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
     sampled = 0
@@ -321,13 +328,6 @@ def _stage(
     }
 
 
-def _budget(stage: Stage, lengths: Lengths) -> int:
-    """Tokens that the writer of principles may use."""
-    if isinstance(stage, WritePrinciples):
-        return stage.settings.max_new_tokens
-    return lengths.principles
-
-
 def memory_bytes(
     lora: Lora | None,
     settings: PolicyTraining | Generator,
@@ -349,13 +349,9 @@ def memory_bytes(
             the copies there are those of one layer; else each rank has all (DDP).
     """
     ranks = machine.count if sharded else 1
-    trained = shape.parameters
-    if lora:
-        trained = _adapters(shape, lora.rank)
-    row = settings.row_tokens
-    per_token = ACTIVATION * shape.hidden * shape.layers
-    if settings.gradient_checkpointing:
-        per_token = (LAYER_INPUT * shape.layers + ACTIVATION) * shape.hidden
+    trained = _adapters(shape, lora.rank) if lora else shape.parameters
+    row, recomputed = settings.row_tokens, settings.gradient_checkpointing
+    layers = LAYER_INPUT * shape.layers + ACTIVATION if recomputed else ACTIVATION * shape.layers
     responses = row * lengths.response / (lengths.query / 2 + lengths.response)
     logits = min(responses * shape.vocabulary * 4, KEEP_BYTES["cuda"] + CHUNK_BYTES["cuda"])
     found = {
@@ -363,14 +359,12 @@ def memory_bytes(
         "gradients": GRADIENT * trained / ranks,
         "optimiser": MOMENTS * trained / ranks,
         "bfloat16 copies": COPY * shape.body / (shape.layers if ranks > 1 else 1),
-        "activations": per_token * row,
+        "activations": layers * shape.hidden * row,
         "logits": logits,
+        "buckets": 0 if sharded or machine.count == 1 else GRADIENT * trained,
+        "start, to compare with": COPY * shape.parameters if settings.selection.points else 0,
     }
-    if not sharded and machine.count > 1:
-        found["buckets"] = GRADIENT * trained
-    if settings.selection.points:
-        found["start, to compare with"] = COPY * shape.parameters
-    return found
+    return {kind: n for kind, n in found.items() if n}
 
 
 def _adapters(shape: Shape, rank: int) -> int:
@@ -383,31 +377,9 @@ def _adapters(shape: Shape, rank: int) -> int:
 
 def _host_bytes(cost: Cost, lengths: Lengths) -> int:
     """Of the largest training: its triples' texts, token ids and reference log-probs."""
-    most = 0
+    text = (lengths.query + 2 * lengths.principles + 2 * lengths.response) * TEXT
+    sizes = [0]
     for training in cost.trainings:
-        responses = len(training.sequences) * lengths.response
-        ids = tokens_of(training.sequences, lengths, shared=True)[0] * ID + responses * SCORE
-        text = (lengths.query + 2 * lengths.principles + 2 * lengths.response) * TEXT
-        most = max(most, training.records * (ids + text))
-    return most
-
-
-def _saved_bytes(loading: Loading) -> int:
-    """Of a saved weight: models are saved in the computing precision."""
-    return 4 if loading.dtype == "float32" or loading.device == "cpu" else 2
-
-
-def _assumptions(loading: Loading, lengths: Lengths, machine: Machine) -> dict[str, Any]:
-    peak, memory = GPUS[machine.gpu]
-    return {
-        "gpu": machine.gpu,
-        "gpus": machine.count,
-        "peak_flops": peak,
-        "gpu_memory": memory,
-        "utilisation": machine.training,
-        "sampling_utilisation": machine.sampling,
-        "query_tokens": lengths.query,
-        "principle_tokens": lengths.principles,
-        "response_tokens": lengths.response,
-        "layout": "padded" if loading.layout == "padded" else "tree",
-    }
+        tokens, _, responses = tokens_of(training.sequences, lengths, shared=True)
+        sizes.append(training.records * (tokens * ID + responses * SCORE + text))
+    return max(sizes)
