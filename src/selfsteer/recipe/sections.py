@@ -7,6 +7,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -1010,18 +1011,22 @@ class TrainConfig(Optimisation, Loading):
 
 
 def resolve_path(value: str) -> str:
-    """``package:MODULE/PATH`` becomes a path inside the installed package; others stay.
+    """A path as the system knows it: inside an installed package, or absolute.
+
+    ``package:MODULE/PATH`` is inside the package; ``./PATH`` becomes absolute, as a `Path` of it
+    would read like a hub id; others stay.
 
     Raises:
         ConfigError: the module or file does not exist.
     """
+    if value.startswith(("./", "../")):
+        return str(Path(value).absolute())
     if not value.startswith("package:"):
         return value
     module, _, inside = value.removeprefix("package:").partition("/")
-    try:
+    path = None
+    with suppress(ModuleNotFoundError):
         path = Path(str(files(module) / inside))
-    except ModuleNotFoundError:
-        path = Path(value)
-    if not path.exists():
+    if path is None or not path.exists():
         raise ConfigError(f"{value!r} names nothing in the installed package.")
     return str(path)
