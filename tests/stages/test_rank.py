@@ -194,6 +194,7 @@ def test_queries_without_any_pair_end_the_run_and_say_why(
     run = RunFolder(tmp_path)
     with pytest.raises(ArtifactError, match="2 too_few_answers"):
         run.execute(stage(run.path, [make.query(id=f"q{i}") for i in range(2)], 2))
+    assert [d.id for d in read_dropped(run / "ranked.dropped.jsonl")] == ["q0", "q1"]
 
 
 def test_the_sampling_model_has_left_memory_when_the_judge_comes(

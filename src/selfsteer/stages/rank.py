@@ -200,15 +200,9 @@ class RankAnswers(Stage):
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        queries, folder, size = (
-            stored_queries(self.queries.path),
-            run / self.name,
-            self.sampling.shard_size,
-        )
+        queries, folder = stored_queries(self.queries.path), run / self.name
         sampled = self._sample(queries, run, folder / "candidates")
         found = Stored(folder / "candidates", Candidates.from_dict)
-        if not len(found):
-            return StageResult(len(queries), 0, sampled.dropped, notes=sampled.notes)
         settings = self.judge or policy_as_judge(
             str(self.policy.path), self.loading, self.sampling.batch_size
         )
@@ -228,7 +222,7 @@ class RankAnswers(Stage):
                 bar.advance(len(part))
                 return kept, dropped
 
-            ranked = run_shards(folder, found, size, work, bar.skip)
+            ranked = run_shards(folder, found, self.sampling.shard_size, work, bar.skip)
         # one file of drops for both halves
         with run.drops(self.name) as drops:
             for half in (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl"):
