@@ -1,5 +1,6 @@
 """Answers that are kept as they come: nothing finished is asked for again, nothing changes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,17 @@ def test_what_failed_is_asked_for_again(tmp_path: Path) -> None:
     engine = FakeEngine(told)
     assert answers(engine, REQUESTS, PARAMS, store=store)["r2"].text == "2 said\n\u2028"
     assert [r.id for r in engine.asked] == ["r2"]
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_stored_answer_to_another_request_of_that_name_does_not_count(
+    tmp_path: Path, size: int | None
+) -> None:
+    store = tmp_path / "a.jsonl"
+    answers(FakeEngine(lambda r: r.messages[0].content, size), REQUESTS, PARAMS, store=store)
+    other = replace(REQUESTS[3], messages=(Message("user", "y" * 10),))
+    requests = [*REQUESTS[:3], other, *REQUESTS[4:]]
+    engine = FakeEngine(lambda r: r.messages[0].content, size)
+    assert answers(engine, requests, PARAMS, store=store)["r3"].text == "y" * 10
+    assert other in engine.asked
+    assert len(engine.asked) == (size or 1)

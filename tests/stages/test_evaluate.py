@@ -26,7 +26,7 @@ def stage(run: RunFolder, *models: str) -> Evaluate:
     return Evaluate(
         own,
         {name: Artifact(Path(name)) for name in ("base", *models)},
-        {"sso": m for m in models[-1:]},
+        {"sso": ("base", *models)[-1]},
         Evaluation(queries=Queries(path=str(held_out), min_chars=5)),
         Sampling(),
         None,

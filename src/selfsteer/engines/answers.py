@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import disk_errors, dump_line
 from selfsteer.engines.base import (
     REQUEST_FAILED,
@@ -34,17 +35,19 @@ def answers(
         engine: who answers.
         requests: with different ids.
         sampling: temperature, nucleus, budget.
-        store: JSONL file that gets each answer as it comes. What an earlier try with the same
-            arguments left there is not asked for again: whole batches of an engine that computes
-            in batches, single answers otherwise. Requests that failed are not stored.
+        store: JSONL file that gets each answer as it comes. What an earlier try left there of the
+            same requests is not asked for again: whole batches of an engine that computes in
+            batches, single answers otherwise. Requests that failed are not stored; one that is
+            made from the answer to such a request may be another one in the next try.
         advance: receives (requests, new tokens) as they finish.
 
     Raises:
         ValueError: two requests have the same id.
     """
-    if len({r.id for r in requests}) < len(requests):
+    marks = {r.id: digest([[m.to_dict() for m in r.messages], r.seed]) for r in requests}
+    if len(marks) < len(requests):
         raise ValueError("two requests have the same id")
-    found = {} if store is None else _stored(store, requests, engine.batch_size)
+    found = {} if store is None else _stored(store, requests, marks, engine.batch_size)
     if found:
         advance(len(found), 0)
     todo = [r for r in requests if r.id not in found]
@@ -59,17 +62,20 @@ def answers(
                 found[answer.id] = answer
                 if not answer.finish_reason.startswith(REQUEST_FAILED):
                     with disk_errors(path):
-                        file.write(dump_line(asdict(answer)))
+                        file.write(dump_line({**asdict(answer), "request": marks[answer.id]}))
     return {r.id: found[r.id] for r in requests}
 
 
-def _stored(store: Path, requests: Sequence[Request], size: int | None) -> dict[str, Completion]:
+def _stored(
+    store: Path, requests: Sequence[Request], marks: Mapping[str, str], size: int | None
+) -> dict[str, Completion]:
     """The stored answers that count; lines cut short by a kill are ignored."""
     known: dict[str, Completion] = {}
     for line in store.read_bytes().splitlines() if store.exists() else ():
-        with suppress(ValueError, TypeError):
-            answer = Completion(**json.loads(line))
-            known[answer.id] = answer
+        with suppress(ValueError, TypeError, KeyError):
+            value = json.loads(line)
+            if value.pop("request") == marks.get(value["id"]):
+                known[value["id"]] = Completion(**value)
     whole = cut(requests, size) if size else [[r] for r in requests]
     return {
         r.id: known[r.id] for batch in whole if all(r.id in known for r in batch) for r in batch
