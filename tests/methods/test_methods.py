@@ -341,6 +341,13 @@ def test_a_reward_model_is_trained_on_own_and_given_pairs(tmp_path: Path) -> Non
     assert [s.name for s in alone.plan()] == ["train_reward"]
 
 
+def test_a_reward_model_that_the_device_cannot_train_is_refused_before_it_loads() -> None:
+    policy = {"model": "m", "device": "cpu", "lora": {"bits": 4}}
+    (stage,) = recipe("reward", policy=policy, reward={"data": "a.jsonl"}).plan()
+    with pytest.raises(ConfigError, match=r"lora\.bits 4"):
+        list(stage.check())
+
+
 def test_a_given_file_counts_in_a_mixture_by_content(tmp_path: Path) -> None:
     def fingerprint(name: str) -> str:
         given = {"path": str(tmp_path / name), "name": "given"}

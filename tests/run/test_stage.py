@@ -438,6 +438,19 @@ def test_a_judge_of_other_settings_does_not_grow_the_queries_again(tmp_path: Pat
     assert fingerprint(chat) != fingerprint("oracle")
 
 
+def test_how_answers_are_sampled_does_not_grow_the_queries_again(tmp_path: Path) -> None:
+    def changed(setting: str) -> list[str]:
+        before, after = (
+            fingerprints(smoke(tmp_path, "queries.augment={to: 100}", *more))
+            for more in ((), (setting,))
+        )
+        return [name for name in before if before[name] != after[name]]
+
+    for setting in ("sampling.top_p=0.5", "sampling.max_new_tokens=9", "sampling.shard_size=9"):
+        assert changed(setting)[0] == "iteration-1/triples"
+    assert changed("sampling.batch_size=9")[0] == "augment"
+
+
 def test_more_iterations_leave_those_that_are_done(tmp_path: Path) -> None:
     once = fingerprints(recipe("pbaa"))
     twice = fingerprints(recipe("pbaa", iterations=2))

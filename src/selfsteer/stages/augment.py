@@ -36,7 +36,7 @@ from selfsteer.judges.load import load_judges
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
-from selfsteer.run.stage import Artifact, Stage
+from selfsteer.run.stage import Artifact, Stage, identity
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import check_budget, check_sampler
 from selfsteer.terminal import Bar, progress_bar, say, warn
@@ -333,6 +333,10 @@ def _round(
     ]
 
 
+#: What of sampling settings new queries depend on; how they are sampled is settled by ``augment``.
+BY_BATCHES = {"identity": lambda sampling: [identity(sampling.engine), sampling.batch_size]}
+
+
 @dataclass(frozen=True)
 class GrowQueries(Stage):
     """The queries, and what the policy adds to them.
@@ -341,7 +345,7 @@ class GrowQueries(Stage):
         queries: those given.
         policy: who writes.
         settings: how many, and what they must be like.
-        sampling: who answers, and in which batches.
+        sampling: who answers, and in which batches; the rest of it is for answers to queries.
         held_out: evaluation queries, which nothing like may be added.
         judges: who will judge answers; a query that one of them has no use for is not taken.
     """
@@ -349,7 +353,7 @@ class GrowQueries(Stage):
     queries: Artifact
     policy: Artifact
     settings: GrownQueries
-    sampling: Sampling
+    sampling: Sampling = field(metadata=BY_BATCHES)
     held_out: Queries | None = None
     judges: tuple[JudgeConfig, ...] = field(
         default=(), metadata={"identity": lambda judges: [j.kind for j in judges]}

@@ -13,6 +13,7 @@ from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
     Generator,
     JudgeConfig,
+    Loading,
     Lora,
     PolicyTraining,
     Reward,
@@ -77,11 +78,7 @@ class Train(Stage):
 
     @override
     def check(self) -> Iterator[str]:
-        from selfsteer.models.load import check_bits, resolve_device
-
-        device = resolve_device(self.loading.device)
-        if self.lora:
-            check_bits(self.lora.bits, device)
+        check_device(self.loading, self.lora)
         yield from ()
 
     @override
@@ -96,6 +93,15 @@ class Train(Stage):
         for weights in () if self.keep else (run / self.name).rglob("*.safetensors"):
             weights.unlink()
             write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
+
+
+def check_device(loading: Loading, lora: Lora | None) -> None:
+    """Fails now if the device is not there, or cannot train what the recipe says."""
+    from selfsteer.models.load import check_bits, resolve_device
+
+    device = resolve_device(loading.device)
+    if lora:
+        check_bits(lora.bits, device)
 
 
 class RewardSet(NamedTuple):
@@ -152,6 +158,7 @@ class TrainReward(Stage):
     def check(self) -> Iterator[str]:
         from selfsteer.models.load import load_chat
 
+        check_device(self.loading, self.lora)
         load_chat(str(self.start.path), self.loading)
         for one in self.sets:
             if one.own is None:
