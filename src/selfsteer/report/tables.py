@@ -1,6 +1,7 @@
 """The tables of a run: each is made once, for the terminal, the page and the Markdown file."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ def show_cell(value: Cell, *, brief: bool = False) -> str:
     ('0.500', '1,326', '0.600 [0.500, 0.700]', '')
     >>> show_cell([0.6, 0.5, 0.7], brief=True)
     '0.600 [.50, .70]'
+    >>> show_cell([-9.9, -10.5, -0.25], brief=True)
+    '-9.900 [-10.50, -.25]'
     """
     if value is None:
         return ""
@@ -35,7 +38,7 @@ def show_cell(value: Cell, *, brief: bool = False) -> str:
     mean, *bounds = value
     if not brief or None in bounds:
         return interval(value, ".3f")
-    low, high = (f"{b:.2f}".replace("0.", ".", 1) for b in bounds)
+    low, high = (re.sub(r"\b0\.", ".", f"{b:.2f}") for b in bounds)
     return f"{mean:.3f} [{low}, {high}]"
 
 
