@@ -412,7 +412,7 @@ def test_authors_export_comes_back_but_for_what_it_says_is_left_out(tmp_path: Pa
             "1 of 3 records: the features' names are left out.",
             "1 of 3 records: a response was cut off; the format cannot say so, and it will train "
             "as if it ended there.",
-            "1 of 3 records: the key 'source' is left out.",
+            "1 of 3 records: the key 'source' is left out: the format has no place for it.",
         ],
     )
     first = replace(TRIPLES[0], principles=Principles(GOOD, BAD), finish_reasons={}, extra={})
@@ -438,7 +438,7 @@ def test_trl_export_has_four_columns_and_says_what_is_left_out(tmp_path: Path) -
         [
             "1 of 2 records: a response was cut off; the format cannot say so, and it will train "
             "as if it ended there.",
-            "1 of 2 records: the key 'source' is left out.",
+            "1 of 2 records: the key 'source' is left out: the format has no place for it.",
         ],
     )
     records = [json.loads(x) for x in found.paths[0].read_text("utf-8").splitlines()]

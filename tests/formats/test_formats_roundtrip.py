@@ -175,7 +175,9 @@ def test_parquet_keeps_finish_reasons_and_comes_back_over_shards(tmp_path: Path,
     # the shards of the first export are gone
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("data/*")) == names
     keys = sum(bool(p.extra) for p in given)
-    assert exported.left_out == [f"{keys} of 30 records: the key 'source' is left out."]
+    assert exported.left_out == [
+        f"{keys} of 30 records: the key 'source' is left out: the format has no place for it."
+    ]
     assert json.loads((tmp_path / "README.md").read_text()) == [names, exported.left_out]
     assert list(import_records(tmp_path).records) == [replace(p, extra={}) for p in given]
 

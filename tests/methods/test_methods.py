@@ -20,6 +20,7 @@ from selfsteer.stages.filter import FilterTriples
 from selfsteer.stages.rank import RankAnswers
 from selfsteer.stages.sample import Sample
 from selfsteer.stages.train import Train, TrainReward
+from selfsteer.verbs.run import run
 from tests.make import recipe, smoke, stages_of
 
 NAMES = [method_of(m) for m in METHODS]
@@ -51,6 +52,12 @@ def test_every_method_has_a_shipped_recipe_and_a_name_of_its_own() -> None:
     assert {shipped(name).method for name in recipe_names()} == set(NAMES)
     unnamed = recipe_of({"name": "n", "policy": {"model": "m"}, "queries": {"path": "q"}}, "x")
     assert type(unnamed) is METHODS[0] is SSO
+
+
+def test_the_help_of_run_names_every_shipped_recipe() -> None:
+    said = " ".join(str(run.__doc__).split())
+    _, _, names = said.partition("Shipped recipes: ")
+    assert sorted(names.rstrip(".").split(", ")) == recipe_names()
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -107,6 +114,11 @@ def test_an_unknown_method_names_the_nearest(wrong: str, near: str | None) -> No
 def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'generator.gama' \(did you mean 'generator.gamma'\?\)"):
         recipe(generator={"gama": 1})
+
+
+def test_a_colon_without_its_space_is_pointed_out() -> None:
+    with pytest.raises(ConfigError, match=r"'queries.limit:9' \(YAML needs a space after a colon"):
+        load_recipe("demo", ["queries={path: q, limit:9}"])
 
 
 # -- nobody else asks for a method by name ---------------------------------------------------------

@@ -292,7 +292,9 @@ def _noted(records: Iterable[Any], form: Format, lost: Counter[str], count: int)
         for record in records:
             lost.update(what for what, has in form.losses if has(record))
             lost.update(
-                f"the key {key!r} is left out" for key in record.extra if key not in form.keeps
+                f"the key {key!r} is left out: the format has no place for it"
+                for key in record.extra
+                if key not in form.keeps
             )
             yield record
             bar.advance(1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import assert_never
 
 from selfsteer.judges.base import Judge
 from selfsteer.judges.oracle import OracleJudge
@@ -27,9 +28,11 @@ def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judg
         from selfsteer.judges.chat import ChatJudge
 
         return ChatJudge(settings, folder)
-    from selfsteer.judges.reward import RewardJudge
+    if settings.kind == "reward":
+        from selfsteer.judges.reward import RewardJudge
 
-    return RewardJudge(settings, folder)
+        return RewardJudge(settings, folder)
+    assert_never(settings.kind)
 
 
 def load_judges(settings: Iterable[JudgeConfig]) -> list[Judge]:

@@ -185,6 +185,8 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
                 f"{path} has no effect with method {method_of(model)}; remove it (it is a setting "
                 f"of {', '.join(others)})"
             )
+        if ":" in str(fault["loc"][-1]):
+            return f"unknown key {path!r} (YAML needs a space after a colon: {{key: value}})"
         near = _nearest(model, fault["loc"])
         return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
     if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):

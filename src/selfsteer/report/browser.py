@@ -92,7 +92,7 @@ def judged(run: RunView) -> tuple[str, Callable[[Pair], Said]]:
     if settings is None:
         return "", lambda pair: None
     name = f"{settings.kind}:{settings.model or settings.path or ''}".rstrip(":")
-    if settings.kind in ("oracle", "human"):
+    if settings.model is None:
         return name, partial(_asked, load_judge(settings))
     stores = [AnswerStore(folder) for folder in sorted((run.folder / "judgements").glob("*/"))]
     read = _from_chat if settings.kind == "chat" else partial(_from_scores, settings.tie_margin)

@@ -67,8 +67,11 @@ def print_show(run: RunView) -> None:
             out.print(escape(f"warning: {text}"), style="yellow")
     for sheet in (tables.quality(run), tables.verdicts(run), tables.lengths(run)):
         sheet.print()
+    if run.models:
+        out.print("\n[bold]Models[/bold]")
+        longest = max(map(len, run.models))
     for label, source in run.models.items():
-        out.print(f"{label:>16}  {escape(source)}")
+        out.print(f"{label:<{longest}}  {escape(source)}")
     print_result(run)
 
 

@@ -236,5 +236,5 @@ def check_budget(source: str, loading: Loading, budgets: Mapping[str, int]) -> I
         if limit is not None and budget >= limit:
             raise ConfigError(
                 f"{key} {budget} leaves no room for a prompt: {source} has a context of {limit} "
-                "tokens. Lower it."
+                f"tokens. Lower it, for example: {key}={limit // 2}."
             )

@@ -63,7 +63,8 @@ def _tables(figures: dict[str, Any]) -> tuple[Table, Table]:
         for name, f in reversed(found)
     )
     names = ("feature", "queries", "gap good", "bad", "adds to net gap", "accuracy")
-    return table(["nats per token", "gap", "net gap"], whole), table(names, features)
+    of_both = table(["", "gap", "net gap"], whole, title="steering, in nats per token")
+    return of_both, table(names, features)
 
 
 def conclusion(figures: dict[str, Any]) -> str:

@@ -26,5 +26,6 @@ def init(
         raise ConfigError(f"{path} is there already; choose another name or move it away.")
     model = choose(METHODS, load_values(recipe), f"recipe {recipe}")
     write_atomic(path, commented_yaml(recipe_text(recipe), descriptions(model)))
-    data = "queries.path" if "queries" in model.model_fields else "reward.data"
-    out.print(f"{path}: set policy.model and {data}, then: selfsteer run {path}")
+    asks = "queries" in model.model_fields
+    data, verb = ("queries.path", "check") if asks else ("reward.data", "run")
+    out.print(f"{path}: set policy.model and {data}, then: selfsteer {verb} {path}")

@@ -84,6 +84,7 @@ def _say_next(found: "RunView", until: str | None) -> None:
     if "policy" in models:
         say(f"\nthe aligned model: {models['policy']}   (from_pretrained and servers load it)")
         steps += [
+            (f"show {folder}", "counts, drops by reason, data quality"),
             (f"report {folder}", "the figures on one page"),
             (f"chat {folder}", "ask it something"),
             (f"export {folder} --format trl --to DIR", "the preferences for other trainers"),
@@ -95,5 +96,6 @@ def _say_next(found: "RunView", until: str | None) -> None:
             (f"judge RUN --judge reward:{made}", "the pairs of another run, judged by it"),
         ]
     say("next:")
+    longest = max(len(command) for command, _ in steps)
     for command, what in steps:
-        say(f"  selfsteer {command}   {what}")
+        say(f"  selfsteer {command:<{longest}}   {what}")
