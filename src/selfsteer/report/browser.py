@@ -370,7 +370,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # one thread after the other, see `selfsteer.report.server`
+        # SQLite lets one thread after the other use it
         self._database = sqlite3.connect(
             f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False
         )
@@ -448,17 +448,6 @@ def export_line(record: Mapping[str, Any]) -> str:
     return dump_line({**record["triple"], **extra})
 
 
-def sample(index: Index, cap: int, most_bytes: int) -> list[dict[str, Any]]:
-    """Rows spread evenly over a set, as many as two limits allow, for a page without a server."""
-    count = index.about["of"]
-    step = max(math.ceil(count / cap), 1)
-    while True:
-        found = list(index.records(range(1, count + 1, step)))
-        if len(found) <= 1 or sum(len(json.dumps(r)) for r in found) <= most_bytes:
-            return found
-        step *= 2
-
-
 def embedded(run: RunView, cap: int = 200, most_bytes: int = 1_500_000) -> dict[str, Any] | None:
     """What ``browser_section.html.j2`` needs in a page without a server; None without triples.
 
@@ -472,11 +461,15 @@ def embedded(run: RunView, cap: int = 200, most_bytes: int = 1_500_000) -> dict[
     with progress_bar("indexing triples", len(sets)) as bar:
         for found in sets:
             index = Index(build(found))
-            shown = sample(index, max(cap // len(sets), 1), most_bytes // len(sets))
+            count = index.about["of"]
+            step = max(math.ceil(count * len(sets) / cap), 1)  # spread evenly over the set
+            shown = list(index.records(range(1, count + 1, step)))
+            while len(shown) > 1 and len(json.dumps(shown)) > most_bytes // len(sets):
+                shown = shown[::2]
             rows += [{"set": found.name, **r} for r in shown]
-            total, cut = index.about["of"], ""
-            if len(shown) < total:
-                cut = f"this page holds {len(shown):,} of {total:,}; selfsteer view shows all"
+            cut = ""
+            if len(shown) < count:
+                cut = f"this page holds {len(shown):,} of {count:,}; selfsteer view shows all"
             about[found.name] = {**index.summary(), "of": len(shown), "cap": cut}
             bar.advance(1)
     start = {

@@ -7,11 +7,12 @@ class ``mark``. Each figure has a caption that says what to see, and the table i
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -568,29 +569,27 @@ CURVES = (
     ),
 )
 
-Lines = Mapping[tuple[str, str], np.ndarray]
 
+def _lines(run: RunView, metrics: Sequence[str]) -> dict[tuple[str, str, str, int], np.ndarray]:
+    """(kind of training, method, context, which metric) → (step, value) rows.
 
-def _lines(run: RunView, metric: str) -> dict[str, Lines]:
-    """Kind of training → (method, context) → (step, value) rows; iterations one after another."""
-    raw: dict[str, dict[tuple[str, str], list[tuple[float, float]]]] = {}
+    Iterations come one after another.
+    """
+    raw: dict[tuple[str, str, str, int], list[tuple[float, float]]] = {}
     steps = Counter[tuple[str, str]]()  # of earlier iterations
     for stage in run.stages:
         method, (kind, _, half) = stage.method or run.recipe.method, stage.title.partition("/")
         entries = run.curves.get(stage.name, ())
-        for entry in entries:
+        for entry, (i, metric) in product(entries, enumerate(metrics)):
             for name, value in entry.items():
                 term = name.removeprefix(metric)
                 # the loss of a single term is in the log, but not drawn
                 wanted = name == metric or (term.startswith("/") and metric != "loss")
                 if wanted and is_finite(value):
-                    line = raw.setdefault(kind, {}).setdefault((method, term[1:] or half), [])
+                    line = raw.setdefault((kind, method, term[1:] or half, i), [])
                     line.append((steps[method, stage.title] + entry["step"], float(value)))
         steps[method, stage.title] += max((e["step"] for e in entries), default=0)
-    return {
-        kind: {name: _thin(np.array(points)) for name, points in lines.items()}
-        for kind, lines in raw.items()
-    }
+    return {key: _thin(np.array(raw[key])) for key in sorted(raw, key=lambda key: key[3])}
 
 
 def _thin(points: np.ndarray) -> np.ndarray:
@@ -601,8 +600,8 @@ def _thin(points: np.ndarray) -> np.ndarray:
 
 def curve(run: RunView, spec: Curve) -> Drawing:
     """Metrics of every training, by its terms."""
-    found = [_lines(run, metric) for metric in spec.metrics]
-    kinds = sorted({kind for lines in found for kind in lines})
+    found = _lines(run, spec.metrics)
+    kinds = sorted({kind for kind, *_ in found})
     if not kinds:
         raise NothingToDrawError(
             "There are no training metrics (metrics.jsonl), so trainings are not drawn."
@@ -612,27 +611,24 @@ def curve(run: RunView, spec: Curve) -> Drawing:
     chart.ticks()
     rows: list[Sequence[Cell]] = []
     thinned = False
-    for panel, kind in enumerate(kinds):
-        several = len({m for lines in found for m, _ in lines.get(kind, {})}) > 1
-        for i, lines in enumerate(found):
-            by_context = kind == "generator" or len(lines.get(kind, ())) > 2
-            for (method, context), points in lines.get(kind, {}).items():
-                style: dict[str, Any] = {**looks(run)[method]._asdict(), "marker": ""}
-                side = {"plus": "good", "minus": "bad"}.get(context, context)
-                if by_context and side in ("good", "bad"):
-                    style |= {"color": palette()[side]} | ({"ls": "--"} if side == "bad" else {})
-                words = [method] if several else []
-                words += [f"{context} context" if context in CONTEXTS else context]
-                if len(found) > 1:
-                    style["ls"] = ("-", "--")[i]
-                    words.append(("preferred", "other")[i])
-                label = " ".join(filter(None, words)) or method
-                x, y = points.T
-                thinned |= bool(len(x) > 1 and x[1] - x[0] > 1)
-                style |= {"marker": "o", "ms": 3} if len(x) == 1 else {}
-                chart.line(x, y, panel=panel, label=label, **style)
-                kept = points[:: -(-len(points) // ROWS)].tolist()
-                rows += [(kind, label, int(a) if a.is_integer() else a, b) for a, b in kept]
+    for (kind, method, context, i), points in found.items():
+        own = [(m, c) for of, m, c, which in found if (of, which) == (kind, i)]
+        style: dict[str, Any] = {**looks(run)[method]._asdict(), "marker": ""}
+        side = {"plus": "good", "minus": "bad"}.get(context, context)
+        if side in ("good", "bad") and (kind == "generator" or len(own) > 2):
+            style |= {"color": palette()[side]} | ({"ls": "--"} if side == "bad" else {})
+        words = [method] if len({m for m, _ in own}) > 1 else []
+        words += [f"{context} context" if context in CONTEXTS else context]
+        if len(spec.metrics) > 1:
+            style["ls"] = ("-", "--")[i]
+            words.append(("preferred", "other")[i])
+        label = " ".join(filter(None, words)) or method
+        x, y = points.T
+        thinned |= bool(len(x) > 1 and x[1] - x[0] > 1)
+        style |= {"marker": "o", "ms": 3} if len(x) == 1 else {}
+        chart.line(x, y, panel=kinds.index(kind), label=label, **style)
+        kept = points[:: -(-len(points) // ROWS)].tolist()
+        rows += [(kind, label, int(a) if a.is_integer() else a, b) for a, b in kept]
     for ax in chart.axes:
         legend: dict[str, Any] = {"loc": "best"}
         if len(ax.lines) > 3:

@@ -18,8 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
@@ -99,19 +100,22 @@ class Guard:
         await (answer or self.app)(scope, receive, safely)
 
     def _refusal(self, request: Request) -> Response | None:
-        if request.method not in ("GET", "HEAD"):
-            return refusal(request, 405, "This server only shows.")
-        if not self._is_ours(request.headers.get("host", "")):
-            error = "This server does not go by that name; see selfsteer view --allow-host."
-            return refusal(request, 421, error)
         fetch = {k: request.headers.get(f"sec-fetch-{k}") for k in ("site", "mode")}
-        if fetch["site"] == "cross-site" and fetch["mode"] != "navigate":
+        reasons = {
+            (405, "This server only shows."): request.method not in ("GET", "HEAD"),
+            (
+                421,
+                "This server does not go by that name; see selfsteer view --allow-host.",
+            ): not self._is_ours(request.headers.get("host", "")),
             # they could not read the answer, but start work
-            return refusal(request, 403, "Pages of other sites cannot ask for this.")
-        if self.token is not None and not self._knows_token(request):
-            error = "The token is missing or wrong; open the address that selfsteer view printed."
-            return refusal(request, 401, error)
-        return None
+            (403, "Pages of other sites cannot ask for this."): fetch["site"] == "cross-site"
+            and fetch["mode"] != "navigate",
+            (
+                401,
+                "The token is missing or wrong; open the address that selfsteer view printed.",
+            ): self.token is not None and not self._knows_token(request),
+        }
+        return next((refusal(request, *why) for why, applies in reasons.items() if applies), None)
 
     def _is_ours(self, host: str) -> bool:
         """An address in numbers cannot be rebound; a name must be one of ours."""
@@ -241,8 +245,7 @@ class Pages:
         self.root = root
         self.single = (root / "resolved.json").is_file()
         self.jobs = Jobs()
-        self._open: dict[Any, Index] = {}
-        self._reading = threading.Lock()
+        self._open = lru_cache(maxsize=8)(Index)
         self._drawn = tempfile.TemporaryDirectory(prefix="selfsteer-view-")
 
     def close(self) -> None:
@@ -285,15 +288,13 @@ class Pages:
         Raises:
             SelfsteerError: it cannot be made.
         """
-        path, name = index_file(rows), (rows.round.run.folder, rows.name)
-        with self._reading:
-            found = self._open.get(name)
-            if path.exists() and (found is None or found.path != path):
-                found = self._open[name] = Index(path)
-        if found is not None and found.path == path:
-            return found, None
-        arguments = ["-m", "selfsteer.report.browser", str(rows.round.run.folder), rows.name]
-        return found, self.jobs.ask(name, path.name, arguments)
+        path, run = index_file(rows), rows.round.run.folder
+        if path.exists():
+            return self._open(path), None
+        arguments = ["-m", "selfsteer.report.browser", str(run), rows.name]
+        building = self.jobs.ask((run, rows.name), path.name, arguments)
+        earlier = sorted(path.parent.glob(f"{path.stem}.*"), key=lambda p: p.stat().st_mtime)
+        return self._open(earlier[-1]) if earlier else None, building
 
     # -- pages ------------------------------------------------------------------------------------
 
@@ -365,12 +366,8 @@ class Pages:
             # the next answer has it: making one takes seconds, even of nothing
             empty = {"rows": [], "building": building or {"done": 0, "total": 0}}
             return Figures(answer | empty)
-        wanted = _wanted(request)
-        with self._reading:
-            answer |= {
-                "rows": index.page(wanted, offset, min(limit, MOST_ROWS)),
-                "total": len(index.find(wanted)),
-            }
+        found = index.find(wanted := _wanted(request))
+        answer |= {"rows": index.page(wanted, offset, min(limit, MOST_ROWS)), "total": len(found)}
         return Figures(answer | index.summary())
 
     def api_triple(self, request: Request) -> Response:
@@ -379,11 +376,10 @@ class Pages:
         identity = request.query_params.get("id", "")
         if index is None:
             return Figures({"building": building or {"done": 0, "total": 0}})
-        with self._reading:
-            number = index.number(identity)
-            if number is None:
-                raise HTTPException(404, f"There is no triple {identity!r} here, or not yet.")
-            return Figures(next(index.records([number])))
+        number = index.number(identity)
+        if number is None:
+            raise HTTPException(404, f"There is no triple {identity!r} here, or not yet.")
+        return Figures(next(index.records([number])))
 
     def api_export(self, request: Request) -> Response:
         """The triples of a selection as JSONL."""
@@ -391,11 +387,9 @@ class Pages:
         index, _ = self.index(rows)
         if index is None:
             raise HTTPException(503, "The index is being made; try again in a moment.")
-        own = Index(index.path)  # reads on while others page
-        own.find(wanted)
         name = f"{rows.round.run.folder.resolve().name}-{rows.name.replace('/', '-')}.jsonl"
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
-        lines: Iterator[str] = own.export(wanted)
+        lines = index.export(wanted)
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     def routes(self) -> list[Route]:

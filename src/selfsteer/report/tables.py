@@ -195,16 +195,12 @@ def quality(run: RunView) -> Sheet:
     rows: list[list[Cell]] = []
     for found, kind, f in run.measured:
         gap = f.steering_gap or {}
-        row: list[Cell] = [f"{found.method} {found.k} {kind}", f.of]
-        row += [f.pairs if f.pairs != f.of else None, f.accuracy]
+        records = f.of if f.pairs == f.of else f"{f.pairs:,} of {f.of:,}"
+        row: list[Cell] = [f"{found.method} {found.k} {kind}", records, f.accuracy]
         row += [*(f.on_policyness[r] for r in PAIR), gap.get("good"), gap.get("bad")]
         rows.append([*row, *(f.tokens[r] for r in PAIR)])
-    columns = ["set", "records", "measured", "accuracy", "on-policy chosen", "rejected",
-               "gap good", "bad", "tokens chosen", "rejected"]  # fmt: skip
-    if all(row[2] is None for row in rows):
-        del columns[2]
-        for row in rows:
-            del row[2]
+    columns = ("set", "records", "accuracy", "on-policy chosen", "rejected", "gap good", "bad",
+               "tokens chosen", "rejected")  # fmt: skip
     return Sheet("Quality of the data, under the policy before the iteration", columns, rows)
 
 
