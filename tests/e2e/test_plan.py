@@ -39,7 +39,8 @@ def test_the_plan_is_printed_with_what_dominates_and_what_was_assumed(
     assert ended.code == 0, ended.err
     shown = ended.out
     assert "an estimate" in shown
-    assert "sharded over 8" in shown
+    assert "sharded" in shown
+    assert "over 8" in shown
     assert "most of the time: iteration-1/" in shown
     assert "assumed: 8.03B parameters" in shown
     assert "too much" in shown, "a row of 16,384 tokens without checkpointing"
@@ -53,7 +54,7 @@ def test_the_plan_is_printed_with_what_dominates_and_what_was_assumed(
         (("sso", "--queries", "10", *SIZES, "--gpu", "k80"), "Unknown GPU 'k80'"),
         (("sso", "policy.model=some-lab/some-8b", *SIZES), "queries.path"),
         (("sso", "--queries", "10"), "policy.model"),
-        (("reward", "--queries", "10", *SIZES), "trains a reward model alone"),
+        (("reward", "--queries", "10", *SIZES), "no effect with method reward"),
         (("sso", "--queries", "10", *SIZES, "--params", "1e6"), "leave nothing for its layers"),
     ],
 )
