@@ -1,6 +1,7 @@
 """What holds for the recipes of all methods, and which stages each of them comes to."""
 
 import ast
+from contextlib import nullcontext
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import selfsteer
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.methods import METHODS, load_recipe, recipe_of
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import known_keys, load_values, method_of, recipe_names
@@ -358,6 +359,15 @@ def test_a_reward_model_that_the_device_cannot_train_is_refused_before_it_loads(
     (stage,) = recipe("reward", policy=policy, reward={"data": "a.jsonl"}).plan()
     with pytest.raises(ConfigError, match=r"lora\.bits 4"):
         list(stage.check())
+
+
+@pytest.mark.parametrize("points", [0, 4])
+def test_a_judge_of_candidates_that_is_not_there_is_told_before_a_training(points: int) -> None:
+    judge = {"kind": "reward", "model": "/nowhere"}
+    made = recipe("pbaa", judge=judge, training={"selection": {"points": points}})
+    policy = stages_of(made)["iteration-1/policy"]
+    with pytest.raises(SelfsteerError, match="/nowhere") if points else nullcontext():
+        list(policy.check())
 
 
 def test_a_given_file_counts_in_a_mixture_by_content(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
+from selfsteer.judges.load import load_judge
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import (
     Generator,
@@ -24,6 +25,7 @@ from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
 from selfsteer.stages.inputs import preferences_of
+from selfsteer.terminal import is_main_process
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Train(Stage):
     @override
     def check(self) -> Iterator[str]:
         check_device(self.loading, self.lora)
+        # people have not seen what candidates answer: their labels judge none
+        judge = self.judge if self.judge and self.judge.kind != "human" else None
+        if is_main_process() and (loaded := load_judge(judge)):
+            loaded.check(())
         yield from ()
 
     @override
