@@ -287,14 +287,11 @@ class Worker:
         self.asked: list[int] = []
         self.stop_at = stop_at
 
-    def __call__(
-        self, number: int, items: Sequence[int]
-    ) -> tuple[list[dict[str, int]], list[Dropped]]:
+    def __call__(self, number: int, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
         if number == self.stop_at:
             raise KeyboardInterrupt
         self.asked.append(number)
-        lost = [Dropped(str(i), "three", {"x": i}) for i in items if i % 3 == 0]
-        return [{"x": 2 * i} for i in items if i % 3], lost
+        return [{"x": 2 * i} if i % 3 else Dropped(str(i), "three", {"x": i}) for i in items]
 
 
 ITEMS = list(range(10))
@@ -309,7 +306,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_shards_hold_everything_in_order(tmp_path: Path) -> None:
     worker = Worker()
-    result = run_shards(tmp_path, ITEMS, 4, worker)  # type: ignore[arg-type]
+    result = run_shards(tmp_path, ITEMS, 4, worker)
     assert worker.asked == [0, 1, 2]
     assert list(read_shards(tmp_path)) == DOUBLED
     assert (result.n_in, result.n_out, result.dropped) == (10, 6, {"three": 4})
@@ -320,11 +317,11 @@ def test_shards_hold_everything_in_order(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    run_shards(tmp_path / "a", ITEMS, 4, Worker())  # type: ignore[arg-type]
+    run_shards(tmp_path / "a", ITEMS, 4, Worker())
     with pytest.raises(KeyboardInterrupt):
-        run_shards(tmp_path / "b", ITEMS, 4, Worker(stop_at=2))  # type: ignore[arg-type]
+        run_shards(tmp_path / "b", ITEMS, 4, Worker(stop_at=2))
     worker, skipped = Worker(), list[int]()
-    result = run_shards(tmp_path / "b", ITEMS, 4, worker, skipped.append)  # type: ignore[arg-type]
+    result = run_shards(tmp_path / "b", ITEMS, 4, worker, skipped.append)
     assert worker.asked == [2]
     assert skipped == [4, 4]
     assert (result.n_in, result.n_out, result.dropped) == (10, 6, {"three": 4})
@@ -356,20 +353,20 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
 )
 def test_a_damaged_shard_is_done_again(tmp_path: Path, damage: Any) -> None:
     folder = tmp_path / "a"
-    run_shards(folder, ITEMS, 4, Worker())  # type: ignore[arg-type]
+    run_shards(folder, ITEMS, 4, Worker())
     whole = snapshot(folder)
     damage(folder)
     worker = Worker()
-    result = run_shards(folder, ITEMS, 4, worker)  # type: ignore[arg-type]
+    result = run_shards(folder, ITEMS, 4, worker)
     assert worker.asked == [1]
     assert result.n_out == 6
     assert snapshot(folder) == whole
 
 
 def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:
-    run_shards(tmp_path, ITEMS[:6], 4, Worker())  # type: ignore[arg-type]
+    run_shards(tmp_path, ITEMS[:6], 4, Worker())
     worker = Worker()
-    run_shards(tmp_path, ITEMS, 4, worker)  # type: ignore[arg-type]
+    run_shards(tmp_path, ITEMS, 4, worker)
     assert worker.asked == [1, 2]
     assert list(read_shards(tmp_path)) == DOUBLED
 

@@ -19,7 +19,7 @@ from selfsteer.run.stage import Artifact
 from selfsteer.stages.filter import FilterTriples, WritePairs
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.stages.sample import sample
+from selfsteer.stages.sample import in_contexts
 from tests.census import RECORDS, SHARD, Census, census, write_shards
 
 __all__ = ["census"]
@@ -43,9 +43,9 @@ class Echo:
 
 
 def run_sample(folder: Path, triples: Path) -> StageResult:
-    models = dict.fromkeys(("plain", "good", "bad"), "m")
+    asking = in_contexts(dict.fromkeys(("plain", "good", "bad"), "m"), keep_unfinished=False)
     found, echo, how = stored_triples(triples), Echo(), Sampling(shard_size=SHARD)
-    return sample(found, models, lambda source: echo, how, folder / "s", seed=1, label="s")
+    return asking.shards(found, folder / "s", lambda source: echo, how, seed=1, label="s")
 
 
 def run_filter(folder: Path, triples: Path) -> StageResult:

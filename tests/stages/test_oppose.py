@@ -96,7 +96,7 @@ def test_an_improver_is_shown_the_answer_and_its_new_one_is_preferred(
         "b": ("Nectar, and also", "length"),
         "c": ("", "prompt_too_long"),
     }
-    engine = answer_with(monkeypatch, FakeEngine(lambda r: said[r.id]))
+    engine = answer_with(monkeypatch, FakeEngine(lambda r: said[r.id.rpartition("/")[2]]))
     run = RunFolder(tmp_path)
     rows = [triple(i, text=BEE.text, plain="Nectar.").to_dict() for i in said]
     samples = Artifact(write_jsonl(run / "samples.jsonl", *rows))

@@ -9,7 +9,7 @@ import pytest
 
 from selfsteer.data.jsonl import dump_lines, read_shards
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Preference, Query
+from selfsteer.data.records import Dropped, Preference, Query
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError
 from selfsteer.judges.oracle import OracleJudge
@@ -61,7 +61,9 @@ def test_best_and_worst_are_the_first_of_equals(
 def test_scores_within_the_tie_margin_are_equal() -> None:
     assert best_and_worst([1.0, 0.5, 0.75], tie_margin=0.5) is None
     assert best_and_worst([1.0, 0.5, 0.75], tie_margin=0.25) == (0, 1)
-    assert to_preference(Candidates(BEE, ("a", "b")), [1.0, 0.5], 0.5) == "all_equal"
+    lost = to_preference(Candidates(BEE, ("a", "b")), [1.0, 0.5], 0.5)
+    assert isinstance(lost, Dropped)
+    assert lost.reason == "all_equal"
 
 
 def test_a_pair_is_best_over_worst_with_all_scores() -> None:
@@ -69,8 +71,9 @@ def test_a_pair_is_best_over_worst_with_all_scores() -> None:
     assert isinstance(pair, Preference)
     assert (pair.chosen, pair.rejected) == ("best", "low")
     assert pair.extra == {"source": "made up", "scores": [0.5, 2.0, -1.0]}
-    assert to_preference(Candidates(BEE, ("a", "b")), [1.0, 1.0]) == "all_equal"
-    assert to_preference(Candidates(BEE, ("a", "b")), [1.0, None]) == "no_score"
+    both = Candidates(BEE, ("a", "b"))
+    assert to_preference(both, [1.0, 1.0]) == Dropped("q1", "all_equal", both)
+    assert to_preference(both, [1.0, None]) == Dropped("q1", "no_score", both)
 
 
 def test_a_tournament_counts_the_comparisons_won() -> None:
@@ -160,11 +163,11 @@ def test_a_query_is_dropped_for_the_reason_it_has_no_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = {
-        "q0/0": ("", "prompt_too_long"),
-        "q0/1": ("", "prompt_too_long"),
-        "q1/1": ("", "request_failed:timeout"),
-        "q2/1": ("Nectar. And", "length"),
-        "q3/1": ("Bricks, bricks.", "stop"),
+        "plain/0/q0": ("", "prompt_too_long"),
+        "plain/1/q0": ("", "prompt_too_long"),
+        "plain/1/q1": ("", "request_failed:timeout"),
+        "plain/1/q2": ("Nectar. And", "length"),
+        "plain/1/q3": ("Bricks, bricks.", "stop"),
     }
     answer_with(monkeypatch, FakeEngine(lambda r: told.get(r.id, "Nectar.")))
     monkeypatch.setattr(module, "load_judge", lambda *args: ScoringFake())

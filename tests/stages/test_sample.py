@@ -31,7 +31,7 @@ def stage(run: RunFolder, count: int = 10, **settings: Any) -> Sample:
 
 def told(request: Request) -> Said:
     """An answer that depends on its request alone; some are cut off, some are missing."""
-    name, _, identity = request.id.partition("/")
+    name, _, identity = request.id.split("/")
     if (name, identity) in (("good", "q3"), ("bad", "q8")):
         return "It is", "length"
     if identity == "q5":
@@ -52,9 +52,9 @@ def test_each_response_is_asked_for_in_its_own_context(
     stage(run).run(run)
     asked = {r.id: r for r in engine.asked}
     assert len(asked) == len(engine.asked) == 30
-    assert [m.role for m in asked["plain/q0"].messages] == ["user"]
-    assert asked["good/q0"].messages[0].content == "Be fine q0."
-    assert asked["bad/q0"].messages[0].content == "Be foul q0."
+    assert [m.role for m in asked["plain/0/q0"].messages] == ["user"]
+    assert asked["good/0/q0"].messages[0].content == "Be fine q0."
+    assert asked["bad/0/q0"].messages[0].content == "Be foul q0."
     assert len({r.seed for r in engine.asked}) == 30
     first = Triple.from_dict(next(iter(read_shards(run / "triples"))))
     assert set(first.responses) == set(NAMES)
@@ -69,8 +69,8 @@ def test_each_model_is_asked_for_its_own_responses(
     run = RunFolder(tmp_path)
     both = {"good": Artifact(Path("plus")), "bad": Artifact(Path("minus"))}
     Sample(stage(run, 2).queries, both, Sampling()).run(run)
-    assert [r.id for r in engines["plus"].asked] == ["good/q0", "good/q1"]
-    assert [r.id for r in engines["minus"].asked] == ["bad/q0", "bad/q1"]
+    assert [r.id for r in engines["plus"].asked] == ["good/0/q0", "good/0/q1"]
+    assert [r.id for r in engines["minus"].asked] == ["bad/0/q0", "bad/0/q1"]
 
 
 def test_drops_are_counted_by_reason_with_what_there_is(

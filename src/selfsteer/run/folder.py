@@ -187,6 +187,13 @@ class RunFolder:
         """Where a stage of this name writes down what it drops."""
         return Drops(self / f"{stage}.dropped.jsonl")
 
+    def drop(self, stage: str, dropped: Iterable[Dropped]) -> Counter[str]:
+        """Writes down all that a stage of this name drops; returns how many for each reason."""
+        with self.drops(stage) as drops:
+            for one in dropped:
+                drops.add(one)
+        return drops.counts
+
     def is_done(self, stage: "Stage") -> bool:
         """Whether the ledger says so and what it made is still there."""
         last = self.last(stage.name)
@@ -284,7 +291,7 @@ def run_shards(
     folder: Path,
     items: Records[T],
     shard_size: int,
-    work: Callable[[int, Sequence[T]], tuple[Sequence[Record], Sequence[Dropped]]],
+    work: Callable[[int, Sequence[T]], Sequence[Record | Mapping[str, Any]]],
     skipped: Callable[[int], None] = lambda n: None,
 ) -> StageResult:
     """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
@@ -294,7 +301,7 @@ def run_shards(
             what was dropped, which all together makes ``folder.dropped.jsonl``.
         items: what goes in, in a fixed order; only one shard of it is in memory.
         shard_size: items per shard.
-        work: (shard number, items) → records and drops; deterministic in its arguments.
+        work: (shard number, items) → records, `Dropped` among them; deterministic in its arguments.
         skipped: told the number of items of each shard that was already there.
     """
     result = StageResult(len(items), 0)
@@ -304,13 +311,14 @@ def run_shards(
             mark = shard.with_suffix(".done.json")
             done = _finished_shard(shard, mark, len(part))
             if done is None:
-                records, dropped = work(number, part)
-                text = dump_lines(records).encode()
+                made = work(number, part)
+                kept = [record for record in made if not isinstance(record, Dropped)]
+                text = dump_lines(kept).encode()
                 write_atomic(shard, text)
                 done = {
                     "n_in": len(part),
-                    "n_out": len(records),
-                    "dropped": [d.to_dict() for d in dropped],
+                    "n_out": len(kept),
+                    "dropped": [d.to_dict() for d in made if isinstance(d, Dropped)],
                     "sha256": hashlib.sha256(text).hexdigest(),
                 }
                 write_atomic(mark, dump_line(done))

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,9 +31,10 @@ from selfsteer.engines.base import (
     Request,
     SamplingParams,
 )
+from selfsteer.engines.load import Engines
 from selfsteer.errors import DataError
 from selfsteer.judges.load import load_judges
-from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Queries, Sampling
+from selfsteer.recipe.sections import Augment, GrownQueries, JudgeConfig, Queries, Sampling
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage, identity
@@ -105,19 +106,15 @@ def parse_query(reply: str) -> tuple[Outcome, str]:
     text = found[0].strip().lstrip("* \t\n") if found else ""
     if len(text) > 1 and (text[0], text[-1]) in (('"', '"'), ("“", "”")):
         text = text[1:-1].strip()
-    if not found:
-        outcome = Outcome.NO_LABEL
-    elif len(found) > 1:
-        outcome = Outcome.SEVERAL
-    elif not curate.words(text):
-        outcome = Outcome.EMPTY
-    elif _SCAFFOLD.search(text):
-        outcome = Outcome.SCAFFOLDING
-    elif _echoes(text):
-        outcome = Outcome.ECHOES_PROMPT
-    else:
-        return Outcome.OK, text
-    return outcome, ""
+    faults = {
+        Outcome.NO_LABEL: not found,
+        Outcome.SEVERAL: len(found) > 1,
+        Outcome.EMPTY: not curate.words(text),
+        Outcome.SCAFFOLDING: _SCAFFOLD.search(text),
+        Outcome.ECHOES_PROMPT: _echoes(text),
+    }
+    outcome = next((fault for fault, applies in faults.items() if applies), Outcome.OK)
+    return outcome, text if outcome is Outcome.OK else ""
 
 
 #: Words of a prompt's own sentence that make a reply an echo of it; fewer are common speech.
@@ -129,8 +126,7 @@ def _echoes(text: str) -> bool:
     mine = curate.words(text)
     for task in (*_TASKS.values(), _FORMAT):
         for sentence in re.split(r"[.:]\s", task):
-            ours = curate.words(sentence)
-            short, long = sorted((mine, ours), key=len)
+            short, long = sorted((mine, curate.words(sentence)), key=len)
             if len(short) >= _ECHO and f" {' '.join(short)} " in f" {' '.join(long)} ":
                 return True
     return False
@@ -146,30 +142,35 @@ class Reply:
     finish_reason: str = ""
 
 
-@dataclass
 class _Pool:
-    """The growing set, and all that a new query is held against."""
+    """The growing set, and all that a new query is held against.
 
-    settings: GrownQueries
-    check: Callable[[Query], None]
-    queries: dict[str, Query] = field(default_factory=dict)
+    Args:
+        seeds: what there is.
+        settings: bounds, likeness, evaluation sets.
+        evaluation: queries that nothing like may be added of.
+        check: raises DataError on a query that is of no use.
+    """
 
-    def __post_init__(self) -> None:
-        s = self.settings
+    def __init__(
+        self,
+        seeds: Sequence[Query],
+        settings: GrownQueries,
+        evaluation: Sequence[Query],
+        check: Callable[[Query], None],
+    ) -> None:
+        s, self._check = settings, check
+        self.queries = {query.id: query for query in seeds}
         self._bounds = curate.bounds(s.min_chars or MIN_CHARS, s.max_chars or MAX_CHARS, s.scripts)
         self._seen = curate.Duplicates()
         self._near = curate.NearDuplicates(s.near_duplicates or NEAR_DUPLICATES)
         self._evaluation, _ = contamination(s)
-
-    def hold_out(self, query: Query) -> None:
-        """An evaluation query: nothing like it may be added."""
-        self._evaluation.add("evaluation", query)
-        self._near.insert(query)
-
-    def seed(self, query: Query) -> None:
-        self.queries[query.id] = query
-        self._seen.add(query)
-        self._near.insert(query)
+        for query in evaluation:
+            self._evaluation.add("evaluation", query)
+            self._near.insert(query)
+        for query in seeds:
+            self._seen.add(query)
+            self._near.insert(query)
 
     def offer(self, reply: Reply, round_: int) -> str | None:
         """Takes the query of a reply in, or says why not."""
@@ -182,12 +183,18 @@ class _Pool:
             return outcome.value
         sources = [self.queries[i] for i in reply.sources]
         kept = sources[0].messages[:1] if reply.how != "instruct" else ()
-        system = tuple(m for m in kept if m.role == "system")
-        messages = (*system, Message("user", text))
+        messages = (*(m for m in kept if m.role == "system"), Message("user", text))
         lineage = {"how": reply.how, "from": list(reply.sources), "round": round_}
         query = Query(content_id(messages), messages, {"augmented": lineage})
         if any(curate.words(text) == curate.words(s.text) for s in sources):
             return "equals_source"
+        reason = self._fault(query)
+        if reason is None:
+            self.queries[query.id] = query
+        return reason
+
+    def _fault(self, query: Query) -> str | None:
+        """Why a query is not wanted, or not new; the first reason counts."""
         if reason := self._bounds(query) or self._seen.add(query):
             return reason
         if query.id in self.queries:
@@ -195,13 +202,10 @@ class _Pool:
         if self._evaluation.find(query):
             return "contaminated"
         try:
-            self.check(query)
+            self._check(query)
         except DataError:
             return "judge_cannot_score"
-        if self._near.add(query) is not None:
-            return "near_duplicate"
-        self.queries[query.id] = query
-        return None
+        return None if self._near.add(query) is None else "near_duplicate"
 
 
 def augment(
@@ -246,29 +250,21 @@ def augment(
             f"queries.augment.to {wanted.to:,} is not above the {len(seeds):,} queries that are "
             "there already. Raise it, or remove queries.augment."
         )
-    pool = _Pool(settings, check)
-    for query in evaluation:
-        pool.hold_out(query)
-    for query in seeds:
-        pool.seed(query)
-    scratch = path.with_name("augment")
-    dropped: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    added: Counter[str] = Counter()
-    rounds = 0
+    pool = _Pool(seeds, settings, evaluation, check)
+    scratch, rounds = path.with_name("augment"), 0
+    asked, added, dropped = Counter[str](), Counter[str](), Counter[str]()
     with progress_bar("augment", wanted.to - len(seeds)) as bar:
         while len(pool.queries) < wanted.to and rounds < wanted.attempts:
             rounds += 1
-            for reply in _round(pool, engine, scratch, rounds, seed, bar):
+            store = scratch / f"round-{rounds:03d}.jsonl"
+            for reply in _round(pool.queries, wanted, engine, store, rounds, seed, bar):
                 reason = pool.offer(reply, rounds)
                 asked[reply.how] += 1
-                if reason is None:
-                    added[reply.how] += 1
-                    bar.advance(1)
-                else:
+                added[reply.how] += reason is None
+                bar.advance(reason is None)
+                if reason is not None:
                     dropped[reason] += 1
-                    number = sum(asked.values())
-                    drop(Dropped(f"round-{rounds}/{number}", reason, asdict(reply)))
+                    drop(Dropped(f"round-{rounds}/{asked.total()}", reason, asdict(reply)))
     queries = [pool.queries[i] for i in sorted(pool.queries)]
     write_atomic(path, dump_lines(queries))
     if len(queries) < wanted.to:
@@ -283,53 +279,48 @@ def augment(
     notes = {
         "rounds": rounds,
         "replies": dict(sorted(asked.items())),
-        "added": dict(sorted(added.items())),
+        "added": dict(sorted((+added).items())),
         "diversity": varied,
     }
     shutil.rmtree(scratch, ignore_errors=True)  # last: until then nothing is asked twice
-    n_in = len(seeds) + sum(asked.values())
-    return StageResult(n_in, len(queries), dropped, notes=notes)
+    return StageResult(len(seeds) + asked.total(), len(queries), dropped, notes=notes)
 
 
 def _round(
-    pool: _Pool,
+    queries: Mapping[str, Query],
+    wanted: Augment,
     engine: Engine,
-    scratch: Path,
+    store: Path,
     number: int,
     seed: int,
     bar: Bar,
 ) -> list[Reply]:
     """Asks for as many queries as are missing; stored answers are not asked for again."""
-    settings = pool.settings.augment
-    assert settings is not None
-    ids = list(pool.queries)
-    shares = {"depth": settings.depth, "breadth": settings.breadth, "instruct": settings.instruct}
-    rng = random.Random(derive_seed(seed, number))
-    asks = []
-    for _ in range(settings.to - len(ids)):
+    ids, rng = list(queries), random.Random(derive_seed(seed, number))
+    shares = {"depth": wanted.depth, "breadth": wanted.breadth, "instruct": wanted.instruct}
+    asks = {}
+    for i in range(wanted.to - len(ids)):
         (how,) = rng.choices(list(shares), list(shares.values()))
         count = min(SHOWN, len(ids)) if how == "instruct" else 1
-        asks.append(Reply(how, tuple(rng.sample(ids, count))))
-    params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-
+        asks[str(i)] = Reply(how, tuple(rng.sample(ids, count)))
     requests = [
         Request(
-            str(i),
-            tuple(prompt(a.how, [pool.queries[j] for j in a.sources])),
+            i,
+            tuple(prompt(a.how, [queries[j] for j in a.sources])),
             derive_seed(seed, "augment", f"round-{number}", a.how, i),
         )
-        for i, a in enumerate(asks)
+        for i, a in asks.items()
     ]
     found = answers(
         engine,
         requests,
-        params,
-        store=scratch / f"round-{number:03d}.jsonl",
+        SamplingParams(wanted.temperature, wanted.top_p, wanted.max_new_tokens),
+        store=store,
         advance=lambda n, tokens: bar.advance(0, tokens),
     )
     return [
-        replace(a, text=found[r.id].text, finish_reason=found[r.id].finish_reason)
-        for a, r in zip(asks, requests, strict=True)
+        replace(asks[i], text=said.text, finish_reason=said.finish_reason)
+        for i, said in found.items()
     ]
 
 
@@ -365,8 +356,8 @@ class GrowQueries(Stage):
 
     @override
     def records(self, scale: Scale) -> int:
-        assert self.settings.augment is not None
-        return max(self.queries.records(scale), self.settings.augment.to)
+        grown = self.settings.augment
+        return max(self.queries.records(scale), grown.to if grown else 0)
 
     @override
     def cost(self, scale: Scale) -> Cost:
@@ -382,8 +373,6 @@ class GrowQueries(Stage):
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        from selfsteer.engines.load import Engines
-
         judges, s = load_judges(self.judges), self.sampling
 
         def check(query: Query) -> None:

@@ -22,6 +22,7 @@ from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Engine, Request, SamplingParams
+from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
 from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.evaluation.harness import Unavailable, check_tasks, harness_identity, run_task
@@ -165,8 +166,6 @@ class RunBenchmarks(Stage):
             home: the run folder.
             notes: what servers were asked now is added under ``asked``.
         """
-        from selfsteer.engines.load import Engines
-
         questions, s = read_questions(judged, self.settings.limit), self.sampling
         budget = self.settings.max_new_tokens or s.max_new_tokens
         params = SamplingParams(self.settings.temperature, s.top_p, budget)

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -16,9 +16,10 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Dropped, Query
 from selfsteer.engines.answers import answers as ask
 from selfsteer.engines.base import Completion, Request
+from selfsteer.engines.load import Engines
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
-from selfsteer.judges.stats import known_interval, mean_interval, verdict_counts, worth
+from selfsteer.judges.stats import Interval, known_interval, verdict_counts, worth
 from selfsteer.principles import writer
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import Evaluation, JudgeConfig, PrinciplesConfig, Sampling
@@ -95,36 +96,31 @@ class Evaluate(Stage):
     @override
     def run(self, run: RunFolder) -> StageResult:
         found = load_queries(self.settings.queries)
-        self._check_held_out(run, found.queries)
+        self._check_held_out(found.queries)
         notes: dict[str, Any] = reading_notes(found)
         said = {
             label: self._answers(run, label, model, found.queries, notes)
             for label, model in self.models.items()
         }
-        lost: dict[int, str] = {}
-        for completions in said.values():
-            lost |= {i: c.missing for i, c in enumerate(completions) if c.missing}
-        with run.drops(self.name) as drops:
-            for one in found.left_out:
-                drops.add(one)
-            for i, reason in sorted(lost.items()):
-                drops.add(Dropped(found.queries[i].id, reason, found.queries[i]))
-        n_in = len(found.queries) + len(found.left_out)
-        kept = [i not in lost for i in range(len(found.queries))]
+        rows = zip(*said.values(), strict=True)
+        lost = [next((c.missing for c in row if c.missing), None) for row in rows]
+        missed = [Dropped(q.id, why, q) for q, why in zip(found.queries, lost, strict=True) if why]
+        kept = [why is None for why in lost]
         queries = list(compress(found.queries, kept))
         if queries:
             said = {label: list(compress(c, kept)) for label, c in said.items()}
-            report = self._report(queries, said, run)
-            write_atomic(
-                run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n"
-            )
-            if self.exhibit:
-                shown = self._show(queries[0], self.exhibit, run)
-                text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
-                write_atomic(run / "evaluation" / "exhibit.json", text)
-        return StageResult(n_in, len(queries), drops.counts, notes=notes)
+            report = self._report(queries, said, load_judge(self.judge, run / "judgements"))
+            text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+            write_atomic(run / "evaluation.json", text)
+        if queries and self.exhibit:
+            shown = self._show(queries[0], self.exhibit, run)
+            text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(run / "evaluation" / "exhibit.json", text)
+        dropped = run.drop(self.name, [*found.left_out, *missed])
+        n_in = len(found.queries) + len(found.left_out)
+        return StageResult(n_in, len(queries), dropped, notes=notes)
 
-    def _check_held_out(self, run: RunFolder, queries: Sequence[Query]) -> None:
+    def _check_held_out(self, queries: Sequence[Query]) -> None:
         held_out = {q.messages for q in queries}
         seen = {q.messages for q in stored_queries(self.queries.path) if q.messages in held_out}
         shared = sum(q.messages in seen for q in queries)
@@ -143,12 +139,8 @@ class Evaluate(Stage):
         notes: dict[str, Any],
     ) -> list[Completion]:
         """A model's answers; those of an earlier try at this very stage are read again."""
-        from selfsteer.engines.load import Engines
-
-        s = self.sampling
-        params = params_of(s)
-        if self.settings.temperature is not None:
-            params = params_of(s.model_copy(update={"temperature": self.settings.temperature}))
+        s, given = self.sampling, self.settings.temperature
+        params = replace(params_of(s), temperature=s.temperature if given is None else given)
         path = run / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
         store = path.with_suffix(".partial.jsonl")
         if not path.exists():
@@ -182,28 +174,67 @@ class Evaluate(Stage):
         ]
 
     def _report(
-        self, queries: Sequence[Query], said: Mapping[str, list[Completion]], run: RunFolder
+        self, queries: Sequence[Query], said: Mapping[str, list[Completion]], judge: Judge | None
     ) -> dict[str, Any]:
-        judge = load_judge(self.judge, run / "judgements")
+        scores: dict[str, list[float | None]] = {}
+        if isinstance(judge, ScoringJudge):
+            scores = {
+                label: judge.score_all([(q, c.text) for q, c in zip(queries, found, strict=True)])
+                for label, found in said.items()
+            }
         report: dict[str, Any] = {
             "queries": len(queries),
             "judge": judge.name if judge else None,
             "score_scale": judge.scale if isinstance(judge, ScoringJudge) else None,
             "finals": dict(self.finals),
             "models": {
-                label: _figures(queries, found, said["base"], judge, self.settings, self.seed)
+                label: self._figures(queries, found, said["base"], judge, scores.get(label))
                 for label, found in said.items()
             },
         }
-        if isinstance(judge, ScoringJudge) and len(self.finals) == 2:
-            difference = _difference(queries, said, self.finals, judge, self.settings, self.seed)
-            if difference:
-                report["difference"] = difference
+        if scores and len(self.finals) == 2:
+            mine, theirs = (scores[label] for label in self.finals.values())
+            gaps = [
+                None if a is None or b is None else a - b for a, b in zip(mine, theirs, strict=True)
+            ]
+            interval = self._interval(gaps, np.random.default_rng(self.seed))
+            if interval:
+                report["difference"] = {"of": " - ".join(self.finals), "score": interval}
         return report
 
-    def _show(self, query: Query, exhibit: Exhibit, run: RunFolder) -> dict[str, Any]:
-        from selfsteer.engines.load import Engines
+    def _figures(
+        self,
+        queries: Sequence[Query],
+        found: Sequence[Completion],
+        base: Sequence[Completion],
+        judge: Judge | None,
+        scores: Sequence[float | None] | None,
+    ) -> dict[str, Any]:
+        rng = np.random.default_rng(self.seed)
+        out: dict[str, Any] = {
+            "tokens": float(np.mean([c.completion_tokens for c in found])),
+            "characters": float(np.mean([len(c.text) for c in found])),
+            "unfinished": sum(c.finish_reason == "length" for c in found),
+        }
+        if scores is not None:
+            out["unscored"] = scores.count(None)
+            out["score"] = self._interval(scores, rng)
+        if judge is not None and found is not base:
+            pairs = [
+                Pair(q, mine.text, theirs.text)
+                for q, mine, theirs in zip(queries, found, base, strict=True)
+            ]
+            verdicts = [j.verdict for j in judge.compare_all(pairs)]
+            out["verdicts"] = verdict_counts(verdicts)
+            out["win_rate"] = self._interval(map(worth, verdicts), rng)
+        return {name: figure for name, figure in out.items() if figure is not None}
 
+    def _interval(
+        self, values: Iterable[float | None], rng: np.random.Generator
+    ) -> Interval | None:
+        return known_interval(values, rng, self.settings.bootstrap)
+
+    def _show(self, query: Query, exhibit: Exhibit, run: RunFolder) -> dict[str, Any]:
         s, seed = self.sampling, derive_seed(self.seed, "exhibit")
         principles = writer.specimen(exhibit.principles)
         asked = [
@@ -220,55 +251,3 @@ class Evaluate(Stage):
                 )
             responses[name] = {c: found[c].text for c in CONTEXTS}
         return {"query": query.text, "principles": principles.to_dict(), "responses": responses}
-
-
-def _figures(
-    queries: Sequence[Query],
-    found: Sequence[Completion],
-    base: Sequence[Completion],
-    judge: Judge | None,
-    settings: Evaluation,
-    seed: int,
-) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    out: dict[str, Any] = {
-        "tokens": float(np.mean([c.completion_tokens for c in found])),
-        "characters": float(np.mean([len(c.text) for c in found])),
-        "unfinished": sum(c.finish_reason == "length" for c in found),
-    }
-    if isinstance(judge, ScoringJudge):
-        scores = judge.score_all([(q, c.text) for q, c in zip(queries, found, strict=True)])
-        out["unscored"] = scores.count(None)
-        if mean := known_interval(scores, rng, settings.bootstrap):
-            out["score"] = mean
-    if judge is not None and found is not base:
-        pairs = [
-            Pair(q, mine.text, theirs.text)
-            for q, mine, theirs in zip(queries, found, base, strict=True)
-        ]
-        verdicts = [j.verdict for j in judge.compare_all(pairs)]
-        out["verdicts"] = verdict_counts(verdicts)
-        if rate := known_interval(map(worth, verdicts), rng, settings.bootstrap):
-            out["win_rate"] = rate
-    return out
-
-
-def _difference(
-    queries: Sequence[Query],
-    answers: Mapping[str, list[Completion]],
-    finals: Mapping[str, str],
-    judge: ScoringJudge,
-    settings: Evaluation,
-    seed: int,
-) -> dict[str, Any] | None:
-    """Score of the first method minus the second, paired by query; None without such pairs."""
-    (mine, mine_label), (theirs, their_label) = finals.items()
-    both = [
-        judge.score_all([(q, c.text) for q, c in zip(queries, answers[label], strict=True)])
-        for label in (mine_label, their_label)
-    ]
-    gaps = [a - b for a, b in zip(*both, strict=True) if a is not None and b is not None]
-    if not gaps:
-        return None
-    interval = mean_interval(gaps, np.random.default_rng(seed), settings.bootstrap)
-    return {"of": f"{mine} - {theirs}", "score": interval}

@@ -5,11 +5,11 @@ looks at log-probs and needs plain responses, so only triples pass it.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import compress
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from selfsteer.judges.quality import steering_gaps
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
 from selfsteer.run.cost import Cost, Scale, scoring
-from selfsteer.run.folder import Drops, RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar
@@ -35,7 +35,9 @@ AS_RELEASED = Filter()
 #: Triples whose responses are tokenised together.
 TOGETHER = 256
 
-FILTER_SEQUENCES = ("good/good", "plain/good", "bad/good", "bad/bad", "plain/bad", "good/bad")
+#: Of either response: the better the context suits it, the likelier it must be.
+ORDER = (("good/good", "plain/good", "bad/good"), ("bad/bad", "plain/bad", "good/bad"))
+FILTER_SEQUENCES = (*ORDER[0], *ORDER[1])
 
 
 @cache
@@ -60,7 +62,7 @@ def strip_lead_in(text: str, catalogue: Catalogue = BUILT_IN) -> str:
 
 
 class Left:
-    """The triples of a set that are left so far, read anew at each pass: a byte of memory each.
+    """The triples of a set that are left so far, read anew at each pass: 8 bytes of memory each.
 
     Args:
         triples: the whole set.
@@ -72,8 +74,8 @@ class Left:
         self, triples: Records[Triple], hygiene: Hygiene, catalogue: Catalogue = BUILT_IN
     ) -> None:
         self._triples, self._hygiene, self._catalogue = triples, hygiene, catalogue
-        self._reasons: list[str] = [""]  # the first is that of what is left
-        self._why = np.zeros(len(triples), dtype=np.uint8)
+        #: Why each was left out; nothing for what is left.
+        self._why = np.full(len(triples), "", dtype=object)
         #: Responses that had a lead-in cut off.
         self.stripped = 0
 
@@ -86,56 +88,46 @@ class Left:
 
     def sift(self) -> "Left":
         """Leaves out what hygiene does not let pass; the first reason counts."""
-        lost: dict[str, list[int]] = {}
         for i, triple in enumerate(self._triples):
             tidied = self.tidied(triple)
             self.stripped += sum(x != triple.responses[n] for n, x in tidied.responses.items())
-            if reason := unfit(tidied, self._hygiene):
-                lost.setdefault(reason, []).append(i)
-        for reason, places in lost.items():
-            self._why[places] = self._code(reason)
+            self._why[i] = unfit(tidied, self._hygiene) or ""
         return self
 
     def drop(self, mask: np.ndarray, reason: str) -> None:
         """Leaves out those for which a mask over what was left, (len(self),), is true."""
-        if mask.any():
-            self._why[np.flatnonzero(self._why == 0)[mask]] = self._code(reason)
-
-    def _code(self, reason: str) -> int:
-        if reason not in self._reasons:
-            self._reasons.append(reason)
-        return self._reasons.index(reason)
+        self._why[np.flatnonzero(self._why == "")[mask]] = reason
 
     @property
     def reasons(self) -> Counter[str]:
         """How many were left out for each reason."""
-        return Counter(self._reasons[code] for code in self._why.tolist() if code)
+        return Counter(filter(None, self._why))
 
     def __len__(self) -> int:
-        return int((self._why == 0).sum())
+        return int((self._why == "").sum())
 
     def __iter__(self) -> Iterator[Triple]:
-        return map(self.tidied, compress(self._triples, self._why == 0))
+        return map(self.tidied, compress(self._triples, self._why == ""))
 
-    def write_drops(self, drops: Drops) -> None:
-        """Tells what was left out, and why."""
-        if self._why.any():
-            for triple, code in zip(self._triples, self._why.tolist(), strict=True):
-                if code:
-                    drops.add(Dropped(triple.id, self._reasons[code], self.tidied(triple)))
+    def dropped(self) -> Iterator[Dropped]:
+        """What was left out, and why."""
+        if len(self) < len(self._why):
+            for triple, why in zip(self._triples, self._why, strict=True):
+                if why:
+                    yield Dropped(triple.id, why, self.tidied(triple))
 
 
 def unfit(triple: Triple, hygiene: Hygiene) -> str | None:
     """Why a triple, or a pair, teaches nothing; None where it may teach something."""
     texts = triple.responses
     good, bad, plain = texts["good"], texts["bad"], texts.get("plain")
-    if not all(text.strip() for text in texts.values()):
-        return "empty"
-    if min(map(len, texts.values())) < hygiene.min_chars:
-        return "too_short"
-    if good == bad:
-        return "good_equals_bad"
-    return "equals_plain" if plain in (good, bad) else None
+    faults = {
+        "empty": not all(text.strip() for text in texts.values()),
+        "too_short": min(map(len, texts.values())) < hygiene.min_chars,
+        "good_equals_bad": good == bad,
+        "equals_plain": plain in (good, bad),
+    }
+    return next((reason for reason, applies in faults.items() if applies), None)
 
 
 def steering_filter(
@@ -155,37 +147,37 @@ def steering_filter(
         quantiles are over what the step before left, and each of the two figures has its own.
     """
     m = {name: np.asarray(values) for name, values in means.items()}
-    if settings.steering_order:
-        keep = (
-            (m["good/good"] > m["plain/good"])
-            & (m["plain/good"] > m["bad/good"])
-            & (m["bad/bad"] > m["plain/bad"])
-            & (m["plain/bad"] > m["good/bad"])
-        )
-        yield "steering_order", ~keep
-        m = {name: values[keep] for name, values in m.items()}
-    for reason, bound in (("off_policy", settings.near_on_policy), ("small_gap", settings.gap)):
-        if bound.rule == "off":
-            continue
-        if reason == "off_policy":
-            figures: tuple[np.ndarray, ...] = (m["plain/good"], m["plain/bad"])
-        else:
-            figures = tuple(steering_gaps(m).values())
-        strict = reason == "small_gap" and bound.rule == "mean"
-        keep = np.ones(len(figures[0]), dtype=bool)
-        for v in figures if len(keep) else ():
-            least = _least(v, bound)
-            keep &= (v > least) if strict else (v >= least)
+    falls = [(a, b) for order in ORDER for a, b in pairwise(order)]
+
+    def steps() -> Iterator[tuple[str, np.ndarray]]:
+        if settings.steering_order:
+            yield (
+                "steering_order",
+                np.all([m[better] > m[worse] for better, worse in falls], axis=0),
+            )
+        if settings.near_on_policy.rule != "off":
+            plain = (m["plain/good"], m["plain/bad"])
+            yield "off_policy", _above(plain, settings.near_on_policy)
+        if settings.gap.rule != "off":
+            gaps = tuple(steering_gaps(m).values())
+            yield "small_gap", _above(gaps, settings.gap, strict=settings.gap.rule == "mean")
+
+    for reason, keep in steps():
         yield reason, ~keep
         m = {name: values[keep] for name, values in m.items()}
 
 
+def _above(figures: Sequence[np.ndarray], bound: Bound, *, strict: bool = False) -> np.ndarray:
+    """Mask of where each of the figures is at or above its own bound; where strict, above it."""
+    return np.all(
+        [v > _least(v, bound) if strict else v >= _least(v, bound) for v in figures], axis=0
+    )
+
+
 def _least(values: np.ndarray, bound: Bound) -> float:
-    if bound.at_least is not None:
-        return bound.at_least
-    if bound.quantile is not None:
-        return float(np.quantile(values, bound.quantile))
-    return float(values.mean())
+    if bound.at_least is not None or not len(values):
+        return bound.at_least or 0.0
+    return float(values.mean() if bound.quantile is None else np.quantile(values, bound.quantile))
 
 
 # -- lengths -------------------------------------------------------------------------------------
@@ -208,29 +200,26 @@ def length_figures(lengths: np.ndarray) -> dict[str, Any]:
 
     A share above ½ tells a model that longer is better, whatever the texts say. None of no pairs.
     """
-    if not len(lengths):
-        return dict.fromkeys(("chosen", "rejected", "longer_chosen", "longer_rejected")) | {
-            "pairs": 0
-        }
     chosen, rejected = lengths.T
-    return {
-        "pairs": len(lengths),
-        "chosen": float(chosen.mean()),
-        "rejected": float(rejected.mean()),
-        "longer_chosen": float((chosen > rejected).mean()),
-        "longer_rejected": float((rejected > chosen).mean()),
+    columns = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "longer_chosen": chosen > rejected,
+        "longer_rejected": rejected > chosen,
     }
+    n = len(lengths)
+    return {"pairs": n, **{k: float(v.mean()) if n else None for k, v in columns.items()}}
 
 
 def within_caps(lengths: np.ndarray, hygiene: Hygiene) -> np.ndarray:
     """(N,) mask: the two lengths of a pair differ by no more than hygiene allows."""
     longer, shorter = lengths.max(axis=1), lengths.min(axis=1)
-    keep = np.ones(len(lengths), dtype=bool)
-    if hygiene.max_length_ratio is not None:
-        keep &= longer <= hygiene.max_length_ratio * shorter
-    if hygiene.max_length_difference is not None:
-        keep &= longer - shorter <= hygiene.max_length_difference
-    return keep
+    ratio, difference = hygiene.max_length_ratio, hygiene.max_length_difference
+    bounds = (
+        np.inf if ratio is None else ratio * shorter,
+        np.inf if difference is None else shorter + difference,
+    )
+    return (longer <= bounds[0]) & (longer <= bounds[1])
 
 
 def matched_lengths(lengths: np.ndarray, ids: Sequence[str], seed: int) -> np.ndarray:
@@ -247,26 +236,21 @@ def matched_lengths(lengths: np.ndarray, ids: Sequence[str], seed: int) -> np.nd
     """
     keep = lengths[:, 0] == lengths[:, 1]
     bins = np.floor(2 * np.log2(np.maximum(lengths, 1))).astype(int)
-    cells: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    for i in np.flatnonzero(~keep):
-        cell = (int(bins[i].min()), int(bins[i].max()))
+    cells: defaultdict[tuple[int, ...], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    by_hash = sorted(
+        np.flatnonzero(~keep).tolist(), key=lambda i: derive_seed(seed, "match_lengths", ids[i])
+    )
+    for i in by_hash:
         longer_rejected = int(lengths[i, 0] < lengths[i, 1])
-        cells.setdefault(cell, ([], []))[longer_rejected].append(int(i))
-    for sides in cells.values():
-        size = min(map(len, sides))
-        for side in sides:
-            by_hash = sorted(side, key=lambda i: derive_seed(seed, "match_lengths", ids[i]))
-            keep[by_hash[:size]] = True
+        cells[tuple(sorted(bins[i].tolist()))][longer_rejected].append(i)
+    for chosen, rejected in cells.values():
+        size = min(len(chosen), len(rejected))
+        keep[chosen[:size] + rejected[:size]] = True
     return keep
 
 
 def even_lengths(
-    left: Left,
-    hygiene: Hygiene,
-    tokenizer: Callable[[], Any],
-    seed: int,
-    *,
-    match: bool,
+    left: Left, hygiene: Hygiene, chat: Callable[[], Any], seed: int, *, match: bool
 ) -> dict[str, Any]:
     """Leaves out pairs that hygiene's length settings do not let pass.
 
@@ -275,15 +259,15 @@ def even_lengths(
     Args:
         left: N pairs; the good response is the chosen one.
         hygiene: caps, and whether lengths are matched.
-        tokenizer: loads the chat format whose tokens count.
+        chat: loads the chat format whose tokens count.
         seed: of the matching.
         match: whether these are the pairs that the policy is trained on; only they are matched.
 
     Returns:
         Figures of the lengths before and after.
     """
-    lengths = response_lengths(tokenizer(), left)
-    before = length_figures(lengths)
+    lengths = response_lengths(chat(), left)
+    figures = {"before": length_figures(lengths)}
     keep = within_caps(lengths, hygiene)
     left.drop(~keep, "length_gap")
     lengths = lengths[keep]
@@ -291,7 +275,7 @@ def even_lengths(
         keep = matched_lengths(lengths, [t.id for t in left], seed)
         left.drop(~keep, "length_unmatched")
         lengths = lengths[keep]
-    return {"before": before, "after": length_figures(lengths)}
+    return figures | {"after": length_figures(lengths)}
 
 
 # -- the stages ----------------------------------------------------------------------------------
@@ -354,9 +338,8 @@ class FilterTriples(Stage):
             )
             survivors["lengths"] = len(left)
         write_atomic(run / self.outputs[0], map(dump_line, left))
-        with run.drops(self.name) as drops:
-            left.write_drops(drops)
-        return StageResult(len(triples), len(left), drops.counts, notes=notes)
+        dropped = run.drop(self.name, left.dropped())
+        return StageResult(len(triples), len(left), dropped, notes=notes)
 
 
 def mean_logps(
@@ -418,28 +401,26 @@ class WritePairs(Stage):
         triples = stored_pairs(self.samples.path, self.rejected)
         kept: Records[Triple] = triples
         notes: dict[str, Any] = {}
-        with run.drops(self.name) as drops:
-            if not self.cleaned:
-                left = Left(triples, self.hygiene, load_catalogue(self.catalogue)).sift()
-                notes["lead_ins_stripped"] = left.stripped
-                notes["lengths"] = even_lengths(
-                    left,
-                    self.hygiene,
-                    lambda: load_chat(str(self.policy.path), self.loading),
-                    self.seed,
-                    match=True,
-                )
-                left.write_drops(drops)
-                kept = left
-            about_safety = 0
-            for number, part in enumerate(batched(kept, self.shard_size)):
-                about_safety += sum(map(names_safety, part))
-                shard = [to_preference(t) for t in part]
-                refuse_bad_as_chosen(part, shard)
-                path = run / self.name / f"shard-{number:05d}.jsonl"
-                write_atomic(path, dump_lines(shard))
-        notes["about_safety"] = about_safety
-        return StageResult(len(triples), len(kept), drops.counts, notes=notes)
+        dropped: Iterable[Dropped] = ()
+        if not self.cleaned:
+            kept = left = Left(triples, self.hygiene, load_catalogue(self.catalogue)).sift()
+            notes["lead_ins_stripped"] = left.stripped
+            notes["lengths"] = even_lengths(
+                left,
+                self.hygiene,
+                lambda: load_chat(str(self.policy.path), self.loading),
+                self.seed,
+                match=True,
+            )
+            dropped = left.dropped()
+        notes["about_safety"] = 0
+        for number, part in enumerate(batched(kept, self.shard_size)):
+            notes["about_safety"] += sum(map(names_safety, part))
+            shard = [to_preference(t) for t in part]
+            refuse_bad_as_chosen(part, shard)
+            write_atomic(run / self.name / f"shard-{number:05d}.jsonl", dump_lines(shard))
+        counts = run.drop(self.name, dropped)
+        return StageResult(len(triples), len(kept), counts, notes=notes)
 
 
 def to_preference(triple: Triple) -> Preference:

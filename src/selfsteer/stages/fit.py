@@ -135,10 +135,7 @@ def with_drops(
 ) -> StageResult:
     """The result with what was dropped, which the first rank writes down."""
     if is_main_process():
-        with run.drops(stage.name) as drops:
-            for one in dropped:
-                drops.add(one)
-        result.dropped += drops.counts
+        result.dropped += run.drop(stage.name, dropped)
     return result
 
 

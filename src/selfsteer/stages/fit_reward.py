@@ -53,17 +53,14 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
     table: dict[str, dict[str, Any]] = {}
     unread: Counter[str] = Counter()
     for name, weight, preferences, unreadable in sets:
-        mine = []
         encoded, lost = encode_pairs(loaded.chat, name, preferences, settings.margin, limit)
-        for preference, pair in encoded:
-            if held_out(preference, settings.holdout, seed):
-                test.append((preference, pair))
-                lost.append(Dropped(pair.id, "held_out"))
-            else:
-                mine.append(pair)
+        kept_out = [(p, pair) for p, pair in encoded if held_out(p, settings.holdout, seed)]
+        mine = [pair for p, pair in encoded if not held_out(p, settings.holdout, seed)]
         taken = by_weight(mine, weight, seed)
         used = {p.id for p in taken}
+        lost += [Dropped(p.id, "held_out") for p, _ in kept_out]
         lost += [Dropped(p.id, "left_by_weight") for p in mine if p.id not in used]
+        test += kept_out
         table[name] = {
             "read": len(preferences) + unreadable.total(),
             "weight": weight,
@@ -163,17 +160,17 @@ def encode_pairs(
         for p in pairs:
             bar.advance(1)
             value = p.extra.get(margin, 0.0) if margin else 0.0
-            if type(value) not in (int, float) or not math.isfinite(value):
-                dropped.append(Dropped(p.id, "bad_margin", p))
-            elif p.chosen == p.rejected:
-                dropped.append(Dropped(p.id, "equal", p))
+            chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
+            faults = {
+                "bad_margin": type(value) not in (int, float) or not math.isfinite(value),
+                "equal": p.chosen == p.rejected,
+                "too_long": max(len(chosen), len(rejected)) > limit,
+            }
+            reason = next((fault for fault, applies in faults.items() if applies), None)
+            if reason:
+                dropped.append(Dropped(p.id, reason, p))
             else:
-                chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
-                if max(len(chosen), len(rejected)) > limit:
-                    dropped.append(Dropped(p.id, "too_long", p))
-                else:
-                    pair = RewardPair(p.id, name, chosen, rejected, float(value))
-                    found.append((p, pair))
+                found.append((p, RewardPair(p.id, name, chosen, rejected, float(value))))
     return found, dropped
 
 

@@ -8,22 +8,19 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from selfsteer.data.digests import derive_seed
 from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Dropped, Message, Preference, Triple
 from selfsteer.data.shapes import record
-from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Engine, Request
+from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.recipe.sections import Sampling, WriterConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import RunFolder, StageResult, run_shards
+from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_triples
-from selfsteer.stages.sample import check_budget, params_of
-from selfsteer.terminal import progress_bar
+from selfsteer.stages.sample import Asking, Wanted, check_writer, unless_lost
 
 
 def given_answers(path: str) -> dict[tuple[Message, ...], str]:
@@ -78,15 +75,15 @@ class OpposeGiven(Stage):
 
             def pairs() -> Iterator[Triple]:
                 for triple in samples:
-                    if triple.messages not in given:
+                    if triple.messages in given:
+                        texts = {"good": given[triple.messages], "bad": triple.responses["plain"]}
+                        yield replace(triple, responses=texts, finish_reasons=_own(triple))
+                    else:
                         drops.add(Dropped(triple.id, "no_given_answer", triple))
-                        continue
-                    texts = {"good": given[triple.messages], "bad": triple.responses["plain"]}
-                    yield replace(triple, responses=texts, finish_reasons=_own(triple))
 
             write_atomic(run / self.outputs[0], map(dump_line, pairs()))
-        lost = drops.counts.total()
-        return StageResult(len(samples), len(samples) - lost, drops.counts)
+        kept = len(samples) - drops.counts.total()
+        return StageResult(len(samples), kept, drops.counts)
 
 
 def _own(triple: Triple) -> dict[str, str]:
@@ -150,64 +147,22 @@ class Improve(Stage):
 
     @override
     def check(self) -> Iterator[str]:
-        from selfsteer.engines.load import check_engine
-
-        if self.improver is not None:
-            check_engine(self.improver)
-            if not self.improver.base_url:
-                budget = {"sampling.max_new_tokens": self.sampling.max_new_tokens}
-                source = resolve_path(str(self.improver.model))
-                yield from check_budget(source, self.loading, budget)
+        budget = {"sampling.max_new_tokens": self.sampling.max_new_tokens}
+        yield from check_writer(self.improver, self.loading, budget)
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        from selfsteer.engines.load import Engines
+        def prompt(triple: Triple, response: str) -> list[Message]:
+            said = Message("assistant", triple.responses["plain"])
+            return [*triple.messages, said, Message("user", IMPROVE)]
 
-        samples, folder, s = stored_triples(self.samples.path), run / self.name, self.sampling
-        seed = derive_seed(self.seed, self.name)
-        with Engines(run.path) as engines, progress_bar(self.title, len(samples)) as bar:
+        def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
+            (new,) = said
+            texts = {"good": strip_announcement(new.text), "bad": triple.responses["plain"]}
+            reasons = {} if new.missing else {"good": new.finish_reason}
+            made = replace(triple, responses=texts, finish_reasons=reasons | _own(triple))
+            return unless_lost(made, said, keep_unfinished=self.sampling.keep_unfinished)
 
-            def engine() -> Engine:
-                if self.improver is None:
-                    return engines.sampler(
-                        s.engine, str(self.policy.path), self.loading, s.batch_size
-                    )
-                source = str(self.improver.model)
-                source = source if self.improver.base_url else resolve_path(source)
-                return engines.get(self.improver, source, self.loading, s.batch_size)
-
-            def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], list[Dropped]]:
-                asked = [
-                    Request(
-                        t.id,
-                        (
-                            *t.messages,
-                            Message("assistant", t.responses["plain"]),
-                            Message("user", IMPROVE),
-                        ),
-                        derive_seed(seed, t.id, "good", 0),
-                    )
-                    for t in part
-                ]
-                store = folder / f"answers-{shard:05d}.good.jsonl"
-                found = answers(engine(), asked, params_of(s), store=store, advance=bar.advance)
-                kept, dropped = [], []
-                for triple in part:
-                    said = found[triple.id]
-                    texts = {
-                        "good": strip_announcement(said.text),
-                        "bad": triple.responses["plain"],
-                    }
-                    cut_off = said.finish_reason == "length" and not s.keep_unfinished
-                    if said.missing or cut_off:
-                        reason = said.missing or "unfinished"
-                        made = replace(triple, responses=texts, finish_reasons=_own(triple))
-                        dropped.append(Dropped(triple.id, reason, made))
-                        continue
-                    reasons = {"good": said.finish_reason, **_own(triple)}
-                    kept.append(replace(triple, responses=texts, finish_reasons=reasons))
-                return kept, dropped
-
-            result = run_shards(folder, samples, s.shard_size, work, bar.skip)
-        result.notes |= engines.notes
-        return result
+        samples = stored_triples(self.samples.path)
+        asking = Asking[Triple]([Wanted("good", str(self.policy.path))], prompt, make)
+        return asking.of_stage(self, run, samples, self.sampling, writer=self.improver)

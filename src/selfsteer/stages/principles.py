@@ -3,7 +3,7 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,20 +12,21 @@ from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, Stored, dump_line, write_atomic
-from selfsteer.data.records import Dropped, Message, Query, Triple
+from selfsteer.data.records import Message, Query, Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Completion, Engine, Request, SamplingParams
+from selfsteer.engines.load import Engines
 from selfsteer.principles import writer
 from selfsteer.principles.catalogue import Catalogue, catalogue_of, catalogue_text
 from selfsteer.principles.fixed import Fixed
 from selfsteer.principles.lint import lint
 from selfsteer.principles.writer import Outcome
-from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, resolve_path
+from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, WriterConfig
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
-from selfsteer.stages.sample import check_budget
+from selfsteer.stages.sample import check_budget, check_writer, who_answers
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: The writer is asked again, once, where nothing of its first answer can be used.
@@ -105,18 +106,13 @@ class WritePrinciples(Stage):
 
     @override
     def check(self) -> Iterator[str]:
-        from selfsteer.engines.load import check_engine
-
         if not self.settings.asks_a_model:
             return
         budget = {"principles.max_new_tokens": self.settings.max_new_tokens}
         if self.policy.maker is None:
             yield from check_budget(str(self.policy.path), self.loading, budget)
-        author = self.settings.writer
-        if self.settings.mode == "generated" and author is not None:
-            check_engine(author)
-            if author.base_url is None:
-                yield from check_budget(resolve_path(str(author.model)), self.loading, budget)
+        if self.settings.mode == "generated":
+            yield from check_writer(self.settings.writer, self.loading, budget)
 
     @override
     def run(self, run: RunFolder) -> StageResult:
@@ -126,26 +122,21 @@ class WritePrinciples(Stage):
 
     def write(self, queries: Records[Query], run: RunFolder) -> StageResult:
         """Writes the principles of these queries, whatever the share is."""
-        from selfsteer.engines.load import Engines
-
         settings, folder, seed = self.settings, run / self.name, derive_seed(self.seed, self.name)
         notes: dict[str, Any] = {}
-        author: Author | None = None
-        given: Fixed | None = None
         with Engines(run.path) as engines:
-            if settings.mode == "fixed":
-                given = Fixed(settings)
+            given = Fixed(settings) if settings.mode == "fixed" else None
+            author = None if given else self._author(engines)
+            if given:
                 notes["unused_in_file"] = given.check(queries)
-            else:
-                author = self._author(engines)
             passes = author.passes if author else 1
             with progress_bar("principles", len(queries) * passes) as bar:
 
-                def work(shard: int, part: Sequence[Query]) -> tuple[list[Triple], list[Dropped]]:
+                def work(shard: int, part: Sequence[Query]) -> list[Triple]:
                     if author:
-                        return author.write(part, seed, folder / f"answers-{shard:05d}", bar), []
+                        return author.write(part, seed, folder / f"answers-{shard:05d}", bar)
                     assert given
-                    return [given.triple(q) for q in part], []
+                    return list(map(given.triple, part))
 
                 result = run_shards(
                     folder, queries, settings.shard_size, work, lambda n: bar.skip(n * passes)
@@ -155,11 +146,8 @@ class WritePrinciples(Stage):
         lines = map(seen.note, Stored(folder, Triple.from_dict))
         write_atomic(run / self.outputs[0], map(dump_line, lines))
         shutil.rmtree(folder)
-        result.notes = {**seen.counts(), **notes}
-        if author:
-            result.notes |= seen.feature_counts(author.catalogue)
-        sources: Counter[str] = Counter(result.notes["sources"])
-        failed = sum(n for source, n in sources.items() if source.startswith("fallback"))
+        result.notes = seen.counts(author.catalogue if author else None) | notes
+        failed = sum(n for source, n in seen.sources.items() if source.startswith("fallback"))
         if failed:
             say(
                 f"  {failed:,} of {result.n_out:,} written principles could not be used "
@@ -167,54 +155,53 @@ class WritePrinciples(Stage):
             )
         return result
 
-    def _author(self, engines: Any) -> "Author":
-        """Who names the features (the policy), and who writes; None where no model is asked."""
-        settings, size = self.settings, self.settings.batch_size
+    def _author(self, engines: Engines) -> "Author":
+        """Who names the features (the policy), and who writes."""
+        settings, policy = self.settings, str(self.policy.path)
 
-        def policy() -> Engine:
-            found: Engine = engines.sampler(self.engine, str(self.policy.path), self.loading, size)
-            return found
+        def engine(writer: WriterConfig | None) -> Engine:
+            size = settings.batch_size
+            return who_answers(engines, self.engine, policy, self.loading, size, writer)
 
-        chooser = policy() if settings.features == "model" else None
-        if settings.mode != "generated":
-            return Author(settings, chooser, None)
-        own = settings.writer
-        if own is not None:
-            source = str(own.model) if own.base_url else resolve_path(str(own.model))
-            return Author(settings, chooser, engines.get(own, source, self.loading, size))
-        return Author(settings, chooser, chooser or policy())
+        return Author(
+            settings,
+            engine(None) if settings.features == "model" else None,
+            engine(settings.writer) if settings.mode == "generated" else None,
+        )
 
 
 class Tally:
     """What the principles of a stage are, counted as they pass."""
 
     def __init__(self) -> None:
-        self._by_name: dict[str, Counter[str]] = {n: Counter() for n in ("sources", *TRIES)}
+        self.sources: Counter[str] = Counter()
+        self._outcomes: dict[str, Counter[str]] = {name: Counter() for name in TRIES}
         self._features: Counter[str] = Counter()
         self._by_model = 0
 
     def note(self, line: Triple) -> Triple:
         """Counts one and gives it back."""
-        self._by_name["sources"][line.extra["source"]] += 1
+        self.sources[line.extra["source"]] += 1
         for name, outcomes in line.extra.get("outcomes", {}).items():
-            self._by_name[name].update(outcomes)
-        if line.principles is not None:
-            self._features.update(line.principles.features)
+            self._outcomes[name].update(outcomes)
+        self._features.update(line.principles.features if line.principles else ())
         self._by_model += line.extra.get("features_by_model", 0)
         return line
 
-    def counts(self) -> dict[str, Any]:
-        """How many of each source, and of each outcome by try (an answer counts once)."""
-        return {name: dict(sorted(found.items())) for name, found in self._by_name.items() if found}
+    def counts(self, catalogue: Catalogue | None) -> dict[str, Any]:
+        """How many of each source, and of each outcome by try (an answer counts once).
 
-    def feature_counts(self, catalogue: Catalogue) -> dict[str, Any]:
-        """How often each feature was used, and who named it."""
+        With a catalogue also how often each of its features was used, and who named it.
+        """
+        counted = {"sources": self.sources, **self._outcomes}
+        notes: dict[str, Any] = {n: dict(sorted(c.items())) for n, c in counted.items() if c}
+        if catalogue is None:
+            return notes
         found, by_model = self._features, self._by_model
-        at_random = sum(found[name] for name in catalogue.choosable) - by_model
-        return {
+        return notes | {
             "features": {name: found[name] for name in catalogue.by_name if found[name]},
             "features_named_by_model": by_model,
-            "features_filled_at_random": at_random,
+            "features_filled_at_random": sum(found[n] for n in catalogue.choosable) - by_model,
             "features_appended": sum(found[name] for name in catalogue.appended),
         }
 
@@ -233,14 +220,13 @@ class Draft:
         """Keeps the usable answer whose guidelines share the fewest words; the first of equals."""
         self.outcomes[name] = [outcome for outcome, _, _ in answers]
         usable = [(good, bad) for outcome, good, bad in answers if outcome is Outcome.OK]
-        if usable:
-            self.best = min(usable, key=lambda pair: writer.overlap(*pair))
+        self.best = min(usable, key=lambda pair: writer.overlap(*pair), default=self.best)
 
     @property
     def open(self) -> bool:
         """Whether asking again may help."""
-        last = [o for found in self.outcomes.values() for o in found]
-        return self.best is None and Outcome.PROMPT_TOO_LONG not in last
+        seen = {outcome for found in self.outcomes.values() for outcome in found}
+        return self.best is None and Outcome.PROMPT_TOO_LONG not in seen
 
 
 class Author:
@@ -257,13 +243,11 @@ class Author:
     ) -> None:
         self.settings, self.chooser, self.author = settings, chooser, author
         self.catalogue = catalogue_of(settings)
-        findings = lint(catalogue_text(settings.catalogue))
-        if findings:
+        if findings := lint(catalogue_text(settings.catalogue)):
             warn(
                 f"{settings.catalogue}, {findings[0]}; {len(findings)} in all, see: "
                 f"selfsteer principles lint {settings.catalogue}"
             )
-        self.params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
 
     @property
     def passes(self) -> int:
@@ -279,89 +263,70 @@ class Author:
             store: where answers wait until the shard is written; this name in front.
             bar: told the answers as they finish.
         """
-        drafts = self._choose(part, seed, store, bar)
-        if self.author is not None:
-            for name in TRIES:
-                todo = [d for d in drafts if name == TRIES[0] or d.open]
-                if todo:
-                    self._ask(todo, name, seed, store, bar)
-                if self.params.temperature == 0:  # the same answer again
-                    break
+        s, catalogue = self.settings, self.catalogue
+
+        def ask(
+            engine: Engine, kind: str, prompts: Mapping[str, list[Message]], count: int
+        ) -> dict[str, list[Completion]]:
+            asked = [
+                Request(f"{i}/{k}", tuple(messages), derive_seed(seed, i, kind, k))
+                for i, messages in prompts.items()
+                for k in range(count)
+            ]
+            found = answers(
+                engine,
+                asked,
+                SamplingParams(s.temperature, s.top_p, s.max_new_tokens),
+                store=store.with_name(f"{store.name}.{kind}.jsonl"),
+                # nobody knew before how many retries there would be
+                advance=lambda items, tokens: bar.advance(items * (kind != TRIES[1]), tokens),
+            )
+            return {i: [found[f"{i}/{k}"] for k in range(count)] for i in prompts}
+
+        said: dict[str, list[Completion]] = {}
+        if self.chooser is not None:
+            count = s.features_per_query
+            prompts = {q.id: writer.feature_prompt(q, count, catalogue) for q in part}
+            said = ask(self.chooser, "features", prompts, 1)
+        drafts = [self._draft(q, derive_seed(seed, q.id), said.get(q.id, ())) for q in part]
+        todo = drafts
+        for name in TRIES if self.author is not None else ():
+            assert self.author is not None
+            prompts = {d.query.id: self._prompt(d) for d in todo}
+            said = ask(self.author, name, prompts, s.candidates)
+            for d in todo:
+                found = said[d.query.id]
+                d.take(
+                    name, [writer.read_answer(c.text, c.finish_reason, s.examples) for c in found]
+                )
+            # a greedy writer would give the same answer again
+            todo = [d for d in todo if d.open and s.temperature > 0]
         return [self._triple(d) for d in drafts]
 
-    def _answers(
-        self, engine: Engine, asked: list[Request], store: Path, kind: str, bar: Bar, counted: bool
-    ) -> dict[str, Completion]:
-        return answers(
-            engine,
-            asked,
-            self.params,
-            store=store.with_name(f"{store.name}.{kind}.jsonl"),
-            advance=lambda items, tokens: bar.advance(items * counted, tokens),
-        )
+    def _draft(self, query: Query, seed: int, said: Sequence[Completion]) -> Draft:
+        count, rng = self.settings.features_per_query, random.Random(seed)
+        text = "".join(c.text for c in said)
+        named = writer.parse_features(text, self.catalogue)[:count]
+        features = writer.complete_features(named, count, rng, self.catalogue)
+        return Draft(query, features, len(named))
 
-    def _choose(self, part: Sequence[Query], seed: int, store: Path, bar: Bar) -> list[Draft]:
-        count, found = self.settings.features_per_query, {}
-        if self.chooser is not None:
-            asked = [
-                _request(
-                    q.id,
-                    writer.feature_prompt(q, count, self.catalogue),
-                    derive_seed(seed, q.id, "features", 0),
-                )
-                for q in part
-            ]
-            found = self._answers(self.chooser, asked, store, "features", bar, True)
-        drafts = []
-        for query in part:
-            said = found[query.id].text if found else ""
-            named = writer.parse_features(said, self.catalogue)[:count]
-            rng = random.Random(derive_seed(seed, query.id))
-            features = writer.complete_features(named, count, rng, self.catalogue)
-            drafts.append(Draft(query, features, len(named)))
-        return drafts
-
-    def _ask(self, drafts: Sequence[Draft], name: str, seed: int, store: Path, bar: Bar) -> None:
-        assert self.author is not None
-        settings = self.settings
-        asked = []
-        for d in drafts:
-            prompt = writer.principle_prompt(
-                d.query,
-                d.features if settings.written_from == "features" else (),
-                self.catalogue,
-                settings.examples,
-            )
-            asked += [
-                _request(f"{d.query.id}/{k}", prompt, derive_seed(seed, d.query.id, name, k))
-                for k in range(settings.candidates)
-            ]
-        found = self._answers(self.author, asked, store, name, bar, name == TRIES[0])
-        for d in drafts:
-            said = [found[f"{d.query.id}/{k}"] for k in range(settings.candidates)]
-            d.take(
-                name,
-                [writer.read_answer(c.text, c.finish_reason, settings.examples) for c in said],
-            )
+    def _prompt(self, draft: Draft) -> list[Message]:
+        s = self.settings
+        features = draft.features if s.written_from == "features" else ()
+        return writer.principle_prompt(draft.query, features, self.catalogue, s.examples)
 
     def _triple(self, draft: Draft) -> Triple:
         """The principles: written where an answer could be used, the catalogue's text elsewhere."""
-        features = draft.features
+        features, extra = draft.features, dict[str, Any]()
         if draft.best is not None:
-            if self.settings.features == "none":
-                features = ()
+            features = features if self.settings.features != "none" else ()
             principles = writer.written(features, *draft.best, self.catalogue)
-            source = "generated"
+            extra["source"] = "generated"
         else:
-            principles, source = writer.picked(features, self.catalogue), "picked"
-            if draft.outcomes:
-                *_, last = draft.outcomes.values()
-                source = f"fallback:{last[0]}"
-        extra: dict[str, Any] = {"source": source, "features_by_model": draft.named}
+            principles = writer.picked(features, self.catalogue)
+            last = [found[0] for found in draft.outcomes.values()][-1:]
+            extra["source"] = f"fallback:{last[0]}" if last else "picked"
+        extra["features_by_model"] = draft.named
         if draft.outcomes:
             extra["outcomes"] = draft.outcomes
         return Triple(draft.query.id, draft.query.messages, principles, extra=extra)
-
-
-def _request(identity: str, messages: Sequence[Message], seed: int) -> Request:
-    return Request(identity, tuple(messages), seed)

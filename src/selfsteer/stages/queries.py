@@ -53,11 +53,8 @@ class ReadQueries(Stage):
         if self.settings.against:
             write_atomic(run / "contaminated.jsonl", dump_lines(found.overlaps))
         write_atomic(run / "queries.jsonl", map(dump_line, found.queries))
-        with run.drops(self.name) as drops:
-            for one in found.left_out:
-                drops.add(one)
-        n_in = len(found.queries) + drops.counts.total()
-        return StageResult(n_in, len(found.queries), drops.counts, notes=reading_notes(found))
+        dropped, kept = run.drop(self.name, found.left_out), len(found.queries)
+        return StageResult(kept + dropped.total(), kept, dropped, notes=reading_notes(found))
 
     @override
     def check(self) -> Iterator[str]:

@@ -12,17 +12,15 @@ and the preference made of it carries ``"scores": [1.9, 0.4, -2.1]``, one per an
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Records, Stored
+from selfsteer.data.jsonl import Stored
 from selfsteer.data.records import Dropped, Preference, Query, Verdict
-from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Request
+from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import accuracy
@@ -31,7 +29,7 @@ from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
-from selfsteer.stages.sample import check_sampler, params_of
+from selfsteer.stages.sample import Asking, Wanted, check_sampler
 from selfsteer.terminal import progress_bar
 
 #: Sums of the same parts in another order differ by this at most.
@@ -86,17 +84,25 @@ def best_and_worst(
     return best[1], min(known)[1]
 
 
+def competing(query: Query, said: Sequence[Completion]) -> Candidates | Dropped:
+    """The answers that ended by themselves, each once; dropped where there are fewer than two."""
+    ended = dict.fromkeys(c.text for c in said if c.finish_reason == "stop")
+    made = Candidates(query, tuple(ended))
+    missing = next((c.missing for c in said if c.missing), "too_few_answers")
+    return made if len(ended) > 1 else Dropped(query.id, missing, made)
+
+
 def to_preference(
     found: Candidates, scores: Sequence[float | None], tie_margin: float = 0.0
-) -> Preference | str:
-    """Best over worst, all scores beside them; or why there is no pair.
+) -> Preference | Dropped:
+    """Best over worst, all scores beside them.
 
-    Returns:
-        The preference, or ``no_score`` (fewer than two answers have one) or ``all_equal``.
+    Dropped are ``no_score`` (fewer than two answers have one) and ``all_equal``.
     """
     places = best_and_worst(scores, tie_margin)
     if places is None:
-        return "all_equal" if sum(s is not None for s in scores) > 1 else "no_score"
+        reason = "all_equal" if sum(s is not None for s in scores) > 1 else "no_score"
+        return Dropped(found.query.id, reason, found)
     chosen, rejected = (found.answers[i] for i in places)
     extra = {**found.query.extra, "scores": list(scores)}
     return Preference(found.query.id, found.query.messages, chosen, rejected, extra=extra)
@@ -201,66 +207,26 @@ class RankAnswers(Stage):
     @override
     def run(self, run: RunFolder) -> StageResult:
         queries, folder = stored_queries(self.queries.path), run / self.name
-        sampled = self._sample(queries, run, folder / "candidates")
+        policy, sampling = str(self.policy.path), self.sampling
+        wanted = [Wanted("plain", policy, number) for number in range(self.samples)]
+        asking = Asking[Query](wanted, lambda query, response: query.messages, competing)
+        sampled = asking.of_stage(self, run, queries, sampling, folder=f"{self.name}/candidates")
         found = Stored(folder / "candidates", Candidates.from_dict)
-        settings = self.judge or policy_as_judge(
-            str(self.policy.path), self.loading, self.sampling.batch_size
-        )
+        settings = self.judge or policy_as_judge(policy, self.loading, sampling.batch_size)
         scoring = ranker(settings, run / "judgements")
         with progress_bar(f"{self.title}: ranking", len(found)) as bar:
 
-            def work(
-                shard: int, part: Sequence[Candidates]
-            ) -> tuple[list[Preference], list[Dropped]]:
-                kept, dropped = [], []
-                for c, s in zip(part, rank_all(scoring, part), strict=True):
-                    made = to_preference(c, s, settings.tie_margin)
-                    if isinstance(made, Preference):
-                        kept.append(made)
-                    else:
-                        dropped.append(Dropped(c.query.id, made, c))
+            def work(shard: int, part: Sequence[Candidates]) -> list[Preference | Dropped]:
+                scores = rank_all(scoring, part)
                 bar.advance(len(part))
-                return kept, dropped
-
-            ranked = run_shards(folder, found, self.sampling.shard_size, work, bar.skip)
-        # one file of drops for both halves
-        with run.drops(self.name) as drops:
-            for half in (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl"):
-                for one in read_dropped(half):
-                    drops.add(one)
-        notes = {**sampled.notes, "answers": sum(len(c.answers) for c in found)}
-        return StageResult(len(queries), ranked.n_out, drops.counts, notes=notes)
-
-    def _sample(self, queries: Records[Query], run: RunFolder, folder: Path) -> StageResult:
-        """Shards of candidates; the n answers of a query are asked for together."""
-        from selfsteer.engines.load import Engines
-
-        s, n, seed = self.sampling, self.samples, derive_seed(self.seed, self.name)
-        with Engines(run.path) as engines, progress_bar(self.title, len(queries) * n) as bar:
-
-            def work(shard: int, part: Sequence[Query]) -> tuple[list[Candidates], list[Dropped]]:
-                engine = engines.sampler(
-                    s.engine, str(self.policy.path), self.loading, s.batch_size
-                )
-                asked = [
-                    Request(f"{q.id}/{k}", q.messages, derive_seed(seed, q.id, "plain", k))
-                    for q in part
-                    for k in range(n)
+                return [
+                    to_preference(c, s, settings.tie_margin)
+                    for c, s in zip(part, scores, strict=True)
                 ]
-                store = folder / f"answers-{shard:05d}.plain.jsonl"
-                found = answers(engine, asked, params_of(s), store=store, advance=bar.advance)
-                kept, dropped = [], []
-                for query in part:
-                    mine = [found[f"{query.id}/{k}"] for k in range(n)]
-                    texts = dict.fromkeys(c.text for c in mine if c.finish_reason == "stop")
-                    made = Candidates(query, tuple(texts))
-                    if len(texts) > 1:
-                        kept.append(made)
-                    else:
-                        missing = next((c.missing for c in mine if c.missing), None)
-                        dropped.append(Dropped(query.id, missing or "too_few_answers", made))
-                return kept, dropped
 
-            done = run_shards(folder, queries, s.shard_size, work, lambda m: bar.skip(m * n))
-        done.notes |= engines.notes
-        return done
+            ranked = run_shards(folder, found, sampling.shard_size, work, bar.skip)
+        # one file of drops for both halves
+        halves = (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl")
+        dropped = run.drop(self.name, chain.from_iterable(map(read_dropped, halves)))
+        notes = {**sampled.notes, "answers": sum(len(c.answers) for c in found)}
+        return StageResult(len(queries), ranked.n_out, dropped, notes=notes)

@@ -1,25 +1,220 @@
-"""Queries to responses: each is answered by its own model in its own context."""
+"""Queries to responses: each is answered by its own model in its own context.
+
+Every stage that asks models shard by shard does so by an `Asking`: which answers it wants to each
+record, in which words it asks, and what it makes of the record and its answers.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Records
-from selfsteer.data.records import Dropped, Triple
+from selfsteer.data.jsonl import Record, Records
+from selfsteer.data.records import Dropped, Message, Query, Triple
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams
+from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams, no_news
+from selfsteer.engines.load import Engines, check_engine
 from selfsteer.errors import ConfigError
 from selfsteer.principles.contexts import context_messages
-from selfsteer.recipe.sections import Loading, Sampling
+from selfsteer.recipe.sections import EngineConfig, Loading, Sampling, WriterConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_triples, subset
 from selfsteer.terminal import progress_bar
+
+R = TypeVar("R", Query, Triple)
+
+
+class Wanted(NamedTuple):
+    """An answer that is wanted to each record."""
+
+    response: str
+    #: who writes it: folder or hub id
+    model: str
+    #: which one, where several of the kind are wanted
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Asking(Generic[R]):
+    """What is asked for every record, and what becomes of it.
+
+    Args:
+        wanted: the answers; those of one model are asked for together.
+        prompt: the conversation that a response of this name answers.
+        make: of a record and its answers, in the order of ``wanted``: what goes on, or `Dropped`.
+    """
+
+    wanted: Sequence[Wanted]
+    prompt: Callable[[R, str], Sequence[Message]]
+    make: Callable[[R, Sequence[Completion]], Record]
+
+    def answers(
+        self,
+        part: Sequence[R],
+        engine: Callable[[str], Engine],
+        params: SamplingParams,
+        *,
+        seed: int,
+        store: Path | None = None,
+        advance: Advance = no_news,
+    ) -> list[list[Completion]]:
+        """The answers to each record.
+
+        Args:
+            part: the records.
+            engine: the engine of a model.
+            params: how to sample.
+            seed: of the stage; every request's own follows from it, the record and the response.
+            store: where answers wait until all of them are there: one file a model, this name in
+                front.
+            advance: told (answers, new tokens) as they finish.
+        """
+        found: dict[str, Completion] = {}
+        for number, model in enumerate(dict.fromkeys(w.model for w in self.wanted)):
+            asked = [
+                Request(
+                    f"{w.response}/{w.number}/{record.id}",
+                    tuple(self.prompt(record, w.response)),
+                    derive_seed(seed, record.id, w.response, w.number),
+                )
+                for w in self.wanted
+                if w.model == model
+                for record in part
+            ]
+            waiting = store and store.with_name(f"{store.name}.{number}.jsonl")
+            found |= answers(engine(model), asked, params, store=waiting, advance=advance)
+        return [
+            [found[f"{w.response}/{w.number}/{record.id}"] for w in self.wanted] for record in part
+        ]
+
+    def shards(
+        self,
+        records: Records[R],
+        folder: Path,
+        engine: Callable[[str], Engine],
+        sampling: Sampling,
+        *,
+        seed: int,
+        label: str,
+    ) -> StageResult:
+        """Writes what is made of all records.
+
+        Args:
+            records: in a fixed order.
+            folder: where the shards go.
+            engine: the engine of a model.
+            sampling: how.
+            seed: of the stage.
+            label: of the progress bar.
+        """
+        params, each = params_of(sampling), len(self.wanted)
+        with progress_bar(label, len(records) * each) as bar:
+
+            def work(shard: int, part: Sequence[R]) -> list[Record]:
+                store = folder / f"answers-{shard:05d}"
+                found = self.answers(
+                    part, engine, params, seed=seed, store=store, advance=bar.advance
+                )
+                return list(map(self.make, part, found))
+
+            return run_shards(
+                folder, records, sampling.shard_size, work, lambda n: bar.skip(n * each)
+            )
+
+    def of_stage(
+        self,
+        stage: Stage,
+        run: RunFolder,
+        records: Records[R],
+        sampling: Sampling,
+        *,
+        writer: WriterConfig | None = None,
+        folder: str | None = None,
+    ) -> StageResult:
+        """`shards` as a stage's work.
+
+        Args:
+            stage: whose name, seed and model settings hold.
+            run: where.
+            records: in a fixed order.
+            sampling: how.
+            writer: who answers in place of the models.
+            folder: in the run folder; None: that of the stage's name.
+        """
+        with Engines(run.path) as engines:
+
+            def engine(source: str) -> Engine:
+                loading, size = stage.loading, sampling.batch_size
+                return who_answers(engines, sampling.engine, source, loading, size, writer)
+
+            result = self.shards(
+                records,
+                run / (folder or stage.name),
+                engine,
+                sampling,
+                seed=derive_seed(stage.seed, stage.name),
+                label=stage.title,
+            )
+        result.notes |= engines.notes
+        return result
+
+
+def params_of(sampling: Sampling) -> SamplingParams:
+    """What an engine needs to know of how to sample."""
+    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+
+
+def source_of(writer: WriterConfig) -> str:
+    """The model of a writer: as its server calls it, or a folder or hub id."""
+    return str(writer.model) if writer.base_url else resolve_path(str(writer.model))
+
+
+def who_answers(
+    engines: Engines,
+    settings: EngineConfig,
+    policy: str,
+    loading: Loading,
+    batch_size: int,
+    writer: WriterConfig | None,
+) -> Engine:
+    """The engine of a writer; where there is none, that of the policy."""
+    if writer is None:
+        return engines.sampler(settings, policy, loading, batch_size)
+    return engines.get(writer, source_of(writer), loading, batch_size)
+
+
+def in_contexts(models: Mapping[str, str], *, keep_unfinished: bool) -> Asking[Triple]:
+    """Response name → model: each response in the context of its name; see `Sample`."""
+
+    def prompt(triple: Triple, response: str) -> list[Message]:
+        return context_messages(triple.messages, triple.principles, response)
+
+    def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
+        by_name = dict(zip(models, said, strict=True))
+        made = replace(
+            triple,
+            responses={n: c.text for n, c in by_name.items()},
+            finish_reasons={n: c.finish_reason for n, c in by_name.items() if not c.missing},
+        )
+        return unless_lost(made, said, keep_unfinished=keep_unfinished)
+
+    return Asking([Wanted(*item) for item in models.items()], prompt, make)
+
+
+def unless_lost(
+    made: Triple, said: Sequence[Completion], *, keep_unfinished: bool
+) -> Triple | Dropped:
+    """What was made of some answers; dropped where one of them is missing or cut off."""
+    missing = next((c.missing for c in said if c.missing), None)
+    cut_off = any(c.finish_reason == "length" for c in said) and not keep_unfinished
+    reason = missing or ("unfinished" if cut_off else None)
+    return Dropped(made.id, reason, made) if reason else made
 
 
 @dataclass(frozen=True)
@@ -60,138 +255,13 @@ class Sample(Stage):
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        from selfsteer.engines.load import Engines
-
-        triples, s = subset(stored_triples(self.queries.path), self.limit, self.seed), self.sampling
-        with Engines(run.path) as engines:
-            result = sample(
-                triples,
-                {name: str(model.path) for name, model in self.writers.items()},
-                lambda source: engines.sampler(s.engine, source, self.loading, s.batch_size),
-                s,
-                run / self.name,
-                seed=derive_seed(self.seed, self.name),
-                label=self.title,
-            )
-        result.notes |= engines.notes
-        return result
+        triples = subset(stored_triples(self.queries.path), self.limit, self.seed)
+        models = {name: str(model.path) for name, model in self.writers.items()}
+        asking = in_contexts(models, keep_unfinished=self.sampling.keep_unfinished)
+        return asking.of_stage(self, run, triples, self.sampling)
 
 
-def sample(
-    triples: Records[Triple],
-    models: Mapping[str, str],
-    engine: Callable[[str], Engine],
-    sampling: Sampling,
-    folder: Path,
-    *,
-    seed: int,
-    label: str,
-) -> StageResult:
-    """Writes shards of triples with the responses asked for; see `Sample`.
-
-    Args:
-        triples: queries with principles, in a fixed order.
-        models: response name → the model that writes it.
-        engine: the engine of a model.
-        sampling: how.
-        folder: where the shards go.
-        seed: of the stage.
-        label: of the progress bar.
-    """
-    names = tuple(models)
-    with progress_bar(label, len(triples) * len(names)) as bar:
-
-        def work(shard: int, part: Sequence[Triple]) -> tuple[list[Triple], list[Dropped]]:
-            found = answer(
-                part,
-                models,
-                engine,
-                params_of(sampling),
-                seed=seed,
-                store=folder / f"answers-{shard:05d}",
-                advance=bar.advance,
-            )
-            return collect(part, names, found, keep_unfinished=sampling.keep_unfinished)
-
-        return run_shards(
-            folder, triples, sampling.shard_size, work, lambda n: bar.skip(n * len(names))
-        )
-
-
-def params_of(sampling: Sampling) -> SamplingParams:
-    """What an engine needs to know of how to sample."""
-    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
-
-
-def answer(
-    part: Sequence[Triple],
-    models: Mapping[str, str],
-    engine: Callable[[str], Engine],
-    params: SamplingParams,
-    *,
-    seed: int,
-    store: Path | None,
-    advance: Advance,
-) -> dict[tuple[str, str], Completion]:
-    """(triple id, response name) → the answer of its model in its context.
-
-    Args:
-        part: queries with principles.
-        models: response name → model; the responses of one model are asked for together.
-        engine: the engine of a model.
-        params: how to sample.
-        seed: of the stage; every request's own follows from it, the query and the response.
-        store: where answers wait until all of them are there: one file a model, this name in front.
-        advance: told (answers, new tokens) as they finish.
-    """
-    found: dict[tuple[str, str], Completion] = {}
-    for source in dict.fromkeys(models.values()):
-        keys = {
-            f"{name}/{t.id}": (t, name)
-            for name, model in models.items()
-            if model == source
-            for t in part
-        }
-        asked = [
-            Request(
-                key,
-                tuple(context_messages(t.messages, t.principles, name)),
-                derive_seed(seed, t.id, name, 0),
-            )
-            for key, (t, name) in keys.items()
-        ]
-        names = "-".join(name for name, model in models.items() if model == source)
-        waiting = store and store.with_name(f"{store.name}.{names}.jsonl")
-        said = answers(engine(source), asked, params, store=waiting, advance=advance)
-        found.update({(t.id, name): said[key] for key, (t, name) in keys.items()})
-    return found
-
-
-def collect(
-    part: Sequence[Triple],
-    names: tuple[str, ...],
-    found: Mapping[tuple[str, str], Completion],
-    *,
-    keep_unfinished: bool,
-) -> tuple[list[Triple], list[Dropped]]:
-    """The triples with their answers, and those that are dropped; see `Sample`."""
-    kept, dropped = [], []
-    for triple in part:
-        said = {n: found[triple.id, n] for n in names}
-        made = replace(
-            triple,
-            responses={n: c.text for n, c in said.items()},
-            finish_reasons={n: c.finish_reason for n, c in said.items() if not c.missing},
-        )
-        missing = next((c.missing for c in said.values() if c.missing), None)
-        cut_off = any(c.finish_reason == "length" for c in said.values())
-        if missing:
-            dropped.append(Dropped(triple.id, missing, made))
-        elif cut_off and not keep_unfinished:
-            dropped.append(Dropped(triple.id, "unfinished", made))
-        else:
-            kept.append(made)
-    return kept, dropped
+# -- what is checked before ------------------------------------------------------------------------
 
 
 def check_sampler(
@@ -202,13 +272,21 @@ def check_sampler(
     Yields:
         What is odd about the models but works.
     """
-    from selfsteer.engines.load import check_engine
-
     check_engine(sampling.engine)
     for model in models:
         if model.maker is None:
             budget = {"sampling.max_new_tokens": sampling.max_new_tokens}
             yield from check_budget(str(model.path), loading, budget)
+
+
+def check_writer(
+    writer: WriterConfig | None, loading: Loading, budget: Mapping[str, int]
+) -> Iterator[str]:
+    """`check_budget` of a writer, if there is one; of one behind a server, whether it answers."""
+    if writer is not None:
+        check_engine(writer)
+        if not writer.base_url:
+            yield from check_budget(source_of(writer), loading, budget)
 
 
 def check_budget(source: str, loading: Loading, budgets: Mapping[str, int]) -> Iterator[str]:

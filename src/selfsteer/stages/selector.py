@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,14 @@ from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Pair
-from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, on_policyness, steering_gap
-from selfsteer.judges.stats import mean_interval, worths
+from selfsteer.judges.quality import (
+    GAP_SEQUENCES,
+    PLAIN_SEQUENCES,
+    on_policyness,
+    steering_gap,
+    steering_gaps,
+)
+from selfsteer.judges.stats import known_interval, worths
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import score_sequences
@@ -176,14 +182,6 @@ class Selector:
     def report(self) -> dict[str, Any]:
         """Everything measured, without the answers: what ``selection.json`` holds."""
         rng = np.random.default_rng(self.seed)
-        out = []
-        for step in sorted(self._records):
-            record = {k: v for k, v in self._records[step].items() if k != "answers"}
-            wins = list(record["wins"].values())
-            record["wins_mean"] = mean_interval(wins, rng) if wins else None
-            out.append(
-                record | {"excess": excess(self._candidate(step), self.start, self.settings)}
-            )
         return {
             "chosen": self.chosen.step,
             "steps": self.steps,
@@ -191,16 +189,22 @@ class Selector:
             "wins": self.measure,
             "held_out": [t.id for t in self.held_out],
             "settings": self.settings.model_dump(),
-            "candidates": out,
+            "candidates": [
+                {
+                    **{k: v for k, v in record.items() if k != "answers"},
+                    "wins_mean": known_interval(record["wins"].values(), rng),
+                    "excess": excess(self._candidate(step), self.start, self.settings),
+                }
+                for step, record in sorted(self._records.items())
+            ],
         }
 
     def sentence(self) -> str:
         """``step 11 of 14 kept (win rate 0.81 [0.74, 0.87]; step 14: KL 1.6 times its bound)``."""
         chosen, parts = self.chosen, []
-        if chosen.wins and self.measure:
-            rng = np.random.default_rng(self.seed)
-            won = interval(mean_interval(list(chosen.wins.values()), rng), ".2f")
-            parts.append(f"{self.measure} {won}")
+        won = known_interval(chosen.wins.values(), np.random.default_rng(self.seed))
+        if won and self.measure:
+            parts.append(f"{self.measure} {interval(won, '.2f')}")
         if chosen.on_policyness is not None:
             parts.append(f"on-policyness {chosen.on_policyness:.3f}")
         for c in self.candidates:
@@ -213,22 +217,20 @@ class Selector:
     def warnings(self) -> list[str]:
         """What a person should not miss about the choice."""
         chosen, start = self.chosen, self.start
-        if not within(chosen, start, self.settings):
-            return [
-                f"{self.label}: every candidate drifted beyond its bounds; step {chosen.step}, the "
-                "earliest, is kept and is likely broken. Lower the learning rate, train shorter, "
-                "or look at its answers before you use it"
-            ]
-        if self.judge is not None and not chosen.wins:
-            return [f"{self.label}: the judge gave no verdict, so drift alone decided"]
-        if self.is_policy and beats(dict.fromkeys(chosen.wins, 0.5), chosen.wins):
-            return [f"{self.label}: the kept step loses against the policy it started from"]
-        if not self.is_policy and beats(start.wins, chosen.wins):
-            return [
-                f"{self.label}: its data is less accurate than the starting policy's own; lower "
-                "the learning rate, or see what method pbaa gives"
-            ]
-        return []
+        faults = {
+            f"every candidate drifted beyond its bounds; step {chosen.step}, the earliest, is kept "
+            "and is likely broken. Lower the learning rate, train shorter, or look at its answers "
+            "before you use it": not within(chosen, start, self.settings),
+            "the judge gave no verdict, so drift alone decided": (
+                self.judge is not None and not chosen.wins
+            ),
+            "the kept step loses against the policy it started from": (
+                self.is_policy and beats(dict.fromkeys(chosen.wins, 0.5), chosen.wins)
+            ),
+            "its data is less accurate than the starting policy's own; lower the learning rate, or "
+            "see what method pbaa gives": not self.is_policy and beats(start.wins, chosen.wins),
+        }
+        return [f"{self.label}: {text}" for text, applies in faults.items() if applies][:1]
 
     def _candidate(self, step: int) -> Candidate:
         record = self._records[step]
@@ -308,50 +310,46 @@ class Selector:
         return out
 
     def _figures(self, step: int, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        everyone = self._records[0]["answers"] | answers if step else answers
+        first = self._records[0]["answers"] if step else answers
+        everyone = first | answers
         records = [
-            Triple(
-                t.id,
-                t.messages,
-                t.principles,
-                {context: found[i]["text"] for context, found in everyone.items()},
-                {context: found[i]["reason"] for context, found in everyone.items()},
+            replace(
+                t,
+                responses={context: found[i]["text"] for context, found in everyone.items()},
+                finish_reasons={context: found[i]["reason"] for context, found in everyone.items()},
             )
             for i, t in enumerate(self.held_out)
         ]
-        own = [
-            (t, f"{c}/{c}") for c in self.contexts for t in records
-            if t.responses[c] or t.finished(c)
-        ]  # fmt: skip
         pairs = [] if self.is_policy else [t for t in records if all(map(t.finished, everyone))]
-        wanted = own + [(t, s) for s in (*PLAIN_SEQUENCES, *GAP_SEQUENCES) for t in pairs]
-        encoded = {(t.id, name): self.loaded.chat.sequence(t, name) for t, name in wanted}
-        mine = self._scores(self.loaded, {(t.id, n): encoded[t.id, n] for t, n in own})
+        sequence = self.loaded.chat.sequence
+        own, encoded = {}, {}
+        for context in self.contexts:
+            name = f"{context}/{context}"
+            answered = [t for t in records if t.responses[context] or t.finished(context)]
+            own[context] = {(t.id, name): sequence(t, name) for t in answered}
+            encoded |= own[context]
+        mine = self._scores(self.loaded, encoded)
+        for name in (*PLAIN_SEQUENCES, *GAP_SEQUENCES):
+            encoded |= {(t.id, name): sequence(t, name) for t in pairs}
         with self._starting_model(step) as start:
             theirs = self._scores(start, encoded)
         drift = {}
-        for context in self.contexts:
-            found = answers[context]
-            keys = [(t.id, n) for t, n in own if n == f"{context}/{context}"]
-            tokens = sum(len(mine[k]) for k in keys)
-            logps = sum(float(mine[k].double().sum()) for k in keys)
-            before = sum(float(theirs[k].double().sum()) for k in keys)
-            drift[context] = Drift(
-                tokens=float(np.mean([c["tokens"] for c in found])),
-                repeated=repeated_4grams([encoded[k].response_ids for k in keys]),
-                unfinished=float(np.mean([c["reason"] != "stop" for c in found])),
-                kl=(logps - before) / max(tokens, 1),
-                entropy=-logps / max(tokens, 1),
-            )
-        out: dict[str, Any] = {"drift": {c: asdict(d) for c, d in drift.items()}}
-        if self.is_policy:
-            firsts = self._records[0]["answers"]["plain"] if step else answers["plain"]
-            asked = [
-                (t, t.responses["plain"], f["text"]) for t, f in zip(records, firsts, strict=True)
-            ]
-            wins = self._wins(asked) if step else {}
-            return out | {"wins": wins, "on_policyness": None}
-        return out | self._data_figures(pairs, theirs)
+        for context, asked in own.items():
+            logps, before = (sum(float(s[k].double().sum()) for k in asked) for s in (mine, theirs))
+            tokens = max(sum(len(mine[k]) for k in asked), 1)
+            drift[context] = {
+                "tokens": float(np.mean([c["tokens"] for c in answers[context]])),
+                "repeated": repeated_4grams([s.response_ids for s in asked.values()]),
+                "unfinished": float(np.mean([c["reason"] != "stop" for c in answers[context]])),
+                "kl": (logps - before) / tokens,
+                "entropy": -logps / tokens,
+            }
+        if not self.is_policy:
+            return {"drift": drift, **self._data_figures(pairs, theirs)}
+        before_it = [answer["text"] for answer in first["plain"]]
+        said = [(t, t.responses["plain"], b) for t, b in zip(records, before_it, strict=True)]
+        wins = self._wins(said) if step else {}
+        return {"drift": drift, "wins": wins, "on_policyness": None}
 
     def _data_figures(
         self, pairs: Sequence[Triple], scores: Mapping[tuple[str, str], Tensor]
@@ -366,9 +364,8 @@ class Selector:
         }
         wins = self._wins((t, t.responses["good"], t.responses["bad"]) for t in pairs)
         if self.judge is None:
-            good = means["good/good"] > means["bad/good"]
-            bad = means["bad/bad"] > means["good/bad"]
-            wins = {t.id: float(w) for t, w in zip(pairs, good & bad, strict=True)}
+            steered = np.all([gaps > 0 for gaps in steering_gaps(means).values()], axis=0)
+            wins = {t.id: float(w) for t, w in zip(pairs, steered, strict=True)}
         return {
             "pairs": len(pairs),
             "wins": wins,
@@ -390,12 +387,11 @@ class Selector:
     def _scores(
         self, loaded: LoadedModel, sequences: Mapping[tuple[str, str], EncodedSequence]
     ) -> dict[tuple[str, str], Tensor]:
-        keys = list(sequences)
         with loaded.precision():
             found = score_sequences(
-                loaded.model, [sequences[k] for k in keys], layout=loaded.layout, batch_size=32
+                loaded.model, list(sequences.values()), layout=loaded.layout, batch_size=32
             )
-        return dict(zip(keys, found, strict=True))
+        return dict(zip(sequences, found, strict=True))
 
     @contextmanager
     def _starting_model(self, step: int) -> Iterator[LoadedModel]:

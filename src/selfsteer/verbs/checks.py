@@ -20,7 +20,7 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import RESPONSES, Query, Triple, Verdict
+from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import PROMPT_TOO_LONG, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
@@ -44,7 +44,7 @@ from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.stages.sample import answer, collect, params_of
+from selfsteer.stages.sample import in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import size
@@ -523,24 +523,25 @@ def _sample(
     """
     sampling, count = recipe.sampling, len(triples)
     models = dict.fromkeys(RESPONSES, "policy")
+    asking = in_contexts(models, keep_unfinished=sampling.keep_unfinished)
     start = time.monotonic()
     with progress_bar("sampling", count * len(models)) as bar:
-        found = answer(
+        said = asking.answers(
             triples,
-            models,
             lambda source: engine,
             params_of(sampling),
             seed=derive_seed(recipe.seed, "check"),
-            store=None,
             advance=bar.advance,
         )
     elapsed = time.monotonic() - start
-    tokens = {r: sum(found[t.id, r].completion_tokens for t in triples) for r in models}
+    tokens = {r: sum(a[i].completion_tokens for a in said) for i, r in enumerate(models)}
+    found = [answer for answers in said for answer in answers]
     sampled = max(sum(tokens.values()), 1)
-    unfinished = sum(a.finish_reason == "length" for a in found.values()) / len(found)
-    kept, lost = collect(triples, tuple(models), found, keep_unfinished=sampling.keep_unfinished)
+    unfinished = sum(a.finish_reason == "length" for a in found) / len(found)
+    made = list(map(asking.make, triples, said))
+    kept = [t for t in made if isinstance(t, Triple)]
     usable = Left(kept, recipe.hygiene, load_catalogue(recipe.principles.catalogue)).sift()
-    dropped = Counter(d.reason for d in lost) + usable.reasons
+    dropped = Counter(d.reason for d in made if isinstance(d, Dropped)) + usable.reasons
     same = sum(len(set(t.responses.values())) < len(models) for t in kept) / max(len(kept), 1)
     line.figures = {
         "answers": len(found),

@@ -30,7 +30,7 @@ from selfsteer.principles.catalogue import catalogue_of
 from selfsteer.principles.contexts import context_messages
 from selfsteer.principles.writer import complete_features, picked
 from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
-from selfsteer.stages.sample import params_of, sample
+from selfsteer.stages.sample import in_contexts, params_of
 from selfsteer.terminal import progress_bar
 
 #: What is sampled of each query, as the stage ``samples`` does.
@@ -99,8 +99,8 @@ def bench(
 
         def pipeline(number: int) -> None:
             folder = Path(scratch) / str(number)
-            models = dict.fromkeys(NAMES, source)
-            sample(triples, models, lambda _: engine, s, folder, seed=recipe.seed, label="bench")
+            asking = in_contexts(dict.fromkeys(NAMES, source), keep_unfinished=s.keep_unfinished)
+            asking.shards(triples, folder, lambda _: engine, s, seed=recipe.seed, label="bench")
 
         ways: tuple[tuple[str, Callable[[int], None]], ...] = (
             ("direct", direct),
