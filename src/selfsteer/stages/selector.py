@@ -322,7 +322,8 @@ class Selector:
         ]
         pairs = [] if self.is_policy else [t for t in records if all(map(t.finished, everyone))]
         sequence = self.loaded.chat.sequence
-        own, encoded = {}, {}
+        own: dict[str, dict[tuple[str, str], EncodedSequence]] = {}
+        encoded: dict[tuple[str, str], EncodedSequence] = {}
         for context in self.contexts:
             name = f"{context}/{context}"
             answered = [t for t in records if t.responses[context] or t.finished(context)]
