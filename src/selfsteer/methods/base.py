@@ -279,17 +279,17 @@ class Aligning(Recipe):
         return plan(GrowQueries(queries, plan.base, settings, self.sampling, held_out, self.judges))
 
     def _evaluation(self, plan: Plan) -> None:
-        models = {"base": plan.base}
-        finals = {}
-        for method, made in plan.policies.items():
-            for k, policy in enumerate(made, 1):
-                finals[method] = f"{method}/iteration-{k}"
-                models[finals[method]] = policy
+        every = {
+            f"{method}/iteration-{k}": policy
+            for method, made in plan.policies.items()
+            for k, policy in enumerate(made, 1)
+        }
+        finals = {method: f"{method}/iteration-{len(m)}" for method, m in plan.policies.items()}
         if self.evaluation is not None:
             plan(
                 Evaluate(
                     plan.queries,
-                    models,
+                    {"base": plan.base, **every},
                     finals,
                     self.evaluation,
                     self.sampling,
@@ -312,17 +312,19 @@ class Aligning(Recipe):
     @override
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.reward and self.method in {d.label for d in self.reward.data}:
-            yield f"a set of reward.data is called {self.method!r}, as the run's own"
         if self.benchmarks:
             yield from self.benchmarks.judge_faults(self.benchmarks.judge or self.judge)
         yield from self.engine_faults()
+        named = {d.label for d in self.reward.data} if self.reward else set()
         budget, shortest = self.sampling.max_new_tokens, self.shortest
-        if budget > shortest:
-            yield (
-                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
-                "sampled responses could not be trained on"
-            )
+        wrong = {
+            f"a set of reward.data is called {self.method!r}, as the run's own": (
+                self.method in named
+            ),
+            f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
+            "sampled responses could not be trained on": budget > shortest,
+        }
+        yield from (text for text, holds in wrong.items() if holds)
 
     @property
     def shortest(self) -> int:
@@ -347,42 +349,31 @@ class Aligning(Recipe):
 
     def engine_faults(self) -> Iterator[str]:
         """Engines that contradict themselves or cannot answer with every model of this recipe."""
-        engine = self.sampling.engine
+        engine, others = self.sampling.engine, self.engines()
         yield from engine.conflicts("sampling.engine")
-        clusters = {engine.address} if engine.kind == "ray" else set()
-        for where, other in self.engines().items():
+        for where, other in others.items():
             yield from other.conflicts(where, named=True)
-            if other.model is None:
-                yield f"{where}.model is missing"
-            if other.kind == "ray":
-                clusters.add(other.address)
-        if len(clusters) > 1:
-            yield (
-                f"sampling.engine and {', '.join(self.engines())} are on different Ray clusters, "
-                "but a stage can join only one: give both the same address"
-            )
-        longest = engine.answering.max_model_len
-        if longest is not None and longest <= self.sampling.max_new_tokens:
-            yield (
-                f"sampling.engine: max_model_len {longest} leaves no room for a prompt beside "
-                f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
-            )
-        if engine.answering.kind == "transformers":
-            return
-        if "batch_size" in self.sampling.model_fields_set and not self.answers_in_process():
-            yield (
-                "sampling.batch_size has no effect with an engine of kind "
-                f"{engine.answering.kind}; unset it"
-            )
-        if engine.base_url is not None:
-            asked = ", ".join(name for name, sampled in self.sampled_models().items() if sampled)
-            if asked:
-                yield (
-                    f"sampling.engine asks one server that serves {engine.model}, the policy as it "
-                    f"is now, but this recipe also samples from {asked}. Give "
-                    "sampling.engine.launch, so that each model is served in its turn, or set "
-                    "sampling.engine: transformers"
-                )
+        answering, longest = engine.answering.kind, engine.answering.max_model_len
+        clusters = {e.address for e in (engine, *others.values()) if e.kind == "ray"}
+        in_process = answering == "transformers" or self.answers_in_process()
+        asked = ", ".join(name for name, sampled in self.sampled_models().items() if sampled)
+        budget = self.sampling.max_new_tokens
+        wrong = {
+            **{f"{where}.model is missing": e.model is None for where, e in others.items()},
+            f"sampling.engine and {', '.join(others)} are on different Ray clusters, but a stage "
+            "can join only one: give both the same address": len(clusters) > 1,
+            f"sampling.engine: max_model_len {longest} leaves no room for a prompt beside "
+            f"sampling.max_new_tokens {budget}": longest is not None and longest <= budget,
+            f"sampling.batch_size has no effect with an engine of kind {answering}; unset it": (
+                "batch_size" in self.sampling.model_fields_set and not in_process
+            ),
+            f"sampling.engine asks one server that serves {engine.model}, the policy as it is now, "
+            f"but this recipe also samples from {asked}. Give sampling.engine.launch, so that each "
+            "model is served in its turn, or set sampling.engine: transformers": (
+                answering != "transformers" and engine.base_url is not None and bool(asked)
+            ),
+        }
+        yield from (text for text, holds in wrong.items() if holds)
 
 
 class Principled(Aligning):

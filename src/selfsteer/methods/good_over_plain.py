@@ -4,12 +4,13 @@ The distillation pair of Open Character Training (arXiv 2511.01689), with the po
 teacher and without the paper's KL term: β 0.1, and 0.1 of the NLL of the good answer.
 """
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, Principled
-from selfsteer.objectives import BaseLoss, Objective, Term
+from selfsteer.methods.base import Plan, Principled, plain_pair
+from selfsteer.objectives import Term
 from selfsteer.recipe.sections import PolicyTraining
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.sample import Sample
@@ -35,12 +36,7 @@ class GoodOverPlain(Principled):
         asked = self.ask(plan, policy)
         samples = plan(Sample(asked, {"good": policy, "plain": policy}, self.sampling))
         pairs = self.pairs(plan, samples, policy, rejected="plain")
-        base = BaseLoss(
-            self.training.base,
-            self.training.beta,
-            self.training.label_smoothing,
-            self.training.simpo_margin,
-        )
         # of a pair the good response is the chosen one, the bad one whatever was rejected
-        objective = Objective(self.method, base, (Term("plain", "good", "bad", sft=NLL),))
+        pair = (Term("plain", "good", "bad", sft=NLL),)
+        objective = replace(plain_pair(self.training), name=self.method, terms=pair)
         return self.train(plan, pairs, policy, objective, self.training)

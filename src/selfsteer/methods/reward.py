@@ -25,9 +25,15 @@ class RewardModel(Recipe):
     @override
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if not self.reward.data:
-            yield "method reward needs reward.data: preference sets, or run folders"
-        if "own_weight" in self.reward.model_fields_set:
-            yield "reward.own_weight has no effect: the run has no pairs of its own"
-        if "layout" in self.policy.model_fields_set:
-            yield "policy.layout has no effect with method reward; remove it"
+        wrong = {
+            "method reward needs reward.data: preference sets, or run folders": (
+                not self.reward.data
+            ),
+            "reward.own_weight has no effect: the run has no pairs of its own": (
+                "own_weight" in self.reward.model_fields_set
+            ),
+            "policy.layout has no effect with method reward; remove it": (
+                "layout" in self.policy.model_fields_set
+            ),
+        }
+        yield from (text for text, holds in wrong.items() if holds)

@@ -43,23 +43,19 @@ class SSO(WithBaseline):
     ) -> tuple[Artifact, Artifact]:
         """Who writes the good and the bad responses: one generator, or one per half of the loss."""
         settings = self.generator
+
+        def trained(name: str, title: str, *contexts: str) -> Artifact:
+            objective = named(name, settings)
+            return self.train(
+                plan, triples, policy, objective, settings, contexts=contexts, title=title
+            )
+
         if settings.per_half:
-            plus, minus = (named(f"sso-{half}-only", settings) for half in ("plus", "minus"))
             return (
-                self.train(
-                    plan, triples, policy, plus, settings,
-                    contexts=("good",), title="generator/plus",
-                ),
-                self.train(
-                    plan, triples, policy, minus, settings,
-                    contexts=("bad",), title="generator/minus",
-                ),
-            )  # fmt: skip
-        objective = named(settings.objective, settings)
-        made = self.train(
-            plan, triples, policy, objective, settings,
-            contexts=("good", "bad"), title="generator",
-        )  # fmt: skip
+                trained("sso-plus-only", "generator/plus", "good"),
+                trained("sso-minus-only", "generator/minus", "bad"),
+            )
+        made = trained(settings.objective, "generator", "good", "bad")
         plan.exhibit = Exhibit({"policy": policy, "generator": made}, self.principles)
         return made, made
 
