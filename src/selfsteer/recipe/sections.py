@@ -786,14 +786,18 @@ class Training(PolicyTraining):
         yield from self._unused("pbaa")
 
 
-class OnlineTraining(PolicyTraining):
-    """The policy stage of the online way: v1's loss on triples."""
+class Steering(Section):
+    """The constants of v1's loss on triples."""
 
     alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
     steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
     use_weight: bool = _f(True, "use v1's W; false: W = 1")
     use_steer: bool = _f(True, "use v1's steering terms; false: 2 sequences per query")
     detach_weight: bool = _f(False, "stop the gradient through W")
+
+
+class OnlineTraining(PolicyTraining, Steering):
+    """The policy stage of the online way: v1's loss on triples."""
 
     @override
     def faults(self) -> Iterator[str]:
@@ -985,18 +989,13 @@ class BenchmarkConfig(Section):
     benchmarks: Benchmarks
 
 
-class TrainConfig(Optimisation, Loading):
+class TrainConfig(Optimisation, Steering, Loading):
     """`selfsteer train`: one objective on stored triples, offline."""
 
     objective: ObjectiveName = _f("sso", "any named objective")
     batch_size: int = _f(8, "most queries per forward pass and rank", gt=0)
     accumulate: int = _f(1, "optimiser step = batch_size × accumulate × ranks", gt=0)
     gamma: float = _f(0.1, "γ, weight of the NLL in the sso objectives", ge=0)
-    alpha: float = _f(0.66, "v1's α in W", ge=0, le=1)
-    steer: float = _f(0.1, "v1's β_G, weight of the steering terms", ge=0)
-    use_weight: bool = _f(True, "use v1's W")
-    use_steer: bool = _f(True, "use v1's steering terms")
-    detach_weight: bool = _f(False, "stop the gradient through W")
     weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
     seed: int = _f(0, "seed of the order of the data", ge=0)
     lora: Lora | None = _f(None, "as policy.lora")

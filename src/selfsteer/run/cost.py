@@ -70,12 +70,8 @@ def total(costs: Iterable[Cost]) -> Cost:
     """Adds costs up; a sequence that several of them score is scored by the first."""
     out = Cost()
     for cost in costs:
-        out.records += cost.records
-        out.principles += cost.principles
-        out.answers += cost.answers
-        out.judged += cost.judged
-        out.trainings += cost.trainings
-        out.unknown += cost.unknown
+        for name in ("records", "principles", "answers", "judged", "trainings", "unknown"):
+            setattr(out, name, getattr(out, name) + getattr(cost, name))
         for key, n in cost.scores.items():
             out.scores[key] = max(out.scores.get(key, 0), n)
     return out

@@ -44,34 +44,28 @@ class Reporter:
         self._turn = threading.Lock()
         pid = os.getpid()
         self._now: dict[str, Any] = {
-            "state": "working",
+            **dict.fromkeys(("stage", "bar", "error")),
             "pid": pid,
             "host": socket.gethostname(),
             "process_began": psutil.Process(pid).create_time(),
             "began": time.time(),
-            "stage": None,
             "todo": list(stages),
-            "bar": None,
-            "error": None,
         }
-        self._write({})
+        self.write(state="working")
 
     def stage(self, name: str) -> None:
         """The stage that begins now."""
-        self._write({"stage": name, "bar": None})
+        self.write(stage=name, bar=None)
 
     def bar(self, bar: Bar) -> None:
         """How far the bar on the screen is."""
         items, tokens = bar.rates
         found = {name: getattr(bar, name) for name in ("label", "done", "total", "tokens")}
         rates = {"items_per_s": items, "tokens_per_s": tokens, "seconds_left": bar.seconds_left}
-        self._write({"bar": {**found, **rates}})
+        self.write(bar={**found, **rates})
 
-    def end(self, state: str, error: str | None = None) -> None:
-        """How it ended: ``ended``, ``interrupted`` or ``failed``."""
-        self._write({"state": state, "bar": None, "error": error})
-
-    def _write(self, news: dict[str, Any]) -> None:
+    def write(self, **news: Any) -> None:
+        """Puts what is new into the file, unless another rank does."""
         if not is_main_process():
             return
         with self._turn, suppress(ArtifactError, OSError):
@@ -88,18 +82,19 @@ def reported(run: RunFolder, stages: Sequence[str]) -> Iterator[Reporter]:
         run: the folder.
         stages: names of those that are to be done, in order.
     """
-    reporter = Reporter(run, stages)
+    reporter, ending = Reporter(run, stages), {"state": "ended"}
     try:
         with watched(reporter.bar):
             yield reporter
     except KeyboardInterrupt:
-        reporter.end("interrupted")
+        ending = {"state": "interrupted"}
         raise
     except BaseException as e:
         said = str(e) if isinstance(e, SelfsteerError) else f"{type(e).__name__}: {e}"
-        reporter.end("failed", said)
+        ending = {"state": "failed", "error": said}
         raise
-    reporter.end("ended")
+    finally:
+        reporter.write(bar=None, **ending)
 
 
 def progress_of(run: Path) -> dict[str, Any] | None:
@@ -116,17 +111,16 @@ def progress_of(run: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not set(found) >= KEYS:
         return None
     if found["state"] == "working":
-        if found["host"] == socket.gethostname():
-            alive = _began(found["pid"]) == found["process_began"]
-            found["state"] = "working" if alive else "killed"
-        elif time.time() - found["time"] > SILENT_AFTER_S:
+        elsewhere = found["host"] != socket.gethostname()
+        if elsewhere and time.time() - found["time"] > SILENT_AFTER_S:
             found["state"] = "silent"
+        elif not elsewhere and _began(found["pid"]) != found["process_began"]:
+            found["state"] = "killed"
     return found
 
 
 def _began(pid: Any) -> float | None:
-    try:
+    with suppress(psutil.Error, TypeError, ValueError):
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.Error, TypeError, ValueError):
-        return None
+    return None

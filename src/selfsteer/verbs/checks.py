@@ -47,7 +47,7 @@ from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.sample import in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
-from selfsteer.verbs.common import size
+from selfsteer.verbs.common import amount, size
 
 #: Shares above which something ordinary becomes a warning: written principles that cannot be used,
 #: answers cut off, equal answers, and pairs that the judge's answer says nothing of.
@@ -252,7 +252,7 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         }
         context = f"context {loaded.context_length:,}" if loaded.context_length else "any context"
         line.found = (
-            f"{type(loaded.model).__name__}, {_amount(weights)} parameters, {dtype} on "
+            f"{type(loaded.model).__name__}, {amount(weights)} parameters, {dtype} on "
             f"{loaded.device}, {context}"
         )
     if loaded is None:
@@ -708,9 +708,3 @@ def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -
 def drops(dropped: Counter[str]) -> str:
     """`` (5 unfinished, 4 equals_plain)``, or nothing."""
     return f" ({', '.join(f'{n:,} {r}' for r, n in dropped.most_common())})" if dropped else ""
-
-
-def _amount(n: float) -> str:
-    units = (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
-    unit, scale = next((u, s) for u, s in units if n >= s)
-    return f"{n / scale:.3g}{unit}"

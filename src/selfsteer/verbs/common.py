@@ -122,7 +122,17 @@ def size(n: float) -> str:
     >>> size(8_030_000_000), size(1_500_000), size(3e13)
     ('8.0 GB', '1.5 MB', '30.0 TB')
     """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if n >= scale:
-            return f"{n / scale:,.1f} {unit}"
-    return f"{n / 1e6:,.1f} MB"
+    unit, scale = next(
+        (u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if n >= s or u == "MB"
+    )
+    return f"{n / scale:,.1f} {unit}"
+
+
+def amount(n: float) -> str:
+    """A number of at least 1, to three digits.
+
+    >>> amount(8_030_000_000), amount(1_064_576), amount(12)
+    ('8.03B', '1.06M', '12')
+    """
+    unit, scale = next((u, s) for u, s in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)) if n >= s)
+    return f"{n / scale:.3g}{unit}"

@@ -9,9 +9,6 @@ from selfsteer.errors import ConfigError
 from selfsteer.terminal import duration, out, table, warn
 from selfsteer.verbs.common import AsJson, aligning, emit, size
 
-#: Stand in for what a shipped recipe leaves open and arithmetic does not need.
-OPEN = {"policy": ("model", "the policy"), "queries": ("path", "the queries")}
-
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="name of a shipped recipe or a YAML file")],
@@ -59,12 +56,10 @@ def plan(
     from selfsteer.recipe.sections import resolve_path
 
     values: dict[str, Any] = merge(load_values(recipe), overrides or [])
-    known = {"policy": params, "queries": queries}
-    for section, (key, name) in OPEN.items():
-        if known[section] is not None:
-            given = values.setdefault(section, {})
-            if isinstance(given, dict) and not given.get(key):
-                given[key] = name
+    for section, key, known in (("policy", "model", params), ("queries", "path", queries)):
+        given = values.setdefault(section, {}) if known is not None else None
+        if isinstance(given, dict) and not given.get(key):
+            given[key] = f"the {section}"  # left open, and not needed for arithmetic
     checked = aligning(recipe_of(values, f"recipe {recipe}"))
     from selfsteer.data.queries import load_queries
     from selfsteer.run.cost import Scale
@@ -93,8 +88,8 @@ def plan(
 
 def tell(found: Mapping[str, Any]) -> None:
     """Prints a plan: stages, memory, disk, what dominates, and what was assumed."""
-    assumed, totals = found["assumptions"], found["totals"]
-    where = f"{assumed['gpus']:,} {assumed['gpu'].upper()}"
+    assumed, totals, memory = found["assumptions"], found["totals"], found["memory_per_rank"]
+    where, room = f"{assumed['gpus']:,} {assumed['gpu'].upper()}", found["gpu_memory"]
     out.print(f"{found['recipe']}: an estimate; nothing was measured", style="bold")
     stages = table(
         ["stage", "records", "tokens sampled", "PFLOP", f"on {where}"],
@@ -112,10 +107,8 @@ def tell(found: Mapping[str, Any]) -> None:
     sums = (f"{totals['sampled_tokens']:,}", _peta(totals["flops"]))
     stages.add_row("total", "", *sums, duration(totals["hours"] * 3600), style="bold")
     out.print(stages)
-    memory = found["memory_per_rank"]
-    sharded = assumed["gpus"] > 1
     names = {"ddp": "each GPU holds all", "sharded": f"sharded over {assumed['gpus']}"}
-    ways = list(names) if sharded else ["ddp"]
+    ways = list(names) if assumed["gpus"] > 1 else ["ddp"]
     held = table(
         ["GPU memory, training", *(names[way] for way in ways)],
         (
@@ -124,8 +117,8 @@ def tell(found: Mapping[str, Any]) -> None:
         ),
     )
     needed = [totals["memory_per_rank"][way] for way in ways]
-    fits = [f"{size(n)} {'fits' if n <= found['gpu_memory'] else 'too much'}" for n in needed]
-    held.add_row(f"total, of {size(found['gpu_memory'])}", *fits, style="bold")
+    fits = [f"{size(n)} {'fits' if n <= room else 'too much'}" for n in needed]
+    held.add_row(f"total, of {size(room)}", *fits, style="bold")
     out.print(held)
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in found["disk"].items() if n)
     out.print(f"disk: {size(totals['disk'])}: {parts}")

@@ -164,7 +164,6 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
         )
     execute(writing, values)
     made, entry = run / last.outputs[0], run.last(last.name) or {}
-    first = [value for _, value in itertools.islice(read_jsonl(made), 3)]
     found = {
         "fingerprint": last.fingerprint,
         "sha256": _sha256(made),
@@ -176,11 +175,11 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
         **entry["notes"],
         "examples": [
             {
-                "query": v["messages"][-1]["content"],
-                "good": v["principles"]["good"],
-                "bad": v["principles"]["bad"],
+                "query": value["messages"][-1]["content"],
+                "good": value["principles"]["good"],
+                "bad": value["principles"]["bad"],
             }
-            for v in first
+            for _, value in itertools.islice(read_jsonl(made), 3)
         ],
     }
     write_atomic(report, json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,31 +87,25 @@ def bench(
         for n in NAMES
         for t in triples
     ]
-    rates: dict[str, list[float]] = {"direct": [], "pipeline": []}
+    rates = defaultdict[str, list[float]](list)
     with (
         Engines(None) as engines,
         tempfile.TemporaryDirectory(prefix="selfsteer-bench-") as scratch,
     ):
         engine = Watched(engines.sampler(s.engine, source, recipe.policy.loading, s.batch_size))
         answers(engine, requests[:2], params)  # the first words take longer
-
-        def direct(number: int) -> None:
-            answers(engine, requests, params)
-
-        def pipeline(number: int) -> None:
-            folder = Path(scratch) / str(number)
-            asking = in_contexts(dict.fromkeys(NAMES, source), keep_unfinished=s.keep_unfinished)
-            asking.shards(triples, folder, lambda _: engine, s, seed=recipe.seed, label="bench")
-
-        ways: tuple[tuple[str, Callable[[int], None]], ...] = (
-            ("direct", direct),
-            ("pipeline", pipeline),
-        )
+        asking = in_contexts(dict.fromkeys(NAMES, source), keep_unfinished=s.keep_unfinished)
+        ways: dict[str, Callable[[Path], Any]] = {
+            "direct": lambda folder: answers(engine, requests, params),
+            "pipeline": lambda folder: asking.shards(
+                triples, folder, lambda _: engine, s, seed=recipe.seed, label="bench"
+            ),
+        }
         with progress_bar("bench", 2 * repeats) as bar:
             for number in range(repeats):
-                for name, way in ways if number % 2 == 0 else ways[::-1]:
+                for name in sorted(ways, reverse=number % 2 == 1):
                     before, start = engine.tokens, clock()
-                    way(number)
+                    ways[name](Path(scratch) / str(number))
                     seconds = clock() - start
                     rates[name].append((engine.tokens - before) / seconds)
                     bar.advance(1)

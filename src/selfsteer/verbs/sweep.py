@@ -57,14 +57,14 @@ def _rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """A row per cell, as text: its settings, the step kept, and what the model of it does."""
     rows = []
     for number, cell in enumerate(report["cells"]):
-        kept, measure = cell["kept"], cell["measure"] or "wins"
-        wins, policyness = kept["wins_mean"], kept["on_policyness"]
+        kept, policyness = cell["kept"], cell["kept"]["on_policyness"]
+        wins = kept["wins_mean"]
         rows.append(
             {
                 "": "best" if number == report["best"] else "",
                 **{k.rpartition(".")[2]: str(v) for k, v in cell["settings"].items()},
                 "step": f"{kept['step']} of {cell['steps']}",
-                measure: "{:.3f} [{:.2f}, {:.2f}]".format(*wins) if wins else "",
+                cell["measure"] or "wins": "{:.3f} [{:.2f}, {:.2f}]".format(*wins) if wins else "",
                 "on-policy": f"{policyness['rejected']:.3f}" if policyness else "",
                 "KL": f"{max(d['kl'] for d in kept['drift'].values()):.3f}",
                 "drift": "within" if cell["within"] else "beyond",

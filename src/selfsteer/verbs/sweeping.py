@@ -119,6 +119,7 @@ def _run(values: dict[str, Any], until: str) -> None:
 
 
 def _kept(model: Path) -> dict[str, Any]:
+    """What the selection of a training says of the step that it kept, and of the start."""
     path = model.with_name(f"{model.name}.selection.json")
     if not path.exists():
         raise ArtifactError(
@@ -128,25 +129,21 @@ def _kept(model: Path) -> dict[str, Any]:
     report = json.loads(path.read_text("utf-8"))
     by_step = {c["step"]: c for c in report["candidates"]}
     names = ("step", "drift", "wins", "wins_mean", "on_policyness", "excess")
-    kept = {k: by_step[report["chosen"]][k] for k in names}
-    start = {k: by_step[0][k] for k in names}
-    return {"steps": report["steps"], "measure": report["wins"], "kept": kept, "start": start}
+    kept, start = ({k: by_step[s][k] for k in names} for s in (report["chosen"], 0))
+    within = max(kept["excess"].values()) <= 1
+    found = {"kept": kept, "start": start, "within": within}
+    return {"steps": report["steps"], "measure": report["wins"], **found}
 
 
 def _best(cells: Sequence[dict[str, Any]], bounds: Selection) -> int:
     """The place of the best cell: the rule that chooses a step, over the kept steps of all."""
-    kept = [_candidate(i, cell["kept"]) for i, cell in enumerate(cells)]
-    start = _candidate(-1, cells[0]["start"])
-    for cell in cells:
-        cell["within"] = max(cell["kept"]["excess"].values()) <= 1
-    return choose(start, kept, bounds).step
-
-
-def _candidate(number: int, record: dict[str, Any]) -> Candidate:
-    policyness = record["on_policyness"]
-    return Candidate(
-        number,
-        {context: Drift(**figures) for context, figures in record["drift"].items()},
-        record["wins"],
-        policyness and policyness["rejected"],
+    start, *kept = (
+        Candidate(
+            number,
+            {context: Drift(**figures) for context, figures in record["drift"].items()},
+            record["wins"],
+            record["on_policyness"] and record["on_policyness"]["rejected"],
+        )
+        for number, record in enumerate([cells[0]["start"], *(c["kept"] for c in cells)], -1)
     )
+    return choose(start, kept, bounds).step
