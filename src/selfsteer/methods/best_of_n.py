@@ -5,18 +5,14 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan
-from selfsteer.methods.plain import Plain
-from selfsteer.recipe.sections import GrownQueries, JudgeConfig, JudgedRanking
-from selfsteer.run.stage import Artifact
-from selfsteer.stages.rank import RankAnswers
+from selfsteer.methods.plain import Ranked
+from selfsteer.recipe.sections import JudgeConfig, JudgedRanking
 
 
-class BestOfN(Plain):
+class BestOfN(Ranked):
     """n plain answers per query, ranked by a judge."""
 
     method: Literal["best-of-n"] = "best-of-n"
-    queries: GrownQueries
     ranking: JudgedRanking = JudgedRanking()
 
     pair: ClassVar[str] = (
@@ -24,10 +20,10 @@ class BestOfN(Plain):
         "one first and the rejected one last"
     )
 
+    @property
     @override
-    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        judge = self.ranking.judge or self.judge
-        return plan(RankAnswers(plan.queries, policy, self.ranking.samples, judge, self.sampling))
+    def ranker(self) -> JudgeConfig | None:
+        return self.ranking.judge or self.judge
 
     @property
     @override
@@ -36,22 +32,8 @@ class BestOfN(Plain):
 
     @override
     def faults(self) -> Iterator[str]:
-        ranker = self.ranking.judge or self.judge
-        if ranker is None:
+        if self.ranker is None:
             yield "method best-of-n needs a judge that ranks: set ranking.judge or judge"
-        elif ranker.kind == "human":
+        elif self.ranker.kind == "human":
             yield "human labels cannot rank answers that are sampled now; set ranking.judge"
-        yield from answers_must_differ(self)
         yield from super().faults()
-
-
-def answers_must_differ(recipe: Plain) -> Iterator[str]:
-    """Settings under which there is nothing to rank."""
-    method, sampling = recipe.method, recipe.sampling
-    if sampling.temperature == 0:
-        yield (
-            f"method {method} needs answers that differ, and at sampling.temperature 0 there is "
-            "only one"
-        )
-    if sampling.keep_unfinished:
-        yield f"method {method} ranks finished answers; unset sampling.keep_unfinished"

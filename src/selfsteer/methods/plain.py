@@ -1,12 +1,14 @@
 """What methods without principles share: plain answers in pairs, then one plain term."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 from typing_extensions import override
 
 from selfsteer.methods.base import Aligning, Plan, plain_pair
-from selfsteer.recipe.sections import Training
+from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Ranking, Training
 from selfsteer.run.stage import Artifact
+from selfsteer.stages.rank import RankAnswers
 
 
 class Plain(Aligning):
@@ -22,3 +24,32 @@ class Plain(Aligning):
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         pairs = self.pairs(plan, self.opposed(plan, policy), policy)
         return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
+
+
+class Ranked(Plain):
+    """A method that ranks n plain answers per query."""
+
+    queries: GrownQueries
+    ranking: Ranking = Ranking()
+
+    @property
+    def ranker(self) -> JudgeConfig | None:
+        """The judge that ranks; None: the policy itself."""
+        return None
+
+    @override
+    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
+        samples = self.ranking.samples
+        return plan(RankAnswers(plan.queries, policy, samples, self.ranker, self.sampling))
+
+    @override
+    def faults(self) -> Iterator[str]:
+        """Settings under which there is nothing to rank, too."""
+        if self.sampling.temperature == 0:
+            yield (
+                f"method {self.method} needs answers that differ, and at sampling.temperature 0 "
+                "there is only one"
+            )
+        if self.sampling.keep_unfinished:
+            yield f"method {self.method} ranks finished answers; unset sampling.keep_unfinished"
+        yield from super().faults()
