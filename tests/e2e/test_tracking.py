@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfsteer.run.folder import RunFolder
-from selfsteer.run.tracking import Tracker, flat, stage_figures, tracking
+from selfsteer.run.tracking import Tracker, flat, stage_figures
 from tests.e2e.support import TINY, Here, fails, finished
 
 PBAA = ("method=pbaa", "baseline=null", "generator=null")
@@ -85,7 +86,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setattr(TensorBoardCallback, "on_log", unreachable)
     run = RunFolder(tmp_path)
-    with tracking(("tensorboard",), run) as tracker:
+    with closing(Tracker(("tensorboard",), run.path)) as tracker:
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == f"{tmp_path}/tracking"
         run.watch = tracker.note
         for step in (1, 2):

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,10 @@ from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError
 from selfsteer.run import ranks
-from selfsteer.run.folder import RunFolder, StageResult, refuse
+from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse
 from selfsteer.run.progress import reported
 from selfsteer.run.stage import Stage
-from selfsteer.run.tracking import tracking
+from selfsteer.run.tracking import Tracker
 from selfsteer.terminal import duration, is_main_process, say
 
 
@@ -95,7 +96,7 @@ def execute(
         todo = [s for s in stages if not run.is_done(s)]
         with (
             reported(run, [s.name for s in todo]) as reporter,
-            tracking(recipe.tracking if todo else (), run) as tracker,
+            closing(Tracker(recipe.tracking if todo else (), run.path)) as tracker,
         ):
             run.watch = tracker.note
             for note in dict.fromkeys(note for stage in todo for note in stage.check()):
@@ -137,9 +138,8 @@ def _free_memory() -> None:
 
 def summary_line(result: StageResult) -> str:
     """``1,400 in, 1,391 out, dropped 9 (5 unfinished, 4 equals_plain)``."""
-    drops = ", ".join(f"{n:,} {reason}" for reason, n in result.dropped.most_common())
-    lost = sum(result.dropped.values())
-    tail = f", dropped {lost:,} ({drops})" if lost else ""
+    lost = result.dropped.total()
+    tail = f", dropped {lost:,} ({by_reason(result.dropped)})" if lost else ""
     return f"{result.n_in:,} in, {result.n_out:,} out{tail}"
 
 
@@ -150,9 +150,8 @@ def _write_recipe(run: RunFolder, recipe: Planned, given: Mapping[str, Any]) -> 
         old = path.read_text("utf-8")
         if old == resolved:
             return
-        stamp = digest(old)
         for name in ("resolved.json", "recipe.yaml"):
-            target = run / "superseded" / f"recipe-{stamp}" / name
+            target = run / "superseded" / f"recipe-{digest(old)}" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if (run / name).exists() and not target.exists():
                 shutil.copy2(run / name, target)

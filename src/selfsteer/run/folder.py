@@ -62,6 +62,11 @@ class StageResult:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def by_reason(dropped: Counter[str]) -> str:
+    """``5 unfinished, 4 equals_plain``, the most frequent first."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
+
+
 class Drops:
     """What a stage drops, counted by reason and written down as it comes; a block that ends it."""
 
@@ -232,17 +237,17 @@ class RunFolder:
         self.append("ledger.jsonl", begin)
         start = time.monotonic()
         result = stage.run(self)
-        lost = sum(result.dropped.values())
+        lost = result.dropped.total()
         if result.one_to_one and result.n_in != result.n_out + lost:
             raise ArtifactError(
                 f"Stage {stage.name} lost count: {result.n_in} in, {result.n_out} out, {lost} "
                 "dropped. This is a bug; please report it with the run's ledger."
             )
         if result.n_out == 0:
-            drops = ", ".join(f"{n} {reason}" for reason, n in result.dropped.most_common())
             raise ArtifactError(
                 f"Stage {stage.name} has nothing left: of {result.n_in} records all were dropped "
-                f"({drops or 'there were none'}). Relax what dropped them, or give more."
+                f"({by_reason(result.dropped) or 'there were none'}). Relax what dropped them, or "
+                "give more."
             )
         self.append(
             "ledger.jsonl",

@@ -9,14 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ConfigError
-from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import is_main_process, warn
 
 #: Where each tracker's name for the run, and its folder, is read by the integrations.
@@ -110,16 +108,6 @@ class Tracker:
                 self._callbacks.remove(callback)
                 name = type(callback).__name__.removesuffix("Callback")
                 warn(f"{name} gets no more figures; metrics.jsonl and the ledger have them: {e}")
-
-
-@contextmanager
-def tracking(names: tuple[str, ...], run: RunFolder) -> Iterator[Tracker]:
-    """A tracker for the length of a block."""
-    tracker = Tracker(names, run.path)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -39,7 +39,7 @@ from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Loading, Queries, Sampling, resolve_path
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
-from selfsteer.run.folder import RunFolder, refuse
+from selfsteer.run.folder import RunFolder, by_reason, refuse
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
@@ -436,7 +436,7 @@ def _write(
     triples = list(stored_triples(run / writer.outputs[0]))
     sources = Counter(str(t.extra["source"]) for t in triples)
     line.figures = {"sources": dict(sources), "seconds": taken}
-    line.found = ", ".join(f"{n:,} {source}" for source, n in sources.most_common())
+    line.found = by_reason(sources)
     fallen = sum(n for s, n in sources.items() if s.startswith("fallback")) / len(triples)
     line.warn(
         f"{fallen:.0%} of the written principles cannot be used. Set principles.mode=picked, or a "
@@ -707,4 +707,4 @@ def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -
 
 def drops(dropped: Counter[str]) -> str:
     """`` (5 unfinished, 4 equals_plain)``, or nothing."""
-    return f" ({', '.join(f'{n:,} {r}' for r, n in dropped.most_common())})" if dropped else ""
+    return f" ({by_reason(dropped)})" if dropped else ""
