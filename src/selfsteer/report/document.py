@@ -200,7 +200,8 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
             shown = ", ".join(f"{b:.3f}" for b in value[1:] if b is not None)
             out.append((label, f"{value[0]:.3f}", f"95 %: {shown}" if shown else ""))
     if pairs and pairs.accuracy is not None:
-        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", "by the run's judge"))
+        judge = next(r.quality.judge for r in reversed(run.rounds) if r.quality)
+        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", f"judge: {judge}"))
     if pairs:
         policyness = f"{pairs.on_policyness['both']:.3f}"
         out.append(("On-policyness", policyness, "mean probability per token"))
