@@ -64,7 +64,7 @@ def test_a_size_that_nobody_knows_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no hidden_size"):
         shape_from(tmp_path, num_hidden_layers=2)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(ArtifactError, match="model.safetensors is not a complete"):
+    with pytest.raises(ArtifactError, match=r"model.safetensors is not a complete"):
         shape_from(tmp_path, **LLAMA)
 
 
