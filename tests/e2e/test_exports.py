@@ -362,7 +362,7 @@ def test_push_makes_the_repository_and_uploads_once(tmp_path: Path) -> None:
 def test_push_refuses_a_run_and_a_name_that_is_none(smoke: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a whole run"):
         plan_upload(smoke, "me/data", private=False)
-    with pytest.raises(ConfigError, match="no name of a hub repository"):
+    with pytest.raises(ConfigError, match="not the name of a hub repository"):
         plan_upload(tmp_path, "me/da ta", private=False)
     with pytest.raises(ConfigError, match="holds no file"):
         plan_upload(tmp_path, "me/data", private=False)
