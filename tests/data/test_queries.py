@@ -352,7 +352,9 @@ def test_rows_of_evaluation_sets_that_cannot_be_compared_are_counted(tmp_path: P
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
     path = rows_in(tmp_path / "q.jsonl", {"prompt": "Why?"})
-    with pytest.raises(ConfigError, match=r"split 'test' has no effect: .*q\.jsonl is no datasets"):
+    with pytest.raises(
+        ConfigError, match=r"split 'test' has no effect: .*q\.jsonl is not a datasets"
+    ):
         load(path, split="test")
 
 

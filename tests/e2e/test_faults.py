@@ -135,7 +135,7 @@ def test_a_server_that_dies_leaves_the_shards_so_far(
 ) -> None:
     server.always = lambda h: len(h.server.asked) > 20 and status(503, f"gone, {KEY}")(h)
     ended = ask(here, server, tmp_path, "dies", retries=1)
-    fails(ended, 3, "no usable answer to request after request", "http_503", "Finished shards")
+    fails(ended, 3, "no usable answer to several requests", "http_503", "Finished answers")
     assert KEY not in ended.err
     shards = sorted(p.name for p in (tmp_path / "dies/iteration-1/samples").glob("shard-*.jsonl"))
     assert shards == ["shard-00000.jsonl"]

@@ -181,7 +181,7 @@ def test_baseline_answers_are_found_by_id_or_by_question(tmp_path: Path) -> None
     questions = read_questions(settings)
     assert read_baseline(settings, questions) == {"a": "So.", questions[1].id: "Thus."}
     for rows, said in (
-        ([{"id": "a", "text": "So."}], "line 1 is no answer"),
+        ([{"id": "a", "text": "So."}], "line 1 is not an answer"),
         ([{"id": "z", "response": "So."}], "answers none of the questions"),
     ):
         write(tmp_path / "a.jsonl", *rows)

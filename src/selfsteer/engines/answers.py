@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import disk_errors, dump_line
+from selfsteer.data.jsonl import disk_errors, dump_line, read_jsonl
 from selfsteer.engines.base import (
     REQUEST_FAILED,
     Advance,
@@ -80,3 +80,10 @@ def _stored(
     return {
         r.id: known[r.id] for batch in whole if all(r.id in known for r in batch) for r in batch
     }
+
+
+def read_answers(store: Path) -> dict[str, Completion]:
+    """The answers of a store that `answers` finished, by id; those that failed are not there."""
+    names = Completion.__dataclass_fields__
+    rows = (row for _, row in read_jsonl(store))
+    return {row["id"]: Completion(**{name: row[name] for name in names}) for row in rows}

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import derive_seed, digest, model_digest
-from selfsteer.data.jsonl import read_jsonl, write_atomic
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Query, Triple
-from selfsteer.engines.answers import answers
+from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
@@ -236,7 +236,7 @@ def _answers(
     path = s.folder / f"answers-{key}.jsonl"
     if path.exists():
         advance(len(probes) * len(CONTEXTS), 0)
-        return {value["id"]: Completion(**value) for _, value in read_jsonl(path)}
+        return read_answers(path)
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
     requests = [
         Request(
