@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # a file of tests is one worker's, so that what it prepares is prepared once
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-vllm check fmt bench docs clean setup
 
