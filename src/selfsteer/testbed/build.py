@@ -190,7 +190,8 @@ def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any
         seed=seed,
         use_cpu=True,
         num_train_epochs=1,
-        per_device_train_batch_size=1,  # each item is a batch
+        per_device_train_batch_size=1,  # each item is a batch, in its place
+        train_sampling_strategy="sequential",
         learning_rate=lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -267,14 +268,19 @@ def encode(chat: ChatFormat, data: Iterable[Example]) -> list[Row]:
 
 
 def in_batches(rows: list[Row], rng: random.Random) -> list[list[Row]]:
-    """Batches of sequences of similar length, which saves padding, each of a mixture of kinds."""
+    """Shuffled batches of sequences of similar length: little padding.
+
+    They are sorted within pools, so that any 64 batches in a row are a mixture of all lengths.
+    """
     rng.shuffle(rows)
-    width = BATCH_SIZE * 64
-    pools = (
-        sorted(rows[i : i + width], key=lambda row: len(row["input_ids"]))
-        for i in range(0, len(rows), width)
-    )
-    return [pool[i : i + BATCH_SIZE] for pool in pools for i in range(0, len(pool), BATCH_SIZE)]
+    width = 64 * BATCH_SIZE
+    out = []
+    for start in range(0, len(rows), width):
+        pool = sorted(rows[start : start + width], key=lambda row: len(row["input_ids"]))
+        batches = [pool[i : i + BATCH_SIZE] for i in range(0, len(pool), BATCH_SIZE)]
+        rng.shuffle(batches)
+        out += batches
+    return out
 
 
 # -- measuring -------------------------------------------------------------------------------------
