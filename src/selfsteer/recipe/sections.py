@@ -7,8 +7,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -1012,20 +1011,27 @@ class TrainConfig(Optimisation, Steering, Loading):
 def resolve_path(value: str) -> str:
     """A path as the system knows it: inside an installed package, or absolute.
 
-    ``package:MODULE/PATH`` is inside the package; ``./PATH`` becomes absolute, as a `Path` of it
-    would read like a hub id; others stay.
+    ``package:MODULE/PATH`` is inside the package, which is not imported; ``./PATH`` becomes
+    absolute, as a `Path` of it would read like a hub id; others stay.
 
     Raises:
-        ConfigError: the module or file does not exist.
+        ConfigError: the package or file does not exist, or the module is not a package.
     """
     if value.startswith(("./", "../")):
         return str(Path(value).absolute())
     if not value.startswith("package:"):
         return value
     module, _, inside = value.removeprefix("package:").partition("/")
-    path = None
-    with suppress(ModuleNotFoundError):
-        path = Path(str(files(module) / inside))
-    if path is None or not path.exists():
+    top, *rest = module.split(".")
+    spec = find_spec(top) if top.isidentifier() else None
+    if spec is None:
+        raise ConfigError(f"{value!r}: there is no package {top!r} here. Install it first.")
+    if spec.submodule_search_locations is None:
+        raise ConfigError(
+            f"{value!r}: {top} is a module without a folder. Give package:PACKAGE/PATH."
+        )
+    paths = [Path(folder, *rest, inside) for folder in spec.submodule_search_locations]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
         raise ConfigError(f"{value!r} names nothing in the installed package.")
     return str(path)
