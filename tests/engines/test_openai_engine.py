@@ -34,7 +34,7 @@ from selfsteer.judges.load import load_judge
 from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
-from selfsteer.recipe.sections import EngineConfig, JudgeConfig
+from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading
 from selfsteer.run.stage import identity
 from tests import fakes
 from tests.fakes import FAULTS, Server, completion, say, sends, serving, status
@@ -309,8 +309,8 @@ def test_two_models_of_one_server_are_counted_together(server: Server, tmp_path:
     server.faults = {0: status(400)}
     with Engines(tmp_path) as engines:
         for model in ("canned", "other"):
-            own = {"base_url": server.url, "model": model, "concurrency": 1}
-            one = engines.get(EngineConfig(kind="openai", **own), model, None, 1)  # type: ignore[arg-type]
+            own: dict[str, Any] = {"base_url": server.url, "model": model, "concurrency": 1}
+            one = engines.get(EngineConfig(kind="openai", **own), model, Loading(), 1)
             ask(one, GREEDY, 0, CONVERSATIONS[:2])
         (counts,) = engines.asked.values()
     assert counts["requests"] == len(server.asked) == 4
@@ -324,8 +324,8 @@ def launched(tmp_path: Path, launch: str) -> LaunchedServer:
 def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
     settings = EngineConfig(kind="openai", launch=SERVE)
     with Engines(tmp_path) as engines:
-        one = engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
-        assert one is engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
+        one = engines.get(settings, "bees", Loading(), 1)
+        assert one is engines.get(settings, "bees", Loading(), 1)
         assert isinstance(one, OpenAIEngine)
         one.check()
         (found,) = ask(one, GREEDY, 0, CONVERSATIONS[:1])
@@ -359,7 +359,7 @@ def test_a_server_that_dies_ends_its_stage_with_its_log(tmp_path: Path) -> None:
 
     def stage() -> None:
         with Engines(tmp_path) as engines:
-            one = engines.get(settings, "bees", None, 1)  # type: ignore[arg-type]
+            one = engines.get(settings, "bees", Loading(), 1)
             ask(one, GREEDY, 0)
 
     with pytest.raises(EngineError, match=r"exit code 3.*enough"):
@@ -442,6 +442,7 @@ def test_the_writer_is_a_model_or_an_engine_with_one() -> None:
         "tensor_parallel": 1,
         "max_model_len": None,
         "engine_args": {},
+        "chat_template_kwargs": {},
     }
     assert writer({**LAUNCH, "model": "some/model"}).model == "some/model"
     assert writer(HERE).base_url == HERE["base_url"]

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from selfsteer.data.records import Message, Principles, Triple
-from selfsteer.errors import ArtifactError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_model
 from selfsteer.recipe.sections import Policy
@@ -214,6 +214,20 @@ def test_template_that_refuses_a_conversation_is_a_data_error() -> None:
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     with pytest.raises(DataError, match=r"picky refuses.*user, assistant, user: one turn only"):
         chat.prompt_ids(turns)
+
+
+def test_a_variable_that_the_template_does_not_read_is_an_error() -> None:
+    tokenizer = make_tokenizer("qwen2")
+    with pytest.raises(ConfigError, match=r"some reads no 'thinking'.*it reads no variable\.$"):
+        ChatFormat(tokenizer, "some", {"thinking": False})
+    tokenizer.chat_template += "{{- 'Hm' if enable_thinking is defined and enable_thinking -}}"
+    with pytest.raises(ConfigError, match=r"it reads enable_thinking\. Did you mean enable_think"):
+        ChatFormat(tokenizer, "some", {"enable_thinkin": False})
+    with pytest.raises(ConfigError, match="reads no 'messages'"):
+        ChatFormat(tokenizer, "some", {"messages": []})
+    hi = [Message("user", "Hi")]
+    loud, quiet = (ChatFormat(tokenizer, "x", {"enable_thinking": t}) for t in (True, False))
+    assert loud.prompt_text(hi) == quiet.prompt_text(hi) + "Hm"
 
 
 def test_template_that_drops_the_system_text_silently_gets_it_folded() -> None:

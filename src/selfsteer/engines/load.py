@@ -98,7 +98,8 @@ class Engines(ExitStack):
             batch_size: of an engine in process.
             at_hand: whether ``source`` can be read here even if a server answers.
         """
-        key = digest([settings.kind, settings.identity, source, batch_size])
+        asked = [settings.kind, settings.identity, loading.chat_template_kwargs]
+        key = digest([*asked, source, batch_size])
         if key in self._made:
             return self._made[key]
         check_installed(settings)
@@ -119,13 +120,13 @@ class Engines(ExitStack):
                 settings, source, loading, batch_size, at_hand=at_hand, make=make_engine
             )
         else:
-            engine = self._server(settings, source, loading if at_hand else None)
+            engine = self._server(settings, source, loading, at_hand=at_hand)
         if settings.kind != "transformers":
             self.callback(engine.close)
         return self._made.setdefault(key, engine)
 
     def _server(
-        self, settings: EngineSettings, source: str, loading: Loading | None
+        self, settings: EngineSettings, source: str, loading: Loading, *, at_hand: bool
     ) -> "OpenAIEngine":
         """Asks a server; its prompts are checked here where the model can be loaded."""
         from selfsteer.engines.openai import OpenAIEngine
@@ -134,14 +135,15 @@ class Engines(ExitStack):
         label = settings.base_url or str(settings.launch).split()[0]
         path = self.home / "usage" / f"{name}.json" if self.home else None
         _, usage = self._usage.setdefault(name, (label, Usage(path)))
-        model, base_url, local = settings.model or "", settings.base_url or "", dict[str, Any]()
+        model, base_url = settings.model or "", settings.base_url or ""
+        local: dict[str, Any] = {"template": loading.chat_template_kwargs}
         if settings.launch is not None:
             logs = self.home / "logs" if self.home else Path(tempfile.mkdtemp(prefix="selfsteer-"))
             log = logs / f"server-{name}-{len(self._made)}.log"
             server = LaunchedServer(settings.launch, source, log, hidden=settings.api_key_env)
             self.enter_context(server).wait(settings.launch_timeout)
-            model, base_url, local = source, server.base_url, {"server": server}
-        if loading is not None:
+            model, base_url, local["server"] = source, server.base_url, server
+        if at_hand:
             from selfsteer.models.load import load_chat, load_context_length
 
             local["chat"] = load_chat(source, loading)

@@ -147,6 +147,7 @@ class OpenAIEngine(ProbedEngine):
         usage: counts of all that is asked under these settings.
         chat: the model's own template where the model is at hand: prompts are then counted, and
             folded where it knows no system role, exactly as training will.
+        template: variables of the chat template that each request brings; the server renders.
         context_length: of the model; longer prompts are not sent.
         server: set if it was launched for this engine.
     """
@@ -164,11 +165,14 @@ class OpenAIEngine(ProbedEngine):
         usage: Usage,
         *,
         chat: ChatFormat | None = None,
+        template: Mapping[str, Any] | None = None,
         context_length: int | None = None,
         server: LaunchedServer | None = None,
     ) -> None:
         self.settings, self.model, self.base_url, self.usage = settings, model, base_url, usage
         self._chat, self._limit, self._server = chat, context_length, server
+        more = {"chat_template_kwargs": dict(template)} if template else {}
+        self._extra = {**settings.extra_body, **more}
         self._key = "" if server else os.environ.get(settings.api_key_env, "").strip()
         host = urlsplit(base_url).hostname or ""
         here = host in ("localhost", "::1") or host.startswith("127.")
@@ -339,7 +343,7 @@ class OpenAIEngine(ProbedEngine):
         try:
             async with asyncio.timeout(self.settings.timeout):
                 found = await self._client.chat.completions.with_raw_response.create(
-                    **body, extra_body=self.settings.extra_body or None
+                    **body, extra_body=self._extra or None
                 )
             reply = read_reply(found.http_response.content)
         except openai.APIStatusError as e:

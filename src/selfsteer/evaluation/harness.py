@@ -258,8 +258,8 @@ def _harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            turns = loaded.chat.folded([Message(m["role"], m["content"]) for m in chat_history])
-            return super().apply_chat_template([m.to_dict() for m in turns], add_generation_prompt)
+            turns = [Message(m["role"], m["content"]) for m in chat_history]
+            return loaded.chat.prompt_text(turns, continued=not add_generation_prompt)
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._model_generate(context, *args, **kwargs)

@@ -49,7 +49,8 @@ class AnswerStore:
         from selfsteer.models.load import resolve_device, resolve_dtype
 
         model, engine = model_digest(judge_source(settings)), settings.engine
-        made_of: list[Any] = [settings.kind, model, engine.identity, *asked]
+        template = settings.chat_template_kwargs
+        made_of: list[Any] = [settings.kind, model, engine.identity, template, *asked]
         if engine.kind != "openai":
             device = resolve_device(settings.device)
             made_of += [str(resolve_dtype(settings.dtype, device)), device.type]

@@ -448,6 +448,7 @@ def reward_stage(recipe: Recipe, settings: Reward, own: tuple[str, Artifact] | N
         (*mine, *given),
         start,
         settings.model_copy(update={"data": (), "model": None, "own_weight": 1.0}),
+        of_policy=settings.model is None,
         lora=recipe.policy.lora,
         keep_checkpoints=recipe.keep.checkpoints,
     )

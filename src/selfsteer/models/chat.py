@@ -5,16 +5,20 @@ then the end-of-turn token, nothing after it. A response that was cut off gets n
 token: training on one would teach stopping in mid-sentence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from selfsteer.data.records import Message, Triple
-from selfsteer.errors import ArtifactError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import did_you_mean
 
 _PROBE = "Probe of the system role"
+
+#: Variables of a template that no setting gives: what is rendered, and what every template has.
+_OWN = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,19 @@ class EncodedSequence:
 class ChatFormat:
     """A tokenizer and its chat template.
 
+    Args:
+        tokenizer: with a chat template.
+        source: what messages call the model.
+        kwargs: variables of the template that every rendering gets, such as ``enable_thinking``.
+
     Raises:
         ArtifactError: the tokenizer has no chat template, or no token that ends a turn.
+        ConfigError: the template reads no such variable.
     """
 
-    def __init__(self, tokenizer: Any, source: str = "the model") -> None:
+    def __init__(
+        self, tokenizer: Any, source: str = "the model", kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ArtifactError(
                 f"{source} has no chat template, so a conversation cannot be turned into tokens. "
@@ -44,8 +56,26 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.source = source
+        self.kwargs = dict(kwargs or {})
+        for name in self.kwargs.keys() - self.variables:
+            reads = ", ".join(sorted(self.variables)) or "no variable"
+            raise ConfigError(
+                f"chat_template_kwargs: the chat template of {source} reads no {name!r}, so it "
+                f"would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
+            )
         self._cache: dict[tuple[Message, ...], tuple[int, ...]] = {}
         self._ids: dict[int, int] = {}
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads and settings may give."""
+        from jinja2.meta import find_undeclared_variables
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = self.tokenizer.get_chat_template()
+        environment = _compile_jinja_template(template).environment
+        found = find_undeclared_variables(environment.parse(template))
+        return frozenset(found - _OWN - environment.globals.keys())
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -78,13 +108,20 @@ class ChatFormat:
         return int(found)
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        options |= self.kwargs
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The rendered prompt with generation prompt; system text folded in where it must be."""
+    def prompt_text(self, messages: Sequence[Message], *, continued: bool = False) -> str:
+        """The rendered prompt with generation prompt; system text folded in where it must be.
+
+        Args:
+            messages: that end in a user turn.
+            continued: they end in an assistant turn, which is left open to be continued.
+        """
         folded = self.folded(messages)
+        option = "continue_final_message" if continued else "add_generation_prompt"
         try:
-            return self._render([m.to_dict() for m in folded], add_generation_prompt=True)
+            return self._render([m.to_dict() for m in folded], **{option: True})
         except Exception as e:
             if type(e).__name__ not in ("TemplateError", "UndefinedError", "TypeError"):
                 raise

@@ -136,9 +136,11 @@ def load_chat(source: str, settings: Loading) -> ChatFormat:
 
     Raises:
         ArtifactError: it cannot be read, or has no chat template.
+        ConfigError: the template reads none of the variables that the settings give.
     """
     check_source(source)
-    return ChatFormat(pretrained(AutoTokenizer, "tokenizer", source, settings), source)
+    tokenizer = pretrained(AutoTokenizer, "tokenizer", source, settings)
+    return ChatFormat(tokenizer, source, settings.chat_template_kwargs)
 
 
 def load_model(

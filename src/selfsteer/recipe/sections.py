@@ -163,6 +163,9 @@ class Loading(Section):
     layout: Layout = _f("auto", "tree shares prompts and needs no padding; auto tests it first")
     trust_remote_code: bool = _f(False, "run code that comes with the checkpoint")
     allow_pickle: bool = _f(False, "load weights that are not in safetensors format")
+    chat_template_kwargs: dict[str, Any] = _f(
+        {}, "variables of the chat template: {enable_thinking: false}, {reasoning_effort: low}"
+    )
     threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0, costs_only=True)
 
     @property
@@ -172,7 +175,7 @@ class Loading(Section):
 
 
 #: What of `Loading` a judge's model has, too.
-LOADED = {"dtype", "device", "trust_remote_code", "allow_pickle"}
+LOADED = {"dtype", "device", "trust_remote_code", "allow_pickle", "chat_template_kwargs"}
 
 
 class Policy(Loading):
@@ -200,6 +203,7 @@ _TAKEN = (
     }, "sets"),
     ("extra_body", {
         "model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream",
+        "chat_template_kwargs",
     }, "sends"),
 )
 # fmt: on
@@ -371,7 +375,18 @@ class EngineConfig(EngineSettings):
 class WriterConfig(EngineConfig):
     """What writes principles or rewrites answers: folder, hub id, or engine with its model."""
 
+    chat_template_kwargs: dict[str, Any] = _f({}, "as policy.chat_template_kwargs")
+
     short: ClassVar[str | None] = "model"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on."""
+        return {**super().identity, "chat_template_kwargs": self.chat_template_kwargs}
+
+    def loading(self, policy: Loading) -> Loading:
+        """How the writer's model is loaded: as the policy, with variables of its own template."""
+        return policy.model_copy(update={"chat_template_kwargs": self.chat_template_kwargs})
 
 
 #: Unicode scripts that queries can be bounded to, as Unicode names them.
@@ -636,6 +651,9 @@ class JudgeConfig(Section):
     device: Device = _f("auto", "as policy.device", kind="chat, reward")
     trust_remote_code: bool = _f(False, "as policy.trust_remote_code", kind="chat, reward")
     allow_pickle: bool = _f(False, "as policy.allow_pickle", kind="chat, reward")
+    chat_template_kwargs: dict[str, Any] = _f(
+        {}, "as policy.chat_template_kwargs", kind="chat, reward"
+    )
 
     @property
     def loading(self) -> Loading:
@@ -654,7 +672,8 @@ class JudgeConfig(Section):
     @override
     def faults(self) -> Iterator[str]:
         engine = self.engine.answering.kind
-        idle = {"openai": {*LOADED, "batch_size"}, "vllm": {"batch_size", "device"}}
+        served = LOADED - {"chat_template_kwargs"}
+        idle = {"openai": {*served, "batch_size"}, "vllm": {"batch_size", "device"}}
         yield from self.idle(foreign(self), f"with a judge of kind {self.kind}")
         yield from holding(
             {

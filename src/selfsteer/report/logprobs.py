@@ -13,7 +13,7 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import DataError, SelfsteerError
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES
 from selfsteer.models.chat import ChatFormat, EncodedSequence
-from selfsteer.recipe.sections import Loading, resolve_path
+from selfsteer.recipe.sections import resolve_path
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView, RunView
 
@@ -29,10 +29,11 @@ def tokenizer(run: RunView) -> ChatFormat | None:
     from selfsteer.models.load import load_chat
 
     base, *own = run.models.values()
+    loading = run.recipe.policy.loading.model_copy(update={"trust_remote_code": False})
     for source in [*own, resolve_path(base)]:
         if Path(source).is_dir():
             try:
-                return load_chat(source, Loading())
+                return load_chat(source, loading)
             except SelfsteerError:
                 continue
     return None

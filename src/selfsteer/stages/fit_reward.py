@@ -17,7 +17,7 @@ from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_reward_start
-from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.recipe.sections import LOADED, JudgeConfig
 from selfsteer.run.folder import Dropped, RunFolder, StageResult
 from selfsteer.stages.fit import common, with_drops
 from selfsteer.terminal import progress_bar, say
@@ -42,10 +42,10 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
     Raises:
         DataError: a set cannot be read, or no record has the margin that the recipe names.
     """
-    settings, seed = stage.settings, stage.seed
+    settings, seed, loading = stage.settings, stage.seed, stage.start_loading
     sets = [(s.name, s.weight, *read_pairs(s.path)) for s in stage.sets]
     start = str(stage.start.path)
-    loaded = load_reward_start(start, stage.loading, derive_seed(seed, stage.name, "head"))
+    loaded = load_reward_start(start, loading, derive_seed(seed, stage.name, "head"))
     limit = min(settings.max_length, loaded.context_length or settings.max_length)
     dropped: list[Dropped] = []
     pairs: list[RewardPair] = []
@@ -94,9 +94,7 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
     saved = JudgeConfig(
         kind="reward",
         model=str(work_folder(output) / "model"),
-        **stage.loading.model_dump(
-            include={"dtype", "device", "trust_remote_code", "allow_pickle"}
-        ),
+        **loading.model_dump(include=LOADED),
     )
     quality = reward_quality(score_pairs(RewardJudge(saved), chat, test))
     report = {

@@ -24,7 +24,7 @@ from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import accuracy
-from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
+from selfsteer.recipe.sections import LOADED, JudgeConfig, Loading, Sampling
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
@@ -155,12 +155,11 @@ def policy_as_judge(policy: str, loading: Loading, batch_size: int) -> JudgeConf
     The paper's own prompt adds up five points for one answer; ours compares two in both orders.
     The policy answers in process, whoever samples.
     """
-    own = ("dtype", "device", "trust_remote_code", "allow_pickle")
     return JudgeConfig(
         kind="chat",
         model=policy,
         batch_size=batch_size,
-        **{name: getattr(loading, name) for name in own},
+        **loading.model_dump(include=LOADED),
     )
 
 

@@ -186,7 +186,7 @@ def who_answers(
     """The engine of a writer; where there is none, that of the policy."""
     if writer is None:
         return engines.sampler(settings, policy, loading, batch_size)
-    return engines.get(writer, source_of(writer), loading, batch_size)
+    return engines.get(writer, source_of(writer), writer.loading(loading), batch_size)
 
 
 def in_contexts(models: Mapping[str, str], *, keep_unfinished: bool) -> Asking[Triple]:
@@ -286,7 +286,7 @@ def check_writer(
     if writer is not None:
         check_engine(writer)
         if not writer.base_url:
-            yield from check_budget(source_of(writer), loading, budget)
+            yield from check_budget(source_of(writer), writer.loading(loading), budget)
 
 
 def check_budget(source: str, loading: Loading, budgets: Mapping[str, int]) -> Iterator[str]:

@@ -139,6 +139,7 @@ class TrainReward(Stage):
         sets: the mixture.
         start: chat model, or reward model to train further.
         settings: schedule, margin, held-out share.
+        of_policy: whether ``start`` has the policy's chat template, and takes its variables.
         lora: train adapters and the head instead of all weights.
         keep_checkpoints: resumable ones kept while training.
     """
@@ -148,6 +149,7 @@ class TrainReward(Stage):
     )
     start: Artifact
     settings: Reward
+    of_policy: bool = True
     lora: Lora | None = None
     keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
 
@@ -155,6 +157,12 @@ class TrainReward(Stage):
     makes = ("reward", "reward.json")
     leaves = ("reward.partial",)
     one_process = True
+
+    @property
+    def start_loading(self) -> Loading:
+        """How ``start`` is loaded."""
+        other = self.loading.model_copy(update={"chat_template_kwargs": {}})
+        return self.loading if self.of_policy else other
 
     @override
     def cost(self, scale: Scale) -> Cost:
@@ -165,7 +173,7 @@ class TrainReward(Stage):
         from selfsteer.models.load import load_chat
 
         check_device(self.loading, self.lora)
-        load_chat(str(self.start.path), self.loading)
+        load_chat(str(self.start.path), self.start_loading)
         for one in self.sets:
             if one.own is None:
                 preferences_of(one.source)
