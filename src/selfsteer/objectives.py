@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from selfsteer.errors import ConfigError
 
 if TYPE_CHECKING:  # whoever has tensors has torch; recipes and plans read this module without it
     from torch import Tensor
 
+Direction = Literal["reverse", "forward", "jsd"]
 ObjectiveName = Literal[
     "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
 ]
@@ -133,6 +134,11 @@ class Objective:
     weighting: str | None = None
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether its base loss compares with a reference's log-probs."""
+        return self.base.needs_reference
+
+    @property
     def sequences(self) -> tuple[str, ...]:
         """The sequences a query contributes, each once, in order of first use."""
         names = [s for term in self.terms for s in term.sequences]
@@ -215,6 +221,68 @@ class Objective:
             Gate(alpha, detach_weight) if gated else None,
             weighting if name == "pbaa" else None,
         )
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """Contrast distillation: at each token of a plain answer the policy is drawn to a target.
+
+    The teacher is the frozen start π0, which reads the answer under x, x+ and x-. Its target is
+    q ∝ π0(·|x) · exp(λ·clip(log π0(·|x+) − log π0(·|x-), ±c)): the policy of highest expected
+    reward r = clip(log π0(y|x+) − log π0(y|x-), ±c) per token, less KL(π ‖ π0)/λ (docs/method.md).
+
+    Args:
+        strength: λ.
+        clip: c, nats; it is what keeps λ from wrecking the language.
+        direction: ``reverse`` KL(π ‖ q), ``forward`` KL(q ‖ π), or ``jsd``, half of each to their
+            mean.
+    """
+
+    strength: float = 4.0
+    clip: float = 1.0
+    direction: Direction = "reverse"
+    name: str = "contrast"
+
+    #: What is trained on, what the teacher reads, and whether log-probs of a reference are needed.
+    sequences: ClassVar[tuple[str, ...]] = ("plain/plain",)
+    read: ClassVar[tuple[str, ...]] = ("plain/plain", "good/plain", "bad/plain")
+    needs_reference: ClassVar[bool] = False
+
+    def reward(self, good: Tensor, bad: Tensor) -> Tensor:
+        """clip(log π0(·|x+) − log π0(·|x-), ±c), of log-probs in nats of any one shape."""
+        return (good - bad).clamp(-self.clip, self.clip)
+
+    def target(self, plain_RV: Tensor, good_RV: Tensor, bad_RV: Tensor) -> Tensor:
+        """Log q, (R, V), from log-probs in nats of the frozen start in the three contexts."""
+        return (plain_RV + self.strength * self.reward(good_RV, bad_RV)).log_softmax(dim=-1)
+
+    def divergence(self, policy_RK: Tensor, target_RK: Tensor) -> Tensor:
+        """The divergence of each token, (R,) in nats, from log masses of K disjoint events."""
+        if self.direction == "reverse":
+            return _kl(policy_RK, target_RK)
+        if self.direction == "forward":
+            return _kl(target_RK, policy_RK)
+        mean_RK = policy_RK.logaddexp(target_RK) - math.log(2)
+        return (_kl(policy_RK, mean_RK) + _kl(target_RK, mean_RK)) / 2
+
+
+#: Log of a mass that counts as none: its exponential is 0, and products with it stay finite.
+NO_MASS = -1e4
+
+#: Least mass of the rest beside the known tokens: below it lies rounding.
+LEAST_REST = 1e-6
+
+
+def with_rest(known_RK: Tensor) -> Tensor:
+    """Log masses of the known tokens and of all others together, (R, K + 1)."""
+    from torch import cat
+
+    rest_R = (1 - known_RK.exp().sum(dim=-1)).clamp(min=LEAST_REST).log()
+    return cat([known_RK, rest_R.unsqueeze(-1)], dim=-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(dim=-1)
 
 
 def wpo_weights(logps: Tensor, collisions: Tensor, lengths: Tensor) -> Tensor:

@@ -120,8 +120,7 @@ def model_card(of: RoundView) -> str:
     return _page(
         front,
         f"# {recipe.name}",
-        f"{base}, trained on pairs of a chosen and a rejected answer. {method.pair}. "
-        "No person compared answers.",
+        f"{base}, trained on {method.learnt}. {method.pair}. No person compared answers.",
         "## How it was made",
         _how(
             of,

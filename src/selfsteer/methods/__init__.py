@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from selfsteer.methods.base import Aligning, Principled, Recipe
+from selfsteer.methods.base import Aligning, Paired, Principled, Recipe
 from selfsteer.methods.best_of_n import BestOfN
+from selfsteer.methods.contrast import ContrastDistillation
 from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
@@ -16,14 +17,23 @@ from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import choose, load_values, merge, validate
 
 AnyRecipe = (
-    SSO | SSOOnline | PBAA | GoodOverPlain | BestOfN | SelfRewarding | SGPO | SPIN | RewardModel
+    SSO
+    | SSOOnline
+    | PBAA
+    | ContrastDistillation
+    | GoodOverPlain
+    | BestOfN
+    | SelfRewarding
+    | SGPO
+    | SPIN
+    | RewardModel
 )
 
 #: Their classes, in the order of the documentation; the first is the default.
 METHODS: tuple[type[AnyRecipe], ...] = get_args(AnyRecipe)
 
 __all__ = [
-    "METHODS", "Aligning", "AnyRecipe", "Principled", "Recipe", "load_recipe", "recipe_of",
+    "METHODS", "Aligning", "AnyRecipe", "Paired", "Principled", "Recipe", "load_recipe", "recipe_of",
 ]  # fmt: skip
 
 

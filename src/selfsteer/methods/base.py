@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.objectives import Objective
+from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import (
     CONSTANTS,
     Benchmarks,
@@ -28,6 +28,7 @@ from selfsteer.recipe.sections import (
     JudgeConfig,
     Keep,
     Policy,
+    PolicyStage,
     PolicyTraining,
     PrincipledHygiene,
     PrinciplesConfig,
@@ -145,9 +146,7 @@ class Aligning(Recipe):
     )
     queries: Queries
     sampling: Sampling = Sampling()
-    hygiene: Hygiene = Hygiene()
-    training: PolicyTraining = PolicyTraining()
-    reward: Reward | None = Field(None, description="reward model trained on the pairs; null: none")
+    training: PolicyStage = PolicyStage()
     judge: JudgeConfig | None = Field(
         None,
         description="what compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; "
@@ -168,7 +167,8 @@ class Aligning(Recipe):
     #: Whether an answer must stand beside each query.
     needs_answers: ClassVar[bool] = False
 
-    #: How the two answers of a pair came about, as a card tells it.
+    #: What the policy is trained on and how that came about, as cards tell it.
+    learnt: ClassVar[str] = "pairs of a chosen and a rejected answer"
     pair: ClassVar[str]
     #: Whether the rejected answers were asked to be bad.
     bad_on_purpose: ClassVar[bool] = False
@@ -196,56 +196,26 @@ class Aligning(Recipe):
             with plan.at(self.method, k, f"iteration-{k}"):
                 policy = self.round(plan, k, policy)
             plan.policies[self.method].append(policy)
-        if self.reward is not None:
-            assert plan.pairs is not None
-            plan(reward_stage(self, self.reward, own=(self.method, plan.pairs)))
-        self.baseline_rounds(plan)
+        self.after_rounds(plan)
         self._evaluation(plan)
         return plan.stages
 
-    def baseline_rounds(self, plan: Plan) -> None:
-        """Plans what the method is to be compared with; nothing, unless a class says otherwise."""
+    def after_rounds(self, plan: Plan) -> None:
+        """Plans what follows the rounds and precedes the evaluation; nothing of every method."""
 
     # -- the parts that rounds are made of ---------------------------------------------------------
-
-    def pairs(
-        self,
-        plan: Plan,
-        samples: Artifact,
-        policy: Artifact,
-        *,
-        principled: Artifact | None = None,
-        triples: Artifact | None = None,
-        cleaned: bool = False,
-        rejected: str = "bad",
-    ) -> Artifact:
-        """Preferences of the good response over the bad, or another one, and their quality."""
-        catalogue = self.principles.catalogue if isinstance(self, Principled) else None
-        pairs = plan(
-            WritePairs(
-                samples,
-                plan.base,
-                self.hygiene,
-                self.sampling.shard_size,
-                catalogue=catalogue,
-                cleaned=cleaned,
-                rejected=rejected,
-            )
-        )
-        plan(MeasureQuality(pairs, policy, self.judge, principled, triples))
-        plan.pairs = pairs
-        return pairs
 
     def train(
         self,
         plan: Plan,
         data: Artifact,
         policy: Artifact,
-        objective: Objective,
-        settings: Generator | PolicyTraining,
+        objective: Objective | TokenObjective,
+        settings: Generator | PolicyStage,
         *,
         contexts: tuple[str, ...] = ("plain",),
         title: str = "policy",
+        teacher: Artifact | None = None,
     ) -> Artifact:
         """The policy of the next round, or a generator, trained from this one's start."""
         measured = settings.selection.points > 0
@@ -255,7 +225,7 @@ class Aligning(Recipe):
             Train(
                 data,
                 start=policy,
-                reference=plan.base if settings.reference == "first" else policy,
+                reference=plan.base if getattr(settings, "reference", "") == "first" else policy,
                 objective=objective,
                 settings=settings,
                 contexts=contexts,
@@ -264,6 +234,7 @@ class Aligning(Recipe):
                 lora=self.policy.lora,
                 keep_checkpoints=self.keep.checkpoints,
                 keep=title == "policy" or self.keep.generator,
+                teacher=teacher,
                 title=title,
             )
         )
@@ -315,16 +286,12 @@ class Aligning(Recipe):
         if self.benchmarks:
             yield from self.benchmarks.judge_faults(self.benchmarks.judge or self.judge)
         yield from self.engine_faults()
-        named = {d.label for d in self.reward.data} if self.reward else set()
         budget, shortest = self.sampling.max_new_tokens, self.shortest
-        wrong = {
-            f"a set of reward.data is called {self.method!r}, as the run's own": (
-                self.method in named
-            ),
-            f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
-            "sampled responses could not be trained on": budget > shortest,
-        }
-        yield from (text for text, holds in wrong.items() if holds)
+        if budget > shortest:
+            yield (
+                f"sampling.max_new_tokens {budget} is longer than max_length {shortest}, so that "
+                "sampled responses could not be trained on"
+            )
 
     @property
     def shortest(self) -> int:
@@ -376,19 +343,59 @@ class Aligning(Recipe):
         yield from (text for text, holds in wrong.items() if holds)
 
 
+class Paired(Aligning):
+    """A method that trains on preferences."""
+
+    hygiene: Hygiene = Hygiene()
+    training: PolicyTraining = PolicyTraining()
+    reward: Reward | None = Field(None, description="reward model trained on the pairs; null: none")
+
+    def pairs(
+        self,
+        plan: Plan,
+        samples: Artifact,
+        policy: Artifact,
+        *,
+        principled: Artifact | None = None,
+        triples: Artifact | None = None,
+        cleaned: bool = False,
+        rejected: str = "bad",
+    ) -> Artifact:
+        """Preferences of the good response over the bad, or another one, and their quality."""
+        catalogue = self.principles.catalogue if isinstance(self, Principled) else None
+        pairs = plan(
+            WritePairs(
+                samples,
+                plan.base,
+                self.hygiene,
+                self.sampling.shard_size,
+                catalogue=catalogue,
+                cleaned=cleaned,
+                rejected=rejected,
+            )
+        )
+        plan(MeasureQuality(pairs, policy, self.judge, principled, triples))
+        plan.pairs = pairs
+        return pairs
+
+    @override
+    def after_rounds(self, plan: Plan) -> None:
+        if self.reward is not None:
+            assert plan.pairs is not None
+            plan(reward_stage(self, self.reward, own=(self.method, plan.pairs)))
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.reward and self.method in {d.label for d in self.reward.data}:
+            yield f"a set of reward.data is called {self.method!r}, as the run's own"
+
+
 class Principled(Aligning):
-    """A method whose responses are written under principles."""
+    """A method that asks under principles."""
 
     principles: PrinciplesConfig = PrinciplesConfig()
     queries: GrownQueries
-    hygiene: PrincipledHygiene = PrincipledHygiene()
-
-    pair: ClassVar[str] = (
-        "The chosen one was written under a good principle and the rejected one under a bad one; "
-        "the principles were then taken away ([Self-Steering Optimization]"
-        "(https://arxiv.org/abs/2410.17131))"
-    )
-    bad_on_purpose: ClassVar[bool] = True
 
     def ask(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
         """Features, p+ and p- for the queries of a round."""
@@ -405,11 +412,6 @@ class Principled(Aligning):
 
     @override
     def faults(self) -> Iterator[str]:
-        if self.principles.features == "none" and not self.hygiene.export_unsafe:
-            yield (
-                "hygiene.export_unsafe: false recognises pairs about Safety by their features, and "
-                "with principles.features none there are none"
-            )
         yield from super().faults()
         engine, writer = self.sampling.engine, self.principles.writer
         batched = writer is not None and writer.answering.kind == "transformers"
@@ -419,6 +421,28 @@ class Principled(Aligning):
                 "principles.batch_size has no effect: no engine of kind transformers is asked; "
                 "unset it"
             )
+
+
+class PrincipledPairs(Principled, Paired):
+    """A method whose pairs are written under principles."""
+
+    hygiene: PrincipledHygiene = PrincipledHygiene()
+
+    pair: ClassVar[str] = (
+        "The chosen one was written under a good principle and the rejected one under a bad one; "
+        "the principles were then taken away ([Self-Steering Optimization]"
+        "(https://arxiv.org/abs/2410.17131))"
+    )
+    bad_on_purpose: ClassVar[bool] = True
+
+    @override
+    def faults(self) -> Iterator[str]:
+        if self.principles.features == "none" and not self.hygiene.export_unsafe:
+            yield (
+                "hygiene.export_unsafe: false recognises pairs about Safety by their features, and "
+                "with principles.features none there are none"
+            )
+        yield from super().faults()
 
 
 def plain_pair(settings: PolicyTraining) -> Objective:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, Principled, plain_pair
+from selfsteer.methods.base import Plan, PrincipledPairs, plain_pair
 from selfsteer.objectives import Term
 from selfsteer.recipe.sections import PolicyTraining
 from selfsteer.run.stage import Artifact
@@ -19,7 +19,7 @@ from selfsteer.stages.sample import Sample
 NLL = 0.1
 
 
-class GoodOverPlain(Principled):
+class GoodOverPlain(PrincipledPairs):
     """The good answer is preferred to the plain one, under the plain context."""
 
     method: Literal["good-over-plain"] = "good-over-plain"

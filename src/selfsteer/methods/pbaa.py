@@ -8,13 +8,13 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, Principled, plain_pair
+from selfsteer.methods.base import Plan, PrincipledPairs, plain_pair
 from selfsteer.recipe.sections import Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.sample import Sample
 
 
-def pbaa_round(recipe: Principled, plan: Plan, asked: Artifact, policy: Artifact) -> Artifact:
+def pbaa_round(recipe: PrincipledPairs, plan: Plan, asked: Artifact, policy: Artifact) -> Artifact:
     """Pairs of the policy's own good and bad answers, then one plain term."""
     samples = plan(Sample(asked, {"good": policy, "bad": policy}, recipe.sampling))
     pairs = recipe.pairs(plan, samples, policy, principled=asked)
@@ -22,7 +22,7 @@ def pbaa_round(recipe: Principled, plan: Plan, asked: Artifact, policy: Artifact
     return recipe.train(plan, pairs, policy, objective, recipe.training)
 
 
-class PBAA(Principled):
+class PBAA(PrincipledPairs):
     """Pairs of answers under the good and the bad principle (SSO v2's baseline)."""
 
     method: Literal["pbaa"] = "pbaa"
@@ -33,7 +33,7 @@ class PBAA(Principled):
         return pbaa_round(self, plan, self.ask(plan, policy), policy)
 
 
-class WithBaseline(Principled):
+class WithBaseline(PrincipledPairs):
     """A method that PBAA can be run beside, on the same queries and principles."""
 
     baseline: Literal["pbaa"] | None = Field(
@@ -46,7 +46,8 @@ class WithBaseline(Principled):
         return (self.method, *([self.baseline] if self.baseline else []))
 
     @override
-    def baseline_rounds(self, plan: Plan) -> None:
+    def after_rounds(self, plan: Plan) -> None:
+        super().after_rounds(plan)
         if self.baseline is None:
             return
         policy = plan.base

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 from typing_extensions import override
 
-from selfsteer.methods.base import Aligning, Plan, plain_pair
+from selfsteer.methods.base import Paired, Plan, plain_pair
 from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Ranking, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.rank import RankAnswers
 
 
-class Plain(Aligning):
+class Plain(Paired):
     """A method whose pairs are made of plain answers (docs/methods.md)."""
 
     training: Training = Training()

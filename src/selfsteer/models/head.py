@@ -3,13 +3,14 @@
 Shape legend: R response tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 #: Logits are made in chunks of so many bytes; the first few chunks are kept for backward and the
 #: others made again. Both grow where memory does.
@@ -37,10 +38,32 @@ def with_collisions() -> Iterator[None]:
         _COLLISIONS.reset(token)
 
 
+#: Of the logits (r, V) of consecutive response tokens and the place of the first: a loss of each, (r,).
+TokenLoss = Callable[[Tensor, int], Tensor]
+
+_TOKEN_LOSS: ContextVar[TokenLoss | None] = ContextVar("token_loss", default=None)
+
+
+def token_loss() -> TokenLoss | None:
+    """The loss that forwards are to give; None: log-probs."""
+    return _TOKEN_LOSS.get()
+
+
+@contextmanager
+def with_token_loss(loss: TokenLoss) -> Iterator[None]:
+    """Forwards inside give a loss of whole distributions, in place of log-probs of the tokens."""
+    token = _TOKEN_LOSS.set(loss)
+    try:
+        yield
+    finally:
+        _TOKEN_LOSS.reset(token)
+
+
 class TokenScores(NamedTuple):
     """What a forward says of its response tokens."""
 
-    #: Log-probs in nats, (R,), flat over the sequences in their order.
+    #: Log-probs in nats, (R,), flat over the sequences in their order; the loss of each token
+    #: inside `with_token_loss`.
     logps: Tensor
     #: Entropy in nats and whether the model's first choice is the token itself, summed over the
     #: `sampled_positions`, and how many those are: (3,), without gradient. None without gradients.
@@ -88,14 +111,62 @@ def head_scores(model: Any, hidden_RD: Tensor, target_R: Tensor) -> TokenScores:
     Honours a bias, final soft-capping (Gemma 2) and logit scaling (Cohere, Granite). Reduces in
     float32, in float64 where the hidden states are: a bfloat16 log-sum-exp is off by whole nats.
     """
+    parts = _projection(model)
+    if (loss := token_loss()) is not None:
+        return _token_losses(hidden_RD, parts, target_R, loss)
+    logps, sampled, collisions = _HeadLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_RD, *parts[:2], target_R, *parts[2:]
+    )
+    return TokenScores(logps, sampled, collisions)
+
+
+def head_logits(model: Any, hidden_RD: Tensor) -> Tensor:
+    """Logits under the model's output embedding, (R, V), as `head_scores` makes them in chunks."""
+    return _logits(hidden_RD, *_projection(model))
+
+
+def chunk_rows(width: int, device: str) -> int:
+    """Rows of a chunk whose rows take ``width`` bytes each."""
+    return max(CHUNK_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // width)
+
+
+def _projection(model: Any) -> tuple[Tensor, Tensor | None, float, float]:
+    """Weight, bias, scale and soft-cap of the output embedding."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-    logps, sampled, collisions = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight, getattr(head, "bias", None), target_R, float(scale), float(softcap)
-    )
-    return TokenScores(logps, sampled, collisions)
+    return head.weight, getattr(head, "bias", None), float(scale), float(softcap)
+
+
+def _token_losses(
+    hidden_RD: Tensor,
+    parts: tuple[Tensor, Tensor | None, float, float],
+    target_R: Tensor,
+    loss: TokenLoss,
+) -> TokenScores:
+    """Chunk by chunk; a chunk's logits are forgotten and made again for the backward."""
+    if torch.is_autocast_enabled(hidden_RD.device.type):
+        hidden_RD = hidden_RD.to(torch.get_autocast_dtype(hidden_RD.device.type))
+    weight = parts[0].to(hidden_RD.dtype)
+
+    def part(chunk_RD: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        logits_RV = _logits(chunk_RD, weight, *parts[1:])
+        end = start + len(chunk_RD)
+        some = [p - start for p in sampled_positions(start, end)]
+        with torch.no_grad():
+            few_RV, target = logits_RV[some], target_R[start:end][some]
+            sampled = sampled_statistics(few_RV, few_RV.logsumexp(dim=1), target)
+        return loss(logits_RV, start), sampled
+
+    rows = chunk_rows(len(weight) * wide(hidden_RD.dtype).itemsize, hidden_RD.device.type)
+    starts = range(0, len(hidden_RD), rows)
+    made = [
+        checkpoint(part, hidden_RD[i : i + rows], i, use_reentrant=False, preserve_rng_state=False)
+        for i in starts
+    ]
+    losses, sampled = zip(*made, strict=True)
+    return TokenScores(torch.cat(losses), torch.stack(sampled).sum(dim=0))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -106,7 +177,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _logits(
     hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    logits_RV = (hidden_RD @ weight_VD.T).to(wide(hidden_RD.dtype))
+    logits_RV = (hidden_RD @ weight_VD.to(hidden_RD.dtype).T).to(wide(hidden_RD.dtype))
     if bias_V is not None:
         logits_RV += bias_V
     if scale != 1.0:
@@ -132,7 +203,7 @@ class _HeadLogps(torch.autograd.Function):
         weight = weight_VD.to(hidden_RD.dtype)
         dtype = wide(hidden_RD.dtype)
         width, device = weight.shape[0] * dtype.itemsize, hidden_RD.device.type
-        rows = max(CHUNK_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // width)
+        rows = chunk_rows(width, device)
         # inside forward gradients are off, and weights ask for one while scoring, too
         training = ctx.needs_input_grad[0]
         budget = KEEP_BYTES.get(device, KEEP_BYTES["cuda"]) if training else 0

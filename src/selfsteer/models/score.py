@@ -15,7 +15,13 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
-from selfsteer.models.head import TokenScores, log_collisions, sampled_positions, sampled_statistics
+from selfsteer.models.head import (
+    TokenScores,
+    log_collisions,
+    sampled_positions,
+    sampled_statistics,
+    token_loss,
+)
 from selfsteer.models.tree import TreeRow
 from selfsteer.terminal import warn
 
@@ -77,6 +83,8 @@ def padded_scores(model: Any, batch: PaddedBatch) -> TokenScores:
         **kwargs,
     ).logits
     picked_TV = logits[batch.row, batch.position - offset].float()
+    if (loss := token_loss()) is not None:
+        return TokenScores(loss(picked_TV, 0), None)
     target = picked_TV.gather(1, batch.target.unsqueeze(1)).squeeze(1)
     log_sum_R = picked_TV.logsumexp(dim=1)
     sampled = None

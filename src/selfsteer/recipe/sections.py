@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import override
 
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import BaseName, ObjectiveName, Weighting
+from selfsteer.objectives import BaseName, Direction, ObjectiveName, Weighting
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -718,19 +718,24 @@ class Schedule(Section):
     save_every_steps: int = _f(100, "steps between resumable checkpoints", gt=0, costs_only=True)
 
 
-class Optimisation(Schedule):
-    """What training the generator and training the policy have in common."""
+class Rows(Schedule):
+    """A training whose rows are filled by tokens."""
 
-    base: BaseName = _f("sigmoid", "sigmoid (DPO), ipo, hinge, simpo or orpo")
-    beta: float = _f(0.1, "β of the base loss: 0.1 (v2), 0.2 with IPO (v1)", gt=0)
-    label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
-    simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
     row_tokens: int = _f(
         16_384,
         "tokens of one forward pass per rank; halved, with a message, if a GPU runs out of memory",
         gt=0,
         costs_only=True,
     )
+
+
+class Optimisation(Rows):
+    """What training the generator and training the policy have in common."""
+
+    base: BaseName = _f("sigmoid", "sigmoid (DPO), ipo, hinge, simpo or orpo")
+    beta: float = _f(0.1, "β of the base loss: 0.1 (v2), 0.2 with IPO (v1)", gt=0)
+    label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
+    simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
     reference: Literal["iteration", "first"] = _f(
         "iteration", "frozen reference: the iteration's start, or the very first policy"
     )
@@ -785,11 +790,38 @@ class Generator(Optimisation):
             yield "per_half splits objective sso; leave objective unset"
 
 
-class PolicyTraining(Optimisation):
-    """The policy stage, whatever its objective."""
+class PolicyStage(Rows):
+    """The policy stage, whatever it is trained on."""
 
     batch_size: int = _f(256, "queries per optimiser step (SSO v2)", gt=0)
     selection: Selection = Selection()
+
+
+class PolicyTraining(PolicyStage, Optimisation):
+    """The policy stage of a preference objective."""
+
+
+class Distilling(PolicyStage):
+    """The policy stage of contrast distillation."""
+
+    learning_rate: float = _f(
+        5e-6, "peak; OPCD's (arXiv 2602.12275). Search it: 2e-5 was best at 135M parameters", gt=0
+    )
+    batch_size: int = _f(128, "queries per optimiser step (OPCD)", gt=0)
+    # the target itself is far from the start, and a style may well be a length
+    selection: Selection = Selection(max_kl=1.0, max_length_ratio=4.0)
+
+
+class Contrast(Section):
+    """The target of contrast distillation, and how much of it is kept (docs/methods.md)."""
+
+    strength: float = _f(4.0, "λ, how strongly the contrast of the principles counts", gt=0)
+    clip: float = _f(1.0, "most nats by which it counts at a token; holds λ in check", gt=0)
+    direction: Direction = _f("reverse", "reverse KL(π ‖ q), forward KL(q ‖ π), or jsd")
+    top_k: int = _f(512, "most entries of the vocabulary kept for a token", gt=0)
+    coverage: float = _f(
+        0.99, "mass that they are to cover in every context; the others count as one", gt=0, lt=1
+    )
 
 
 class Training(PolicyTraining):

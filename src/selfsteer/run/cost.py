@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from selfsteer.objectives import Objective
+from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import Schedule
 
 #: Seconds of a training step over those of a forward: the backward costs two (arXiv 2001.08361,
@@ -82,13 +82,15 @@ def scoring(texts: str, sequences: Sequence[str], records: int) -> dict[tuple[st
     return {(texts, name): records for name in sequences}
 
 
-def training(texts: str, objective: Objective, settings: Schedule, records: int) -> Cost:
+def training(
+    texts: str, objective: Objective | TokenObjective, settings: Schedule, records: int
+) -> Cost:
     """What training on an objective asks for, its reference included."""
     passes = FORWARD_BACKWARD + RECOMPUTED * settings.gradient_checkpointing
     names = objective.sequences
     return Cost(
         records=records,
-        scores=scoring(texts, names, records) if objective.base.needs_reference else {},
+        scores=scoring(texts, names, records) if objective.needs_reference else {},
         trainings=(Training(names, records, passes * settings.epochs * records),),
     )
 

@@ -16,16 +16,17 @@ from selfsteer.judges.load import load_judge
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import scored
-from selfsteer.objectives import Objective
+from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import Sampling
 from selfsteer.run import ranks
 from selfsteer.run.folder import Dropped, RunFolder, StageResult
 from selfsteer.stages.inputs import stored_pairs
 from selfsteer.stages.selector import Selector
+from selfsteer.stages.teach import taught
 from selfsteer.terminal import is_main_process, say, warn
-from selfsteer.training.preference import Example, PreferenceTask
+from selfsteer.training.preference import DistilTask, Example, PreferenceTask
 from selfsteer.training.select import FEWEST, hold_out
-from selfsteer.training.trainer import RowBudget, publish, train
+from selfsteer.training.trainer import RowBudget, Task, publish, train
 
 if TYPE_CHECKING:
     from selfsteer.stages.train import Train, TrainReward
@@ -63,9 +64,16 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
         lambda: loaded if reference == start else load_model(reference, stage.loading),
         run / "scores",
     )
+    task: Task
+    if isinstance(stage.objective, TokenObjective):
+        assert stage.teacher is not None
+        at = taught(stage.teacher.path)
+        task = DistilTask(loaded, stage.objective, [replace(e, lesson=at[e.id]) for e in examples])
+    else:
+        task = PreferenceTask(loaded, stage.objective, examples)
     last = train(
         loaded,
-        PreferenceTask(loaded, stage.objective, examples),
+        task,
         settings,
         budget=RowBudget(settings.batch_size, settings.row_tokens),
         on_step=selector,
@@ -140,7 +148,10 @@ def with_drops(
 
 
 def encode(
-    loaded: LoadedModel, triples: Sequence[Triple], objective: Objective, max_length: int
+    loaded: LoadedModel,
+    triples: Sequence[Triple],
+    objective: Objective | TokenObjective,
+    max_length: int,
 ) -> tuple[list[Example], list[Dropped], int]:
     """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
 
@@ -175,7 +186,7 @@ def encode(
 
 def with_reference(
     examples: Sequence[Example],
-    objective: Objective,
+    objective: Objective | TokenObjective,
     load_reference: Callable[[], LoadedModel],
     scores: Path,
 ) -> list[Example]:
@@ -183,7 +194,7 @@ def with_reference(
 
     Each rank scores its share and writes it down for the others.
     """
-    if not objective.base.needs_reference:
+    if not objective.needs_reference:
         return list(examples)
     label = "reference: scoring"
     flat = [s for e in examples for s in e.sequences.values()]

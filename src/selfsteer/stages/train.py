@@ -10,13 +10,13 @@ from typing_extensions import override
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.judges.load import load_judge
-from selfsteer.objectives import Objective
+from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import (
     Generator,
     JudgeConfig,
     Loading,
     Lora,
-    PolicyTraining,
+    PolicyStage,
     Reward,
     Sampling,
 )
@@ -44,20 +44,22 @@ class Train(Stage):
         lora: train adapters instead of all weights.
         keep_checkpoints: resumable ones kept while training.
         keep: whether the weights stay once the run is finished.
+        teacher: targets of the data, for an objective of tokens.
         title: its name within its round.
     """
 
     data: Artifact
     start: Artifact
     reference: Artifact
-    objective: Objective
-    settings: Generator | PolicyTraining
+    objective: Objective | TokenObjective
+    settings: Generator | PolicyStage
     contexts: tuple[str, ...] = ("plain",)
     sampling: Sampling | None = None
     judge: JudgeConfig | None = None
     lora: Lora | None = None
     keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
     keep: bool = field(default=True, metadata=COSTS_ONLY)
+    teacher: Artifact | None = None
     title: str = field(default="policy", kw_only=True)
 
     # checkpoints while it works, then its candidates' figures

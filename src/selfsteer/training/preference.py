@@ -1,4 +1,4 @@
-"""The loss of preference objectives over encoded triples.
+"""The losses of preference objectives, and of objectives of tokens, over encoded triples.
 
 The reference is a table of log-probs computed beforehand. One example::
 
@@ -9,16 +9,18 @@ The reference is a table of log-probs computed beforehand. One example::
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from selfsteer.models.chat import EncodedSequence
-from selfsteer.models.head import with_collisions
+from selfsteer.models.head import TokenScores, with_collisions, with_token_loss
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import batch_scores, pack, sums_by_row
-from selfsteer.objectives import Objective, steering_loss, wpo_weights
+from selfsteer.models.teacher import Lesson, Targets, targets
+from selfsteer.objectives import Objective, TokenObjective, steering_loss, wpo_weights
 from selfsteer.training.trainer import Metrics
 
 
@@ -29,6 +31,8 @@ class Example:
     id: str
     sequences: Mapping[str, EncodedSequence]
     reference: Mapping[str, Tensor] | None = None
+    #: Where the targets of its tokens lie, for objectives of tokens.
+    lesson: Lesson | None = None
 
     def tokens(self) -> int:
         """Tokens of the sequences, each prompt counted once."""
@@ -36,21 +40,23 @@ class Example:
         return sum(map(len, prompts)) + sum(len(s.response_ids) for s in self.sequences.values())
 
 
-class PreferenceTask:
+Kind = TypeVar("Kind", Objective, TokenObjective)
+
+
+class SequenceTask(Generic[Kind]):
     """An objective on examples; settles the layout of the model, which is trained in it.
 
     Args:
         loaded: the model.
         objective: what to minimise.
-        examples: with reference log-probs where the base needs them.
+        examples: with what the objective compares with.
     """
 
     adapters = "CAUSAL_LM"
 
-    def __init__(
-        self, loaded: LoadedModel, objective: Objective, examples: Sequence[Example]
-    ) -> None:
-        self.objective, self.examples = objective, examples
+    def __init__(self, loaded: LoadedModel, objective: Kind, examples: Sequence[Example]) -> None:
+        self.objective: Kind = objective
+        self.examples = examples
         loaded.settle([s for e in examples[:16] for s in e.sequences.values()])
         self.precision, self.layout = loaded.precision, loaded.layout
         self.pad_id = loaded.chat.tokenizer.pad_token_id or 0
@@ -61,6 +67,10 @@ class PreferenceTask:
             return [e.tokens() for e in examples]
         longest = max(len(s) for e in examples for s in e.sequences.values())
         return [longest * len(e.sequences) for e in examples]
+
+
+class PreferenceTask(SequenceTask[Objective]):
+    """A preference objective, on examples with reference log-probs where the base needs them."""
 
     def loss(self, model: Any, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         """The objective on one row of queries: (B,), and `steering_loss`'s metrics."""
@@ -93,7 +103,44 @@ class PreferenceTask:
             weights=weights,
         )
         metrics: Metrics = {name: (value * size, size) for name, value in out.metrics.items()}
-        if scores.sampled is not None:
-            entropy, hits, count = scores.sampled
-            metrics |= {"entropy": (entropy, count), "mean_token_accuracy": (hits, count)}
-        return out.per_query, metrics
+        return out.per_query, metrics | sampled_metrics(scores)
+
+
+class DistilTask(SequenceTask[TokenObjective]):
+    """An objective of tokens, on examples with lessons.
+
+    The loss of an example is the sum over its tokens over the mean length of all examples, so that
+    every token of a step counts alike, whatever the length of its answer.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, objective: TokenObjective, examples: Sequence[Example]
+    ) -> None:
+        super().__init__(loaded, objective, examples)
+        self.mean_tokens = sum(map(_answer_tokens, examples)) / len(examples)
+
+    def loss(self, model: Any, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
+        """The divergence from the targets, (B,)."""
+        flat = [e.sequences[name] for e in examples for name in self.objective.sequences]
+        device = next(model.parameters()).device
+        batch = pack(flat, self.layout, self.pad_id).to(device)
+        parts = [(e.lesson, _answer_tokens(e)) for e in examples if e.lesson]
+        wanted = Targets(*(t.to(device) for t in targets(parts)))
+        with self.precision(), with_token_loss(partial(wanted.divergence, self.objective)):
+            scores = batch_scores(model, batch)
+        sums = sums_by_row(scores.logps, batch.row, len(flat))
+        count = len(batch.row)
+        metrics: Metrics = {"kl": (sums.detach().sum(), count)}
+        return sums / self.mean_tokens, metrics | sampled_metrics(scores)
+
+
+def _answer_tokens(example: Example) -> int:
+    return sum(len(s.response_ids) for s in example.sequences.values())
+
+
+def sampled_metrics(scores: TokenScores) -> Metrics:
+    """Entropy and accuracy, where the forward looked at them."""
+    if scores.sampled is None:
+        return {}
+    entropy, hits, count = scores.sampled
+    return {"entropy": (entropy, count), "mean_token_accuracy": (hits, count)}

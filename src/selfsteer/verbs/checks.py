@@ -37,7 +37,13 @@ from selfsteer.models.score import settle_layout, tree_difference
 from selfsteer.models.store import scored
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
-from selfsteer.recipe.sections import Loading, Queries, Sampling, resolve_path
+from selfsteer.recipe.sections import (
+    Loading,
+    PrincipledHygiene,
+    Queries,
+    Sampling,
+    resolve_path,
+)
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
 from selfsteer.run.folder import RunFolder, by_reason, refuse
 from selfsteer.run.stage import Artifact, Stage, Where
@@ -540,7 +546,8 @@ def _sample(
     unfinished = sum(a.finish_reason == "length" for a in found) / len(found)
     made = list(map(asking.make, triples, said))
     kept = [t for t in made if isinstance(t, Triple)]
-    usable = Left(kept, recipe.hygiene, load_catalogue(recipe.principles.catalogue)).sift()
+    hygiene = getattr(recipe, "hygiene", PrincipledHygiene())
+    usable = Left(kept, hygiene, load_catalogue(recipe.principles.catalogue)).sift()
     dropped = Counter(d.reason for d in made if isinstance(d, Dropped)) + usable.reasons
     same = sum(len(set(t.responses.values())) < len(models) for t in kept) / max(len(kept), 1)
     line.figures = {

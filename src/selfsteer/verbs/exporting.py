@@ -9,7 +9,7 @@ from selfsteer.data.jsonl import Records, Stored, disk_errors, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
 from selfsteer.formats.cards import dataset_card, model_card, public_name
-from selfsteer.methods import Aligning
+from selfsteer.methods import Aligning, Paired
 from selfsteer.stages.filter import named_features, names_safety
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView
@@ -73,7 +73,7 @@ def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str
             principles were about.
     """
     recipe = of.run.recipe
-    if not isinstance(recipe, Aligning) or getattr(recipe.hygiene, "export_unsafe", True):
+    if not isinstance(recipe, Paired) or getattr(recipe.hygiene, "export_unsafe", True):
         return records, []
     safe = array("q", (i for i, record in enumerate(records) if not names_safety(record)))
     if silent := sum(not named_features(record) for record in records):

@@ -13,7 +13,7 @@ from typing import Any
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Lora, PolicyTraining
+from selfsteer.recipe.sections import Generator, Lora, PolicyStage
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage
 from selfsteer.stages.principles import WritePrinciples
@@ -330,7 +330,7 @@ def _stage(
 
 def memory_bytes(
     lora: Lora | None,
-    settings: PolicyTraining | Generator,
+    settings: PolicyStage | Generator,
     shape: Shape,
     lengths: Lengths,
     machine: Machine,

@@ -1,0 +1,42 @@
+"""Contrast distillation: the policy learns what its principles would make of its own plain answers.
+
+One plain answer per query; at each of its tokens the frozen start says how the good and the bad
+principle would change the next token, and the policy is drawn along their difference. No pairs,
+no generator, no judge, no finished answers are needed. docs/method.md derives the target.
+"""
+
+from typing import ClassVar, Literal
+
+from typing_extensions import override
+
+from selfsteer.methods.base import Plan, Principled
+from selfsteer.objectives import TokenObjective
+from selfsteer.recipe.sections import Contrast, Distilling
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.sample import Sample
+from selfsteer.stages.teach import Teach
+
+
+class ContrastDistillation(Principled):
+    """The difference of the principles, distilled at every token of plain answers."""
+
+    method: Literal["contrast"] = "contrast"
+    contrast: Contrast = Contrast()
+    training: Distilling = Distilling()
+
+    learnt: ClassVar[str] = "its own answers to the prompts alone"
+    pair: ClassVar[str] = (
+        "At each of their tokens it was drawn to where a good principle, and away from where a bad "
+        "one, would have moved it; nobody wrote or chose an answer"
+    )
+
+    @override
+    def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
+        asked = self.ask(plan, policy)
+        # the teacher reads every token that there is, of answers without an end as well
+        sampling = self.sampling.model_copy(update={"keep_unfinished": True})
+        answers = plan(Sample(asked, {"plain": policy}, sampling))
+        c = self.contrast
+        objective = TokenObjective(c.strength, c.clip, c.direction)
+        teacher = plan(Teach(answers, policy, objective, c))
+        return self.train(plan, answers, policy, objective, self.training, teacher=teacher)

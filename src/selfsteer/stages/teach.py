@@ -1,0 +1,136 @@
+"""Plain answers to targets: what the frozen start would say at each of their tokens."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from selfsteer.data.jsonl import batched, write_atomic
+from selfsteer.data.records import Dropped, Triple
+from selfsteer.objectives import TokenObjective
+from selfsteer.recipe.sections import Contrast
+from selfsteer.run.cost import Cost, Scale, scoring
+from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.inputs import stored_triples
+from selfsteer.terminal import progress_bar, warn
+
+if TYPE_CHECKING:
+    from selfsteer.models.chat import EncodedSequence
+    from selfsteer.models.teacher import Lesson, Teacher
+
+#: Answers of one file, the unit of resumption.
+ANSWERS = 256
+
+#: Share of tokens with too few entries that is worth a warning.
+SHORT = 0.05
+
+
+@dataclass(frozen=True)
+class Teach(Stage):
+    """Targets of every token of the plain answers, cut off or not.
+
+    Dropped are answers that are ``empty``, and those that do not fit the model's context beside a
+    principle, as ``prompt_too_long``.
+
+    Args:
+        answers: triples with principles and a plain response.
+        teacher: the frozen start.
+        objective: what target.
+        settings: how much of it is kept.
+    """
+
+    answers: Artifact
+    teacher: Artifact
+    objective: TokenObjective
+    settings: Contrast
+
+    title = "teacher"
+
+    @override
+    def cost(self, scale: Scale) -> Cost:
+        n = self.records(scale)
+        return Cost(records=n, scores=scoring(self.answers.texts, self.objective.read, n))
+
+    @override
+    def run(self, run: RunFolder) -> StageResult:
+        from selfsteer.models.load import load_model
+        from selfsteer.models.teacher import Teacher
+
+        triples = stored_triples(self.answers.path)
+        loaded = load_model(str(self.teacher.path), self.loading, inference=True)
+        s, sums, n_out = self.settings, Counter[str](), 0
+        teacher = Teacher(loaded, self.objective, s.top_k, s.coverage)
+        with run.drops(self.name) as drops, progress_bar("teacher", len(triples)) as bar:
+            for number, part in enumerate(batched(triples, ANSWERS)):
+                path = run / self.name / f"targets-{number:05d}.safetensors"
+                read = [self._read(teacher, t) for t in part]
+                for one in read:
+                    if isinstance(one, Dropped):
+                        drops.add(one)
+                kept = {
+                    t.id: r for t, r in zip(part, read, strict=True) if not isinstance(r, Dropped)
+                }
+                if kept:
+                    sums.update(_written(path, teacher, kept))
+                n_out += len(kept)
+                bar.advance(len(part))
+        tokens = max(sums["tokens"], 1)
+        notes = {k: sums[k] / tokens for k in ("entries", "covered", "short", "reward")}
+        if notes["short"] > SHORT:
+            warn(
+                f"{notes['short']:.0%} of the tokens need more than contrast.top_k {s.top_k} "
+                f"entries to cover {s.coverage:g} of the mass. Raise it."
+            )
+        notes |= {k: sums[k] for k in ("tokens", "bytes")}
+        return StageResult(len(triples), n_out, drops.counts, notes=notes)
+
+    def _read(self, teacher: "Teacher", triple: Triple) -> "list[EncodedSequence] | Dropped":
+        """The answer in all contexts, or why it is of no use."""
+        limit = teacher.loaded.context_length
+        if not triple.responses["plain"]:
+            return Dropped(triple.id, "empty", triple)
+        found = [teacher.loaded.chat.sequence(triple, name) for name in self.objective.read]
+        if limit is not None and max(map(len, found)) > limit:
+            return Dropped(triple.id, "prompt_too_long", triple)
+        return found
+
+
+def _written(
+    path: Path, teacher: "Teacher", answers: "Mapping[str, list[EncodedSequence]]"
+) -> dict[str, float]:
+    """Makes a file of targets where it is not there yet; sums over its tokens."""
+    from safetensors.torch import load, save
+
+    if not path.exists():
+        made = teacher.teach(list(answers.values()))
+        write_atomic(path, save(made, {"ids": json.dumps(list(answers))}))
+    data = path.read_bytes()
+    found = load(data)
+    covered = found["covered"]
+    return {
+        "tokens": len(covered),
+        "entries": len(found["index"]),
+        "covered": float(covered.sum()),
+        "short": int((covered < teacher.coverage).sum()),
+        "reward": float(found["reward"].sum()),
+        "bytes": len(data),
+    }
+
+
+def taught(folder: Path) -> "dict[str, Lesson]":
+    """Where the targets of each record lie, by its id."""
+    from safetensors import safe_open
+
+    from selfsteer.models.teacher import lessons
+
+    found: dict[str, Lesson] = {}
+    for path in sorted(folder.glob("targets-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            ids = json.loads(file.metadata()["ids"])
+        found.update(zip(ids, lessons(path), strict=True))
+    return found
