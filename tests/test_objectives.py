@@ -9,7 +9,14 @@ from torch import Tensor
 
 from selfsteer import Objective, steering_loss
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import BASES, OBJECTIVES, wpo_weights
+from selfsteer.objectives import (
+    BASES,
+    NO_MASS,
+    OBJECTIVES,
+    TokenObjective,
+    with_rest,
+    wpo_weights,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
 
@@ -488,3 +495,63 @@ def test_wpo_weights_by_hand() -> None:
     found = wpo_weights(logps.requires_grad_(), collisions, lengths)
     assert found.item() == pytest.approx(0.9 * 0.1 / 0.82**2)
     assert not found.requires_grad
+
+
+# -- objectives of tokens --------------------------------------------------------------------------
+
+PLAIN, GOOD, BAD = (
+    torch.tensor([p], dtype=torch.float64).log()
+    for p in ((0.5, 0.25, 0.25), (0.6, 0.2, 0.2), (0.2, 0.2, 0.6))
+)
+
+
+def test_the_target_of_contrast_by_hand() -> None:
+    """Rewards log 3, 0 and −log 3, cut at ±1; at λ 2 the plain masses times e², 1 and e⁻²."""
+    found = TokenObjective(strength=2.0, clip=1.0).target(PLAIN, GOOD, BAD).exp()
+    masses = torch.tensor([[0.5 * math.e**2, 0.25, 0.25 * math.e**-2]], dtype=torch.float64)
+    torch.testing.assert_close(found, masses / masses.sum())
+
+
+@pytest.mark.parametrize("strength", [0.5, 4.0])
+def test_the_target_is_the_best_policy_of_its_reward_less_its_kl(strength: float) -> None:
+    contrast = TokenObjective(strength=strength)
+
+    def worth(logp: torch.Tensor) -> float:
+        reward = (logp.exp() * contrast.reward(GOOD, BAD)).sum()
+        return float(reward - (logp.exp() * (logp - PLAIN)).sum() / strength)
+
+    best = contrast.target(PLAIN, GOOD, BAD)
+    noise = torch.randn(64, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert all(worth((best + step * 0.1).log_softmax(-1)) < worth(best) for step in noise)
+
+
+def test_divergences_by_hand() -> None:
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.5, 0.5), (0.75, 0.25)))
+    reverse, forward, jsd = (
+        TokenObjective(direction=d).divergence(p, q).item() for d in ("reverse", "forward", "jsd")
+    )
+    assert reverse == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert forward == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+    to_mean = 0.5 * math.log(0.5 / 0.625) + 0.5 * math.log(0.5 / 0.375)
+    from_target = 0.75 * math.log(0.75 / 0.625) + 0.25 * math.log(0.25 / 0.375)
+    assert jsd == pytest.approx((to_mean + from_target) / 2)
+
+
+def test_what_is_not_known_counts_together() -> None:
+    """Of four masses two are known: the divergence is that of (.4, .3, .3) from (.1, .2, .7)."""
+    known_p, known_q = (torch.tensor([x]).double().log() for x in ((0.4, 0.3), (0.1, 0.2)))
+    found = TokenObjective().divergence(with_rest(known_p), with_rest(known_q)).item()
+    pairs = ((0.4, 0.1), (0.3, 0.2), (0.3, 0.7))
+    assert found == pytest.approx(sum(p * math.log(p / q) for p, q in pairs))
+
+
+def test_an_entry_without_mass_adds_nothing_and_has_no_gradient() -> None:
+    logp = torch.tensor([[0.4, 0.3]]).double().log().requires_grad_()
+    nothing = torch.full((1, 1), NO_MASS, dtype=torch.float64)
+    target = torch.tensor([[0.1, 0.2]]).double().log()
+    alone = TokenObjective().divergence(with_rest(logp), with_rest(target))
+    padded = TokenObjective().divergence(
+        with_rest(torch.cat([logp, nothing], 1)), with_rest(torch.cat([target, nothing], 1))
+    )
+    torch.testing.assert_close(padded, alone)
+    assert torch.isfinite(torch.autograd.grad(padded.sum(), logp)[0]).all()

@@ -179,6 +179,7 @@ ROUNDS = {
     "sso": ("principles", "triples", "filter", "generator", "samples", *TAIL),
     "sso-online": ("principles", "triples", "filter", *TAIL),
     "pbaa": ("principles", "samples", *TAIL),
+    "contrast": ("principles", "samples", "teacher", "policy"),
     "good-over-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
     "self-rewarding": ("ranked", *TAIL),

@@ -33,7 +33,8 @@ AnyRecipe = (
 METHODS: tuple[type[AnyRecipe], ...] = get_args(AnyRecipe)
 
 __all__ = [
-    "METHODS", "Aligning", "AnyRecipe", "Paired", "Principled", "Recipe", "load_recipe", "recipe_of",
+    "METHODS", "Aligning", "AnyRecipe", "Paired", "Principled", "Recipe",
+    "load_recipe", "recipe_of",
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def with_collisions() -> Iterator[None]:
         _COLLISIONS.reset(token)
 
 
-#: Of the logits (r, V) of consecutive response tokens and the place of the first: a loss of each, (r,).
+#: From logits (r, V) of consecutive response tokens and the place of the first: losses, (r,).
 TokenLoss = Callable[[Tensor, int], Tensor]
 
 _TOKEN_LOSS: ContextVar[TokenLoss | None] = ContextVar("token_loss", default=None)

@@ -1,4 +1,4 @@
-"""What the frozen start says of each next token of an answer, as targets to distil.
+r"""What the frozen start says of each next token of an answer, as targets to distil.
 
 Of every token as many of the vocabulary are kept as cover the asked mass in all contexts and in
 the target; the others count together as the rest. A file holds the targets of some answers:
