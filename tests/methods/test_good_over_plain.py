@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from selfsteer.methods import load_recipe
-from selfsteer.objectives import steering_loss
+from selfsteer.objectives import Objective, steering_loss
 from selfsteer.run.execute import execute
 from selfsteer.stages.inputs import stored_preferences, stored_triples
 from selfsteer.stages.train import Train
@@ -35,5 +35,6 @@ def test_its_loss_by_hand() -> None:
     policy = {"plain/good": torch.tensor([-4.0]), "plain/bad": torch.tensor([-6.0])}
     reference = {"plain/good": torch.tensor([-5.0]), "plain/bad": torch.tensor([-5.0])}
     lengths = {name: torch.tensor([2]) for name in policy}
+    assert isinstance(training.objective, Objective)
     found = steering_loss(training.objective, policy, reference, lengths)
     assert found.loss.item() == pytest.approx(math.log1p(math.exp(-0.2)) + 0.1 * 2, rel=1e-6)

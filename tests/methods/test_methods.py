@@ -270,7 +270,7 @@ def test_who_writes_which_response() -> None:
 
 
 def test_objectives_have_the_constants_of_their_settings() -> None:
-    def trained(method: str, **more: Any) -> dict[str, Train]:
+    def trained(method: str, **more: Any) -> dict[str, Any]:
         stages = stages_of(recipe(method, **more)).values()
         return {s.title: s for s in stages if isinstance(s, Train)}
 

@@ -567,6 +567,13 @@ CURVES = (
         "Solid: the preferred response, dashed: the other. Both falling together is the well-known "
         "way in which DPO loses probability of everything; the preferred one should not sink far.",
     ),
+    Curve(
+        "kl",
+        "Divergence from the target, per token",
+        ("kl",),
+        "What contrast distillation minimises: how far the policy is from what its principles "
+        "would make of it. It falls from its start towards zero.",
+    ),
 )
 
 
@@ -604,7 +611,7 @@ def curve(run: RunView, spec: Curve) -> Drawing:
     kinds = sorted({kind for kind, *_ in found})
     if not kinds:
         raise NothingToDrawError(
-            "There are no training metrics (metrics.jsonl), so trainings are not drawn."
+            f"No training has logged {' or '.join(spec.metrics)} yet, so it is not drawn."
         )
     titles = (kind.replace("_", " ") for kind in kinds)
     chart = Chart(*titles, height=0.5 + 1.5 * len(kinds), xlabel="step")

@@ -24,9 +24,14 @@ def print_result(run: RunView) -> None:
         if text := tables.sentence(run):
             out.print(f"\n{escape(text)}")
         out.print(
-            f"score: {escape(run.evaluation.score_scale or 'none')}. on-policy: mean probability "
-            "per token of the training pairs under the policy before training. [ ]: 95 % "
-            "bootstrap.",
+            f"score: {escape(run.evaluation.score_scale or 'none')}. "
+            + (
+                "on-policy: mean probability per token of the training pairs under the policy "
+                "before training. "
+                if run.stage("MeasureQuality")
+                else ""
+            )
+            + "[ ]: 95 % bootstrap.",
             style="dim",
         )
     for sheet in tables.reward(run):
@@ -87,6 +92,11 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
         out.append("; ".join(written))
     if "selection" in notes:
         out.append(notes["selection"]["text"])
+    if "entries" in notes:
+        out.append(
+            f"{notes['entries']:.1f} entries a token cover {notes['covered']:.3f} of the mass; "
+            f"mean reward {notes['reward']:+.3f} nats"
+        )
     survivors = notes.get("survivors", {})
     if len(survivors) > 3:  # more than hygiene and lengths
         out.append(tables.counts(survivors))

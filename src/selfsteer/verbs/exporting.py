@@ -27,7 +27,7 @@ def export_round(
         queries_license: for the card of a Parquet data set.
 
     Raises:
-        ConfigError: unknown format, or a licence where there is no card.
+        ConfigError: unknown format, a licence where there is no card, or a method without pairs.
         ArtifactError: the run has not come that far.
     """
     if queries_license is not None and fmt in FORMATS and fmt != "parquet":
@@ -40,6 +40,11 @@ def export_round(
         records = of.triples or of.samples
     if not isinstance(records, Stored):
         what = "triples" if fmt == "authors" else "preferences"
+        if not isinstance(of.run.recipe, Paired):
+            raise ConfigError(
+                f"{of.folder} holds no {what}: method {of.method} makes none. Export its policy "
+                "with --model."
+            )
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
     kept, unsafe = _allowed(of, records)
 

@@ -40,7 +40,7 @@ def run(
     The run folder holds the whole state. After any interruption, the same command resumes; once
     everything is done, it does nothing.
 
-    Shipped recipes: demo, smoke, sso, sso-online, pbaa, good-over-plain, best-of-n,
+    Shipped recipes: demo, smoke, sso, sso-online, pbaa, contrast, good-over-plain, best-of-n,
     self-rewarding, sgpo, spin, wpo, reward.
     """
     from selfsteer.report import summary
@@ -87,7 +87,9 @@ def _say_next(found: "RunView", until: str | None) -> None:
             (f"show {folder}", "counts, drops by reason, data quality"),
             (f"report {folder}", "the figures on one page"),
             (f"chat {folder}", "ask it something"),
-            (f"export {folder} --format trl --to DIR", "the preferences for other trainers"),
+            (f"export {folder} --format trl --to DIR", "the preferences for other trainers")
+            if found.stage("WritePairs")
+            else (f"export {folder} --model --to DIR", "the model with its card"),
         ]
     elif "reward" in models:
         made = models["reward"]

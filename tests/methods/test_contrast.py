@@ -1,0 +1,102 @@
+"""The whole method on the tiny world: what it learns from, what it resumes, what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from selfsteer.errors import ConfigError
+from selfsteer.methods import load_recipe
+from selfsteer.run.execute import execute
+from selfsteer.run.folder import RunFolder
+from selfsteer.stages import teach
+from selfsteer.stages.inputs import stored_triples
+from selfsteer.stages.teach import taught
+from selfsteer.verbs.exporting import export_round
+from selfsteer.view import RunView
+
+SMALL = (
+    "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1}",
+    "queries={path: 'package:selfsteer.testbed/queries/align.jsonl', limit: 12}",
+    "principles={mode: picked, features: random}",
+    "sampling.max_new_tokens=24",  # too few for most answers
+    "training={learning_rate: 4e-4, batch_size: 4, epochs: 2}",
+)
+
+
+def recipe(folder: Path, *more: str) -> Any:
+    return load_recipe("contrast", [*SMALL, f"runs_dir={folder}", *more])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = recipe(tmp_path_factory.mktemp("runs"))
+    execute(made, {"name": "given"})
+    return Path(made.folder)
+
+
+def test_answers_without_an_end_are_learnt_from_too(done: Path) -> None:
+    answers = list(stored_triples(done / "iteration-1/samples"))
+    reasons = [t.finish_reasons["plain"] for t in answers]
+    assert "length" in reasons
+    assert sorted(taught(done / "iteration-1/teacher")) == sorted(t.id for t in answers)
+
+
+def test_the_policy_moves_towards_its_target(done: Path) -> None:
+    lines = RunView.open(done).curves["iteration-1/policy"]
+    first, last = lines[0]["kl"], lines[-1]["kl"]
+    assert last < first / 2
+
+
+def test_the_ledger_says_how_much_of_the_target_is_kept(done: Path) -> None:
+    stage = RunView.open(done).stage("Teach")
+    assert stage is not None
+    assert stage.notes["covered"] >= 0.99
+    assert 1 <= stage.notes["entries"] < 512
+
+
+def test_targets_that_are_there_are_not_made_again(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach, "ANSWERS", 5)
+    made = recipe(tmp_path)
+    execute(made, {"name": "given"}, until="teacher")
+    files = sorted((made.folder / "iteration-1/teacher").iterdir())
+    before = [f.read_bytes() for f in files]
+    assert len(files) == 3
+    files[1].unlink()
+    mark = files[0].stat().st_mtime_ns
+    ledger = made.folder / "ledger.jsonl"
+    lines = [line for line in ledger.read_text().splitlines() if '"finish"' not in line]
+    ledger.write_text("\n".join(lines) + "\n")  # as if it had been killed there
+    execute(made, {"name": "given"}, until="teacher")
+    assert [f.read_bytes() for f in files] == before
+    assert files[0].stat().st_mtime_ns == mark
+    whole = load_file(done / "iteration-1/teacher/targets-00000.safetensors")
+    assert sum(len(load_file(f)["kept"]) for f in files) == len(whole["kept"])
+
+
+def test_what_leaves_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    execute(made, {"name": "given"}, until="samples")
+    shard = made.folder / "iteration-1/samples/shard-00000.jsonl"
+    rows = [json.loads(line) for line in shard.read_text().splitlines()]
+    rows[0]["responses"]["plain"] = ""
+    shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = next(s for s in made.plan() if s.title == "teacher")
+    result = stage.run(RunFolder(made.folder))
+    assert result.dropped == {"empty": 1}
+    assert result.n_out == len(rows) - 1
+
+
+def test_there_are_no_pairs_to_export(done: Path) -> None:
+    with pytest.raises(ConfigError, match="method contrast makes none"):
+        export_round(RunView.open(done).round(), "trl", done / "out")
+
+
+@pytest.mark.parametrize("setting", ["hygiene.min_chars=3", "reward.data=x", "training.beta=0.2"])
+def test_settings_of_pairs_are_refused(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.split(".")[0]):
+        recipe(tmp_path, setting)
