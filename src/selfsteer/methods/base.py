@@ -34,6 +34,7 @@ from selfsteer.recipe.sections import (
     PrinciplesConfig,
     Queries,
     Reward,
+    Rows,
     Sampling,
     Section,
     Tracker,
@@ -79,6 +80,10 @@ class Plan:
         before, self._where = self._where, Where(method, k, folder)
         yield
         self._where = before
+
+    def reference(self, settings: Rows, policy: Artifact) -> Artifact:
+        """The frozen model of a training: the policy that its round starts from, or the first."""
+        return self.base if settings.reference == "first" else policy
 
     def __call__(self, stage: Stage, *, shared: bool = False) -> Artifact:
         """Adds a stage; returns what it will have made.
@@ -225,7 +230,7 @@ class Aligning(Recipe):
             Train(
                 data,
                 start=policy,
-                reference=plan.base if getattr(settings, "reference", "") == "first" else policy,
+                reference=plan.reference(settings, policy),
                 objective=objective,
                 settings=settings,
                 contexts=contexts,

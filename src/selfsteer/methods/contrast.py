@@ -38,5 +38,5 @@ class ContrastDistillation(Principled):
         answers = plan(Sample(asked, {"plain": policy}, sampling))
         c = self.contrast
         objective = TokenObjective(c.strength, c.clip, c.direction)
-        teacher = plan(Teach(answers, policy, objective, c))
+        teacher = plan(Teach(answers, plan.reference(self.training, policy), objective, c))
         return self.train(plan, answers, policy, objective, self.training, teacher=teacher)

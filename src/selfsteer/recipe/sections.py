@@ -719,13 +719,16 @@ class Schedule(Section):
 
 
 class Rows(Schedule):
-    """A training whose rows are filled by tokens."""
+    """A training beside a frozen model, in rows that are filled by tokens."""
 
     row_tokens: int = _f(
         16_384,
         "tokens of one forward pass per rank; halved, with a message, if a GPU runs out of memory",
         gt=0,
         costs_only=True,
+    )
+    reference: Literal["iteration", "first"] = _f(
+        "iteration", "frozen reference: the iteration's start, or the very first policy"
     )
 
 
@@ -736,9 +739,6 @@ class Optimisation(Rows):
     beta: float = _f(0.1, "β of the base loss: 0.1 (v2), 0.2 with IPO (v1)", gt=0)
     label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
-    reference: Literal["iteration", "first"] = _f(
-        "iteration", "frozen reference: the iteration's start, or the very first policy"
-    )
 
     def _unused(self, objective: str) -> Iterator[str]:
         """The constants that an objective and this base would ignore."""
