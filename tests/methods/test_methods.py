@@ -182,6 +182,7 @@ ROUNDS = {
     "contrast": ("principles", "samples", "teacher", "policy"),
     "good-over-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
+    "best-of-n-principles": ("principles", "ranked", *TAIL),
     "self-rewarding": ("ranked", *TAIL),
     "sgpo": ("samples", "improved", *TAIL),
     "spin": ("samples", "opponents", *TAIL),

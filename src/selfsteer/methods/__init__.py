@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from selfsteer.methods.base import Aligning, Paired, Principled, Recipe
 from selfsteer.methods.best_of_n import BestOfN
+from selfsteer.methods.best_of_n_principles import BestOfNByPrinciples
 from selfsteer.methods.contrast import ContrastDistillation
 from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.online import SSOOnline
@@ -23,6 +24,7 @@ AnyRecipe = (
     | ContrastDistillation
     | GoodOverPlain
     | BestOfN
+    | BestOfNByPrinciples
     | SelfRewarding
     | SGPO
     | SPIN

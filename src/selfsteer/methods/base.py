@@ -432,6 +432,7 @@ class PrincipledPairs(Principled, Paired):
     """A method whose pairs are written under principles."""
 
     hygiene: PrincipledHygiene = PrincipledHygiene()
+    training: PolicyTraining = PolicyTraining()
 
     pair: ClassVar[str] = (
         "The chosen one was written under a good principle and the rejected one under a bad one; "

@@ -912,6 +912,12 @@ class Ranking(Section):
     samples: int = _f(4, "answers per query; 4 in self-rewarding (arXiv 2401.10020, §3.1)", ge=2)
 
 
+class ContrastRanking(Ranking):
+    """How plain answers are ranked by their principles; the best against the worst."""
+
+    clip: float = _f(0.2, "most nats by which a token counts (docs/methods.md)", gt=0)
+
+
 class JudgedRanking(Ranking):
     """How plain answers are ranked; the best against the worst."""
 

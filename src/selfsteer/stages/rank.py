@@ -23,9 +23,10 @@ from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.base import Completion
 from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
 from selfsteer.judges.load import load_judge
+from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.stats import accuracy
 from selfsteer.recipe.sections import LOADED, JudgeConfig, Loading, Sampling
-from selfsteer.run.cost import Cost, Scale
+from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
@@ -104,7 +105,8 @@ def to_preference(
         reason = "all_equal" if sum(s is not None for s in scores) > 1 else "no_score"
         return Dropped(found.query.id, reason, found)
     chosen, rejected = (found.answers[i] for i in places)
-    extra = {**found.query.extra, "scores": list(scores)}
+    kept = {k: v for k, v in found.query.extra.items() if k != "principles"}
+    extra = {**kept, "scores": list(scores)}
     return Preference(found.query.id, found.query.messages, chosen, rejected, extra=extra)
 
 
@@ -179,6 +181,8 @@ class RankAnswers(Stage):
         samples: answers per query, 2 or more.
         judge: who scores them; None: the policy itself.
         sampling: how.
+        clip: None: the policy is asked; a number: it is not, and `PrincipleContrast` with this
+            clip scores answers to queries that hold principles.
     """
 
     queries: Artifact
@@ -186,6 +190,7 @@ class RankAnswers(Stage):
     samples: int
     judge: JudgeConfig | None
     sampling: Sampling
+    clip: float | None = None
 
     title = "ranked"
 
@@ -193,6 +198,9 @@ class RankAnswers(Stage):
     def cost(self, scale: Scale) -> Cost:
         n = self.records(scale)
         judged = self.samples
+        if self.clip is not None:
+            scores = scoring(self.name, PrincipleContrast.read, self.samples * n)
+            return Cost(n, answers=Counter(plain=self.samples * n), scores=scores)
         if self.judge is None or self.judge.kind == "chat":  # who only compares holds a tournament
             judged = self.samples * (self.samples - 1) // 2
         return Cost(n, answers=Counter(plain=self.samples * n), judged=judged * n)
@@ -212,11 +220,15 @@ class RankAnswers(Stage):
         sampled = asking.of_stage(self, run, queries, sampling, folder=f"{self.name}/candidates")
         found = Stored(folder / "candidates", Candidates.from_dict)
         settings = self.judge or policy_as_judge(policy, self.loading, sampling.batch_size)
-        scoring = ranker(settings, run / "judgements")
+        judge: Scorer
+        if self.clip is None:
+            judge = ranker(settings, run / "judgements")
+        else:
+            judge = PrincipleContrast(policy, self.loading, self.clip, run / "scores")
         with progress_bar(f"{self.title}: ranking", len(found)) as bar:
 
             def work(shard: int, part: Sequence[Candidates]) -> list[Preference | Dropped]:
-                scores = rank_all(scoring, part)
+                scores = rank_all(judge, part)
                 bar.advance(len(part))
                 return [
                     to_preference(c, s, settings.tie_margin)

@@ -41,7 +41,7 @@ def run(
     everything is done, it does nothing.
 
     Shipped recipes: demo, smoke, sso, sso-online, pbaa, contrast, good-over-plain, best-of-n,
-    self-rewarding, sgpo, spin, wpo, reward.
+    best-of-n-principles, self-rewarding, sgpo, spin, wpo, reward.
     """
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, select
