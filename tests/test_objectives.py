@@ -497,6 +497,45 @@ def test_wpo_weights_by_hand() -> None:
     assert not found.requires_grad
 
 
+# -- what pairs bring with them --------------------------------------------------------------------
+
+
+def of_two(base: str, **given: Tensor) -> Tensor:
+    """h is 2 for the first pair and -1 for the second, at 4 tokens; β is 0.5."""
+    policy = {"plain/good": torch.tensor([-8.0, -9.0]), "plain/bad": torch.tensor([-10.0, -8.0])}
+    reference = {name: torch.full((2,), -9.0) for name in policy}
+    lengths = {name: torch.tensor([4, 4]) for name in policy}
+    objective = Objective.named("pbaa", base=base, beta=0.5)
+    return steering_loss(objective, policy, reference, lengths, **given).per_query
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def test_margins_by_hand() -> None:
+    margins = torch.tensor([1.0, -3.0])
+    expected = [-log_sigmoid(0.5 * (2 - 1)), -log_sigmoid(0.5 * (-1 + 3))]
+    assert of_two("sigmoid", margins=margins).tolist() == pytest.approx(expected)
+    assert of_two("hinge", margins=margins).tolist() == pytest.approx([0.5, 0.0])
+    means = [(2 / 4 - 1 - 1) ** 2, (-1 / 4 + 3 - 1) ** 2]  # IPO's log-probs are means per token
+    assert of_two("ipo", margins=margins).tolist() == pytest.approx(means)
+
+
+def test_smoothing_of_each_pair_by_hand() -> None:
+    expected = [-log_sigmoid(1.0), -0.7 * log_sigmoid(-0.5) - 0.3 * log_sigmoid(0.5)]
+    smoothing = torch.tensor([0.0, 0.3])
+    assert of_two("sigmoid", smoothing=smoothing).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("base", "name"), [("simpo", "margins"), ("hinge", "smoothing")])
+def test_a_base_without_margins_or_smoothing_of_pairs_says_so(base: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} have no effect with the {base} base"):
+        of_two(base, **{name: torch.zeros(2)})
+    with pytest.raises(ValueError, match=f"{name} have shape"):
+        of_two("sigmoid", **{name: torch.zeros(3)})
+
+
 # -- objectives of tokens --------------------------------------------------------------------------
 
 PLAIN, GOOD, BAD = (

@@ -82,6 +82,9 @@ class BaseLoss:
         rejected_B: Tensor,
         ref_chosen_B: Tensor | None = None,
         ref_rejected_B: Tensor | None = None,
+        *,
+        margin_B: Tensor | float = 0.0,
+        smoothing_B: Tensor | None = None,
     ) -> Tensor:
         """The loss of each pair, shape (B,).
 
@@ -91,6 +94,8 @@ class BaseLoss:
             rejected_B: the same of the dispreferred response.
             ref_chosen_B: the same under the reference; None where the base needs none.
             ref_rejected_B: the same of the dispreferred response.
+            margin_B: by how much h has to be larger than 0, nats; of sigmoid, ipo and hinge.
+            smoothing_B: in place of ``label_smoothing``, of sigmoid.
         """
         from torch.nn.functional import logsigmoid
 
@@ -102,12 +107,10 @@ class BaseLoss:
             return -chosen_B - self.beta * logsigmoid(log_odds_B)
         assert ref_chosen_B is not None
         assert ref_rejected_B is not None
-        h_B = gap_B - (ref_chosen_B - ref_rejected_B)
+        h_B = gap_B - (ref_chosen_B - ref_rejected_B) - margin_B
         if self.name == "sigmoid":  # arXiv 2305.18290, eq. 7; smoothing as in cDPO
-            return (
-                -logsigmoid(self.beta * h_B) * (1 - self.label_smoothing)
-                - logsigmoid(-self.beta * h_B) * self.label_smoothing
-            )
+            eps_B = self.label_smoothing if smoothing_B is None else smoothing_B
+            return -logsigmoid(self.beta * h_B) * (1 - eps_B) - logsigmoid(-self.beta * h_B) * eps_B
         if self.name == "ipo":  # arXiv 2310.12036, eq. 17
             return (h_B - 1 / (2 * self.beta)) ** 2
         return (1 - self.beta * h_B).relu()  # hinge: SLiC, arXiv 2305.10425
@@ -316,6 +319,8 @@ def steering_loss(
     lengths: Mapping[str, Tensor],
     *,
     weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    smoothing: Tensor | None = None,
 ) -> SteeringLoss:
     """The loss of a batch of queries under an objective.
 
@@ -327,6 +332,10 @@ def steering_loss(
         lengths: ``context/response`` → (B,) response tokens, end-of-turn token included.
         weights: (B,), multiplies the whole loss of each query; None is 1 for all. The mean is over
             queries, not over weights. The metrics are not weighted.
+        margins: (B,) nats, what the gap h of every term has to exceed: L(h − margin), as DLMA's
+            (arXiv 2402.11907, eq. 8); sigmoid, ipo and hinge.
+        smoothing: (B,) in [0, 0.5], label smoothing of each pair in place of the base's one
+            constant; sigmoid.
 
     Returns:
         The mean over queries, the loss per query, and batch means under TRL's names. Rewards are
@@ -334,8 +343,8 @@ def steering_loss(
         than one term, each metric carries the term's context as suffix.
 
     Raises:
-        ValueError: a sequence is missing, shapes differ, a length is below 1, or the objective has
-            a weighting and no weights are given.
+        ValueError: a sequence is missing, shapes differ, a length is below 1, the objective has a
+            weighting and no weights are given, or its base has no margin or smoothing of pairs.
     """
     base = objective.base
     if objective.weighting is not None and weights is None:
@@ -347,8 +356,13 @@ def steering_loss(
     for name in objective.sequences:
         if bool((lengths[name] < 1).any()):
             raise ValueError(f"lengths[{name!r}] has a response without tokens")
-    if weights is not None and tuple(weights.shape) != shape:
-        raise ValueError(f"weights have shape {tuple(weights.shape)}, others {shape}")
+    of_pairs = {"weights": weights, "margins": margins, "smoothing": smoothing}
+    for name, value in of_pairs.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} have shape {tuple(value.shape)}, others {shape}")
+    for name, bases in (("margins", ("sigmoid", "ipo", "hinge")), ("smoothing", ("sigmoid",))):
+        if of_pairs[name] is not None and base.name not in bases:
+            raise ValueError(f"{name} have no effect with the {base.name} base")
 
     sums = {s: policy[s] for s in objective.sequences}
     tokens = {s: lengths[s].to(sums[s].dtype) for s in objective.sequences}
@@ -373,7 +387,11 @@ def steering_loss(
     per_query = sums[objective.sequences[0]].new_zeros(shape)
     for term in objective.terms:
         a, b = term.sequences
-        loss_B = base(logps[a], logps[b], ref_logps.get(a), ref_logps.get(b))
+        loss_B = base(
+            *(logps[a], logps[b], ref_logps.get(a), ref_logps.get(b)),
+            margin_B=0.0 if margins is None else margins,
+            smoothing_B=smoothing,
+        )
         nll_B = -means[a]
         scale = term.weight * gate_B if term.gated else term.weight
         per_query = per_query + scale * loss_B + term.sft * nll_B
