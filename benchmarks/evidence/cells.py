@@ -31,6 +31,9 @@ NO_GENERATOR = ("generator=null",)
 PBAA = ("method=pbaa", *NO_GENERATOR)
 SSO = ("method=sso", "generator.selection.points=0", "generator.batch_size=16")
 ANNOTATED = ("method=best-of-n", "ranking.samples=2", "principles=null", *NO_GENERATOR)
+#: 64 entries of the tiny vocabulary cover all but a few tokens.
+CONTRAST = ("method=contrast", *NO_GENERATOR, "contrast.top_k=64")
+RANKED = ("method=best-of-n-principles", *NO_GENERATOR, "ranking.samples=4")
 #: Table 6: IPO in every training; β is v1's.
 IPO = ("training.base=ipo", "training.beta=0.2")
 GENERATOR_IPO = ("generator.base=ipo", "generator.beta=0.2")
@@ -129,6 +132,14 @@ ARMS = {
         "answers as in the base's own training data, against the policy's",
         shared=False,
     ),
+    "contrast": Arm(
+        "contrast", CONTRAST, "the difference of the principles, distilled at plain answers' tokens"
+    ),
+    "best-of-4-principles": Arm(
+        "best-of-4-principles",
+        RANKED,
+        "four plain answers per query, ranked by how the principles change their likelihood",
+    ),
 }
 REWARD = ("reward.learning_rate=3e-4", "reward.batch_size=16", "reward.epochs=2")
 for _sets in (
@@ -168,6 +179,8 @@ SEARCH = {
         # β of IPO is v1's, so the second axis is another one for both
         "pbaa-ipo": ("training.warmup=0.1", "training.warmup=0.3"),
         "sso-ipo": ("generator.gamma=0.1", "generator.gamma=0.3"),
+        "contrast": ("contrast.strength=4", "contrast.strength=2"),
+        "best-of-4-principles": ("training.beta=0.1", "training.beta=0.3"),
     }.items()
 }
 
@@ -192,6 +205,13 @@ TABLES = (
         (0, 1, 2),
         10,
         last=("pbaa-compute",),
+    ),
+    Table(
+        "contrast",
+        "Without pairs, or without bad answers: the contrast of the principles",
+        ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles"),
+        (0, 1, 2),
+        10,
     ),
     Table(
         "halves",

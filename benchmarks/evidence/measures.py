@@ -11,7 +11,8 @@ from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Query, Triple
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.models.chat import ChatFormat
-from selfsteer.objectives import Objective
+from selfsteer.judges.principles import PrincipleContrast
+from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.principles import writer
 from selfsteer.testbed.world import CHECKPOINT
 
@@ -29,13 +30,16 @@ def figures(folder: Path) -> dict[str, Any]:
     iterations = []
     for k in range(1, recipe["iterations"] + 1):
         label = last.replace(f"-{recipe['iterations']}", f"-{k}")
-        quality = json.loads((folder / f"iteration-{k}" / "quality.json").read_text("utf-8"))
+        model = evaluation["models"][label]
+        iterations.append({"score": model["score"][0], "tokens": model["tokens"]})
+        measured = folder / f"iteration-{k}" / "quality.json"
+        if not measured.exists():  # a method without pairs
+            continue
+        quality = json.loads(measured.read_text("utf-8"))
         data = quality["preferences"]
         of_triples = quality.get("triples")
-        iterations.append(
+        iterations[-1].update(
             {
-                "score": evaluation["models"][label]["score"][0],
-                "tokens": evaluation["models"][label]["tokens"],
                 "pairs": data["of"],
                 "accuracy": data["accuracy"],
                 "on_policyness": data["on_policyness"],
@@ -89,7 +93,8 @@ def compute(folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
     """Tokens through the model in forward passes, millions: sampling 1, reference 1, training 3.
 
     The backward pass costs two forward ones (arXiv 2001.08361, table 1). Shared prompts count once
-    per query and context in training, and once per answer in sampling. Evaluation, the quality
+    per query and context in training, and once per answer in sampling. What a teacher or a ranker
+    reads counts 1. Evaluation, the quality
     report and judging are left out: they are not the method.
     """
     chat, found = chat_format(), {"principles": 0.0, "sampling": 0.0, "training": 0.0}
@@ -108,7 +113,14 @@ def compute(folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
             settings = {k: recipe["training"][k] for k in ("use_weight", "use_steer")}
             names = Objective.named("sso-online", **settings).sequences
             found["training"] += cost * tree_tokens(triples(where / "filtered.jsonl"), names)
+        elif (where / "teacher").exists():
+            learnt = [Triple.from_dict(row) for row in read_shards(where / "samples")]
+            found["training"] += tree_tokens(learnt, TokenObjective.read)
+            found["training"] += (cost - 1) * tree_tokens(learnt, TokenObjective.sequences)
         else:
+            if recipe["method"] == "best-of-n-principles":
+                ranked = read_shards(where / "ranked/candidates")
+                found["sampling"] += sum(map(ranking_tokens, ranked))
             for row in read_shards(where / "preferences"):
                 prompt = chat.prompt_ids(Query.from_dict({"messages": row["prompt"]}).messages)
                 answers = [row["chosen"][-1]["content"], row["rejected"][-1]["content"]]
@@ -146,6 +158,13 @@ def sampled_tokens(row: dict[str, Any]) -> int:
         return len(answers) * len(chat_format().prompt_ids(query.messages)) + sum(answers)
     triple = Triple.from_dict(row)
     return sum(len(chat_format().sequence(triple, f"{r}/{r}")) for r in triple.responses)
+
+
+def ranking_tokens(row: dict[str, Any]) -> int:
+    """What the principles' contrast reads of the candidates of one query."""
+    rest = {k: v for k, v in row.items() if k != "answers"}
+    one_each = [Triple.from_dict({**rest, "responses": {"plain": a}}) for a in row["answers"]]
+    return tree_tokens(one_each, PrincipleContrast.read)
 
 
 def tree_tokens(found: Iterable[Triple], names: Sequence[str]) -> int:
