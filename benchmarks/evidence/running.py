@@ -166,10 +166,11 @@ def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
 
 
 def train_policy(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Figures of an arm that trains a policy; its pairs are kept for the reward models."""
+    """Figures of an arm that trains a policy; its pairs, if any, are kept for the reward models."""
     folder = run_policy(cell, runs)
-    if not pairs_folder(cell, runs).exists():
-        copy_whole(folder / "iteration-1" / "preferences", pairs_folder(cell, runs))
+    pairs = folder / "iteration-1" / "preferences"
+    if pairs.exists() and not pairs_folder(cell, runs).exists():
+        copy_whole(pairs, pairs_folder(cell, runs))
     return figures(folder)
 
 
