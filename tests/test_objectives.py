@@ -13,6 +13,7 @@ from selfsteer.objectives import (
     BASES,
     NO_MASS,
     OBJECTIVES,
+    ContrastObjective,
     TokenObjective,
     with_rest,
     wpo_weights,
@@ -546,17 +547,21 @@ PLAIN, GOOD, BAD = (
 
 def test_the_target_of_contrast_by_hand() -> None:
     """Rewards log 3, 0 and −log 3, cut at ±1; at λ 2 the plain masses times e², 1 and e⁻²."""
-    found = TokenObjective(strength=2.0, clip=1.0).target(PLAIN, GOOD, BAD).exp()
+    found = ContrastObjective(strength=2.0, clip=1.0).target(PLAIN, GOOD, BAD).exp()
     masses = torch.tensor([[0.5 * math.e**2, 0.25, 0.25 * math.e**-2]], dtype=torch.float64)
     torch.testing.assert_close(found, masses / masses.sum())
 
 
+def test_the_target_of_context_distillation_is_the_good_context() -> None:
+    assert torch.equal(TokenObjective().target(GOOD), GOOD)
+
+
 @pytest.mark.parametrize("strength", [0.5, 4.0])
 def test_the_target_is_the_best_policy_of_its_reward_less_its_kl(strength: float) -> None:
-    contrast = TokenObjective(strength=strength)
+    contrast = ContrastObjective(strength=strength)
 
     def worth(logp: torch.Tensor) -> float:
-        reward = (logp.exp() * contrast.reward(GOOD, BAD)).sum()
+        reward = (logp.exp() * contrast.reward(PLAIN, GOOD, BAD)).sum()
         return float(reward - (logp.exp() * (logp - PLAIN)).sum() / strength)
 
     best = contrast.target(PLAIN, GOOD, BAD)

@@ -10,9 +10,9 @@ from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Query, Triple
 from selfsteer.judges.oracle import OracleJudge
-from selfsteer.models.chat import ChatFormat
 from selfsteer.judges.principles import PrincipleContrast
-from selfsteer.objectives import Objective, TokenObjective
+from selfsteer.models.chat import ChatFormat
+from selfsteer.objectives import ContrastObjective, Objective
 from selfsteer.principles import writer
 from selfsteer.testbed.world import CHECKPOINT
 
@@ -115,8 +115,8 @@ def compute(folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
             found["training"] += cost * tree_tokens(triples(where / "filtered.jsonl"), names)
         elif (where / "teacher").exists():
             learnt = [Triple.from_dict(row) for row in read_shards(where / "samples")]
-            found["training"] += tree_tokens(learnt, TokenObjective.read)
-            found["training"] += (cost - 1) * tree_tokens(learnt, TokenObjective.sequences)
+            found["training"] += tree_tokens(learnt, ContrastObjective.read)
+            found["training"] += (cost - 1) * tree_tokens(learnt, ContrastObjective.sequences)
         else:
             if recipe["method"] == "best-of-n-principles":
                 ranked = read_shards(where / "ranked/candidates")

@@ -228,36 +228,32 @@ class Objective:
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """Contrast distillation: at each token of a plain answer the policy is drawn to a target.
-
-    The teacher is the frozen start π0, which reads the answer under x, x+ and x-. Its target is
-    q ∝ π0(·|x) · exp(λ·clip(log π0(·|x+) − log π0(·|x-), ±c)): the policy of highest expected
-    reward r = clip(log π0(y|x+) − log π0(y|x-), ±c) per token, less KL(π ‖ π0)/λ (docs/method.md).
+    """At each token of a plain answer the policy is drawn to a target, under the plain context.
 
     Args:
-        strength: λ.
-        clip: c, nats; it is what keeps λ from wrecking the language.
         direction: ``reverse`` KL(π ‖ q), ``forward`` KL(q ‖ π), or ``jsd``, half of each to their
             mean.
     """
 
-    strength: float = 4.0
-    clip: float = 1.0
     direction: Direction = "reverse"
-    name: str = "contrast"
+    name: str = "distil"
 
     #: What is trained on, what the teacher reads, and whether log-probs of a reference are needed.
     sequences: ClassVar[tuple[str, ...]] = ("plain/plain",)
-    read: ClassVar[tuple[str, ...]] = ("plain/plain", "good/plain", "bad/plain")
+    read: ClassVar[tuple[str, ...]] = ("good/plain",)
     needs_reference: ClassVar[bool] = False
 
-    def reward(self, good: Tensor, bad: Tensor) -> Tensor:
-        """clip(log π0(·|x+) − log π0(·|x-), ±c), of log-probs in nats of any one shape."""
-        return (good - bad).clamp(-self.clip, self.clip)
+    def target(self, *logps_RV: Tensor) -> Tensor:
+        """Log q, (R, V), from log-probs in nats of what the teacher reads: here the good context.
 
-    def target(self, plain_RV: Tensor, good_RV: Tensor, bad_RV: Tensor) -> Tensor:
-        """Log q, (R, V), from log-probs in nats of the frozen start in the three contexts."""
-        return (plain_RV + self.strength * self.reward(good_RV, bad_RV)).log_softmax(dim=-1)
+        On-policy context distillation (OPCD, arXiv 2602.12275).
+        """
+        (good_RV,) = logps_RV
+        return good_RV
+
+    def reward(self, *logps: Tensor) -> Tensor:
+        """What a token is worth, from its log-probs in what the teacher reads; here nothing."""
+        return logps[0].new_zeros(logps[0].shape)
 
     def divergence(self, policy_RK: Tensor, target_RK: Tensor) -> Tensor:
         """The divergence of each token, (R,) in nats, from log masses of K disjoint events."""
@@ -267,6 +263,35 @@ class TokenObjective:
             return _kl(target_RK, policy_RK)
         mean_RK = policy_RK.logaddexp(target_RK) - math.log(2)
         return (_kl(policy_RK, mean_RK) + _kl(target_RK, mean_RK)) / 2
+
+
+@dataclass(frozen=True)
+class ContrastObjective(TokenObjective):
+    """Contrast distillation: the target goes along the difference of the principles.
+
+    The teacher is the frozen start π0, which reads the answer under x, x+ and x-. Its target is
+    q ∝ π0(·|x) · exp(λ·clip(log π0(·|x+) − log π0(·|x-), ±c)): the policy of highest expected
+    reward r = clip(log π0(y|x+) − log π0(y|x-), ±c) per token, less KL(π ‖ π0)/λ (docs/method.md).
+
+    Args:
+        strength: λ.
+        clip: c, nats; it is what keeps λ from wrecking the language.
+    """
+
+    name: str = "contrast"
+    strength: float = 4.0
+    clip: float = 1.0
+
+    read: ClassVar[tuple[str, ...]] = ("plain/plain", "good/plain", "bad/plain")
+
+    def reward(self, *logps: Tensor) -> Tensor:
+        """clip(log π0(·|x+) − log π0(·|x-), ±c), of log-probs of any one shape."""
+        _, good, bad = logps
+        return (good - bad).clamp(-self.clip, self.clip)
+
+    def target(self, *logps_RV: Tensor) -> Tensor:
+        """See `TokenObjective.target`."""
+        return (logps_RV[0] + self.strength * self.reward(*logps_RV)).log_softmax(dim=-1)
 
 
 #: Log of a mass that counts as none: its exponential is 0, and products with it stay finite.

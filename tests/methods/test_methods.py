@@ -180,6 +180,7 @@ ROUNDS = {
     "sso-online": ("principles", "triples", "filter", *TAIL),
     "pbaa": ("principles", "samples", *TAIL),
     "contrast": ("principles", "samples", "teacher", "policy"),
+    "distil": ("principles", "samples", "teacher", "policy"),
     "good-over-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
     "best-of-n-principles": ("principles", "ranked", *TAIL),

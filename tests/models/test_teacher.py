@@ -15,11 +15,11 @@ from selfsteer.models.head import with_token_loss
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import batch_scores, pack
 from selfsteer.models.teacher import Lesson, Targets, Teacher, lessons, targets
-from selfsteer.objectives import TokenObjective
+from selfsteer.objectives import ContrastObjective
 from selfsteer.recipe.sections import Loading
 from tests.make import make_checkpoint
 
-OBJECTIVE = TokenObjective()
+OBJECTIVE = ContrastObjective()
 TEXTS = ("The bee eats nectar.", "Fish, milk and mice; the cat eats them.", "No.")
 
 
@@ -65,7 +65,7 @@ def test_targets_are_those_of_the_model_in_three_contexts(
         known = got.logq > -1e3
         torch.testing.assert_close(got.logq[known], wanted.gather(1, got.ids)[known])
         said = torch.tensor(answer[0].response_ids).unsqueeze(1)
-        reward = OBJECTIVE.reward(good.gather(1, said), bad.gather(1, said))[:, 0]
+        reward = OBJECTIVE.reward(*(p.gather(1, said) for p in (plain, good, bad)))[:, 0]
         torch.testing.assert_close(
             made["reward"][lesson.first : lesson.first + lesson.tokens], reward
         )

@@ -7,6 +7,7 @@ from selfsteer.methods.base import Aligning, Paired, Principled, Recipe
 from selfsteer.methods.best_of_n import BestOfN
 from selfsteer.methods.best_of_n_principles import BestOfNByPrinciples
 from selfsteer.methods.contrast import ContrastDistillation
+from selfsteer.methods.distil import ContextDistillation
 from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
@@ -22,6 +23,7 @@ AnyRecipe = (
     | SSOOnline
     | PBAA
     | ContrastDistillation
+    | ContextDistillation
     | GoodOverPlain
     | BestOfN
     | BestOfNByPrinciples

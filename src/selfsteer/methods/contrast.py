@@ -5,30 +5,30 @@ principle would change the next token, and the policy is drawn along their diffe
 no generator, no judge, no finished answers are needed. docs/method.md derives the target.
 """
 
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 from typing_extensions import override
 
 from selfsteer.methods.base import Plan, Principled
-from selfsteer.objectives import TokenObjective
-from selfsteer.recipe.sections import Contrast, Distilling
+from selfsteer.objectives import ContrastObjective, TokenObjective
+from selfsteer.recipe.sections import Contrast, Distillation, Distilling
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.sample import Sample
 from selfsteer.stages.teach import Teach
 
 
-class ContrastDistillation(Principled):
-    """The difference of the principles, distilled at every token of plain answers."""
+class Distilled(Principled):
+    """A method that learns from the tokens of plain answers, under a teacher's eye."""
 
-    method: Literal["contrast"] = "contrast"
-    contrast: Contrast = Contrast()
     training: Distilling = Distilling()
 
     learnt: ClassVar[str] = "its own answers to the prompts alone"
-    pair: ClassVar[str] = (
-        "At each of their tokens it was drawn to where a good principle, and away from where a bad "
-        "one, would have moved it; nobody wrote or chose an answer"
-    )
+
+    @property
+    @abstractmethod
+    def target(self) -> tuple[TokenObjective, Distillation]:
+        """What the policy is drawn to, and how much of it is kept."""
 
     @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
@@ -36,7 +36,24 @@ class ContrastDistillation(Principled):
         # the teacher reads every token that there is, of answers without an end as well
         sampling = self.sampling.model_copy(update={"keep_unfinished": True})
         answers = plan(Sample(asked, {"plain": policy}, sampling))
-        c = self.contrast
-        objective = TokenObjective(c.strength, c.clip, c.direction)
-        teacher = plan(Teach(answers, plan.reference(self.training, policy), objective, c))
+        objective, kept = self.target
+        teacher = plan(Teach(answers, plan.reference(self.training, policy), objective, kept))
         return self.train(plan, answers, policy, objective, self.training, teacher=teacher)
+
+
+class ContrastDistillation(Distilled):
+    """The difference of the principles, distilled at every token of plain answers."""
+
+    method: Literal["contrast"] = "contrast"
+    contrast: Contrast = Contrast()
+
+    pair: ClassVar[str] = (
+        "At each of their tokens it was drawn to where a good principle, and away from where a bad "
+        "one, would have moved it; nobody wrote or chose an answer"
+    )
+
+    @property
+    @override
+    def target(self) -> tuple[TokenObjective, Distillation]:
+        c = self.contrast
+        return ContrastObjective(c.direction, strength=c.strength, clip=c.clip), c

@@ -178,7 +178,7 @@ class Teacher:
                     "kept": kept.int(),
                     "index": order_RK[kept_RK].int(),
                     "logq": logq_RV.gather(1, order_RK)[kept_RK],
-                    "reward": self.objective.reward(*(p.gather(1, one) for p in logps[1:]))[:, 0],
+                    "reward": self.objective.reward(*(p.gather(1, one) for p in logps))[:, 0],
                     "covered": masses.gather(1, kept.unsqueeze(1) - 1)[:, 0],
                 }
             )

@@ -802,7 +802,7 @@ class PolicyTraining(PolicyStage, Optimisation):
 
 
 class Distilling(PolicyStage):
-    """The policy stage of contrast distillation."""
+    """The policy stage of methods that distil."""
 
     learning_rate: float = _f(
         5e-6, "peak; OPCD's (arXiv 2602.12275). Search it: 2e-5 was best at 135M parameters", gt=0
@@ -812,16 +812,21 @@ class Distilling(PolicyStage):
     selection: Selection = Selection(max_kl=1.0, max_length_ratio=4.0)
 
 
-class Contrast(Section):
-    """The target of contrast distillation, and how much of it is kept (docs/methods.md)."""
+class Distillation(Section):
+    """How a policy is drawn to a target at each token, and how much of the target is kept."""
 
-    strength: float = _f(4.0, "λ, how strongly the contrast of the principles counts", gt=0)
-    clip: float = _f(1.0, "most nats by which it counts at a token; holds λ in check", gt=0)
     direction: Direction = _f("reverse", "reverse KL(π ‖ q), forward KL(q ‖ π), or jsd")
     top_k: int = _f(512, "most entries of the vocabulary kept for a token", gt=0)
     coverage: float = _f(
         0.99, "mass that they are to cover in every context; the others count as one", gt=0, lt=1
     )
+
+
+class Contrast(Distillation):
+    """The target of contrast distillation, and how much of it is kept (docs/methods.md)."""
+
+    strength: float = _f(4.0, "λ, how strongly the contrast of the principles counts", gt=0)
+    clip: float = _f(1.0, "most nats by which it counts at a token; holds λ in check", gt=0)
 
 
 class Training(PolicyTraining):

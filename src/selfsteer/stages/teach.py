@@ -12,7 +12,7 @@ from typing_extensions import override
 from selfsteer.data.jsonl import batched, write_atomic
 from selfsteer.data.records import Dropped, Triple
 from selfsteer.objectives import TokenObjective
-from selfsteer.recipe.sections import Contrast
+from selfsteer.recipe.sections import Distillation
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
@@ -47,7 +47,7 @@ class Teach(Stage):
     answers: Artifact
     teacher: Artifact
     objective: TokenObjective
-    settings: Contrast
+    settings: Distillation
 
     title = "teacher"
 
@@ -83,7 +83,7 @@ class Teach(Stage):
         notes = {k: sums[k] / tokens for k in ("entries", "covered", "short", "reward")}
         if notes["short"] > SHORT:
             warn(
-                f"{notes['short']:.0%} of the tokens need more than contrast.top_k {s.top_k} "
+                f"{notes['short']:.0%} of the tokens need more than top_k {s.top_k} "
                 f"entries to cover {s.coverage:g} of the mass. Raise it."
             )
         notes |= {k: sums[k] for k in ("tokens", "bytes")}

@@ -40,8 +40,8 @@ def run(
     The run folder holds the whole state. After any interruption, the same command resumes; once
     everything is done, it does nothing.
 
-    Shipped recipes: demo, smoke, sso, sso-online, pbaa, contrast, good-over-plain, best-of-n,
-    best-of-n-principles, self-rewarding, sgpo, spin, wpo, reward.
+    Shipped recipes: demo, smoke, sso, sso-online, pbaa, contrast, distil, good-over-plain,
+    best-of-n, best-of-n-principles, self-rewarding, sgpo, spin, wpo, reward.
     """
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, select
