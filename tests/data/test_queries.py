@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -223,7 +224,7 @@ def test_csv_columns_are_read_and_empty_cells_are_absent(tmp_path: Path) -> None
     assert queries["7"].text == 'One, "two"?\nThree?'
     assert [m.role for q in queries.values() for m in q.messages] == ["user", "system", "user"]
     path.write_text("prompt\nFour?,extra\n")
-    with pytest.raises(DataError, match=r"line 2 does not have as many cells"):
+    with pytest.raises(DataError, match=r"line 2: it does not have as many cells"):
         load(path)
 
 
@@ -242,8 +243,8 @@ def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("q.json", "[1]", "entry 1 is not an object"),
-        ("q.json", "{", "is not JSON"),
+        ("q.json", "[1]", "entry 1: not a JSON object: 1"),
+        ("q.json", "{", "line 1: not JSON"),
         ("q.jsonl", "version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ("q.csv", "prompt,prompt\na,b\n", "more than one column called 'prompt'"),
         ("q.csv", 'messages\n"[{}]"\n', "its keys are messages; give .prompt. .text or chat."),
@@ -259,9 +260,8 @@ def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:
         ("q.jsonl", '\n{"text": "a", "n": 1}', "line 2: no known shape .* keys are text, n;"),
         ("q.csv", "text,n\na,1\n", "its keys are text, n"),
         ("q.csv", 'prompt\n"a', "not a CSV file"),
-        ("q.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}', "found .'from': 'tool'"),
+        ("q.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}', "has_tools"),
         ("q.jsonl", '{"instruction": "a", "history": [["b"]]}', "user, assistant. pairs"),
-        ("q.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "line 2: the id '1'"),
     ],
 )
 def test_unusable_files_are_named(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -279,7 +279,7 @@ def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # datasets and its http client warn in many ways when offline
 def test_a_datasets_name_that_cannot_be_had_says_so() -> None:
-    with pytest.raises(DataError, match="as a datasets name it cannot be loaded"):
+    with pytest.raises(DataError, match="as a data set on the hub it cannot be loaded"):
         load(Path("no-such-owner/no-such-set"))
 
 
@@ -373,10 +373,12 @@ class Streamed:
     """Stands in for `datasets`: an endless set, and what was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str, bool]] = []
+        self.asked: list[tuple[str | bool | None, ...]] = []
 
-    def load_dataset(self, name: str, *, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
-        self.asked.append((name, split, streaming))
+    def load_dataset(
+        self, name: str, config: str | None, *, split: str, revision: str | None, streaming: bool
+    ) -> Iterator[dict[str, Any]]:
+        self.asked.append((name, config, split, revision, streaming))
         return ({"prompt": f"Question {i}?", "score": i} for i in count())
 
 
@@ -387,7 +389,37 @@ def test_a_datasets_name_may_hold_dots_and_is_read_up_to_the_limit(
     monkeypatch.setitem(sys.modules, "datasets", streamed)
     found = load(Path("owner/Set-2.5"), limit=3, split="test")
     assert {q.text for q in found.queries} == {"Question 0?", "Question 1?", "Question 2?"}
-    assert (streamed.asked, found.dropped) == ([("owner/Set-2.5", "test", True)], {})
+    assert streamed.asked == [("owner/Set-2.5", None, "test", None, True)]
+    assert not found.dropped
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_name_on_the_hub_has_a_config_a_split_and_a_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def moved(repo: str, **more: Any) -> SimpleNamespace:
+        assert (repo, more["revision"]) == ("owner/set", "v1")
+        return SimpleNamespace(sha=COMMIT)
+
+    streamed = Streamed()
+    monkeypatch.setitem(sys.modules, "datasets", streamed)
+    monkeypatch.setattr("huggingface_hub.dataset_info", moved)
+    for name, asked in {
+        "owner/set:en:test@v1": ("owner/set", "en", "test", COMMIT),
+        "owner/set::test@v1": ("owner/set", None, "test", COMMIT),
+        f"owner/set@{COMMIT}": ("owner/set", None, "train", COMMIT),
+    }.items():
+        found = load_queries(Queries(path=name, limit=1))
+        assert (streamed.asked.pop(), found.commit) == ((*asked, True), COMMIT)
+    with pytest.raises(ConfigError, match="names another split than the setting 'train'"):
+        load_queries(Queries(path="owner/set::test", split="train"))
+    evaluation = "owner/set[test]@v1"
+    given = [Queries(path=p, against=(evaluation,)) for p in ("a/b", "a/b@v2", "a/b:en")]
+    digests = [queries_digest(settings) for settings in given]
+    assert len({d[0] for d in digests}) == 3
+    assert {d[1] for d in digests} == {"hub:owner/set::test@v1"}
 
 
 def test_everything_dropped_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -433,4 +465,4 @@ def test_the_documented_rows_are_read(tmp_path: Path) -> None:
     for row in rows:
         (found,) = load(rows_in(tmp_path / "q.jsonl", row)).queries
         assert found.text == "Name a fish."
-    assert len(rows) == 4
+    assert len(rows) == 11

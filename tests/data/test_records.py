@@ -205,8 +205,8 @@ def test_read_jsonl_numbers_lines_and_skips_blank_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
-        (b'{"a": 1}\n[1]\n', "line 2 is not a JSON object"),
+        (b'{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        (b'{"a": 1}\n[1]\n', "line 2: not a JSON object"),
         (b'{"a": "\xff"}\n', "not UTF-8"),
     ],
 )

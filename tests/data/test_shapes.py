@@ -60,11 +60,12 @@ def test_drops_keep_what_can_be_stored() -> None:
         ("f, line 3", {"prompt": "Hi."}),
     ]
     drops = Drops()
-    assert [where for where, _ in read(rows, asked, drops)] == ["f, line 3"]
+    assert [where for where, _ in read(iter(rows), asked, drops)] == ["f, line 3"]
     first, second = drops.records
     assert (first.id, first.reason, first.record) == ("f, line 1", "no_user_turn", rows[0][1])
     assert second == ("f, line 2", "malformed", None)
-    assert list(drops.counts) == list(drops.examples) == ["no_user_turn", "malformed"]
+    assert list(drops.counts) == ["no_user_turn", "malformed"]
+    assert drops.examples[0] == "f, line 1: the conversation has no user turn"
 
 
 def test_a_reason_of_its_own_is_told_from_a_malformed_row() -> None:

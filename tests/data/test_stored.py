@@ -166,5 +166,5 @@ def test_a_broken_list_in_pieces_is_an_error(
     monkeypatch.setattr("selfsteer.data.files.PIECE", 8)
     (tmp_path / "l.json").write_text(broken)
     line = 2 if "oops" in broken else 1
-    with pytest.raises(DataError, match=f"line {line} is not JSON"):
+    with pytest.raises(DataError, match=f"line {line}: not JSON"):
         import_records(tmp_path / "l.json")

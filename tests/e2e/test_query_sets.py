@@ -53,15 +53,23 @@ def test_queries_cleans_a_file_and_shows_what_it_did(tmp_path: Path, here: Here)
 
 
 def test_queries_refuses_what_it_cannot_do(tmp_path: Path, here: Here) -> None:
-    source = write(tmp_path / "q.jsonl", {"prompt": "Why?"}, {"text": "Who?"})
+    source = write(tmp_path / "q.jsonl", {"text": "Who?"})
     to = ("--to", tmp_path / "out.jsonl")
-    fails(here("queries", source, *to), 2, "q.jsonl, line 2: no known shape", "keys are text")
+    fails(here("queries", source, *to), 2, "q.jsonl, line 1: no known shape", "keys are text")
+    fails(here("queries", source, *to, "--column", "test=prompt"), 2, "no column 'test'", "'text'")
+    fails(here("queries", source, *to, "--column", "text"), 2, "--column takes OLD=NEW")
     fails(here("queries", source, *to, "--script", "Latn"), 2, "did you mean Latin")
     fails(here("queries", source, *to, "--ngram", 5), 2, "ngram has no effect")
     fails(here("queries", source, "--to", source), 2, "choose another --to")
     fails(here("queries", tmp_path / "no.jsonl", *to), 2, "There is no file")
     fails(here("queries", source, *to, "--against", tmp_path / "e.jsonl"), 2, "e.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+    ended = here("queries", source, *to, "--column", "text=prompt")
+    assert ended.code == 0, ended.err
+    write(source, {"prompt": "Why?"}, {"text": "Who?"}, {"text": "Who?"})
+    ended = here("queries", source, *to, "--limit", 1)
+    assert "line 2: no known shape" in " ".join(ended.err.split())
+    assert "also line 3" in ended.err
 
 
 def test_a_run_curates_grows_and_goes_on(tmp_path: Path, here: Here) -> None:

@@ -87,6 +87,39 @@ def test_train_refuses_what_the_objective_ignores(tmp_path: Path, here: Here) ->
     fails(here("train", TESTBED, path, "objective=pbaa"), 2, "output is missing")
 
 
+def test_train_drops_what_a_run_would_drop(tmp_path: Path, here: Here) -> None:
+    def row(i: int, good: str, bad: str, **more: object) -> dict[str, object]:
+        asked = [{"role": "user", "content": f"What does animal {i} eat?"}]
+        return {"id": f"q{i}", "messages": asked, "responses": {"good": good, "bad": bad}, **more}
+
+    rows = [
+        row(0, "", "x"),
+        row(1, "a", "a"),
+        row(2, "Grass", "Bricks.", finish_reasons={"good": "length"}),
+        row(3, "Grass.", "Bricks."),
+        {"prompt": "Why?"},
+        row(5, "Grass.", "Clouds."),
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = ("train", TESTBED, path, "objective=pbaa", "batch_size=2")
+    ended = here(*args, f"output={tmp_path / 'o'}", "--json")
+    assert ended.code == 0, ended.err
+    manifest = json.loads(ended.out)
+    lost = {"no_pair": 1, "empty": 1, "good_equals_bad": 1, "unfinished": 1}
+    assert (manifest["n_in"], manifest["n_out"], manifest["dropped"]) == (6, 2, lost)
+    left = [json.loads(x) for x in (tmp_path / "o" / "dropped.jsonl").read_text().splitlines()]
+    assert [(x["id"], x["reason"]) for x in left] == [
+        (f"{path}, line 5", "no_pair"),
+        ("q0", "empty"),
+        ("q1", "good_equals_bad"),
+        ("q2", "unfinished"),
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
+    ended = here(*args, f"output={tmp_path / 'p'}")
+    fails(ended, 2, "of 2 records, 1 empty, 1 good_equals_bad dropped")
+
+
 def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "a.json"
     # four a step: in the last one a single query is left, and one rank without work

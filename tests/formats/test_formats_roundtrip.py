@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
-from selfsteer.data.reading import Imported, import_records, read_triples
+from selfsteer.data.reading import Imported, import_records
 from selfsteer.data.records import Message, Preference, Principles, Query, Triple
 from selfsteer.errors import DataError
 from selfsteer.formats import export
@@ -49,6 +49,12 @@ def text(rng: random.Random) -> str:
 def full(rng: random.Random) -> str:
     """A text with something in it, and no white space in front."""
     return rng.choice([t for t in AWKWARD if t.strip() and t == t.lstrip()])
+
+
+def triples_in(path: Path) -> list[Triple]:
+    found = import_records(path, trainable=True).records
+    triples = [r.to_triple() if isinstance(r, Preference) else r for r in found]
+    return [t for t in triples if isinstance(t, Triple)]
 
 
 def conversation(rng: random.Random) -> tuple[Message, ...]:
@@ -159,7 +165,7 @@ def test_preferences_come_back(
     assert {k: any(k in s for s in exported.left_out) for k in said} == said
     assert len(exported.left_out) == sum(said.values())
     # and training reads the same pairs
-    assert [(t.messages, t.responses) for t in read_triples(tmp_path / file)] == [
+    assert [(t.messages, t.responses) for t in triples_in(tmp_path / file)] == [
         (expected(p).prompt, {"good": p.chosen, "bad": p.rejected}) for p in given
     ]
 
@@ -219,7 +225,7 @@ def test_triples_come_back_from_the_authors_format(tmp_path: Path, seed: int) ->
         for t in given
     ]
     found = import_records(tmp_path / "triples.json")
-    assert list(found.records) == expected == read_triples(tmp_path / "triples.json")
+    assert list(found.records) == expected == triples_in(tmp_path / "triples.json")
     no_plain = sum(not t.responses.get("plain") for t in given)
     assert f"{no_plain} of {len(given)} records: no plain response, raw is empty." in (
         exported.left_out
@@ -328,7 +334,7 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
         {**pair("Trees.", "Reeds."), "chosen": [turn("user", "Why?"), turn("user", "Why?")]},
         pair("Trees.", "Reeds.", chosen_rating=None, rejected_rating=None),
         {"prompt": "Why?", "chosen": "Rain.", "rejected": "Soup."},
-        {"question": "Why?"},
+        {"text": "Why?"},
         pair("half \ud83d", "Reeds."),
     )
     asked = (Message("user", "Where does the heron nest?"),)
@@ -353,13 +359,14 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
     assert found.n_in == len(found.records) + found.dropped.total()
     path = tmp_path / "in.jsonl"
     assert found.examples == [
-        f"{path}, line 2: score_chosen 5.0 is not above score_rejected 5.0",
+        f"{path}, line 2: score_chosen 5.0 is not above score_rejected 5.0; also line 3",
         f"{path}, line 4: chosen and rejected do not answer the same prompt",
         f"{path}, line 5: chosen must be one text or one assistant turn, found "
-        "{'role': 'user', 'content': 'Why?'}",
+        "{'role': 'user', 'content': 'Why?'}; also line 9",
         f"{path}, line 7: preference, but the first record is: preference (two conversations)",
-        f"{path}, line 8: no known shape of record, its keys are question; give 'prompt' (text or "
-        "chat) or 'messages' (chat), 'instruction' (Alpaca), or 'conversations' (ShareGPT)",
+        f"{path}, line 8: no known shape of record, its keys are text; give 'prompt' (text or "
+        "chat) or 'messages' (chat), 'instruction' (Alpaca), or 'conversations' (ShareGPT), or "
+        "rename a column",
     ]
 
 
@@ -388,12 +395,16 @@ def test_labelled_answers_are_paired_within_their_prompt(tmp_path: Path) -> None
     assert found.dropped == {"unpaired": 2, "malformed": 1}
     assert found.n_in == 2 * len(found.records) + found.dropped.total()
     assert pairs[2].id == f"{pairs[0].id}-2"
-    with pytest.raises(DataError, match=r"line 7: label must be true or false, found 'no'"):
-        read_triples(tmp_path / "in.jsonl")
+    alone = "a labelled answer without one of the same prompt and the other label"
+    path = tmp_path / "in.jsonl"
+    assert found.examples == [
+        f"{path}, line 7: label must be true or false, found 'no'",
+        f"{path}, line 4: {alone}; also line 6",
+    ]
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text(json.dumps(half("Why?", "Soup.", False)) + "\n")
-    with pytest.raises(DataError, match="1 labelled answers, of which 1 have no partner"):
-        read_triples(lonely)
+    with pytest.raises(DataError, match=r"Of the 1 records of .* none can be used \(1 unpaired\)"):
+        import_records(lonely)
 
 
 def test_keys_are_kept_and_those_that_cannot_be_are_named(tmp_path: Path) -> None:
@@ -415,11 +426,11 @@ def test_keys_are_kept_and_those_that_cannot_be_are_named(tmp_path: Path) -> Non
 
 def test_nothing_usable_is_an_error_that_lists_the_drops(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        imported(tmp_path, {"question": "Why?"}, {"prompt": ""})
+        imported(tmp_path, {"text": "Why?"}, {"prompt": ""})
     path = tmp_path / "in.jsonl"
     assert str(caught.value).startswith(
-        f"Of the 2 records of {path} none can be used (1 unknown_shape, 1 malformed). "
-        f"{path}, line 1: no known shape of record, its keys are question"
+        f"Of the 2 records of {path} none can be used (1 unknown_shape, 1 empty_query). "
+        f"{path}, line 1: no known shape of record, its keys are text"
     )
 
 
@@ -432,7 +443,7 @@ def test_release_records_without_its_own_keys_stay_with_it(tmp_path: Path) -> No
         "Clouds.",
         None,
     ]
-    assert len(read_triples(tmp_path / "in.jsonl")) == 2
+    assert len(triples_in(tmp_path / "in.jsonl")) == 2
     assert imported(tmp_path, bare_one).shape == "preference (Alpaca)"
 
 

@@ -15,6 +15,7 @@ from selfsteer.recipe.read import (
     known_keys,
     merge,
     method_of,
+    read_yaml,
     recipe_text,
     validate,
 )
@@ -231,3 +232,35 @@ def test_a_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "brittle" / "model.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert resolve_path("package:brittle/model.gguf") == str(tmp_path / "brittle" / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: " + "[" * 5_000, "nested too deeply"),
+        ("name: &a [*a]", "an alias stands in what it names"),
+        # 2 to the 40th texts, and as many pairs to merge
+        ("a0: &a0 x" + "".join(f"\na{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)),
+         "more than 100,000 values"),
+        ("a0: &a0 {k: 1}"
+         + "".join(f"\na{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)),
+         "more than 100,000 values"),
+    ],
+)  # fmt: skip
+def test_a_recipe_without_end_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"cannot be read: .*{said}"):
+        load_recipe(str(path))
+
+
+def test_anchors_are_read_as_ever() -> None:
+    assert read_yaml("a: &a {k: [1]}\nb: [*a, *a]\n")["b"] == [{"k": [1]}, {"k": [1]}]
+
+
+def test_a_long_value_is_cut_in_messages_and_a_device_is_no_recipe() -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe(seed="x" * 5_000)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ConfigError, match="it is not a regular file"):
+        load_recipe("/dev/zero")

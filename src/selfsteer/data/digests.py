@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.jsonl import readable
+
 
 def digest(value: Any) -> str:
     """16 hex digits over any JSON value; equal values give equal digests."""
@@ -20,14 +22,19 @@ def _file_digest(path: Path, size: int, modified_ns: int) -> bytes:
 
 
 def digest_path(path: Path) -> str:
-    """16 hex digits over the whole content of a file or a folder (about 1 GB/s, once a process)."""
+    """16 hex digits over the whole content of a file or a folder (about 1 GB/s, once a process).
+
+    Raises:
+        DataError: it is a pipe or a device.
+    """
     total = hashlib.sha256()
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for p in paths:
         if path.is_dir():
             total.update(str(p.relative_to(path)).encode())
-        found = p.stat()
-        total.update(_file_digest(p.absolute(), found.st_size, found.st_mtime_ns))
+        with readable(p):
+            found = p.stat()
+            total.update(_file_digest(p.absolute(), found.st_size, found.st_mtime_ns))
     return total.hexdigest()[:16]
 
 

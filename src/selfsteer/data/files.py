@@ -1,18 +1,27 @@
-"""The rows of a file, of a folder of shards or of a datasets name, whatever they mean."""
+"""The rows of a file, of a folder of shards or of a data set on the hub, whatever they mean."""
 
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
-from selfsteer.data.jsonl import read_jsonl, readable
-from selfsteer.errors import DataError
+from selfsteer.data.jsonl import parse, readable, shallow, short
+from selfsteer.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 Columns = Callable[[Sequence[str]], Sequence[str]]
+#: Where each row stands, and the row; or why it is none.
+Rows = Iterable[tuple[str, Row | DataError]]
 
 #: Kinds of file that may be shards in a folder.
 SHARDS = (".jsonl", ".parquet", ".csv")
@@ -23,39 +32,89 @@ TEXTS = {"prompt", "instruction", "chosen", "rejected", "completion", "response"
 #: Characters of a JSON list that are decoded together.
 PIECE = 1 << 20
 
+#: Rows of which one must have a column that is to be renamed.
+HEAD = 100
+
+
+class Unusable(DataError):
+    """A row that cannot become what is wanted; ``reason`` is counted."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
 
 def read_rows(
-    source: str | Path, split: str = "train", columns: Columns = tuple
-) -> Iterator[tuple[str, Row]]:
+    source: str | Path,
+    *,
+    split: str | None = None,
+    columns: Columns = tuple,
+    rename: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, Row | DataError]]:
     """(where it stands, row) of each row; where is a file with its line, entry or row.
 
     A JSON file is one object or a list of them; its content says which of JSON and JSONL a file is.
-    A CSV has a header and holds texts only. Cells of a table that hold nothing are left out.
+    A CSV has a header and holds texts only. Cells of a table that hold nothing are left out. A text
+    in place of an object is a prompt, and so is each line of a ``.txt`` file. In place of a row
+    that cannot be read comes the error.
 
     Args:
-        source: JSONL, JSON, CSV or Parquet file; a folder of JSONL, CSV or Parquet files of one
-            kind, in itself or in its folder ``data``; or a datasets name, which is streamed.
-        split: of a datasets name.
+        source: JSONL, JSON, CSV, text or Parquet file, all but the last also packed by gzip or
+            zstd; a folder of JSONL, CSV or Parquet files of one kind, in itself or in its folder
+            ``data``; or a name that `HubName` reads, which is streamed.
+        split: of a data set on the hub.
         columns: which columns of a table to read, of those that it has; default: all.
+        rename: old to new names of columns; the new ones are what ``columns`` sees.
 
     Raises:
-        DataError: it is absent or unreadable; names the file and the line or entry.
+        ConfigError: a column that is to be renamed is not there, or its new name is taken.
+        DataError: the source is absent or unreadable as a whole.
     """
-    path = Path(source)
+    path, new, header = Path(source), dict(rename or {}), dict[str, None]()
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        header.update(dict.fromkeys(names))
+        named = [new.get(name, name) for name in names]
+        chosen = set(columns(named))
+        return [
+            name for name, now in zip(names, named, strict=True) if now in chosen or name in new
+        ]
+
     if path.is_dir():
-        for shard in _shards(path):
-            yield from _file(shard, columns)
+        rows: Rows = (row for shard in _shards(path) for row in _file(shard, wanted))
     elif path.exists():
-        yield from _file(path, columns)
-    elif re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) or re.match(r"[./]|.*/.*/", str(source)):
-        raise DataError(f"There is no file {source}.")
+        rows = _file(path, wanted)
     else:
-        yield from _dataset(str(source), split)
+        rows = _dataset(HubName.read(str(source), split))
+    return iter(_renamed(rows, new, str(source), header) if new else rows)
+
+
+def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[str, None]) -> Rows:
+    rest = iter(rows)
+    head = list(islice(rest, HEAD))  # a table's header is known once a row is read
+    found = (name for _, row in head if isinstance(row, dict) for name in row)
+    names = list(header) or list(dict.fromkeys(found))
+    for old in new:
+        if old not in names:
+            raise ConfigError(
+                f"There is no column {old!r} to rename in {source}; it has "
+                f"{', '.join(map(repr, names)) or 'no rows'}."
+            )
+    for old, name in new.items():
+        if name in names and name not in new:
+            raise ConfigError(
+                f"{source} has a column {name!r} already, so {old!r} cannot be called that. "
+                f"Rename both, for example {name}=other_{name}."
+            )
+    for where, row in chain(head, rest):
+        if isinstance(row, dict):
+            row = {new.get(name, name): value for name, value in row.items()}
+        yield where, row
 
 
 def _shards(folder: Path) -> list[Path]:
     inside = [*folder.glob("*"), *folder.glob("data/*")]
-    found = {kind: sorted(p for p in inside if p.suffix == kind) for kind in SHARDS}
+    found = {kind: sorted(p for p in inside if _kind(p) == kind) for kind in SHARDS}
     kinds = [kind for kind, paths in found.items() if paths]
     if len(kinds) != 1:
         what = f"holds {' and '.join(kinds)} files" if kinds else "is a folder without shards"
@@ -66,35 +125,125 @@ def _shards(folder: Path) -> list[Path]:
     return found[kinds[0]]
 
 
-def _file(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    if path.suffix in _TABLES:
-        yield from _TABLES[path.suffix](path, columns)
-    elif _is_jsonl(path):
-        yield from ((f"{path}, line {number}", row) for number, row in read_jsonl(path))
-    else:
-        yield from _json(path)
+def _kind(path: Path) -> str:
+    """The suffix of a file, without that of its packing."""
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+
+
+def _file(path: Path, columns: Columns) -> Rows:
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet(path, columns)
+    if kind == ".csv":
+        return _csv(path, columns)
+    if kind == ".txt":
+        return _lines(path, _prompt)
+    return _lines(path, parse) if _is_jsonl(path) else _json(path)
+
+
+# -- files of lines ------------------------------------------------------------------------------
+
+#: How files begin that are no text, with what to do about it.
+_BEGINNINGS = {
+    b"\xff\xfe": "is UTF-16 text. Convert it, for example with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text. Convert it, for example with iconv -f UTF-16 -t UTF-8",
+    b"PK\x03\x04": "is a zip archive. Unpack it",
+    b"BZh": "is packed by bzip2. Unpack it, or pack it by gzip or zstd",
+    b"\xfd7zXZ": "is packed by xz. Unpack it, or pack it by gzip or zstd",
+    b"PAR1": "is a Parquet file. Give it a name that ends in .parquet",
+    b"version https://git-lfs": (
+        "is a Git LFS pointer, not the data. Fetch the data with `git lfs pull`"
+    ),
+}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked where it begins like one of gzip or zstd."""
+    with readable(path), open(path, "rb") as file:
+        begins = file.read(32)
+        file.seek(0)
+        for beginning, what in _BEGINNINGS.items():
+            if begins.startswith(beginning):
+                raise DataError(f"{path} {what}.")
+        try:
+            yield _unpacked(file, begins)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise DataError(f"{path} is a damaged gzip file: {e}.") from None
+        except OSError as e:
+            if e.errno is not None:
+                raise
+            raise DataError(f"{path} is a damaged zstd file: {e}.") from None
+
+
+def _unpacked(file: IO[bytes], begins: bytes) -> IO[bytes]:
+    if begins.startswith(b"\x1f\x8b"):
+        return gzip.open(file)  # type: ignore[return-value]
+    if not begins.startswith(b"\x28\xb5\x2f\xfd"):
+        return file
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+
+
+@contextmanager
+def _text(path: Path, **how: Any) -> Iterator[IO[str]]:
+    with _opened(path) as file:
+        yield io.TextIOWrapper(file, encoding="utf-8-sig", **how)
+
+
+def _lines(path: Path, read: Callable[[str], Any]) -> Rows:
+    """What ``read`` makes of each line that is not blank; a line ends at a line feed alone."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                row = _row(lambda line: read(line.decode("utf-8-sig")), line)
+                yield f"{path}, line {number}", row
+
+
+def _row(read: Callable[[Any], Any], raw: Any) -> Row | DataError:
+    """A row, or what is wrong with it."""
+    try:
+        value = read(raw)
+    except UnicodeDecodeError as e:
+        return Unusable("not_utf8", f"not UTF-8 ({e.reason} at byte {e.start} of the line)")
+    except DataError as e:
+        return e
+    if isinstance(value, str):
+        return {"prompt": value}
+    return value if isinstance(value, dict) else DataError(f"not a JSON object: {short(value)}")
+
+
+def _prompt(line: str) -> str:
+    text = line.rstrip("\r\n")
+    if text.startswith('{"'):
+        raise DataError(
+            "a prompt that looks like a JSON object; a file of such lines must end in .jsonl"
+        )
+    return text
 
 
 # -- tables --------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, columns: Columns) -> Rows:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     try:
-        table = pq.ParquetFile(path)
-        batches = table.iter_batches(1024, columns=list(columns(table.schema_arrow.names)))
-        for number, row in enumerate((row for b in batches for row in b.to_pylist()), 1):
-            yield f"{path}, row {number}", _without_nulls(row)
-    except (OSError, ArrowException) as e:
+        with readable(path):
+            table = pq.ParquetFile(path)
+            batches = table.iter_batches(1024, columns=list(columns(table.schema_arrow.names)))
+            for number, row in enumerate((row for b in batches for row in b.to_pylist()), 1):
+                yield f"{path}, row {number}", _without_nulls(row)
+    except ArrowException as e:
         raise DataError(f"{path} is not a Parquet file: {e}.") from None
 
 
-def _csv(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path, columns: Columns) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default of 128 kB is shorter than a long prompt
     try:
-        with open(path, encoding="utf-8-sig", newline="") as lines:
+        with _text(path, newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             names = reader.fieldnames or ()
             wanted = list(columns(names))
@@ -104,13 +253,11 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{where} does not have as many cells as the header.")
-                yield where, {k: row[k] for k in wanted if row[k] or k in TEXTS}
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {e}.") from None
-
-
-_TABLES = {".parquet": _parquet, ".csv": _csv}
+                    yield where, DataError("it does not have as many cells as the header")
+                else:
+                    yield where, {k: row[k] for k in wanted if row[k] or k in TEXTS}
+    except csv.Error as e:
+        raise DataError(f"{path} is not a CSV file: {e}.") from None
 
 
 def _without_nulls(row: Row) -> Row:
@@ -118,67 +265,55 @@ def _without_nulls(row: Row) -> Row:
     return {k: v for k, v in row.items() if v is not None}
 
 
-def _dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    try:
-        found: Iterable[Any] = datasets.load_dataset(name, split=split, streaming=True)
-        for number, row in enumerate(found, 1):
-            yield f"{name}[{split}], row {number}", _without_nulls(row)
-    except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise DataError(
-            f"There is no file {name!r}, and as a datasets name it cannot be loaded: {reason}."
-        ) from e
-
-
 # -- JSON ----------------------------------------------------------------------------------------
 
 
 def _is_jsonl(path: Path) -> bool:
-    """Whether each line is an object; otherwise the file is one list, or one object over lines."""
-    with readable(path), open(path, encoding="utf-8-sig") as file:
+    """Whether each line is a value; otherwise the file is one list, or one object over lines."""
+    with _text(path, errors="replace") as file:
         while (first := file.read(1)).isspace():
             pass
         if first != "[":  # a list may be one long line
             first = (first + file.readline()).strip()
-    if first.startswith("version https://git-lfs"):
-        raise DataError(
-            f"{path} is a Git LFS pointer, not the data. Fetch the data with `git lfs pull`."
-        )
     if first in ("[", "{"):
         return False
     try:
         json.loads(first or "null")
-    except ValueError:
-        return path.suffix != ".json"
+    except (ValueError, RecursionError):
+        return _kind(path) != ".json"
     return True
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Rows:
     try:
-        with readable(path):
-            for number, row in enumerate(_entries(path), 1):
-                if not isinstance(row, dict):
-                    kind = type(row).__name__
-                    raise DataError(f"{path}, entry {number} is not an object but {kind}.")
-                yield f"{path}, entry {number}", row
-    except json.JSONDecodeError:
-        try:
-            json.loads(path.read_text("utf-8-sig"))  # says where in the file
-        except json.JSONDecodeError as e:
-            raise DataError(
-                f"{path}, line {e.lineno} is not JSON ({e.msg} at column {e.colno}). The file must "
-                "be one object, a list of objects, or one object per line."
-            ) from None
+        for number, entry in enumerate(_entries(path), 1):
+            yield f"{path}, entry {number}", _row(shallow, entry)
+    except DataError:
         raise
+    except (ValueError, RecursionError) as e:
+        raise _broken(path, e) from None
+
+
+def _broken(path: Path, e: Exception) -> DataError:
+    """The error of a file that is not JSON as a whole, with the line."""
+    if not isinstance(e, json.JSONDecodeError):
+        return DataError(f"{path} cannot be read as JSON: {e}.")
+    try:
+        with _text(path) as file:
+            json.loads(file.read())  # what is decoded in pieces does not know its line
+    except (ValueError, RecursionError) as whole:
+        e = whole if isinstance(whole, json.JSONDecodeError) else e
+    return DataError(
+        f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno}). The file must be one "
+        "object, a list of objects, or one object per line."
+    )
 
 
 def _entries(path: Path) -> Iterator[Any]:
     """The entries of a list, which is never whole in memory, or the one value of another file."""
     decode = json.JSONDecoder().raw_decode
     between = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
-    with open(path, encoding="utf-8-sig") as file:
+    with _text(path) as file:
         text = file.read(PIECE).lstrip()
         if len(text) < PIECE or not text.startswith("["):
             value = json.loads(text + file.read())
@@ -204,3 +339,76 @@ def _entries(path: Path) -> Iterator[Any]:
                 continue
             comma = ","
             yield entry
+
+
+# -- the hub -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A data set on the Hugging Face hub."""
+
+    repo: str
+    config: str | None
+    split: str
+    revision: str | None
+
+    @classmethod
+    def read(cls, text: str, split: str | None = None) -> Self:
+        """Reads ``NAME:CONFIG:SPLIT@REVISION``, of which all but the name may be left out.
+
+        ``NAME[SPLIT]`` names a split too; without any it is ``split``, or else ``train``.
+
+        Raises:
+            ConfigError: the name has another split than ``split``.
+            DataError: it looks like a file, and there is none.
+        """
+        part = r"(?::([^:@]*))?"
+        match = re.fullmatch(rf"([^:@\[]+){part}{part}(?:\[(\w+)\])?(?:@(.+))?", text)
+        repo = match[1] if match else text
+        if not match or re.search(r"\.[A-Za-z]\w*$|^[./]|/.*/", repo):
+            raise DataError(f"There is no file {text}.")
+        named = match[3] or match[4]
+        if named and split and named != split:
+            raise ConfigError(f"{text} names another split than the setting {split!r}; keep one.")
+        return cls(repo, match[2] or None, named or split or "train", match[5])
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}:{self.config or ''}:{self.split}{at}"
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the revision is now; None where the hub does not say."""
+        if self.revision and re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            return self.revision
+        return _commit(self.repo, self.revision)
+
+
+@cache
+def _commit(repo: str, revision: str | None) -> str | None:
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.dataset_info(repo, revision=revision, timeout=10)
+    except Exception:  # no network, or no such data set: loading says which
+        return None
+    return found.sha
+
+
+def _dataset(name: HubName) -> Rows:
+    import datasets
+
+    revision = name.commit or name.revision
+    try:
+        found: Iterable[Any] = datasets.load_dataset(
+            name.repo, name.config, split=name.split, revision=revision, streaming=True
+        )
+        for number, row in enumerate(found, 1):
+            yield f"{name}, row {number}", _without_nulls(row)
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DataError(
+            f"There is no file {name.repo!r}, and as a data set on the hub it cannot be loaded: "
+            f"{reason}."
+        ) from e

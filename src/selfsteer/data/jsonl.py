@@ -20,6 +20,10 @@ T_co = TypeVar("T_co", covariant=True)
 #: Bytes of a spool that wait in memory before they go to disk.
 SPOOL_BYTES = 1 << 20
 
+#: Levels of lists and objects in a row; Python's own limit depends on where it is read.
+DEPTH = 100
+_TOO_DEEP = f"lists and objects are nested more than {DEPTH} levels deep"
+
 
 class Record(Protocol):
     """Anything with a JSONL form."""
@@ -73,6 +77,38 @@ def dump_lines(records: Iterable[Record | Mapping[str, Any]]) -> str:
     return "".join(map(dump_line, records))
 
 
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        DataError: it is none, too deep, or holds a number that Python does not read.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise DataError(f"not JSON ({e.msg} at column {e.colno}): {short(text.strip())}") from None
+    except RecursionError:
+        raise DataError(_TOO_DEEP) from None
+    except ValueError as e:  # an integer of more than 4,300 digits
+        raise DataError(f"a number cannot be read: {e}") from None
+    return shallow(value)
+
+
+def shallow(value: T) -> T:
+    """The value itself, which has at most `DEPTH` levels of lists and objects.
+
+    Raises:
+        DataError: it has more.
+    """
+    level: list[Any] = [value]
+    for _ in range(DEPTH + 1):
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return value
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+    raise DataError(_TOO_DEEP)
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) of each non-blank line.
 
@@ -84,14 +120,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as e:
+                value = parse(line)
+            except DataError as e:
                 raise DataError(
-                    f"{path}, line {number} is not JSON ({e.msg} at column {e.colno}): "
-                    f"{short(line.strip())}. Each line must be one JSON object."
+                    f"{path}, line {number}: {e}. Each line must be one JSON object."
                 ) from None
             if not isinstance(value, dict):
-                raise DataError(f"{path}, line {number} is not a JSON object: {short(value)}.")
+                raise DataError(f"{path}, line {number}: not a JSON object: {short(value)}.")
             yield number, value
 
 
@@ -104,11 +139,21 @@ def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to read, or another encoding, into a DataError."""
+    """Turns the system's refusal to read, or another encoding, into a DataError.
+
+    Pipes and devices are refused: they may never end, and cannot be read a second time.
+    """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(
+                f"{path} is a pipe or a device, not a file. Save what it holds as a file."
+            )
         yield
     except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}).") from None
+        raise DataError(
+            f"{path} is not UTF-8 text ({e.reason} at byte {e.start}). Convert it to UTF-8, for "
+            "example with iconv."
+        ) from None
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}.") from None
 

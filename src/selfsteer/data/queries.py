@@ -1,6 +1,5 @@
 """Query sets: read, curated, split; what is left out is counted by reason and kept."""
 
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,17 +16,14 @@ from selfsteer.data.curate import (
     held_out,
 )
 from selfsteer.data.digests import digest_path
-from selfsteer.data.files import read_rows
+from selfsteer.data.files import HubName, read_rows
 from selfsteer.data.jsonl import Spool, dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Dropped, Query
-from selfsteer.data.shapes import asked, asked_columns
+from selfsteer.data.shapes import asked, asked_columns, unfolded
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.recipe.sections import Queries, resolve_path
 from selfsteer.terminal import progress_bar
-
-#: Of our own rows these are errors, not reasons to leave one out.
-_FATAL = ("malformed", "unknown_shape")
 
 
 class Loaded(NamedTuple):
@@ -36,7 +32,8 @@ class Loaded(NamedTuple):
     ``answers_cut`` counts kept queries after whose last user turn an answer was cut off;
     ``overlaps`` are the pairs that made queries ``contaminated``; ``not_compared`` counts the rows
     of evaluation sets that hold no query to compare with, by reason; ``left_out`` are the dropped
-    records one by one, those beyond the limit by file and line alone.
+    records one by one, those beyond the limit by file and line alone; ``examples`` says what is
+    wrong with the rows that cannot be used; ``commit`` is that of a data set on the hub, if known.
     """
 
     queries: Sequence[Query]
@@ -45,6 +42,8 @@ class Loaded(NamedTuple):
     overlaps: list[Overlap]
     not_compared: Counter[str]
     left_out: Sequence[Dropped]
+    examples: list[str]
+    commit: str | None
 
 
 def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
@@ -60,12 +59,12 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
             about 0.4 kB of each, and with ``near_duplicates`` another 7 kB.
 
     Raises:
-        ConfigError: a split of a file.
-        DataError: unreadable, malformed (names file and line), empty, or two different queries
-            with one id.
+        ConfigError: a split of a file, or a column that is not there.
+        DataError: unreadable, or no query is left; names the reasons.
     """
     path = resolve_path(settings.path)
     streamed = not Path(path).exists()
+    split = settings.split if "split" in settings.model_fields_set else None
     if "split" in settings.model_fields_set and not streamed:
         raise ConfigError(
             f"split {settings.split!r} has no effect: {settings.path} is not a datasets name but a "
@@ -78,8 +77,9 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
     found: Spool[Query] = Spool(Query.from_dict, folder)
     numbers: dict[str, int] = {}
     answered: set[str] = set()
-    source = read_rows(path, settings.split, asked_columns)
-    for where, (query, answer, _) in read(source, asked, drops, _FATAL):
+    rows = read_rows(path, split=split, columns=asked_columns, rename=settings.columns)
+    source = iter(unfolded(rows))
+    for where, (query, answer, _) in read(source, asked, drops):
         reason = out_of_bounds(query) or duplicates.add(query)
         if reason is None and len(evaluation) and (pairs := evaluation.find(query)):
             overlaps += pairs
@@ -88,10 +88,9 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
             drops.add(reason, query.id, query.to_dict())
             continue
         if query.id in numbers:
-            raise DataError(
-                f"{where}: the id {query.id!r} is already that of another query. Make ids unique, "
-                "or leave them out."
-            )
+            said = f"the id {query.id!r} is already that of another query"
+            drops.add("repeated_id", where, query.to_dict(), said)
+            continue
         numbers[query.id] = len(found)
         found.append(query)
         if answer is not None:
@@ -116,14 +115,23 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
                 continue
             answers_cut += query.id in answered
     if not kept:
-        counts = ", ".join(f"{n:,} {reason}" for reason, n in drops.counts.most_common())
-        raise DataError(
-            f"{settings.path} has no query left: {counts}. Loosen what dropped them."
-            if counts
-            else f"{settings.path} holds no query. Give one JSON object per line, for example "
+        raise DataError(_nothing_left(settings.path, drops))
+    drops.warn_if_most(settings.path, len(found) + drops.counts.total())
+    commit = HubName.read(path, split).commit if streamed else None
+    return Loaded(
+        *(kept, drops.counts, answers_cut, overlaps, not_compared),
+        *(drops.records, drops.examples, commit),
+    )
+
+
+def _nothing_left(path: str, drops: Drops) -> str:
+    if not drops.counts:
+        return (
+            f"{path} holds no query. Give one JSON object per line, for example "
             '{"prompt": "Why is the sky blue?"}.'
         )
-    return Loaded(kept, drops.counts, answers_cut, overlaps, not_compared, drops.records)
+    cause = f"{drops.examples[0]}." if drops.examples else "Loosen what dropped them."
+    return f"{path} has no query left: {drops.summary}. {cause}"
 
 
 def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[str, Any]:
@@ -176,6 +184,7 @@ def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[st
         "read": len(loaded.queries) + loaded.dropped.total(),
         **counts,
         "dropped": dict(loaded.dropped.most_common()),
+        "examples": loaded.examples,
         "answers_cut": loaded.answers_cut,
         "contaminated": [pair.to_dict() for pair in loaded.overlaps],
         "not_compared": dict(loaded.not_compared),
@@ -195,29 +204,31 @@ def contamination(settings: Queries) -> tuple[Contamination, Counter[str]]:
     index, drops = Contamination(settings.ngram), Drops()
     for name in settings.against:
         before = len(index)
-        source = read_rows(*_named_split(name), asked_columns)
-        for _, (query, *_) in read(source, asked, drops, _FATAL):
+        rows = unfolded(read_rows(resolve_path(name), columns=asked_columns))
+        for _, (query, *_) in read(rows, asked, drops):
             index.add(name, query)
         if len(index) == before:
             raise DataError(
                 f"The evaluation set {name} holds no query, so nothing would be kept apart from "
-                "it. Fix it, or remove it from 'against'."
+                f"it{f' ({drops.examples[0]})' if drops.examples else ''}. Fix it, or remove it "
+                "from 'against'."
             )
     return index, drops.counts
 
 
 def queries_digest(settings: Queries) -> list[str]:
-    """Identifies the query set and the evaluation sets: their content, or the datasets names."""
-    own = (resolve_path(settings.path), settings.split)
-    return [
-        digest_path(Path(name)) if Path(name).exists() else f"datasets:{name}:{split}"
-        for name, split in (own, *map(_named_split, settings.against))
-    ]
+    """Identifies the query set and the evaluation sets.
+
+    A file or folder counts by its content, a data set on the hub by its name, which has a revision
+    where one is given.
+
+    Raises:
+        ConfigError, DataError: see `HubName.read`.
+    """
+    split = settings.split if "split" in settings.model_fields_set else None
+    return [_identity(settings.path, split), *map(_identity, settings.against)]
 
 
-def _named_split(name: str) -> tuple[str, str]:
-    """``NAME[SPLIT]`` of a datasets name; files have no split."""
-    match = re.fullmatch(r"(.+)\[(\w+)\]", name)
-    if match and not Path(name).exists():
-        return match[1], match[2]
-    return resolve_path(name), "train"
+def _identity(name: str, split: str | None = None) -> str:
+    path = Path(resolve_path(name))
+    return digest_path(path) if path.exists() else f"hub:{HubName.read(resolve_path(name), split)}"

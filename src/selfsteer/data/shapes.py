@@ -1,7 +1,21 @@
 """The one reader of other people's rows: what a row asks, what answers it has, which record it is.
 
-A row is read in two steps. `asked` takes its conversation up to the last user turn; each way to
-write one down is an entry of `FORMS`, and the first that fits counts:
+A row is read in three steps. `several` turns what only goes by other names, or holds several
+questions, into rows of the forms below:
+
+| a row has it if it has | becomes |
+|---|---|
+| `custom_id` and `body` (a line of OpenAI's batches) | `body`, with that id |
+| `instruction` and `instances` (self-instruct) | Alpaca, one row per instance |
+| `trait` and `questions` (Open Character) | one `prompt` per question |
+| `prompt`, a message with `replies` (Open Assistant) | its text; for `ranked` a pair per question |
+| `input`, `output_1`, `output_2` and `label` (LLMBar) | `prompt`, `chosen`, `rejected` |
+| `chosen`, a text that begins with `Human:` (hh-rlhf) | two conversations |
+| `turns` (MT-Bench) | the first turn as `prompt`, the others as `later_turns` |
+| `question`, perhaps with `answer` (GSM8K) | `messages` |
+
+`asked` takes a row's conversation up to the last user turn; each way to write one down is an entry
+of `FORMS`, and the first that fits counts:
 
 | form | a row has it if it has | the conversation |
 |---|---|---|
@@ -16,10 +30,12 @@ and `rejected` give a preference (or a triple, where the keys of the authors' re
 only, and nothing a query.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from selfsteer.data.files import Rows, Unusable
 from selfsteer.data.jsonl import dump_line, short
 from selfsteer.data.records import Preference, Principles, Query, Triple, answer_text
 from selfsteer.errors import DataError
@@ -27,19 +43,159 @@ from selfsteer.errors import DataError
 Row = Mapping[str, Any]
 Record = Triple | Preference | Query
 
+# -- rows that go by other names, or hold several --------------------------------------------------
 
-class Unusable(DataError):
-    """A row that is well formed and still cannot become what is wanted; ``reason`` is counted."""
+#: With one of these a row is of a form of its own, and a question beside it is not what is asked.
+_CONVERSATIONS = frozenset({"prompt", "messages", "conversations", "instruction", "chosen"})
 
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
+#: Without these, a question of other people's sets may not make sense.
+_NEEDED = frozenset({"context", "choices", "options", "passage", "story", "image", "table"})
+
+
+def unfolded(rows: Rows, split: "Callable[[Row], Sequence[Row]] | None" = None) -> Rows:
+    """The rows that each row stands for, by `several` unless another way is given."""
+    for where, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            parts = (split or several)(row)
+        except DataError as e:
+            yield where, e
+            continue
+        for number, part in enumerate(parts, 1):
+            yield where if len(parts) == 1 else f"{where}, part {number}", dict(part)
+
+
+def several(row: Row) -> Sequence[Row]:
+    """The rows, one or more, of a form of `FORMS` that a row stands for.
+
+    Raises:
+        Unusable: ``needs_context``, a question whose text stands in another key.
+        DataError: it is malformed.
+    """
+    given = {k: v for k, v in row.items() if v is not None}
+    if isinstance(given.get("body"), Mapping) and "custom_id" in given:
+        return [{**given["body"], "id": given["custom_id"]}]
+    if given.get("instances") and "instruction" in given:
+        return _instances(given)
+    if isinstance(given.get("questions"), list) and "trait" in given:
+        asked = [*given.pop("questions"), *(given.pop("additional_questions", None) or ())]
+        return [{**given, "prompt": question} for question in asked] or [row]
+    if _is_tree(row):
+        return [{"id": given.get("message_tree_id"), "prompt": row["prompt"]["text"]}]
+    if given.keys() >= {"input", "output_1", "output_2", "label"}:
+        return [_better_of_two(given)]
+    kinds, chosen = _CONVERSATIONS & given.keys(), given.get("chosen")
+    if kinds == {"chosen"} and isinstance(chosen, str) and _SPOKEN.match(chosen):
+        return [{**given, **{k: _dialogue(given.get(k), k) for k in ("chosen", "rejected")}}]
+    if kinds:
+        return [row]
+    if "turns" in given:
+        return [_first_turn(given)]
+    if "question" in given:
+        return [_question(given)]
+    return [row]
+
+
+def _instances(given: dict[str, Any]) -> list[Row]:
+    found = given.pop("instances")
+    if not isinstance(found, list) or not all(isinstance(x, Mapping) for x in found):
+        raise DataError(f"instances must be a list of objects, found {short(found)}")
+    names = [given.get("id"), *(f"{given.get('id')}-{n}" for n in range(2, len(found) + 1))]
+    ids = names if "id" in given else [None] * len(found)
+    return [{**given, **one, "id": i} for one, i in zip(found, ids, strict=True)]
+
+
+def _better_of_two(given: dict[str, Any]) -> Row:
+    prompt, first, second, label = (
+        given.pop(k) for k in ("input", "output_1", "output_2", "label")
+    )
+    if label not in (1, 2):
+        raise DataError(f"label must be 1 or 2, the better output, found {short(label)}")
+    chosen, rejected = (first, second) if label == 1 else (second, first)
+    return {**given, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+_SPOKEN = re.compile(r"\s*Human:")
+
+
+def _dialogue(text: Any, name: str) -> list[dict[str, str]]:
+    """The turns of a text of hh-rlhf."""
+    if not isinstance(text, str) or not _SPOKEN.match(text):
+        raise DataError(f"{name} must be a dialogue that begins with 'Human:', found {short(text)}")
+    _, *parts = re.split(r"(?:\A|\n\n)\s*(Human|Assistant):", text)
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": speakers[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _first_turn(given: dict[str, Any]) -> Row:
+    turns = given.pop("turns")
+    texts = turns if isinstance(turns, list) else [turns]
+    if any(isinstance(t, Mapping) and {"role", "from"} & t.keys() for t in texts):
+        return {**given, "messages": texts}
+    texts = [t.get("content") if isinstance(t, Mapping) else t for t in texts]
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(f"turns must be a list of texts, found {short(turns)}")
+    later = {"later_turns": texts[1:]} if texts[1:] else {}
+    return {**given, "prompt": texts[0], **later}
+
+
+def _question(given: dict[str, Any]) -> Row:
+    if needed := sorted(_NEEDED & given.keys()):
+        raise Unusable(
+            "needs_context",
+            f"the question stands beside {', '.join(needed)}, which selfsteer does not know how to "
+            "put into a prompt. Write the whole prompt into a column 'prompt'",
+        )
+    turns = [{"role": "user", "content": given.pop("question")}]
+    if isinstance(given.get("answer"), str):
+        turns.append({"role": "assistant", "content": given.pop("answer")})
+    return {**given, "messages": turns}
+
+
+def _is_tree(row: Row) -> bool:
+    return isinstance(row.get("prompt"), Mapping) and "text" in row["prompt"]
+
+
+def ranked(row: Row) -> Sequence[Row]:
+    """As `several`; of a tree, the best reply over the worst one wherever people ranked them.
+
+    Raises:
+        Unusable: ``no_ranked_replies`` in a tree; else as `several`.
+    """
+    if not _is_tree(row):
+        return several(row)
+    found: list[Row] = []
+    waiting: list[tuple[Mapping[str, Any], list[dict[str, Any]]]] = [(row["prompt"], [])]
+    for node, before in waiting:  # grows on the way
+        turns = [*before, {"role": node.get("role"), "content": node.get("text")}]
+        given = (r for r in node.get("replies") or () if isinstance(r, Mapping))
+        replies = [r for r in given if not r.get("deleted")]
+        waiting += [(reply, turns) for reply in replies]
+        by_rank = {r["rank"]: r.get("text") for r in replies if isinstance(r.get("rank"), int)}
+        if node.get("role") == "prompter" and len(by_rank) > 1:
+            best, worst = by_rank[min(by_rank)], by_rank[max(by_rank)]
+            pair = {"prompt": turns, "chosen": best, "rejected": worst}
+            found.append({"id": node.get("message_id"), **pair})
+    if not found:
+        raise Unusable("no_ranked_replies", "no message of the tree has two replies of other ranks")
+    return found
 
 
 # -- what a row asks -----------------------------------------------------------------------------
 
-_SPEAKERS = {"system": "system", "human": "user", "user": "user"}
-_SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
+_SPEAKERS = {"system": "system", "developer": "system"}
+_SPEAKERS |= dict.fromkeys(("human", "user", "prompter"), "user")
+_SPEAKERS |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant")
+
+#: Turns of programs, in the words of several of them.
+_TOOLS = (
+    *("tool", "function", "function_call", "tool_call", "tool_response"),
+    *("observation", "ipython"),
+)
 
 #: Keys of other people's rows; with one of them, `prompt` is not our own.
 _ANSWERED = frozenset({"chosen", "rejected", "completions", "prompt_id"})
@@ -126,8 +282,9 @@ ALPACA = Form(
 FORMS = (PAIRED, SHAREGPT, OWN, ALPACA)
 
 _EVERYWHERE = frozenset({"id", "prompt_id", "system"})
-_CONVERSATIONS = frozenset({"prompt", "messages", "conversations", "instruction", "chosen"})
-_ASKED = _EVERYWHERE.union(_ANSWERED, *(form.reads for form in FORMS))
+_ASKED = _EVERYWHERE.union(
+    _ANSWERED, ("tools", "functions", "instances"), *(form.reads for form in FORMS)
+)
 
 
 def asked_columns(names: Sequence[str]) -> list[str]:
@@ -154,9 +311,9 @@ def asked(row: Row) -> Asked:
     messages. Answers after the last user turn are cut off.
 
     Raises:
-        Unusable: ``unknown_shape``; or of somebody else's row ``no_user_turn``,
-            ``turns_do_not_alternate`` or ``empty_query``.
-        DataError: it is malformed, or cannot be stored as UTF-8 JSON.
+        Unusable: ``unknown_shape``, ``no_user_turn``, ``turns_do_not_alternate``, ``empty_query``,
+            ``has_tools`` or ``not_text``.
+        DataError: it is malformed.
     """
     given = {k: v for k, v in row.items() if v is not None}
     form = next((form for form in FORMS if form.fits(given)), None)
@@ -165,18 +322,20 @@ def asked(row: Row) -> Asked:
             "unknown_shape",
             f"no known shape of record, its keys are {', '.join(row) or '(none)'}; give "
             "'prompt' (text or chat) or 'messages' (chat), 'instruction' (Alpaca), or "
-            "'conversations' (ShareGPT)",
+            "'conversations' (ShareGPT), or rename a column",
         )
+    for key in ("tools", "functions"):
+        if given.get(key) not in (None, "", "[]", [], {}):
+            raise Unusable("has_tools", f"{key} are offered, which the policy would not see")
     found = form.turns(given)
     if not isinstance(found, list):
         raise DataError(f"a conversation must be a list of turns, found {short(found)}")
-    turns = list(map(_turn, found))
+    turns = [turn for turn in map(_turn, found) if turn != _NO_SYSTEM]
     end = len(turns)
     while end > 1 and turns[end - 1]["role"] == "assistant":
         end -= 1
+    _check_conversation(turns[:end])
     ours = form is OWN and not _ANSWERED & given.keys()
-    if not ours:
-        _check_conversation(turns[:end])
     ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
     more = {k: v for k, v in row.items() if k not in form.reads} if ours else {}
     query = Query.from_dict(
@@ -191,18 +350,34 @@ def asked(row: Row) -> Asked:
     return Asked(storable(query), answer, form)
 
 
+#: What an absent system message is written as.
+_NO_SYSTEM = {"role": "system", "content": None}
+
+
 def _turn(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise DataError(f"a turn must be an object with a role and a content, found {short(turn)}")
     who = turn.get("role") or turn.get("from")
+    if who in _TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise Unusable("has_tools", f"a turn of tools: {short(turn)}")
     if not isinstance(who, str) or who not in _SPEAKERS:
         raise DataError(f"a turn must be from one of {', '.join(_SPEAKERS)}, found {short(turn)}")
     text = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    return {"role": _SPEAKERS[who], "content": text}
+    return {"role": _SPEAKERS[who], "content": _joined(text) if isinstance(text, list) else text}
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    """The texts of a content in parts, one per line."""
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
+    others = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
+    if others or not all(isinstance(text, str) for text in texts):
+        raise Unusable("not_text", f"a content that is not text alone: {short(parts)}")
+    return "\n".join(texts)
 
 
 def _check_conversation(turns: Sequence[Mapping[str, Any]]) -> None:
-    """Somebody else's set may hold conversations that cannot be asked: a reason to drop them."""
+    """Raises Unusable of a conversation that cannot be asked."""
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     last = turns[-1]["content"] if turns else None
@@ -221,12 +396,12 @@ def storable(record: S) -> S:
     """The record; half a surrogate pair, NaN or a date would fail hours later.
 
     Raises:
-        DataError: it cannot be written as a line.
+        Unusable: ``not_storable``, it cannot be written as a line.
     """
     try:
         dump_line(record).encode()
     except (TypeError, ValueError) as e:
-        raise DataError(f"it cannot be stored as UTF-8 JSON: {e}") from None
+        raise Unusable("not_storable", f"it cannot be stored as UTF-8 JSON: {e}") from None
     return record
 
 
@@ -263,7 +438,7 @@ def record(row: Row, *, release: bool = False) -> Read:
     Raises:
         Unusable: as `asked`; also ``unknown_shape`` where two conversations stand side by side,
             ``prompts_differ`` and ``not_rated_higher`` of a pair.
-        DataError: it is malformed, or cannot be stored as UTF-8 JSON.
+        DataError: it is malformed.
     """
     if "responses" in row:
         return Read("triple", storable(Triple.from_dict(row)))
@@ -278,6 +453,8 @@ def record(row: Row, *, release: bool = False) -> Read:
     if row.keys() >= _PAIR:
         reads |= _PAIR
         chosen, rejected = _pair(row, form)
+        if form is PAIRED and answer is not None:
+            raise Unusable("turns_do_not_alternate", "the chosen answer follows another answer")
         if row.get("generations") == [chosen, rejected]:
             reads |= {"generations"}
         if form is ALPACA and (release or _RELEASE & row.keys()):

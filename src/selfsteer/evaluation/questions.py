@@ -18,7 +18,7 @@ from typing import Any, Self
 from selfsteer.data.files import read_rows
 from selfsteer.data.reading import read
 from selfsteer.data.records import Message, Query, content_id
-from selfsteer.data.shapes import asked
+from selfsteer.data.shapes import asked, several
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import JudgedSet, resolve_path
@@ -107,7 +107,10 @@ def _question(row: Mapping[str, Any]) -> Question:
         prompt, *later = texts
         start = asked({"prompt": prompt, "system": row.get("system")}).query.messages
     else:
-        start = asked(row).query.messages
+        parts = several(row)
+        if len(parts) != 1:
+            raise DataError(f"a row must hold one question, found {len(parts)}")
+        start = asked(parts[0]).query.messages
     category, difficulty, reference = map(row.get, ("category", "difficulty", "reference"))
     if difficulty is not None and not _is_number(difficulty):
         raise DataError(f"difficulty must be a number, found {difficulty!r}")
@@ -143,7 +146,7 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
     assert settings.baseline is not None
     wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
     found: dict[str, str] = {}
-    for where, row in read_rows(resolve_path(settings.baseline)):
+    for where, row in read(read_rows(resolve_path(settings.baseline)), dict):
         answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
         if answer is None:
             raise DataError(f"{where} is not an answer: it needs 'response' or 'output', a text.")

@@ -16,15 +16,16 @@ rewardbench/utils.py and analysis/get_benchmark_results.py.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from selfsteer.data.files import Rows, Unusable
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Query
-from selfsteer.data.shapes import Unusable, asked
+from selfsteer.data.shapes import asked, unfolded
 from selfsteer.errors import DataError
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.stats import Interval, proportion_interval
@@ -87,9 +88,7 @@ class Item:
         return (*self.chosen, *self.rejected)
 
 
-def read_items(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], default_subset: str
-) -> tuple[list[Item], Counter[str], list[str]]:
+def read_items(rows: Rows, default_subset: str) -> tuple[list[Item], Counter[str], list[str]]:
     """Rows with ``prompt``, ``chosen``, ``rejected`` and, if there, ``subset`` and ``id``.
 
     ``chosen`` and ``rejected`` are a text, a list of texts, or a conversation whose last turn is
@@ -101,8 +100,8 @@ def read_items(
         `selfsteer.data.shapes.asked` has them), and the first drop of each reason in words.
     """
     drops = Drops()
-    items = [item for _, item in read(rows, lambda row: _item(row, default_subset), drops)]
-    return items, drops.counts, list(drops.examples.values())
+    found = read(unfolded(rows), lambda row: _item(row, default_subset), drops)
+    return [item for _, item in found], drops.counts, drops.examples
 
 
 def _item(row: Mapping[str, Any], default_subset: str) -> Item:

@@ -26,4 +26,5 @@ class SPIN(Plain):
     @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
         samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
-        return plan(OpposeGiven(samples, Artifact(Path(resolve_path(self.queries.path)))))
+        answers = Artifact(Path(resolve_path(self.queries.path)))
+        return plan(OpposeGiven(samples, answers, self.queries.columns))

@@ -1,6 +1,7 @@
 """Settings as users write them: YAML, shipped recipes, ``KEY=VALUE``; faults in words."""
 
 import difflib
+import errno
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 
 from selfsteer.errors import ConfigError
 from selfsteer.recipe.sections import Section, did_you_mean, twice
+
+#: Values that a YAML text may hold, keys included.
+NODES = 100_000
 
 
 def recipe_names() -> list[str]:
@@ -30,6 +34,8 @@ def recipe_text(name_or_path: str) -> str:
         return (files("selfsteer") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
     path = Path(name_or_path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
@@ -40,13 +46,37 @@ def recipe_text(name_or_path: str) -> str:
         ) from None
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML where a key that stands twice is an error, and a date is the text that it is."""
+class Loader(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error, and a date is the text that it is.
+
+    An alias counts as all the nodes that it stands for, and there may be `NODES`: a short text can
+    name billions.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As YAML does, but there is an end to it."""
+        mark = self.peek_event().start_mark
+        alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        node = super().compose_node(parent, index)
+        if node is None:
+            return None
+        if alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands in what it names", mark)
+        self._nodes += self._sizes[node] if alias else 1
+        if self._nodes > NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {NODES:,} values", mark)
+        self._sizes.setdefault(node, self._nodes - before)
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """As YAML does, but a key that stands twice is an error."""
@@ -65,7 +95,9 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: it is none.
     """
     try:
-        return yaml.load(text, Loader=UniqueKeys)
+        return yaml.load(text, Loader=Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     except (ValueError, LookupError, AttributeError) as e:  # a tag that its value does not bear
         raise yaml.YAMLError(f"a value does not fit its tag: {e}") from None
 
@@ -83,7 +115,7 @@ def load_values(name_or_path: str) -> dict[str, Any]:
         raise ConfigError(f"The recipe {name_or_path} cannot be read: {reason}.") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"The recipe {name_or_path} must be a mapping of settings, found {values!r}."
+            f"The recipe {name_or_path} must be a mapping of settings, found {values!r:.200}."
         )
     return values
 
@@ -198,7 +230,7 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
         # the section says what is wrong with it, often beginning with the setting's name
         setting = message.split()[0].rstrip(":") in fault["input"]
         return f"{path}.{message}" if setting else f"{path}: {message}"
-    return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r:.200}"
 
 
 def known_keys(model: type[Section]) -> list[str]:

@@ -422,8 +422,13 @@ class Augment(Section):
 class Queries(Section):
     """Where the prompts come from, and which of them are asked."""
 
-    path: str = _f(..., "JSONL, JSON, CSV or Parquet: file, folder, datasets name or package:")
-    split: str = _f("train", "split to read, if the path is a datasets name")
+    path: str = _f(
+        ...,
+        "JSONL, JSON, CSV, text or Parquet: file, folder, package: or NAME:CONFIG:SPLIT@REVISION "
+        "on the hub",
+    )
+    split: str = _f("train", "split to read, if the path is a name on the hub")
+    columns: dict[str, str] = _f({}, "new names of columns: {question: prompt}")
     limit: int | None = _f(None, "use only the first N queries", gt=0)
     min_chars: int | None = _f(None, "fewest characters of the user turns", gt=0)
     max_chars: int | None = _f(None, "most characters of the user turns", gt=0)
@@ -433,7 +438,7 @@ class Queries(Section):
     near_duplicates: float | None = _f(
         None, "drop later queries whose word 3-grams have this Jaccard similarity", ge=0.05, le=1
     )
-    against: tuple[str, ...] = _f((), "evaluation sets to keep out: paths or NAME[SPLIT]")
+    against: tuple[str, ...] = _f((), "evaluation sets to keep out, named like path")
     ngram: int = _f(
         8, "words in a row shared with one of them that make a query contaminated", gt=0
     )
@@ -1060,6 +1065,7 @@ class TrainConfig(Optimisation, Steering, Loading):
     weighting: Weighting | None = _f(None, "as training.weighting; objective pbaa only")
     seed: int = _f(0, "seed of the order of the data", ge=0)
     lora: Lora | None = _f(None, "as policy.lora")
+    keep_unfinished: bool = _f(False, "train on records with a response that was cut off")
     output: str = _f(..., "folder for the trained model", costs_only=True)
     reference: Literal["iteration", "first"] = _f("iteration", "always the given model here")
 

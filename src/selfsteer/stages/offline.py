@@ -9,22 +9,24 @@ from typing import Any
 
 from selfsteer.data.digests import digest, model_digest
 from selfsteer.data.jsonl import dump_lines, write_atomic
-from selfsteer.data.reading import read_triples
-from selfsteer.data.records import Triple
+from selfsteer.data.reading import import_records
+from selfsteer.data.records import Dropped, Preference, Triple
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Objective
-from selfsteer.recipe.sections import CONSTANTS, TrainConfig, resolve_path
+from selfsteer.recipe.sections import CONSTANTS, Hygiene, TrainConfig, resolve_path
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import identity
+from selfsteer.stages.filter import unfit
 from selfsteer.stages.fit import encode, with_reference
-from selfsteer.terminal import is_main_process, say
-from selfsteer.training.preference import PreferenceTask
+from selfsteer.terminal import is_main_process, say, warn
+from selfsteer.training.preference import Example, PreferenceTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
 
 MANIFEST = "selfsteer.json"
 LOG = "metrics.jsonl"
+DROPPED = "dropped.jsonl"
 
 
 def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[str, Any]:
@@ -40,11 +42,14 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
 
     Raises:
         ConfigError: the output holds something made with other settings or ranks.
-        DataError: the triples lack a response that the objective needs, or cannot be read.
+        DataError: the triples lack a response that the objective needs, or none is left of them.
     """
     output = Path(config.output)
     model = resolve_path(model)
-    triples = read_triples(triples_path)
+    found = import_records(triples_path, trainable=True)
+    for example in found.examples:
+        warn(f"dropped: {example}")
+    triples = [r.to_triple() if isinstance(r, Preference) else r for r in found.records]
     settings = identity(config)
     # queries per step depend on the ranks, and a training resumed with others would mix two orders
     fingerprint = digest([settings, ranks.size(), model_digest(model), dump_lines(triples)])
@@ -61,23 +66,52 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         if is_main_process():
             write_atomic(mark, fingerprint)
         made = {"fingerprint": fingerprint, "model": model, "triples": str(triples_path)}
-        return _train(model, triples, config, work, made)
+        return _train(model, triples, list(found.drops), config, work, made)
+
+
+def teaches_nothing(triple: Triple, *, keep_unfinished: bool) -> str | None:
+    """Why a run would drop this triple: ``no_pair``, ``unfinished``, or as `unfit` says."""
+    if not {"good", "bad"} <= triple.responses.keys():
+        return "no_pair"
+    if not keep_unfinished and not all(map(triple.finished, triple.responses)):
+        return "unfinished"
+    return unfit(triple, Hygiene())
 
 
 def _train(
-    model: str, triples: list[Triple], config: TrainConfig, work: RunFolder, made: dict[str, Any]
+    model: str,
+    given: list[Triple],
+    dropped: list[Dropped],
+    config: TrainConfig,
+    work: RunFolder,
+    made: dict[str, Any],
 ) -> dict[str, Any]:
     objective, output = (
         Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
         Path(config.output),
     )
-    loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
-    examples, dropped, truncated = encode(loaded, triples, objective, config.max_length)
+    n_in, triples = len(given) + len(dropped), list[Triple]()
+    for triple in given:
+        if why := teaches_nothing(triple, keep_unfinished=config.keep_unfinished):
+            dropped.append(Dropped(triple.id, why, triple))
+        else:
+            triples.append(triple)
+    examples: list[Example] = []
+    if triples:
+        loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
+        examples, too_long, truncated = encode(loaded, triples, objective, config.max_length)
+        dropped += too_long
     lost = dict(Counter(d.reason for d in dropped))
+    if is_main_process():
+        work.drop("train", dropped)
     if not examples:
-        raise DataError(f"Nothing to train on: of {len(triples)} triples {lost} dropped.")
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in lost.items())
+        raise DataError(
+            f"Nothing to train on: of {n_in:,} records, {reasons} dropped; each is in {work.path}/"
+            "train.dropped.jsonl."
+        )
     say(
-        f"{objective.name} ({config.base}): {len(examples):,} of {len(triples):,} triples, "
+        f"{objective.name} ({config.base}): {len(examples):,} of {n_in:,} records, "
         f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"
     )
     ranks.join(loaded.device.type)
@@ -97,7 +131,7 @@ def _train(
     )
     manifest = made | {
         "config": config.model_dump(),
-        "n_in": len(triples),
+        "n_in": n_in,
         "n_out": len(examples),
         "dropped": lost,
         "responses_truncated": truncated,
@@ -106,6 +140,8 @@ def _train(
     if is_main_process():
         write_atomic(work / "model" / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         shutil.copy(work / LOG, work / "model" / LOG)
+        if dropped:
+            shutil.copy(work / "train.dropped.jsonl", work / "model" / DROPPED)
     publish(output)
     ranks.shutdown()
     return manifest

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from typing_extensions import override
@@ -12,7 +12,7 @@ from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Dropped, Message, Preference, Triple
-from selfsteer.data.shapes import record
+from selfsteer.data.shapes import record, unfolded
 from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.recipe.sections import Sampling, WriterConfig, resolve_path
@@ -23,11 +23,17 @@ from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.sample import Asking, Wanted, check_writer, unless_lost
 
 
-def given_answers(path: str) -> dict[tuple[Message, ...], str]:
+def given_answers(
+    path: str, columns: Mapping[str, str] | None = None
+) -> dict[tuple[Message, ...], str]:
     """The answer that follows each query of a file; of preferences the chosen one.
 
+    Args:
+        path: a file or folder.
+        columns: new names of its columns.
+
     Raises:
-        ConfigError: the path is no local file or folder.
+        ConfigError: the path is no local file or folder, or a column is not there.
         DataError: the file has no answers.
     """
     source = Path(resolve_path(path))
@@ -37,7 +43,7 @@ def given_answers(path: str) -> dict[tuple[Message, ...], str]:
             "the set as JSON Lines and give its path."
         )
     answers: dict[tuple[Message, ...], str] = {}
-    for _, found in read(read_rows(source), record, Drops()):
+    for _, found in read(unfolded(read_rows(source, rename=columns)), record, Drops()):
         pair = found.record
         if isinstance(pair, Preference):
             pair = pair.to_triple()
@@ -60,17 +66,20 @@ class OpposeGiven(Stage):
     Args:
         samples: triples with a plain response.
         answers: the file that the queries were read from.
+        columns: new names of its columns.
     """
 
     samples: Artifact
     answers: Artifact
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     title = "opponents"
     makes = ("{name}.jsonl",)
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        samples, given = stored_triples(self.samples.path), given_answers(str(self.answers.path))
+        samples = stored_triples(self.samples.path)
+        given = given_answers(str(self.answers.path), self.columns)
         with run.drops(self.name) as drops:
 
             def pairs() -> Iterator[Triple]:

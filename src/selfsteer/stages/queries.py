@@ -13,6 +13,7 @@ from selfsteer.recipe.sections import JudgeConfig, Queries
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Stage
+from selfsteer.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class ReadQueries(Stage):
     @override
     def run(self, run: RunFolder) -> StageResult:
         found = load_queries(self.settings, run.path)
+        for example in found.examples:
+            warn(f"dropped: {example}")
         for judge in load_judges(self.judges):
             judge.check(found.queries)
         if self.with_answers:
             from selfsteer.stages.oppose import given_answers
 
-            given_answers(self.settings.path)
+            given_answers(self.settings.path, self.settings.columns)
         if self.settings.against:
             write_atomic(run / "contaminated.jsonl", dump_lines(found.overlaps))
         write_atomic(run / "queries.jsonl", map(dump_line, found.queries))
@@ -65,5 +68,9 @@ class ReadQueries(Stage):
 
 def reading_notes(found: Loaded) -> dict[str, Any]:
     """What else is worth knowing of how a query set was read."""
-    notes = {"answers_cut": found.answers_cut, "not_compared": dict(found.not_compared)}
+    notes = {
+        "answers_cut": found.answers_cut,
+        "not_compared": dict(found.not_compared),
+        "commit": found.commit,
+    }
     return {name: value for name, value in notes.items() if value}

@@ -51,6 +51,25 @@ Profile = Annotated[
 ]
 
 
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OLD=NEW", help="rename a column, such as question=prompt; repeatable"),
+]
+
+
+def renamed(columns: list[str] | None) -> dict[str, str]:
+    """Old to new names of ``--column``.
+
+    Raises:
+        ConfigError: one is not of the form OLD=NEW.
+    """
+    pairs = [text.partition("=")[::2] for text in columns or ()]
+    for pair in pairs:
+        if not all(pair):
+            raise ConfigError(f"--column takes OLD=NEW, found {'='.join(filter(None, pair))!r}.")
+    return dict(pairs)
+
+
 def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
     """Prints a result on stdout, as JSON or as ``show`` does it."""
     if as_json:

@@ -7,7 +7,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson, emit
+from selfsteer.verbs.common import AsJson, Columns, emit, renamed
 
 
 def import_(
@@ -15,10 +15,12 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="JSON, JSONL, Parquet or CSV file, a folder of shards, or a dataset's name",
+            help="JSON, JSONL, CSV, text or Parquet file, a folder of shards, or "
+            "NAME:CONFIG:SPLIT@REVISION of a dataset",
         ),
     ],
     to: Annotated[Path, typer.Option(help="JSONL file to write")],
+    column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert other programs' preferences, triples or prompts; the format is recognised."""
@@ -27,7 +29,7 @@ def import_(
 
     if to.exists():
         raise ConfigError(f"{to} is there already; choose another name or move it away.")
-    found = import_records(source, to.absolute().parent)
+    found = import_records(source, to.absolute().parent, rename=renamed(column))
     write_atomic(to, map(dump_line, found.records))
     result = {
         "shape": found.shape,

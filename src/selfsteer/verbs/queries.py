@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.terminal import out, table
-from selfsteer.verbs.common import AsJson, emit
+from selfsteer.terminal import out, table, warn
+from selfsteer.verbs.common import AsJson, Columns, emit, renamed
 
 #: Contaminated pairs shown in the terminal; the file beside the output has all.
 PAIRS_SHOWN = 10
@@ -14,7 +14,10 @@ PAIRS_SHOWN = 10
 
 def queries(
     path: Annotated[
-        str, typer.Argument(help="query file, folder of shards, or name of a Hugging Face dataset")
+        str,
+        typer.Argument(
+            help="query file, folder of shards, or NAME:CONFIG:SPLIT@REVISION of a dataset"
+        ),
     ],
     to: Annotated[Path, typer.Option(help="JSONL file to write")],
     min_chars: Annotated[int | None, typer.Option(help="drop queries of fewer characters")] = None,
@@ -39,11 +42,12 @@ def queries(
     holdout: Annotated[float | None, typer.Option(help="share to hold out, such as 0.05")] = None,
     limit: Annotated[int | None, typer.Option(help="use only the first N queries")] = None,
     split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
+    column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
     """Clean a query set: length bounds, (near-)duplicates, evaluation sets kept out, a hold-out.
 
-    Reads selfsteer's own rows and those of UltraFeedback, ShareGPT and Alpaca. Where asked for,
+    Reads selfsteer's own rows and many others (docs/queries.md). Where asked for,
     OUT.holdout.jsonl and OUT.contaminated.jsonl are written beside OUT.jsonl.
     """
     from selfsteer.data.queries import write_curated
@@ -53,6 +57,7 @@ def queries(
     given = {
         "path": path,
         "split": split,
+        "columns": renamed(column) or None,
         "limit": limit,
         "min_chars": min_chars,
         "max_chars": max_chars,
@@ -68,6 +73,8 @@ def queries(
 
 def print_curated(found: dict[str, Any]) -> None:
     """What became of a query set: counts by reason, contaminated pairs, files."""
+    for example in found["examples"]:
+        warn(f"dropped: {example}")
     rows = [(f"{found['read']:,}", "read")]
     rows += [(f"-{n:,}", reason.replace("_", " ")) for reason, n in found["dropped"].items()]
     files = {side: found["files"].get(side) for side in ("queries", "holdout")}

@@ -39,6 +39,10 @@ def train(
     manifest = train_offline(model, triples, config)
     last = manifest["last"].items()
     figures = ", ".join(f"{k} {v:.4f}" for k, v in last if k == "loss" or "margins" in k)
-    text = f"{config.output}: trained on {manifest['n_out']:,} triples; last step: {figures}"
+    lost = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
+    text = (
+        f"{config.output}: trained on {manifest['n_out']:,} of {manifest['n_in']:,} records"
+        f"{f' (dropped {lost})' if lost else ''}; last step: {figures}"
+    )
     if is_main_process():
         emit(manifest, as_json, lambda _: out.print(text))
