@@ -117,7 +117,8 @@ def test_train_drops_what_a_run_would_drop(tmp_path: Path, here: Here) -> None:
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
     ended = here(*args, f"output={tmp_path / 'p'}")
-    fails(ended, 2, "of 2 records, 1 empty, 1 good_equals_bad dropped")
+    fails(ended, 2, "all 2 records are dropped (1 empty, 1 good_equals_bad)")
+    assert not (tmp_path / "p.partial").exists()
 
 
 def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path, here: Here) -> None:

@@ -352,22 +352,25 @@ def test_pairs_are_dropped_for_their_ratings_prompts_and_faults(tmp_path: Path) 
     assert found.dropped == {
         "not_rated_higher": 2,
         "prompts_differ": 1,
-        "malformed": 2,
+        "malformed": 1,
         "other_shape": 1,
         "unknown_shape": 1,
+        "not_storable": 1,
     }
     assert found.n_in == len(found.records) + found.dropped.total()
     path = tmp_path / "in.jsonl"
-    assert found.examples == [
+    *examples, last = found.examples
+    assert examples == [
         f"{path}, line 2: score_chosen 5.0 is not above score_rejected 5.0; also line 3",
         f"{path}, line 4: chosen and rejected do not answer the same prompt",
         f"{path}, line 5: chosen must be one text or one assistant turn, found "
-        "{'role': 'user', 'content': 'Why?'}; also line 9",
+        "{'role': 'user', 'content': 'Why?'}",
         f"{path}, line 7: preference, but the first record is: preference (two conversations)",
         f"{path}, line 8: no known shape of record, its keys are text; give 'prompt' (text or "
         "chat) or 'messages' (chat), 'instruction' (Alpaca), or 'conversations' (ShareGPT), or "
         "rename a column",
     ]
+    assert last.startswith(f"{path}, line 9: it cannot be stored as UTF-8 JSON: 'utf-8' codec")
 
 
 def test_labelled_answers_are_paired_within_their_prompt(tmp_path: Path) -> None:

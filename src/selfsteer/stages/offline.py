@@ -21,7 +21,7 @@ from selfsteer.run.stage import identity
 from selfsteer.stages.filter import unfit
 from selfsteer.stages.fit import encode, with_reference
 from selfsteer.terminal import is_main_process, say, warn
-from selfsteer.training.preference import Example, PreferenceTask
+from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
 
 MANIFEST = "selfsteer.json"
@@ -49,7 +49,15 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
     found = import_records(triples_path, trainable=True)
     for example in found.examples:
         warn(f"dropped: {example}")
-    triples = [r.to_triple() if isinstance(r, Preference) else r for r in found.records]
+    dropped, triples = list(found.drops), list[Triple]()
+    for record in found.records:
+        triple: Any = record.to_triple() if isinstance(record, Preference) else record
+        if why := teaches_nothing(triple, keep_unfinished=config.keep_unfinished):
+            dropped.append(Dropped(triple.id, why, triple))
+        else:
+            triples.append(triple)
+    if not triples:
+        raise _nothing_left(dropped)
     settings = identity(config)
     # queries per step depend on the ranks, and a training resumed with others would mix two orders
     fingerprint = digest([settings, ranks.size(), model_digest(model), dump_lines(triples)])
@@ -66,7 +74,7 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         if is_main_process():
             write_atomic(mark, fingerprint)
         made = {"fingerprint": fingerprint, "model": model, "triples": str(triples_path)}
-        return _train(model, triples, list(found.drops), config, work, made)
+        return _train(model, triples, dropped, config, work, made)
 
 
 def teaches_nothing(triple: Triple, *, keep_unfinished: bool) -> str | None:
@@ -78,9 +86,15 @@ def teaches_nothing(triple: Triple, *, keep_unfinished: bool) -> str | None:
     return unfit(triple, Hygiene())
 
 
+def _nothing_left(dropped: list[Dropped]) -> DataError:
+    counts = Counter(d.reason for d in dropped).most_common()
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
+    return DataError(f"Nothing to train on: all {len(dropped):,} records are dropped ({reasons}).")
+
+
 def _train(
     model: str,
-    given: list[Triple],
+    triples: list[Triple],
     dropped: list[Dropped],
     config: TrainConfig,
     work: RunFolder,
@@ -90,26 +104,14 @@ def _train(
         Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
         Path(config.output),
     )
-    n_in, triples = len(given) + len(dropped), list[Triple]()
-    for triple in given:
-        if why := teaches_nothing(triple, keep_unfinished=config.keep_unfinished):
-            dropped.append(Dropped(triple.id, why, triple))
-        else:
-            triples.append(triple)
-    examples: list[Example] = []
-    if triples:
-        loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
-        examples, too_long, truncated = encode(loaded, triples, objective, config.max_length)
-        dropped += too_long
-    lost = dict(Counter(d.reason for d in dropped))
+    loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
+    n_in = len(triples) + len(dropped)
+    examples, too_long, truncated = encode(loaded, triples, objective, config.max_length)
+    dropped = [*dropped, *too_long]
+    if not examples:
+        raise _nothing_left(dropped)
     if is_main_process():
         work.drop("train", dropped)
-    if not examples:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in lost.items())
-        raise DataError(
-            f"Nothing to train on: of {n_in:,} records, {reasons} dropped; each is in {work.path}/"
-            "train.dropped.jsonl."
-        )
     say(
         f"{objective.name} ({config.base}): {len(examples):,} of {n_in:,} records, "
         f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"
@@ -133,7 +135,7 @@ def _train(
         "config": config.model_dump(),
         "n_in": n_in,
         "n_out": len(examples),
-        "dropped": lost,
+        "dropped": dict(Counter(d.reason for d in dropped)),
         "responses_truncated": truncated,
         "last": last,
     }
