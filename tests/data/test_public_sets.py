@@ -105,7 +105,7 @@ def test_what_belongs_to_a_prompt_stays_with_it() -> None:
 
 
 def test_judged_sets_keep_their_turns() -> None:
-    def first(name: str, style: str) -> Any:
+    def first(name: str, style: Any) -> Any:
         return read_questions(JudgedSet(questions=str(SHAPES / name), style=style))[0]
 
     assert first("mt_bench.jsonl", "mt-bench").later == ("Find x such that f(x) = 0.",)

@@ -53,6 +53,8 @@ def test_given_answers_of_conversations_and_preferences(tmp_path: Path) -> None:
     pair = {"prompt": "What does the bee eat?", "chosen": "Nectar.", "rejected": "Bricks."}
     path.write_text(json.dumps(pair) + "\n")
     assert given_answers(str(path)) == {BEE.messages: "Nectar."}
+    path.write_text('{"ask": "What does the bee eat?", "answer": "Nectar."}\n')
+    assert given_answers(str(path), {"ask": "question"}) == {BEE.messages: "Nectar."}
     path.write_text('{"prompt": "What does the bee eat?"}\n')
     with pytest.raises(DataError, match="queries but no answers"):
         given_answers(str(path))

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 from selfsteer.data.jsonl import parse, readable, shallow, short
 from selfsteer.errors import ConfigError, DataError
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 Columns = Callable[[Sequence[str]], Sequence[str]]
 #: Where each row stands, and the row; or why it is none.
 Rows = Iterable[tuple[str, Row | DataError]]
@@ -92,7 +92,7 @@ def read_rows(
 def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[str, None]) -> Rows:
     rest = iter(rows)
     head = list(islice(rest, HEAD))  # a table's header is known once a row is read
-    found = (name for _, row in head if isinstance(row, dict) for name in row)
+    found = (name for _, row in head if not isinstance(row, DataError) for name in row)
     names = list(header) or list(dict.fromkeys(found))
     for old in new:
         if old not in names:
@@ -107,7 +107,7 @@ def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[st
                 f"Rename both, for example {name}=other_{name}."
             )
     for where, row in chain(head, rest):
-        if isinstance(row, dict):
+        if not isinstance(row, DataError):
             row = {new.get(name, name): value for name, value in row.items()}
         yield where, row
 

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfsteer.data.files import Rows, Unusable, read_rows
+from selfsteer.data.files import Row, Rows, Unusable, read_rows
 from selfsteer.data.jsonl import Spool
 from selfsteer.data.records import Dropped, Message, Preference, Triple
 from selfsteer.data.shapes import (
@@ -15,7 +15,6 @@ from selfsteer.data.shapes import (
     RELEASE_TITLE,
     Read,
     Record,
-    Row,
     ranked,
     record,
     unfolded,
@@ -77,7 +76,7 @@ class Drops:
 
 
 def read(
-    source: Rows, parse: Callable[[dict[str, Any]], T], drops: Drops | None = None
+    source: Rows, parse: Callable[[Row], T], drops: Drops | None = None
 ) -> Iterator[tuple[str, T]]:
     """(where it stands, what ``parse`` makes of it) of each row that can be read.
 

@@ -35,12 +35,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from selfsteer.data.files import Rows, Unusable
+from selfsteer.data.files import Row, Rows, Unusable
 from selfsteer.data.jsonl import dump_line, short
 from selfsteer.data.records import Preference, Principles, Query, Triple, answer_text
 from selfsteer.errors import DataError
 
-Row = Mapping[str, Any]
 Record = Triple | Preference | Query
 
 # -- rows that go by other names, or hold several --------------------------------------------------
@@ -52,7 +51,7 @@ _CONVERSATIONS = frozenset({"prompt", "messages", "conversations", "instruction"
 _NEEDED = frozenset({"context", "choices", "options", "passage", "story", "image", "table"})
 
 
-def unfolded(rows: Rows, split: "Callable[[Row], Sequence[Row]] | None" = None) -> Rows:
+def unfolded(rows: Rows, split: Callable[[Row], Sequence[Row]] | None = None) -> Rows:
     """The rows that each row stands for, by `several` unless another way is given."""
     for where, row in rows:
         try:
@@ -63,7 +62,7 @@ def unfolded(rows: Rows, split: "Callable[[Row], Sequence[Row]] | None" = None) 
             yield where, e
             continue
         for number, part in enumerate(parts, 1):
-            yield where if len(parts) == 1 else f"{where}, part {number}", dict(part)
+            yield where if len(parts) == 1 else f"{where}, part {number}", part
 
 
 def several(row: Row) -> Sequence[Row]:
@@ -73,6 +72,8 @@ def several(row: Row) -> Sequence[Row]:
         Unusable: ``needs_context``, a question whose text stands in another key.
         DataError: it is malformed.
     """
+    if isinstance(row.get("prompt"), str):
+        return [row]
     given = {k: v for k, v in row.items() if v is not None}
     if isinstance(given.get("body"), Mapping) and "custom_id" in given:
         return [{**given["body"], "id": given["custom_id"]}]
@@ -368,7 +369,7 @@ def _turn(turn: Any) -> dict[str, Any]:
 
 def _joined(parts: Sequence[Any]) -> str:
     """The texts of a content in parts, one per line."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
     others = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
     if others or not all(isinstance(text, str) for text in texts):
