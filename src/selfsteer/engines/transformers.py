@@ -1,18 +1,22 @@
-"""Sampling in process with transformers: length-sorted batches that shrink as rows finish.
+"""Sampling in process with transformers: prompts computed without waste, batches that shrink.
 
-``generate()`` keeps decoding rows that have ended until the longest one has; here they leave the
-batch and its cache. Stateful caches (state-space models) cannot give up rows, so those models go
-through ``generate()``. Each row draws from the random stream of its own request.
+What all prompts of a batch begin with is computed once, and so are equal prompts. ``generate()``
+keeps decoding rows that have ended until the longest one has; here they leave the batch and its
+cache. Stateful caches (state-space models) can neither share prompts nor give up rows, so those
+models go through ``generate()``. Each row draws from the random stream of its own request.
+
+Shape legend: B rows, H heads, T tokens, D of a head, V vocabulary, K candidates.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
@@ -28,12 +32,24 @@ from selfsteer.engines.base import (
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import keeps_part
 
+#: Token ids of a prompt, or of a part of one.
+Ids = tuple[int, ...]
+
 #: Rows leave the cache when this share of the batch has ended: copying it costs about a step.
 COMPACT_AT = 0.125
 
+#: Prompts are computed together if the shortest has this share of the longest one's tokens, or
+#: if they are fewer than so many tokens: matrix products of a few rows are slow.
+ALIKE, FEW_TOKENS = 0.8, 256
 
 #: Tokens tried first for the nucleus; a whole vocabulary is sorted only where they fall short.
 NUCLEUS = 64
+
+#: Without a nucleus, tokens are drawn in two steps: a block of this many, then one of its tokens.
+BLOCK = 64
+
+#: The largest share below 1: the product of any mass and it rounds to less than that mass.
+BELOW_ONE = 1 - 2.0**-52
 
 
 class RoomyLayer(DynamicLayer):
@@ -41,9 +57,17 @@ class RoomyLayer(DynamicLayer):
 
     ``DynamicLayer`` copies the whole cache at every token, which on a CPU was half of all
     sampling time; here a token is written after the others, and a copy is made once per GROW.
+    Sliding windows are kept whole as well: the model's mask hides what is out of sight.
     """
 
     GROW = 64
+    _room: tuple[Tensor, Tensor]
+
+    def hold(self, keys: Tensor, values: Tensor, used: int) -> None:
+        """Takes room of (B, H, T, D) each, of which the first ``used`` tokens are there."""
+        self._room = keys, values
+        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -51,22 +75,50 @@ class RoomyLayer(DynamicLayer):
         """Appends along the sequence; returns all keys and values, (B, H, T, D) each."""
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        room = getattr(self, "_room", None)
-        if room is None or end > room[0].shape[-2] or room[0].shape[0] != key_states.shape[0]:
-            room = tuple(
+        if not used or end > self._room[0].shape[-2]:
+            grown = [
                 new.new_empty((*new.shape[:2], end + self.GROW, new.shape[3]))
                 for new in (key_states, value_states)
-            )
+            ]
             if used:
-                room[0][:, :, :used] = self.keys
-                room[1][:, :, :used] = self.values
-            self._room = room
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
-        room[0][:, :, used:end] = key_states
-        room[1][:, :, used:end] = value_states
-        self.keys, self.values = room[0][:, :, :end], room[1][:, :, :end]
+                grown[0][:, :, :used], grown[1][:, :, :used] = self.keys, self.values
+            self.hold(*grown, used)
+        self._room[0][:, :, used:end] = key_states
+        self._room[1][:, :, used:end] = value_states
+        self.hold(*self._room, end)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows, and the room to grow."""
+        if self.get_seq_length():
+            self.hold(*(x[indices] for x in self._room), self.get_seq_length())
+
+    def make_room(self, like: "RoomyLayer", rows: int, width: int) -> None:
+        """Holds ``width`` tokens of zeros in each of so many rows."""
+        keys, values = (
+            x.new_zeros((rows, x.shape[1], width + self.GROW, x.shape[3]))
+            for x in (like.keys, like.values)
+        )
+        self.hold(keys, values, width)
+
+    def repeat(self, other: "RoomyLayer", rows: int) -> None:
+        """Begins with the one row of another layer, ``rows`` times."""
+        keys, values = (x.expand(rows, -1, -1, -1) for x in (other.keys, other.values))
+        self.hold(keys, values, other.get_seq_length())  # without room: appending copies
+
+    def place(self, other: "RoomyLayer", source: int, length: int, rows: list[int]) -> None:
+        """Copies ``length`` tokens of one row of another layer to the end of these rows."""
+        for mine, given in ((self.keys, other.keys), (self.values, other.values)):
+            mine[rows, :, mine.shape[2] - length :] = given[source, :, :length]
+
+
+def roomy_cache(config: Any) -> Any:
+    """An empty cache; None for a model whose cache is more than keys and values of tokens."""
+    cache = DynamicCache(config=config)
+    if {type(c) for c in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+        return None
+    cache.layers = [c if type(c) is DummyLayer else RoomyLayer() for c in cache.layers]
+    return cache
 
 
 class TransformersEngine:
@@ -107,68 +159,109 @@ class TransformersEngine:
         ]
 
     def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        sampling: SamplingParams,
+        self, prompts: Sequence[Ids], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[list[int]]:
         """Sampled ids, a row per prompt; what follows a row's first stop token means nothing."""
         if not prompts:
             return []
-        width, pad, device = max(map(len, prompts)), self.stop_ids[0], self.loaded.device
-        left = [width - len(p) for p in prompts]
-        ids = torch.tensor([[pad] * n + [*p] for n, p in zip(left, prompts, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * (width - n) for n in left])
+        model = self.loaded.model
         numbers_BT = streams([r.seed for r in requests], sampling.max_new_tokens)
-        stateful = getattr(self.loaded.model, "_is_stateful", False)
-        decode = self._whole_batch if stateful else self._shrinking_batch
-        found = decode(ids.to(device), mask.to(device), sampling, numbers_BT.to(device))
+        simple = not getattr(model, "_is_stateful", False) and roomy_cache(model.config) is not None
+        decode = self._shrinking_batch if simple else self._whole_batch
+        found = decode(prompts, sampling, numbers_BT.to(self.loaded.device))
         rows: list[list[int]] = found.tolist()
         return rows
 
     def _shrinking_batch(
-        self, ids: Tensor, mask: Tensor, sampling: SamplingParams, numbers_BT: Tensor
+        self, prompts: Sequence[Ids], sampling: SamplingParams, numbers_BT: Tensor
     ) -> Tensor:
         """Rows that have ended leave the batch and its cache."""
-        model, size = self.loaded.model, len(ids)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache: Any = DynamicCache(config=model.config)
-        cache.layers = [RoomyLayer() if type(c) is DynamicLayer else c for c in cache.layers]
-        stops = torch.tensor(self.stop_ids, device=ids.device)
-        rows = torch.arange(size, device=ids.device)  # which prompt each batch row answers
-        alive = torch.ones(size, dtype=torch.bool, device=ids.device)
-        drawn = torch.full((size, sampling.max_new_tokens), self.stop_ids[0], device=ids.device)
-        last_only = {"logits_to_keep": 1} if keeps_part(model) else {}
-        for step in range(sampling.max_new_tokens):
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **last_only,
-            ).logits[:, -1]
+        size, budget, device = len(prompts), sampling.max_new_tokens, self.loaded.device
+        cache = self._prefill(prompts)
+        length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
+        width = int(length_B1.max())
+        mask = torch.arange(width, device=device) >= width - length_B1
+        mask = pad(mask.long(), (0, budget), value=1)
+        token = torch.tensor([p[-1] for p in prompts], device=device)
+        stops = torch.tensor(self.stop_ids, device=device)
+        rows = torch.arange(size, device=device)  # which prompt each batch row answers
+        alive = torch.ones(size, dtype=torch.bool, device=device)
+        drawn = torch.full((size, budget), self.stop_ids[0], device=device)
+        for step in range(budget):
+            at = length_B1 - 1 + step
+            logits = self._logits(token.unsqueeze(1), mask[:, : width + step], at, cache)
             token = draw(logits.float(), sampling, numbers_BT[rows, step])
             drawn[rows, step] = token
             alive = alive & ~torch.isin(token, stops)
             living = int(alive.sum())
-            if living == 0 or step + 1 == sampling.max_new_tokens:
+            if living == 0:
                 break
             if living <= len(alive) * (1 - COMPACT_AT):
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
-                rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
-                alive = alive[keep]
-            ids = token.unsqueeze(1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+                rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
+                length_B1 = length_B1[keep]
         return drawn
 
+    def _prefill(self, prompts: Sequence[Ids]) -> Any:
+        """Keys and values of all prompts without their last tokens, ending together, else 0."""
+        rows: dict[Ids, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows.setdefault(prompt[:-1], []).append(i)
+        heads = sorted(rows, key=len, reverse=True)
+        shared = common(heads)
+        begun = self._extended(roomy_cache(self.loaded.model.config), [shared])
+        cache = roomy_cache(self.loaded.model.config)
+        for group in alike(heads, len(shared)):
+            part = self._extended(begun, [h[len(shared) :] for h in group])
+            for layer, given in zip(cache.layers, part.layers, strict=True):
+                if not given.is_initialized:
+                    continue
+                if not layer.is_initialized:
+                    layer.make_room(given, len(prompts), len(heads[0]))
+                for source, head in enumerate(group):
+                    layer.place(given, source, len(head), rows[head])
+        return cache
+
+    def _extended(self, begun: Any, rows: Sequence[Ids]) -> Any:
+        """A cache of rows that all go on from the one row of another, padded on the right.
+
+        No token sees what follows it, so padding changes nothing but what is cached of it.
+        """
+        cache, device = roomy_cache(self.loaded.model.config), self.loaded.device
+        for layer, given in zip(cache.layers, begun.layers, strict=True):
+            if given.is_initialized:
+                layer.repeat(given, len(rows))
+        seen, width = cache.get_seq_length(), max(map(len, rows))
+        if width:
+            ids = [[*r, *[self.stop_ids[0]] * (width - len(r))] for r in rows]
+            mask = torch.ones(len(rows), seen + width, dtype=torch.long, device=device)
+            at = torch.arange(seen, seen + width, device=device).expand(len(rows), -1)
+            self._logits(torch.tensor(ids, device=device), mask, at, cache)
+        return cache
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits after the last token of each row, (B, V); the cache grows."""
+        model = self.loaded.model
+        last_only = {"logits_to_keep": 1} if keeps_part(model) else {}
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **last_only,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
     def _whole_batch(
-        self, ids: Tensor, mask: Tensor, sampling: SamplingParams, numbers_BT: Tensor
+        self, prompts: Sequence[Ids], sampling: SamplingParams, numbers_BT: Tensor
     ) -> Tensor:
         """Through generate() of transformers, which draws as we say."""
-        width = ids.shape[1]
+        width, device = max(map(len, prompts)), self.loaded.device
+        ids = [[*[self.stop_ids[0]] * (width - len(p)), *p] for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
 
         def only_the_drawn(so_far: Tensor, logits_BV: Tensor) -> Tensor:
             step = so_far.shape[1] - width
@@ -182,8 +275,8 @@ class TransformersEngine:
             pad_token_id=self.stop_ids[0],
         )
         full = self.loaded.model.generate(
-            ids,
-            attention_mask=mask,
+            torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             logits_processor=LogitsProcessorList([only_the_drawn]),
         )
@@ -191,11 +284,34 @@ class TransformersEngine:
         return drawn
 
 
+def common(heads: Collection[Ids]) -> Ids:
+    """What all of them begin with."""
+    first, last = min(heads), max(heads)
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((i for i, (a, b) in pairs if a != b), len(first))]
+
+
+def alike(heads: Sequence[Ids], shared: int) -> Iterator[list[Ids]]:
+    """Prompts in groups that are computed together, padded to the longest.
+
+    Args:
+        heads: from the longest to the shortest.
+        shared: tokens of each that need no computing.
+    """
+    group: list[Ids] = []
+    for head in heads:
+        longest = len(group[0]) - shared if group else 0
+        if len(head) - shared < ALIKE * longest and len(group) * longest >= FEW_TOKENS:
+            yield group
+            group = []
+        group.append(head)
+    yield group
+
+
 def streams(seeds: Iterable[int], length: int) -> Tensor:
     """The first numbers of each seed's stream, uniform in [0, 1); float64, shape (B, length)."""
     numbers = np.stack([np.random.default_rng(seed).random(length) for seed in seeds])
-    # the product of any mass and a number rounds to less than that mass
-    return torch.from_numpy(numbers * (1 - 2.0**-52))
+    return torch.from_numpy(numbers * BELOW_ONE)
 
 
 def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tensor:
@@ -213,7 +329,7 @@ def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tens
         return logits_BV.argmax(dim=-1)
     probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
     if sampling.top_p >= 1:
-        return _inverse(probs_BV, uniform_B)
+        return _from_blocks(probs_BV, uniform_B)
     top_BK, index_BK = probs_BV.topk(min(NUCLEUS, probs_BV.shape[1]), dim=-1)
     token_B = _from_nucleus(top_BK, index_BK, sampling.top_p, uniform_B)
     short = (top_BK.sum(dim=-1) < sampling.top_p).nonzero().squeeze(1)
@@ -228,6 +344,18 @@ def _from_nucleus(top_BK: Tensor, index_BK: Tensor, top_p: float, uniform_B: Ten
     before_BK = top_BK.cumsum(dim=-1) - top_BK
     place_B = _inverse(top_BK.masked_fill(before_BK >= top_p, 0.0), uniform_B)
     return index_BK.gather(1, place_B.unsqueeze(1)).squeeze(1)
+
+
+def _from_blocks(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """What `_inverse` finds, without summing up the whole vocabulary in float64."""
+    blocks_BNK = pad(probs_BV, (0, -probs_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    mass_BN = blocks_BNK.sum(dim=-1, dtype=torch.float64)
+    block_B = _inverse(mass_BN, uniform_B)
+    row_B = torch.arange(len(probs_BV), device=probs_BV.device)
+    before_B = mass_BN.cumsum(dim=-1)[row_B, block_B] - mass_BN[row_B, block_B]
+    rest_B = (uniform_B * mass_BN.sum(dim=-1) - before_B) / mass_BN[row_B, block_B]
+    inside_B = _inverse(blocks_BNK[row_B, block_B], rest_B.clamp(0.0, BELOW_ONE))
+    return block_B * BLOCK + inside_B
 
 
 def _inverse(weights_BK: Tensor, uniform_B: Tensor) -> Tensor:
