@@ -4,13 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+)
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, no_news
-from selfsteer.engines.transformers import TransformersEngine, draw, streams
+from selfsteer.engines.cache import can_share, roomy_cache
+from selfsteer.engines.transformers import TransformersEngine, alike, common, draw, streams
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
 from tests.make import FAMILIES, make_checkpoint, make_tokenizer
@@ -283,6 +291,60 @@ def test_no_conversations_give_no_answers(load: Callable[..., LoadedModel]) -> N
     assert list(TransformersEngine(load("llama")).generate([], SAMPLED)) == []
 
 
+# -- prompts --------------------------------------------------------------------------------------
+
+
+def test_what_prompts_share_is_computed_once(
+    load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts, one of them asked four times: their common start, then each one's own part."""
+    loaded = load("llama")
+    requests = [r for r in asked(0) if r.id in ("q0", "q1", "q2")]
+    requests += [Request(f"again{i}", requests[1].messages, i) for i in range(3)]
+    ids = {loaded.chat.prompt_ids(r.messages) for r in requests}
+    shared = next(n for n in range(99) if len({p[: n + 1] for p in ids}) > 1)
+    shapes: list[tuple[int, ...]] = []
+    forward = loaded.model.forward
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(loaded.model, "forward", seen)
+    list(TransformersEngine(loaded).generate(requests, SamplingParams(0.7, 0.8, 1)))
+    assert shared > 2
+    # the last token of each prompt is the first step's
+    assert shapes == [(1, shared), (3, max(map(len, ids)) - 1 - shared), (6, 1)]
+
+
+def test_the_common_start_of_prompts() -> None:
+    assert common([(1, 2, 3), (1, 2, 4, 5), (1, 2)]) == (1, 2)
+    assert common([(2,), (1, 2)]) == ()
+    assert common([(7, 8)]) == (7, 8)
+    assert common([(), (1,)]) == ()
+
+
+def test_prompts_of_unlike_lengths_are_computed_apart_once_they_are_many() -> None:
+    prompts = [(0,) * n for n in (300, 240, 239, 90, 80, 2)]
+    # 240 is 0.8 of 300; 239 tokens alone are too few to be a group
+    assert [[len(p) for p in g] for g in alike(prompts, 0)] == [[300, 240], [239, 90], [80, 2]]
+    assert [[len(p) for p in g] for g in alike(prompts[3:], 0)] == [[90, 80, 2]]
+    # 239 tokens of each are shared: the others' own 61, 1 and 0
+    assert [[len(p) for p in g] for g in alike(prompts[:3], 239)] == [[300, 240, 239]]
+
+
+def test_caches_with_more_than_keys_and_values_are_left_to_transformers() -> None:
+    assert roomy_cache(Qwen3NextConfig(num_hidden_layers=4)) is None
+    assert len(roomy_cache(LlamaConfig(num_hidden_layers=4)).layers) == 4
+
+
+def test_rotary_angles_that_depend_on_the_length_keep_prompts_whole() -> None:
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert can_share(LlamaConfig())
+    assert can_share(GPT2Config())
+    assert not can_share(LlamaConfig(rope_parameters=scaled))
+
+
 # -- one draw -------------------------------------------------------------------------------------
 
 DRAWS = 20_000
@@ -350,6 +412,33 @@ def test_a_row_is_drawn_alike_beside_rows_that_need_more_of_the_vocabulary() -> 
     assert both[::2].tolist() == alone.tolist()
     assert len(set(alone.tolist())) > 15
     assert len(set(both[1::2].tolist())) > 40
+
+
+@pytest.mark.parametrize(("top_p", "wide"), [(0.5, 50), (0.9, 500), (0.99, 2_500)])
+def test_a_wide_nucleus_is_drawn_by_the_inverse_of_its_distribution(
+    top_p: float, wide: int
+) -> None:
+    """Against a sort of everything in float64, where the first tokens tried fall short, or not."""
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * 2.0
+    probs, index = logits[0].double().softmax(0).sort(descending=True)
+    probs = probs.where(probs.cumsum(0) - probs < top_p, 0.0)
+    assert int((probs > 0).sum()) > wide
+    u = streams(range(200), 1)[:, 0]
+    expected = index[torch.searchsorted(probs.cumsum(0), u * probs.sum(), right=True)]
+    found = draw(logits.repeat(200, 1), SamplingParams(1.0, top_p), u)
+    # rounding may move a number across the border of two tokens
+    assert int((found == expected).sum()) >= 198
+
+
+def test_without_a_nucleus_tokens_are_drawn_by_the_inverse_in_their_own_order() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2.0
+    logits[0, 640:] = -torch.inf  # whole blocks that must never be drawn
+    mass = logits[0].double().softmax(0).cumsum(0)
+    u = torch.cat([streams(range(500), 1)[:, 0], streams([0], 1)[0] * 0])
+    u = torch.cat([u, torch.tensor([(1 - 2.0**-53) * (1 - 2.0**-52)], dtype=torch.float64)])
+    found = draw(logits.repeat(len(u), 1), SamplingParams(1.0, 1.0), u)
+    assert int((found == torch.searchsorted(mass, u * mass[-1], right=True)).sum()) >= len(u) - 2
+    assert int(found.max()) < 640
 
 
 def test_the_ends_of_a_stream_stay_within_the_nucleus() -> None:

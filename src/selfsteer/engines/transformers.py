@@ -5,7 +5,7 @@ keeps decoding rows that have ended until the longest one has; here they leave t
 cache. Stateful caches (state-space models) can neither share prompts nor give up rows, so those
 models go through ``generate()``. Each row draws from the random stream of its own request.
 
-Shape legend: B rows, H heads, T tokens, D of a head, V vocabulary, K candidates.
+Shape legend: B rows, R some of them, V vocabulary, K candidates, N blocks.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, LogitsProcessorList
 
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
@@ -29,6 +28,7 @@ from selfsteer.engines.base import (
     no_news,
     stop_ids,
 )
+from selfsteer.engines.cache import can_share, roomy_cache
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import keeps_part
 
@@ -42,83 +42,14 @@ COMPACT_AT = 0.125
 #: if they are fewer than so many tokens: matrix products of a few rows are slow.
 ALIKE, FEW_TOKENS = 0.8, 256
 
-#: Tokens tried first for the nucleus; a whole vocabulary is sorted only where they fall short.
-NUCLEUS = 64
+#: Tokens tried for the nucleus; a whole vocabulary is sorted only for rows where they fall short.
+NUCLEUS = (64, 1024)
 
 #: Without a nucleus, tokens are drawn in two steps: a block of this many, then one of its tokens.
 BLOCK = 64
 
 #: The largest share below 1: the product of any mass and it rounds to less than that mass.
 BELOW_ONE = 1 - 2.0**-52
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room to grow.
-
-    ``DynamicLayer`` copies the whole cache at every token, which on a CPU was half of all
-    sampling time; here a token is written after the others, and a copy is made once per GROW.
-    Sliding windows are kept whole as well: the model's mask hides what is out of sight.
-    """
-
-    GROW = 64
-    _room: tuple[Tensor, Tensor]
-
-    def hold(self, keys: Tensor, values: Tensor, used: int) -> None:
-        """Takes room of (B, H, T, D) each, of which the first ``used`` tokens are there."""
-        self._room = keys, values
-        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends along the sequence; returns all keys and values, (B, H, T, D) each."""
-        used = self.get_seq_length()
-        end = used + key_states.shape[-2]
-        if not used or end > self._room[0].shape[-2]:
-            grown = [
-                new.new_empty((*new.shape[:2], end + self.GROW, new.shape[3]))
-                for new in (key_states, value_states)
-            ]
-            if used:
-                grown[0][:, :, :used], grown[1][:, :, :used] = self.keys, self.values
-            self.hold(*grown, used)
-        self._room[0][:, :, used:end] = key_states
-        self._room[1][:, :, used:end] = value_states
-        self.hold(*self._room, end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows, and the room to grow."""
-        if self.get_seq_length():
-            self.hold(*(x[indices] for x in self._room), self.get_seq_length())
-
-    def make_room(self, like: "RoomyLayer", rows: int, width: int) -> None:
-        """Holds ``width`` tokens of zeros in each of so many rows."""
-        keys, values = (
-            x.new_zeros((rows, x.shape[1], width + self.GROW, x.shape[3]))
-            for x in (like.keys, like.values)
-        )
-        self.hold(keys, values, width)
-
-    def repeat(self, other: "RoomyLayer", rows: int) -> None:
-        """Begins with the one row of another layer, ``rows`` times."""
-        keys, values = (x.expand(rows, -1, -1, -1) for x in (other.keys, other.values))
-        self.hold(keys, values, other.get_seq_length())  # without room: appending copies
-
-    def place(self, other: "RoomyLayer", source: int, length: int, rows: list[int]) -> None:
-        """Copies ``length`` tokens of one row of another layer to the end of these rows."""
-        for mine, given in ((self.keys, other.keys), (self.values, other.values)):
-            mine[rows, :, mine.shape[2] - length :] = given[source, :, :length]
-
-
-def roomy_cache(config: Any) -> Any:
-    """An empty cache; None for a model whose cache is more than keys and values of tokens."""
-    cache = DynamicCache(config=config)
-    if {type(c) for c in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-        return None
-    cache.layers = [c if type(c) is DummyLayer else RoomyLayer() for c in cache.layers]
-    return cache
 
 
 class TransformersEngine:
@@ -209,9 +140,10 @@ class TransformersEngine:
         for i, prompt in enumerate(prompts):
             rows.setdefault(prompt[:-1], []).append(i)
         heads = sorted(rows, key=len, reverse=True)
-        shared = common(heads)
-        begun = self._extended(roomy_cache(self.loaded.model.config), [shared])
-        cache = roomy_cache(self.loaded.model.config)
+        config = self.loaded.model.config
+        shared = common(heads) if can_share(config) else ()
+        begun = self._extended(roomy_cache(config), [shared])
+        cache = roomy_cache(config)
         for group in alike(heads, len(shared)):
             part = self._extended(begun, [h[len(shared) :] for h in group])
             for layer, given in zip(cache.layers, part.layers, strict=True):
@@ -330,12 +262,19 @@ def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tens
     probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
     if sampling.top_p >= 1:
         return _from_blocks(probs_BV, uniform_B)
-    top_BK, index_BK = probs_BV.topk(min(NUCLEUS, probs_BV.shape[1]), dim=-1)
-    token_B = _from_nucleus(top_BK, index_BK, sampling.top_p, uniform_B)
-    short = (top_BK.sum(dim=-1) < sampling.top_p).nonzero().squeeze(1)
-    if len(short):
-        ordered = probs_BV[short].sort(dim=-1, descending=True, stable=True)
-        token_B[short] = _from_nucleus(*ordered, sampling.top_p, uniform_B[short])
+    token_B = torch.empty_like(uniform_B, dtype=torch.long)
+    row_R = torch.arange(len(token_B), device=token_B.device)
+    size = probs_BV.shape[1]
+    for width in (*(n for n in NUCLEUS if n < size), size):
+        if width < size:
+            top_RK, index_RK = probs_BV.topk(width, dim=-1)
+        else:
+            top_RK, index_RK = probs_BV.sort(dim=-1, descending=True, stable=True)
+        token_B[row_R] = _from_nucleus(top_RK, index_RK, sampling.top_p, uniform_B)
+        short_R = top_RK.sum(dim=-1) < sampling.top_p
+        if not bool(short_R.any()):
+            break
+        probs_BV, row_R, uniform_B = probs_BV[short_R], row_R[short_R], uniform_B[short_R]
     return token_B
 
 
