@@ -18,7 +18,14 @@ from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, no_news
 from selfsteer.engines.cache import can_share, roomy_cache
-from selfsteer.engines.transformers import TransformersEngine, alike, common, draw, streams
+from selfsteer.engines.transformers import (
+    FEW_TOKENS,
+    TransformersEngine,
+    alike,
+    common,
+    draw,
+    streams,
+)
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy
 from tests.make import FAMILIES, make_checkpoint, make_tokenizer
@@ -299,10 +306,11 @@ def test_what_prompts_share_is_computed_once(
 ) -> None:
     """Three prompts, one of them asked four times: their common start, then each one's own part."""
     loaded = load("llama")
-    requests = [r for r in asked(0) if r.id in ("q0", "q1", "q2")]
+    rules = Message("system", "Answer in one short sentence, please. " * 5)
+    requests = [Request(q, (rules, Message("user", q)), 0) for q in QUESTIONS[:3]]
     requests += [Request(f"again{i}", requests[1].messages, i) for i in range(3)]
     ids = {loaded.chat.prompt_ids(r.messages) for r in requests}
-    shared = next(n for n in range(99) if len({p[: n + 1] for p in ids}) > 1)
+    shared = next(n for n in range(999) if len({p[: n + 1] for p in ids}) > 1)
     shapes: list[tuple[int, ...]] = []
     forward = loaded.model.forward
 
@@ -312,9 +320,27 @@ def test_what_prompts_share_is_computed_once(
 
     monkeypatch.setattr(loaded.model, "forward", seen)
     list(TransformersEngine(loaded).generate(requests, SamplingParams(0.7, 0.8, 1)))
-    assert shared > 2
+    assert 2 * shared > FEW_TOKENS
     # the last token of each prompt is the first step's
-    assert shapes == [(1, shared), (3, max(map(len, ids)) - 1 - shared), (6, 1)]
+    own = max(map(len, ids)) - 1 - shared
+    assert shapes == [(1, shared), (3, own), (6, 1)]
+    shapes.clear()
+    list(TransformersEngine(loaded).generate(asked(0)[:3], SamplingParams(0.7, 0.8, 1)))
+    assert [rows for rows, _ in shapes] == [3, 3], "too few tokens are saved to be worth a forward"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_answers_to_prompts_with_a_long_common_start_depend_on_each_alone(
+    load: Callable[..., LoadedModel], name: str
+) -> None:
+    loaded = load(name)
+    favour_stopping(loaded, STRENGTH)
+    rules = Message("system", "Answer in one short sentence, please. " * 5)
+    requests = [Request(q, (rules, Message("user", q)), i) for i, q in enumerate(QUESTIONS)]
+    expected = answers(TransformersEngine(loaded, 1), requests, SAMPLED)
+    assert len({c.text for c in expected.values()}) > 5
+    for size in (4, 10):
+        assert answers(TransformersEngine(loaded, size), requests, SAMPLED) == expected
 
 
 def test_the_common_start_of_prompts() -> None:

@@ -39,7 +39,7 @@ Ids = tuple[int, ...]
 COMPACT_AT = 0.125
 
 #: Prompts are computed together if the shortest has this share of the longest one's tokens, or
-#: if they are fewer than so many tokens: matrix products of a few rows are slow.
+#: if they are fewer than so many tokens; saving fewer tokens is not worth a forward either.
 ALIKE, FEW_TOKENS = 0.8, 256
 
 #: Tokens tried for the nucleus; a whole vocabulary is sorted only for rows where they fall short.
@@ -142,6 +142,8 @@ class TransformersEngine:
         heads = sorted(rows, key=len, reverse=True)
         config = self.loaded.model.config
         shared = common(heads) if can_share(config) else ()
+        if len(shared) * (len(heads) - 1) < FEW_TOKENS:
+            shared = ()
         begun = self._extended(roomy_cache(config), [shared])
         cache = roomy_cache(config)
         for group in alike(heads, len(shared)):
