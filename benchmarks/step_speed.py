@@ -2,6 +2,7 @@
 
     python benchmarks/step_speed.py     # about half an hour; goes on where it was stopped
     python benchmarks/step_speed.py --repeats 2 --vocabularies 4096 --only pbaa --output /tmp/trial
+    python benchmarks/step_speed.py --model FOLDER --pairs FILE     # a real model, against TRL
 
 A step is forward and backward of a few queries; collating is timed, the optimiser's update is the
 same for every row and measured apart. Rows are interleaved in one process. Lengths are drawn like
@@ -12,6 +13,9 @@ random Llama in float32, the reference the same weights with a little noise.
 TRL's loss differs from sso-online's weighting and from the NLL of sso; it gets the equivalent pairs
 (each term's, under its context) in one batch, and only the cost is compared. "TRL compact" is TRL
 with the choice of valid positions that it makes on a GPU forced on.
+
+With ``--model`` the step is DPO's (objective pbaa) on pairs of a file and a model of yours, ours
+against TRL's; every row's loss and gradient norm must be ours.
 """
 
 import argparse
@@ -44,11 +48,14 @@ from transformers.utils import logging as transformers_logging
 import selfsteer
 from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import NumericsError
+from selfsteer.data.reading import read_triples
+from selfsteer.errors import DataError, NumericsError
 from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.load import load_model
 from selfsteer.models.score import batch_logps, pack, pad, settle_layout, sums_by_row
 from selfsteer.models.tree import TreeRow
 from selfsteer.objectives import Objective, steering_loss
+from selfsteer.recipe.sections import Policy, resolve_path
 from selfsteer.run.folder import versions
 from selfsteer.terminal import progress_bar
 
@@ -76,6 +83,9 @@ EVERYWHERE = tuple(name for name, text in ROWS.items() if text.startswith("*"))
 #: Memory is measured on one case, each of these rows in a fresh process.
 MEMORY_ROWS = (RELEASED, COMPACT, OURS, OURS_AND_REFERENCE)
 MEMORY_OBJECTIVE = "sso-online"
+#: With a model of yours: ours first, which the others must equal.
+REAL_ROWS = (OURS, OURS_AND_REFERENCE, "TRL", "TRL, reference precomputed", COMPACT)
+REAL_OBJECTIVE = "pbaa"
 #: Largest relative differences to the released step that pass as float32 rounding.
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3
 #: Standard deviation of what is added to the policy's weights to make the reference's.
@@ -312,6 +322,37 @@ def build(
     )
     model = LlamaForCausalLM(config).train()
     draws = draw_queries(args, objective.sequences, vocabulary)
+    return model, draws, steps_of(objective, model, draws, rows)
+
+
+def build_real(
+    objective: Objective, args: argparse.Namespace, rows: Sequence[str]
+) -> tuple[Any, list[Any], dict[str, Step]]:
+    """The same for a model and pairs of yours; pairs that are too long or not drawn stay out."""
+    torch.manual_seed(args.seed)
+    source = resolve_path(args.model)
+    loaded = load_model(source, Policy(model=source, device="cpu"))
+    queries = []
+    for triple in read_triples(args.pairs):
+        query = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
+        if max(map(len, query.values())) <= args.max_tokens:
+            queries.append(query)
+    size = args.queries * args.draws
+    if len(queries) < size:
+        raise DataError(
+            f"{args.pairs} has {len(queries)} pairs of at most {args.max_tokens} tokens, and "
+            f"{args.draws} draws of {args.queries} need {size}."
+        )
+    random.Random(args.seed).shuffle(queries)
+    draws = [queries[i : i + args.queries] for i in range(0, size, args.queries)]
+    model = loaded.model.train()
+    return model, draws, steps_of(objective, model, draws, rows)
+
+
+def steps_of(
+    objective: Objective, model: Any, draws: list[Any], rows: Sequence[str]
+) -> dict[str, Step]:
+    """The steps by row; the reference is the policy with a little noise."""
     trees = twin(model)
     settle_layout(trees, "tree", [])
     reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -320,7 +361,7 @@ def build(
     tree_reference = twin(reference)
     settle_layout(tree_reference, "tree", [])
 
-    keys = groups_of(objective, args.queries, "all")[0]
+    keys = groups_of(objective, len(draws[0]), "all")[0]
     with torch.no_grad():
         tables = [
             dict(zip(keys, own(tree_reference, "tree")([d[q][n] for n, q in keys]), strict=True))
@@ -352,7 +393,7 @@ def build(
     }
     if any(name.startswith("TRL") for name in rows):
         steps |= trl_steps(objective, draws, model, reference, rows)
-    return model, draws, {name: steps[name] for name in rows}
+    return {name: steps[name] for name in rows}
 
 
 def trl_steps(
@@ -432,20 +473,20 @@ def trl_steps(
 def check_equal(
     objective: str, name: str, loss: float, norm: float, seen: dict[str, float]
 ) -> None:
-    """Refuses a row whose loss or gradient is not the released step's on the same draw.
+    """Refuses a row whose loss or gradient is not the first row's on the same draw.
 
     Raises:
         NumericsError: they differ by more than rounding; such a row must not be timed.
     """
-    if name == RELEASED:
+    if not seen:
         seen["loss"], seen["norm"] = loss, norm
     if name.startswith("TRL") and objective != "pbaa":
         return
     for kind, value, bound in (("loss", loss, LOSS_TOLERANCE), ("norm", norm, NORM_TOLERANCE)):
         if not abs(value - seen[kind]) <= bound * abs(seen[kind]):
             raise NumericsError(
-                f"{objective}, row {name!r}: {kind} {value} against {seen[kind]} of the released "
-                "step. The rows do not compute the same; nothing is written for this case."
+                f"{objective}, row {name!r}: {kind} {value} against {seen[kind]} of the first "
+                "row. The rows do not compute the same; nothing is written for this case."
             )
 
 
@@ -551,8 +592,11 @@ def peak_bytes(row: str, args: argparse.Namespace) -> dict[str, int]:
     Gradients are included, they are the same for every row. The first, small step loads what is
     loaded once; then the heap is handed back, and Linux's high-water mark is reset.
     """
-    objective = Objective.named(MEMORY_OBJECTIVE)
-    model, draws, steps = build(objective, args.memory_vocabulary, args, [row])
+    if args.model:
+        model, draws, steps = build_real(Objective.named(REAL_OBJECTIVE), args, [row])
+    else:
+        objective = Objective.named(MEMORY_OBJECTIVE)
+        model, draws, steps = build(objective, args.memory_vocabulary, args, [row])
     size = [sum(len(s) for q in draw for s in q.values()) for draw in draws]
     steps[row](size.index(min(size)))
     model.zero_grad()
@@ -573,16 +617,82 @@ def status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure_memory() -> dict[str, Any]:
+def measure_memory(rows: Sequence[str] = MEMORY_ROWS) -> dict[str, Any]:
     """`peak_bytes` of each row, this script started once per row with the same arguments."""
     found = {}
-    with progress_bar("memory", len(MEMORY_ROWS)) as bar:
-        for row in MEMORY_ROWS:
+    with progress_bar("memory", len(rows)) as bar:
+        for row in rows:
             command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", row]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[row] = json.loads(out.splitlines()[-1])
             bar.advance(1)
     return found
+
+
+def real_case(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours and TRL's step on a model and pairs of yours, in turns; then memory, each apart."""
+    model, draws, steps = build_real(Objective.named(REAL_OBJECTIVE), args, REAL_ROWS)
+    tokens = [sum(len(s) for q in draw for s in q.values()) for draw in draws]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    with progress_bar("steps", (args.repeats + 1) * len(steps)) as bar:
+        for repeat in range(-1, args.repeats):  # the first is a warm-up
+            d, seen = repeat % len(draws), dict[str, float]()
+            for name, step in steps.items():
+                model.zero_grad()
+                wall, cpu = time.perf_counter(), time.process_time()
+                loss = step(d)
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
+                check_equal(REAL_OBJECTIVE, name, loss, float(norm), seen)
+                bar.advance(1)
+                if repeat >= 0:
+                    run = {"loss": loss, "seconds": wall, "cpu_seconds": cpu, "tokens": tokens[d]}
+                    runs[name].append(run)
+    rows = {}
+    for name, found in runs.items():
+        rows[name] = {"runs": found}
+        for kind in ("seconds", "cpu_seconds"):
+            rows[name] |= spread(f"tokens_per_{kind}", [r["tokens"] / r[kind] for r in found])
+            quotients = [a[kind] / b[kind] for a, b in zip(found, runs[OURS], strict=True)]
+            rows[name] |= spread(f"ours_faster_{kind}", quotients)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(args),
+        "versions": versions() | {"trl": version("trl")},
+        "model": Path(args.model).name,
+        **{name: getattr(args, name) for name in ("queries", "draws", "repeats", "max_tokens")},
+        "rows": rows,
+        "memory": measure_memory(REAL_ROWS) if args.memory_vocabulary else {},
+    }
+
+
+def real_table(result: Mapping[str, Any]) -> str:
+    """The page of `real_case`."""
+    seen = result["versions"]
+    lines = [
+        "# The training step on a real model, against TRL",
+        "",
+        f"{result['date']}; {result['hardware']}, float32; torch {seen['torch']}, transformers "
+        f"{seen['transformers']}, TRL {seen['trl']}. DPO on {result['model']}, {result['queries']} "
+        f"pairs a step of at most {result['max_tokens']} tokens a sequence, "
+        f"{result['draws']} draws in turn, {result['repeats']} repeats after a warm-up, rows "
+        "interleaved; losses and gradient norms agree. Forward and backward, without the "
+        "optimiser's update. Made by `python benchmarks/step_speed.py --model`. Tokens are those "
+        "of all sequences, prompts counted for each; medians, least and most. Peak memory is above "
+        "the weights, gradients included; TRL without precomputing also holds the reference model.",
+        "",
+        "| | tokens/s | ours is faster by | by CPU time | peak, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, r in result["rows"].items():
+        low, high = r["tokens_per_seconds_min"], r["tokens_per_seconds_max"]
+        peak = result["memory"].get(name, {}).get("peak")
+        lines.append(
+            f"| {name} | {r['tokens_per_seconds']:,.0f} ({low:,.0f}–{high:,.0f}) | "
+            f"{r['ours_faster_seconds']:.2f}× | {r['ours_faster_cpu_seconds']:.2f}× | "
+            f"{'' if peak is None else f'{peak / 2**20:,.0f}'} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def hardware(args: argparse.Namespace) -> str:
@@ -710,7 +820,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-vocabulary", type=int, default=32768, help="0: no memory")
     parser.add_argument("--output", type=Path, default=ROOT / "results")
     parser.add_argument("--fresh", action="store_true", help="measure again what is on file")
-    parser.add_argument("--peak-of", choices=MEMORY_ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="folder of a chat model; needs --pairs")
+    parser.add_argument("--pairs", help="preferences or triples that `selfsteer train` reads")
+    parser.add_argument("--max-tokens", type=int, default=384, help="longest sequence of --pairs")
+    parser.add_argument("--peak-of", choices=(*MEMORY_ROWS, *REAL_ROWS), help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
@@ -723,6 +836,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if args.peak_of:
         print(json.dumps(peak_bytes(args.peak_of, args)))
+        return
+    if args.model:
+        result = real_case(args)
+        text = real_table(result)
+        write_atomic(args.output / "step_speed_model.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(args.output / "step_speed_model.md", text)
+        print(text)
         return
     path = args.output / "step_speed.json"
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **identity(args), "cases": []}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfsteer.errors import NumericsError
+from selfsteer.errors import DataError, NumericsError
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.score import batch_logps, pack, settle_layout
 
@@ -83,6 +83,26 @@ def test_rows_agree_in_loss_and_gradient(bench: Any, name: str, tmp_path: Path) 
             bench.check_equal(name, row, loss, norm, seen)
         with pytest.raises(NumericsError, match="do not compute the same"):
             bench.check_equal(name, "ours", loss * 1.001, norm, seen)
+
+
+def test_a_model_of_yours_beside_trl(bench: Any, tmp_path: Path) -> None:
+    """Ours and TRL's step agree in loss and gradient, or `real_case` would refuse them."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": "A number. " * (1 + i % 3), "rejected": "Nothing."}
+        for i in range(5)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"--model package:selfsteer.testbed/checkpoint --pairs {pairs} --draws 2 --repeats 2"
+    args = bench.arguments([*words.split(), "--memory-vocabulary", "0"])
+    result = bench.real_case(args)
+    assert list(result["rows"]) == list(bench.REAL_ROWS)
+    assert all(row["ours_faster_seconds"] > 0 for row in result["rows"].values())
+    tokens = [run["tokens"] for run in result["rows"][bench.OURS]["runs"]]
+    assert len(set(tokens)) == 2
+    assert "| TRL, reference precomputed |" in bench.real_table(result)
+    with pytest.raises(DataError, match="5 pairs of at most 384 tokens, and 3 draws of 2 need 6"):
+        bench.real_case(bench.arguments([*words.split(), "--draws", "3"]))
 
 
 def test_cases_on_file_are_not_measured_again(

@@ -1,5 +1,6 @@
 """The cache of the transformers engine: layers with room to grow, filled row by row."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -16,11 +17,13 @@ class RoomyLayer(DynamicLayer):
     """
 
     GROW = 64
-    _room: tuple[Tensor, Tensor]
+    keys: Any  # None until something is there
+    values: Any
+    _room: tuple[Tensor, ...]
 
-    def hold(self, keys: Tensor, values: Tensor, used: int) -> None:
-        """Takes room of (B, H, T, D) each, of which the first ``used`` tokens are there."""
-        self._room = keys, values
+    def hold(self, room: Iterable[Tensor], used: int) -> None:
+        """Takes keys and values, (B, H, T, D) each; the first ``used`` tokens are there."""
+        self._room = keys, values = tuple(room)
         self.keys, self.values = keys[:, :, :used], values[:, :, :used]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -37,29 +40,28 @@ class RoomyLayer(DynamicLayer):
             ]
             if used:
                 grown[0][:, :, :used], grown[1][:, :, :used] = self.keys, self.values
-            self.hold(*grown, used)
+            self.hold(grown, used)
         self._room[0][:, :, used:end] = key_states
         self._room[1][:, :, used:end] = value_states
-        self.hold(*self._room, end)
+        self.hold(self._room, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, and the room to grow."""
         if self.get_seq_length():
-            self.hold(*(x[indices] for x in self._room), self.get_seq_length())
+            self.hold((x[indices] for x in self._room), self.get_seq_length())
 
     def make_room(self, like: "RoomyLayer", rows: int, width: int) -> None:
         """Holds ``width`` tokens of zeros in each of so many rows."""
-        keys, values = (
-            x.new_zeros((rows, x.shape[1], width + self.GROW, x.shape[3]))
-            for x in (like.keys, like.values)
+        shapes = (
+            (rows, x.shape[1], width + self.GROW, x.shape[3]) for x in (like.keys, like.values)
         )
-        self.hold(keys, values, width)
+        self.hold((like.keys.new_zeros(shape) for shape in shapes), width)
 
     def repeat(self, other: "RoomyLayer", rows: int) -> None:
         """Begins with the one row of another layer, ``rows`` times."""
-        keys, values = (x.expand(rows, -1, -1, -1) for x in (other.keys, other.values))
-        self.hold(keys, values, other.get_seq_length())  # without room: appending copies
+        whole = (x.expand(rows, -1, -1, -1) for x in (other.keys, other.values))
+        self.hold(whole, other.get_seq_length())  # without room: appending copies
 
     def place(self, other: "RoomyLayer", source: int, length: int, rows: list[int]) -> None:
         """Copies ``length`` tokens of one row of another layer to the end of these rows."""
