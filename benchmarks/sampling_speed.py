@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,20 +184,29 @@ def serve(name: str, path: str) -> None:
         import torch
 
         torch.set_num_threads(plan["threads"])
-    builders: dict[str, Callable[[], Asked]] = {
-        GENERATE: lambda: of_transformers(plan, continuous=False),
-        CONTINUOUS: lambda: of_transformers(plan, continuous=True),
-        VLLM: lambda: of_vllm(plan),
-    }
-    ask = builders.get(name, lambda: ours(plan))()
+    ask = builder(name)(plan)
     ask("warm up")
     os.write(out, b"{}\n")
     for line in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        tokens = ask(line.strip())
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        found = {"tokens": tokens, "seconds": wall, "cpu_seconds": cpu}
-        os.write(out, f"{json.dumps(found)}\n".encode())
+        os.write(out, f"{json.dumps(timed(ask, line.strip()))}\n".encode())
+
+
+def builder(name: str) -> Callable[[dict[str, Any]], Asked]:
+    """What makes a contestant ready."""
+    others = {
+        GENERATE: partial(of_transformers, continuous=False),
+        CONTINUOUS: partial(of_transformers, continuous=True),
+        VLLM: of_vllm,
+    }
+    return others.get(name, ours)
+
+
+def timed(ask: Asked, workload: str) -> dict[str, float]:
+    """Tokens and seconds of one workload."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    tokens = ask(workload)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"tokens": tokens, "seconds": wall, "cpu_seconds": cpu}
 
 
 @contextmanager

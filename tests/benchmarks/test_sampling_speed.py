@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,14 @@ def bench() -> Any:
 def test_the_engines_answer_the_same_prompts(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sampling_speed.py", "--tiny", "--threads", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(bench, "floor", lambda *args: 123.0)  # it would set this process's threads
+    @contextmanager
+    def in_process(name: str, args: Any, plan: Path) -> Iterator[Any]:
+        ask = bench.builder(name)(json.loads(plan.read_text()))
+        yield lambda workload: bench.timed(ask, workload)
+
+    monkeypatch.setattr(sys, "argv", ["sampling_speed.py", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.setattr(bench, "contestant", in_process)  # a process each takes seconds to start
+    monkeypatch.setattr(bench, "floor", lambda *args: 123.0)  # it sets this process's threads
     bench.main()
     found = json.loads((tmp_path / "sampling_engines.json").read_text())
     assert list(found["workloads"]) == ["prompts", "features"]
@@ -39,6 +46,14 @@ def test_the_engines_answer_the_same_prompts(
     page = (tmp_path / "sampling_engines.md").read_text()
     assert page in capsys.readouterr().out
     assert page.count("| transformers generate |") == 2
+
+
+def test_a_contestant_answers_from_its_own_process(bench: Any, tmp_path: Path) -> None:
+    args = bench.arguments(["--tiny", "--threads", "1"])
+    (tmp_path / "plan.json").write_text(json.dumps(bench.planned(args)))
+    with bench.contestant(bench.OURS, args, tmp_path / "plan.json") as ask:
+        assert 6 <= ask("prompts")["tokens"] <= 48
+        assert ask("warm up")["tokens"] <= 16
 
 
 def test_ratios_are_medians_of_those_within_a_repeat(bench: Any) -> None:

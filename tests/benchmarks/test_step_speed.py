@@ -85,6 +85,7 @@ def test_rows_agree_in_loss_and_gradient(bench: Any, name: str, tmp_path: Path) 
             bench.check_equal(name, "ours", loss * 1.001, norm, seen)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls transformers by old names
 def test_a_model_of_yours_beside_trl(bench: Any, tmp_path: Path) -> None:
     """Ours and TRL's step agree in loss and gradient, or `real_case` would refuse them."""
     pairs = tmp_path / "pairs.jsonl"
