@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import readable
+
+#: What peft calls the file that makes a folder one of adapters.
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def digest(value: Any) -> str:
@@ -38,10 +42,55 @@ def digest_path(path: Path) -> str:
     return total.hexdigest()[:16]
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether it is ``name``, ``org/name`` or ``org/name@REVISION``, and no path here."""
+    looks = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", source)
+    return bool(looks) and len(source) < 256 and not Path(source).exists()
+
+
+def split_revision(hub_id: str) -> tuple[str, str | None]:
+    """Repository and revision of ``org/name@REVISION``; None: the hub's default."""
+    repo, _, revision = hub_id.partition("@")
+    return repo, revision or None
+
+
+@cache
+def hub_commit(hub_id: str) -> str | None:
+    """The commit that a hub id stands for, asked once a process.
+
+    Offline it is the one of the last download; None where neither the hub nor the cache knows.
+    """
+    from huggingface_hub import HfApi, constants
+
+    repo, revision = split_revision(hub_id)
+    try:
+        found = HfApi().resolve_revision(
+            repo, revision=revision, local_files_only=constants.HF_HUB_OFFLINE
+        )
+    except Exception:  # whatever the hub says; loading asks again, and reports it
+        return None
+    return found.resolved
+
+
 def model_digest(source: str) -> str:
-    """Identifies a model: the content of a folder, or the hub id."""
+    """Identifies a model: by content, adapters with their base; of a hub id by its commit."""
     path = Path(source)
-    return digest_path(path) if path.is_dir() else digest(source)
+    if is_hub_id(source):
+        return digest(f"{split_revision(source)[0]}@{hub_commit(source) or source}")
+    if not path.exists():
+        return digest(source)
+    own, base = digest_path(path), adapter_base(path)
+    return digest([own, model_digest(base)]) if base else own
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model that a folder of adapters names; None where it names none, or is none."""
+    try:
+        found = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+        base, revision = found.get("base_model_name_or_path"), found.get("revision")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return f"{base}@{revision}" if base and revision and is_hub_id(base) else base or None
 
 
 def derive_seed(*parts: Any) -> int:

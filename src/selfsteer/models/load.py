@@ -1,34 +1,34 @@
 """Models with their tokenizers, from a folder or a hub id; safetensors only, unless allowed."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from selfsteer.data.digests import digest, model_digest
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.score import settle_layout
-from selfsteer.recipe.sections import Loading
+from selfsteer.models.sources import (
+    check_quantised,
+    checkpoint,
+    load_config,
+    load_whole,
+    pretrained,
+)
+from selfsteer.recipe.sections import Loading, Lora
 from selfsteer.terminal import say
 
 CPU = torch.device("cpu")
-
-# a bar per checkpoint shard says nothing beside the stage's own
-disable_progress_bar()
 
 
 @dataclass
@@ -112,25 +112,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def check_source(source: str) -> None:
-    """Refuses early what cannot be a model.
-
-    Raises:
-        ArtifactError: no folder, no config in it, and not shaped like a hub id either.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ArtifactError(
-                f"{source} is a folder but not a model: it has no config.json. Give the folder "
-                "that save_pretrained wrote."
-            )
-    elif path.is_file():
-        raise ArtifactError(f"{source} is a file; give the folder of a Hugging Face checkpoint.")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-        raise ArtifactError(f"There is no model folder {source!r}, and it is not a hub id.")
-
-
 def load_chat(source: str, settings: Loading) -> ChatFormat:
     """The tokenizer of a checkpoint with its chat template.
 
@@ -138,8 +119,7 @@ def load_chat(source: str, settings: Loading) -> ChatFormat:
         ArtifactError: it cannot be read, or has no chat template.
         ConfigError: the template reads none of the variables that the settings give.
     """
-    check_source(source)
-    tokenizer = pretrained(AutoTokenizer, "tokenizer", source, settings)
+    tokenizer = pretrained(AutoTokenizer, "tokenizer", checkpoint(source, settings), settings)
     return ChatFormat(tokenizer, source, settings.chat_template_kwargs)
 
 
@@ -149,17 +129,16 @@ def load_model(
     """A causal language model in eval mode, with float32 weights.
 
     Args:
-        source: folder or hub id.
+        source: see `selfsteer.models.sources`.
         settings: precision, device and permissions.
         inference: weights in the computing precision, for models that only answer.
         bits: of quantised weights, 4 or 8, under adapters (QLoRA); None: not quantised.
 
     Raises:
-        ArtifactError: it cannot be read, or its tokenizer does not fit it.
+        ArtifactError: it cannot be read or used, or its tokenizer does not fit it.
         ConfigError: quantisation is asked for where it cannot be had.
     """
-    loaded, _ = _load(AutoModelForCausalLM, source, settings, inference=inference, bits=bits)
-    return loaded
+    return _load(AutoModelForCausalLM, source, settings, inference=inference, bits=bits)
 
 
 def _load(
@@ -170,50 +149,51 @@ def _load(
     inference: bool,
     bits: int | None = None,
     **more: Any,
-) -> tuple[LoadedModel, set[str]]:
-    """A model of the given class, and the weights that its checkpoint lacks."""
+) -> LoadedModel:
+    """A model of the given class."""
     chat = load_chat(source, settings)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    stored = check_quantised(source, settings, device)
     if bits:
         more |= _quantised(bits, dtype, device)
-    more["dtype"] = dtype if inference or bits else torch.float32
-    model, found = pretrained(kind, "model", source, settings, output_loading_info=True, **more)
+    elif stored:
+        more["device_map"] = {"": device}
+    more["dtype"] = dtype if inference or bits or stored else torch.float32
+    model = load_whole(kind, "model", checkpoint(source, settings), settings, **more)
     rows = model.get_input_embeddings().num_embeddings
     if len(chat.tokenizer) > rows:
         raise ArtifactError(
             f"{source}: the tokenizer has {len(chat.tokenizer)} tokens, the model embeds only "
             f"{rows}. They do not belong together."
         )
-    if bits is None:
+    if not (bits or stored):
         model.to(device)
     parts = [model_digest(source), str(dtype), device.type, *([bits] if bits else [])]
-    loaded = LoadedModel(model.eval(), chat, device, dtype, source, digest(parts), settings.layout)
-    return loaded, found["missing_keys"]
+    return LoadedModel(model.eval(), chat, device, dtype, source, digest(parts), settings.layout)
 
 
-def pretrained(kind: Any, what: str, source: str, settings: Loading, **more: Any) -> Any:
-    """``kind.from_pretrained`` within the permissions of the settings.
+def check_trainable(source: str, settings: Loading, lora: Lora | None) -> None:
+    """Refuses, from its config alone, a checkpoint that is quantised and cannot be trained here.
 
     Raises:
-        ArtifactError: it cannot be read; says why, and which permission would help.
+        ArtifactError: its format cannot be trained at all.
+        ConfigError: adapters are not asked for, or are to be put on other bits.
     """
-    if "dtype" in more:  # weights, not a tokenizer or a config
-        more["use_safetensors"] = None if settings.allow_pickle else True
-    try:
-        return kind.from_pretrained(source, trust_remote_code=settings.trust_remote_code, **more)
-    except Exception as e:
-        said = str(e).strip() or type(e).__name__
-        hint = ""
-        if "trust_remote_code" in said:
-            hint = " If you trust its author, set trust_remote_code: true."
-        elif "safetensors" in said:
-            hint = " If you trust its author, set allow_pickle: true."
-        raise ArtifactError(
-            f"The {what} {source} cannot be loaded: {said.splitlines()[0]}{hint}"
-        ) from e
+    method = check_quantised(source, settings, resolve_device(settings.device))
+    if method and lora is None:
+        raise ConfigError(
+            f"The weights of {source} are quantised as {method}, and only adapters can be trained "
+            "on them: set policy.lora.rank=16 (train: lora.rank=16), or give the checkpoint that "
+            "it was made from."
+        )
+    if method and lora and lora.bits:
+        raise ConfigError(
+            f"lora.bits has no effect: the weights of {source} are quantised as {method} already. "
+            "Leave it unset."
+        )
 
 
 def check_bits(bits: int | None, device: torch.device) -> None:
@@ -255,7 +235,7 @@ def check_reward(source: str, settings: Loading) -> None:
         ArtifactError: unreadable, or not a classifier with one label.
     """
     load_chat(source, settings)
-    labels = _load_config(source, settings).num_labels
+    labels = load_config(source, settings).num_labels
     if labels != 1:
         raise ArtifactError(
             f"{source} is not a reward model: it has {labels} labels, and a score needs "
@@ -269,7 +249,7 @@ def is_reward_model(source: str, settings: Loading) -> bool:
     Raises:
         ArtifactError: unreadable.
     """
-    return int(_load_config(source, settings).num_labels) == 1
+    return int(load_config(source, settings).num_labels) == 1
 
 
 def load_context_length(source: str, settings: Loading) -> int | None:
@@ -278,12 +258,7 @@ def load_context_length(source: str, settings: Loading) -> int | None:
     Raises:
         ArtifactError: the config cannot be read.
     """
-    return context_length(_load_config(source, settings))
-
-
-def _load_config(source: str, settings: Loading) -> Any:
-    check_source(source)
-    return pretrained(AutoConfig, "config", source, settings)
+    return context_length(load_config(source, settings))
 
 
 def context_length(config: Any) -> int | None:
@@ -299,15 +274,7 @@ def load_reward(source: str, settings: Loading) -> LoadedModel:
             tokenizer does not fit it.
     """
     check_reward(source, settings)
-    loaded, missing = _load(
-        AutoModelForSequenceClassification, source, settings, inference=True, num_labels=1
-    )
-    if missing:
-        raise ArtifactError(
-            f"{source} lacks the weights {', '.join(sorted(missing)[:3])}, which "
-            "would start at random: it was not trained as a reward model."
-        )
-    return loaded
+    return _load(AutoModelForSequenceClassification, source, settings, inference=True, num_labels=1)
 
 
 def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
@@ -321,8 +288,13 @@ def load_reward_start(source: str, settings: Loading, seed: int) -> LoadedModel:
         ArtifactError: unreadable, not of a family with such a head, or its tokenizer does not fit.
     """
     torch.manual_seed(seed)
-    loaded, _ = _load(
-        AutoModelForSequenceClassification, source, settings, inference=False, num_labels=1
+    loaded = _load(
+        AutoModelForSequenceClassification,
+        source,
+        settings,
+        inference=False,
+        headless=True,
+        num_labels=1,
     )
     tokenizer = loaded.chat.tokenizer
     if tokenizer.pad_token is None:

@@ -3,12 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfsteer.data.digests import ADAPTER_CONFIG, adapter_base
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.models.load import CPU, load_chat, pretrained, resolve_dtype
+from selfsteer.models.chat import ChatFormat
+from selfsteer.models.load import CPU, resolve_dtype
 from selfsteer.models.save import merged, save_model
+from selfsteer.models.sources import (
+    check_finite,
+    checkpoint,
+    load_whole,
+    pretrained,
+    quantisation,
+)
 from selfsteer.recipe.sections import Loading
 
 
@@ -19,7 +29,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         adapter: a folder that peft wrote.
         output: folder to make.
         settings: precision of the result (``auto`` is the base's own), and permissions.
-        base: folder or hub id; None: what the adapters say they were trained on.
+        base: see `selfsteer.models.sources`; None: what the adapters say they were trained on.
 
     Returns:
         The base that was used.
@@ -29,7 +39,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         ConfigError: the output is there already.
     """
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise ArtifactError(
             f"{adapter} holds no adapters: adapter_config.json cannot be read ({e}). Give the "
@@ -41,25 +51,71 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
             f"{adapter} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM "
             "can be added to a base."
         )
-    base = base or config.get("base_model_name_or_path")
+    base = base or adapter_base(adapter)
     if not base:
-        raise ArtifactError(f"{adapter} does not name its base model. Give it: --base MODEL.")
+        raise ArtifactError(
+            f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
+        )
     if output.exists():
         raise ConfigError(f"{output} is there already; choose another folder or move it away.")
-    chat = load_chat(base, settings)
+    try:
+        found = checkpoint(base, settings)
+        method = quantisation(found, settings)
+    except ArtifactError as e:
+        raise ArtifactError(
+            f"The base of the adapters in {adapter} cannot be used. {e} If it is elsewhere: "
+            "selfsteer merge --base MODEL."
+        ) from e
+    if method:
+        raise ArtifactError(
+            f"The base of the adapters in {adapter}, {base}, is quantised as {method}, which would "
+            "round what they add. Merge them with the model that it was made from: selfsteer merge "
+            "--base MODEL."
+        )
+    chat = ChatFormat(_tokenizer(adapter, found, settings), str(adapter))
     kept = "auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU)
-    model = pretrained(AutoModelForCausalLM, "base", base, settings, dtype=kept)
+    model = load_whole(AutoModelForCausalLM, "base", found, settings, dtype=kept)
     dtype = model.dtype
     try:
         plain = merged(model, adapter)
     except (RuntimeError, ValueError, KeyError, UserWarning) as e:
         first = " ".join(str(e).split())[:300]
         raise ArtifactError(
-            f"The adapters in {adapter} do not fit {base}: {first} Give the model that they were "
-            "trained on with --base."
+            f"The adapters in {adapter} do not fit {base}: {first} {_advice(str(e), base)}"
         ) from e
+    check_finite(plain, str(adapter))
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(plain, chat, partial, dtype)
     partial.replace(output)
     return base
+
+
+def _tokenizer(adapter: Path, base: str, settings: Loading) -> Any:
+    """The adapters' own tokenizer and chat template, and the base's where they have none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    own = any((adapter / name).is_file() for name in names)
+    found = pretrained(AutoTokenizer, "tokenizer", str(adapter) if own else base, settings)
+    template = adapter / "chat_template.jinja"
+    if template.is_file():
+        found.chat_template = template.read_text("utf-8")
+    elif not found.chat_template:
+        found.chat_template = pretrained(AutoTokenizer, "tokenizer", base, settings).chat_template
+    return found
+
+
+def _advice(said: str, base: str) -> str:
+    """What helps, by how peft says that adapters and base do not go together."""
+    if "tie_word_embeddings" in said or "tied" in said:
+        return (
+            f"{base} uses one matrix for its input and its output tokens, and the adapters change "
+            "only one of the two uses. Save the base untied (tie_word_embeddings: false) and give "
+            "that with --base."
+        )
+    if "size mismatch" in said and ("embed" in said or "lm_head" in said):
+        return (
+            f"They were trained with a larger or smaller vocabulary than that of {base}. Resize "
+            "its embeddings as their training did (resize_token_embeddings), save it, and give "
+            "that with --base."
+        )
+    return "Give the model that they were trained on with --base."

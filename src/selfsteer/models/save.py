@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError
 from selfsteer.models import tree
 
@@ -55,6 +57,8 @@ def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
         lora_dropout=0.0,
         target_modules=lora.targets,
         task_type=task,
+        # of the hub, where the base is from there
+        revision=getattr(model.config, "_commit_hash", None),
     )
     try:
         with _peft_warnings():
@@ -94,7 +98,23 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     plain.config.use_cache = True  # the Trainer switched it off
     plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
     plain.config.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
+    save_tokenizer(chat.tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer as transformers 4 and converters to other formats read it, too.
+
+    transformers 5 has a class and a list of its own in tokenizer_config.json; the old names of both
+    are read by all versions.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text("utf-8"))
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    write_atomic(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,8 +136,11 @@ def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     config = model.peft_config["default"]
     # of the class that it has, as its author may be the one who brought the code
     kind = type(model.get_base_model())
-    base = kind.from_pretrained(config.base_model_name_or_path, dtype=dtype)
-    return merged(base, folder)
+    base = kind.from_pretrained(
+        config.base_model_name_or_path, revision=config.revision or "main", dtype=dtype
+    )
+    # a checkpoint that was stored quantised has no other weights
+    return merged(base.dequantize() if getattr(base, "is_quantized", False) else base, folder)
 
 
 def merged(base: Any, adapter: Path) -> Any:

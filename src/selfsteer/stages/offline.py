@@ -12,7 +12,7 @@ from selfsteer.data.jsonl import dump_lines, write_atomic
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Dropped, Preference, Triple
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.models.load import load_model
+from selfsteer.models.load import check_trainable, load_model
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import CONSTANTS, Hygiene, TrainConfig, resolve_path
 from selfsteer.run import ranks
@@ -104,6 +104,7 @@ def _train(
         Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
         Path(config.output),
     )
+    check_trainable(model, config, config.lora)
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
     n_in = len(triples) + len(dropped)
     examples, too_long, truncated = encode(loaded, triples, objective, config.max_length)

@@ -82,7 +82,7 @@ class Train(Stage):
 
     @override
     def check(self) -> Iterator[str]:
-        check_device(self.loading, self.lora)
+        check_device(self.loading, self.lora, self.start)
         # people have not seen what candidates answer: their labels judge none
         judge = self.judge if self.judge and self.judge.kind != "human" else None
         if is_main_process() and (loaded := load_judge(judge)):
@@ -103,13 +103,15 @@ class Train(Stage):
             write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
 
 
-def check_device(loading: Loading, lora: Lora | None) -> None:
+def check_device(loading: Loading, lora: Lora | None, start: Artifact) -> None:
     """Fails now if the device is not there, or cannot train what the recipe says."""
-    from selfsteer.models.load import check_bits, resolve_device
+    from selfsteer.models.load import check_bits, check_trainable, resolve_device
 
     device = resolve_device(loading.device)
     if lora:
         check_bits(lora.bits, device)
+    if start.maker is None:
+        check_trainable(str(start.path), loading, lora)
 
 
 class RewardSet(NamedTuple):
@@ -174,7 +176,7 @@ class TrainReward(Stage):
     def check(self) -> Iterator[str]:
         from selfsteer.models.load import load_chat
 
-        check_device(self.loading, self.lora)
+        check_device(self.loading, self.lora, self.start)
         load_chat(str(self.start.path), self.start_loading)
         for one in self.sets:
             if one.own is None:

@@ -98,7 +98,7 @@ def _stage(
 
 def _rows(named: list[str]) -> "dict[str, Artifact]":
     """Row → model; a run folder is its base, baseline and policy."""
-    from selfsteer.models.load import check_source
+    from selfsteer.models.sources import check_source
     from selfsteer.recipe.sections import resolve_path
     from selfsteer.run.stage import Artifact
     from selfsteer.view import RunView
