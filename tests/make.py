@@ -8,6 +8,7 @@ puts the system text into the first user turn, Gemma refuses a system role.
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     GenerationConfig,
     LlamaConfig,
@@ -304,4 +306,92 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **config_overrides
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+#: What GGUF calls the tensors of a llama.
+_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def make_gguf(path: Path, llama: Path) -> Path:
+    """Writes a checkpoint of the llama family as GGUF, its up projections as Q4_1."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    core, config = json.loads((llama / "tokenizer.json").read_text("utf-8")), model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(core["model"]["vocab"], key=core["model"]["vocab"].get)
+    special = {token["content"] for token in core["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in core["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.weight", name)
+        assert found
+        named, values = _GGUF[found[2]], weight.numpy()
+        if named in heads:  # llama.cpp rotates pairs, transformers halves
+            split = (heads[named], 2, len(values) // heads[named] // 2, values.shape[1])
+            values = values.reshape(split).swapaxes(1, 2).reshape(values.shape).copy()
+        block = f"blk.{found[1]}." if found[1] else ""
+        kind = GGMLQuantizationType.Q4_1 if named == "ffn_up" else None
+        writer.add_tensor(
+            f"{block}{named}.weight", quantize(values, kind) if kind else values, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def make_adapter(folder: Path, base: Path, template: str | None = None, **config: Any) -> Path:
+    """Writes LoRA adapters of a checkpoint that change its answers, with its tokenizer.
+
+    Args:
+        folder: to write.
+        base: the checkpoint.
+        template: chat template of the adapters' own tokenizer; None: they have no tokenizer.
+        config: of ``LoraConfig``.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    values = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, LoraConfig(**values, init_lora_weights=False))
+    wrapped.save_pretrained(folder)
+    if template is not None:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """``selfsteer <verb>``: thin; torch is not loaded before a stage starts."""
 
+import errno
 import os
 import sys
 from types import ModuleType
@@ -135,6 +136,8 @@ def main() -> None:
             3,
         )
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            _fail(f"the name is too long for the file system: {str(e.filename)[:60]}…", 2)
         _fail(f"{e.strerror or e}: {e.filename}. Fix this, then run the same command again.", 3)
 
 

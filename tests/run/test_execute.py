@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Plan:
                 )
             )
         return found
+
+    def with_models(self, named: Callable[[str], str]) -> "Plan":
+        return self
 
     def model_dump_json(self, *, indent: int | None = None) -> str:
         return json.dumps(dict(self.settings), indent=indent)

@@ -103,6 +103,10 @@ class Engines(ExitStack):
         if key in self._made:
             return self._made[key]
         check_installed(settings)
+        if settings.kind == "vllm" or settings.launch is not None:
+            from selfsteer.models.sources import folder_of
+
+            source = folder_of(source, loading)  # they know no adapters, GGUF files or revisions
         engine: Any
         if settings.kind == "transformers":
             from selfsteer.engines.transformers import TransformersEngine

@@ -6,11 +6,11 @@ Folders of the machine that it was made on are cut down to their last name.
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.methods import METHODS, Aligning, Principled
 from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
@@ -31,9 +31,7 @@ def public_name(source: str) -> str:
 
 
 def _on_hub(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not (
-        source.startswith(".") or Path(source).exists()
-    )
+    return "/" in source and is_hub_id(source)
 
 
 def dataset_card(
@@ -109,7 +107,7 @@ def model_card(of: RoundView) -> str:
     source = recipe.policy.model
     base = public_name(source)
     front = {
-        **({"base_model": source} if _on_hub(source) else {}),
+        **({"base_model": split_revision(source)[0]} if _on_hub(source) else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["self-steering-optimization", "preference", "dpo"],

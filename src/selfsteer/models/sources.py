@@ -183,6 +183,11 @@ def _from_gguf(file: Path, folder: Path, settings: Loading) -> dict[str, Any]:
     plain.generation_config.do_sample = True  # as `save_model`
     plain.save_pretrained(folder, state_dict=model.state_dict())
     save_tokenizer(tokenizer, folder)
+    # transformers adds a token to vocabularies without <|endoftext|>, which the model cannot embed
+    core = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    rows = model.get_input_embeddings().num_embeddings
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] < rows]
+    write_atomic(folder / "tokenizer.json", json.dumps(core, ensure_ascii=False))
     return {"tensors": dict(Counter(t.tensor_type.name for t in GGUFReader(file).tensors))}
 
 

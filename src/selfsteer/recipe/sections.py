@@ -6,7 +6,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -100,6 +100,23 @@ class Section(BaseModel):
         """What contradicts itself, and settings that have no effect beside the others."""
         yield from ()
 
+    def with_models(self, named: Callable[[str], str]) -> Self:
+        """A copy with other names for its models, and for those of the sections in it.
+
+        Args:
+            named: from a name to the new one; what a server calls its model is not asked for.
+        """
+        changed: dict[str, Any] = {}
+        served = getattr(getattr(self, "engine", self), "base_url", None) is not None
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                changed[name] = value.with_models(named)
+            elif name == "model" and value is not None and not served:
+                changed[name] = named(value)
+        changed = {name: value for name, value in changed.items() if value != getattr(self, name)}
+        return self.model_copy(update=changed) if changed else self
+
     def idle(self, names: Iterable[str], why: str) -> Iterator[str]:
         """The settings among ``names`` that were given, though they have no effect."""
         for name in sorted(self.model_fields_set & set(names)):
@@ -181,7 +198,9 @@ LOADED = {"dtype", "device", "trust_remote_code", "allow_pickle", "chat_template
 class Policy(Loading):
     """The model to align."""
 
-    model: str = _f(..., "a folder, a hub id, or package:MODULE/PATH")
+    model: str = _f(
+        ..., "folder, hub id (org/name@REVISION), adapters, FILE.gguf or package:MODULE/PATH"
+    )
     lora: Lora | None = _f(None, "train adapters; saved merged and on their own")
 
 
@@ -641,9 +660,7 @@ class JudgeConfig(Section):
     """What compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
 
     kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
-    model: str | None = _f(
-        None, "a folder, a hub id, or package:MODULE/PATH", kind="chat, reward", content="model"
-    )
+    model: str | None = _f(None, "as policy.model", kind="chat, reward", content="model")
     engine: EngineConfig = _f(EngineConfig(), "what answers, as in sampling.engine", kind="chat")
     path: str | None = _f(None, "JSONL of labels, see docs/judges.md", kind="human", content="file")
     temperature: float = _f(
@@ -882,7 +899,7 @@ class RewardData(Section):
 class Reward(Schedule):
     """A Bradley-Terry reward model, on the run's preferences, other sets, or both."""
 
-    model: str | None = _f(None, "model to start from: a folder or a hub id; null: policy.model")
+    model: str | None = _f(None, "model to start from, as policy.model; null: that one")
     data: tuple[RewardData, ...] = _f((), "preference sets besides the run's own")
     own_weight: float = _f(1.0, "weight of the run's own preferences, as data.weight", gt=0)
     margin: str | None = _f(

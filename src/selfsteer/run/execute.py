@@ -5,25 +5,29 @@ x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judge
 """
 
 import gc
+import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import yaml
 
-from selfsteer.data.digests import digest
+from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse
 from selfsteer.run.progress import reported
 from selfsteer.run.stage import Stage
 from selfsteer.run.tracking import Tracker
 from selfsteer.terminal import duration, is_main_process, say
+
+#: Where a run keeps the commits of models of the hub.
+MODELS = "models.json"
 
 
 class Planned(Protocol):
@@ -37,6 +41,45 @@ class Planned(Protocol):
     def plan(self) -> list[Stage]: ...  # noqa: D102
 
     def model_dump_json(self, *, indent: int | None = None) -> str: ...  # noqa: D102
+
+    def with_models(self, named: Callable[[str], str]) -> Self: ...  # noqa: D102
+
+
+AnyPlanned = TypeVar("AnyPlanned", bound=Planned)
+
+
+def pinned(recipe: AnyPlanned) -> tuple[AnyPlanned, dict[str, str]]:
+    """A recipe with its hub ids at the commits that its run began with.
+
+    A hub id that is new to the run gets its commit of today, or stays where that is not known.
+
+    Returns:
+        The recipe, and the commit of each hub id, for ``models.json`` of the run folder.
+
+    Raises:
+        ArtifactError: models.json is damaged.
+    """
+    path = recipe.folder / MODELS
+    commits: dict[str, str] = {}
+    if path.exists():
+        try:
+            commits = {str(k): str(v) for k, v in json.loads(path.read_text("utf-8")).items()}
+        except (ValueError, AttributeError) as e:
+            raise ArtifactError(
+                f"{path} is damaged ({e}): it holds the commits of the models that the run began "
+                "with. Restore it, or move the run folder away and begin again."
+            ) from e
+
+    def at_commit(name: str) -> str:
+        if not is_hub_id(name):
+            return name
+        commit = commits.get(name) or hub_commit(name)
+        if commit is None:
+            return name
+        commits[name] = commit
+        return f"{split_revision(name)[0]}@{commit}"
+
+    return recipe.with_models(at_commit), commits
 
 
 def select(stages: list[Stage], until: str | None) -> list[Stage]:
@@ -75,6 +118,7 @@ def execute(
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
     """
     run = RunFolder(recipe.folder)
+    recipe, commits = pinned(recipe)
     whole = recipe.plan()
     stages = select(whole, until)
     alone = next((s for s in stages if s.one_process and not run.is_done(s)), None)
@@ -103,6 +147,8 @@ def execute(
                 say(note)
             run.supersede(stale)
             _write_recipe(run, recipe, given)
+            if commits:
+                write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
             for i, stage in enumerate(todo, 1):
                 say(f"[{i}/{len(todo)}] {stage.name}", "bold")
                 reporter.stage(stage.name)

@@ -45,6 +45,7 @@ from selfsteer.recipe.sections import (
     resolve_path,
 )
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
+from selfsteer.run.execute import pinned
 from selfsteer.run.folder import RunFolder, by_reason, refuse
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
@@ -146,7 +147,7 @@ def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[st
     chat = _template(c, recipe, stages)
     chosen = sorted(queries, key=lambda q: derive_seed(recipe.seed, "check", q.id))[:count]
     chosen.sort(key=lambda q: q.id)
-    probed = _model(c, recipe, chosen) if chat and chosen else None
+    probed = _model(c, recipe, chosen) if chosen else None
     if chat is None or probed is None:
         needed = {"queries": chosen, "a model that answers": probed}
         missing = " and ".join(what for what, there in needed.items() if not there)
@@ -175,7 +176,7 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
                 "Choose another runs_dir or fix its permissions."
             )
         run.check_free()
-        whole = recipe.plan()
+        whole = pinned(recipe)[0].plan()
         stages = [s for s in whole if not run.is_done(s)]
         if stale := run.stale(whole):
             refuse(run, stale)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Lora, PolicyStage
+from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyStage
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage
 from selfsteer.stages.principles import WritePrinciples
@@ -95,7 +96,7 @@ def shape_of(
     """The shape of a model: from numbers given, else from its ``config.json``.
 
     Args:
-        model: a folder, or a hub id whose ``config.json`` was fetched before.
+        model: as `selfsteer.models.sources`; of a hub id, ``config.json`` was fetched before.
         params: all parameters; counted in the files, or from the configuration, where not given.
         layers: decoder layers.
         hidden: size of the residual stream.
@@ -161,11 +162,16 @@ def _whole(shape: Shape, tables: int) -> Shape:
 def _config_path(model: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
+    if is_hub_id(model):
+        repo, revision = split_revision(model)
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
+    if Path(model).is_file() or (Path(model) / ADAPTER_CONFIG).is_file():
+        from selfsteer.models.sources import checkpoint
+
+        model = checkpoint(model, Loading())
     path = Path(model) / "config.json"
-    if path.exists() or Path(model).is_dir() or model.count("/") != 1:
-        return path if path.exists() else None
-    cached = try_to_load_from_cache(model, "config.json")
-    return Path(cached) if isinstance(cached, str) else None
+    return path if path.exists() else None
 
 
 def stored_parameters(folder: Path) -> int | None:

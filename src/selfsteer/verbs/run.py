@@ -44,13 +44,13 @@ def run(
     best-of-n, best-of-n-principles, self-rewarding, sgpo, spin, wpo, reward.
     """
     from selfsteer.report import summary
-    from selfsteer.run.execute import execute, select
+    from selfsteer.run.execute import execute, pinned, select
     from selfsteer.run.folder import RunFolder
     from selfsteer.view import RunView
 
     checked, given = load_recipe(recipe, overrides or [])
     if dry_run:
-        folder, whole = RunFolder(checked.folder), checked.plan()
+        folder, whole = RunFolder(checked.folder), pinned(checked)[0].plan()
         stale = {e["stage"] for e in folder.stale(whole)}
         states = {
             s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"

@@ -1,0 +1,362 @@
+"""What may be named as a model: folders, hub ids with revisions, adapters, GGUF files."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from selfsteer.data.digests import hub_commit, model_digest
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.load import check_trainable, load_chat, load_model, load_reward_start
+from selfsteer.models.merge import merge_adapter
+from selfsteer.models.save import save_tokenizer
+from selfsteer.models.sources import check_source, checkpoint, folder_of, pretrained
+from selfsteer.recipe.sections import Loading, Lora
+from selfsteer.run.execute import pinned
+from tests.make import make_adapter, make_checkpoint, make_gguf, recipe
+
+CPU = Loading(device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def with_weights(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def told(text: str, *parts: str) -> None:
+    assert [p for p in parts if p not in text] == [], text
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda w: w.pop(DOWN), ["lacks the weights " + DOWN, "start at random"]),
+        (lambda w: w.update(extra=torch.ones(2)), ["holds the weights extra", "no place"]),
+        (
+            lambda w: w.update({DOWN: torch.ones(3, 3)}),
+            [DOWN + " ([3, 3], not [32, 48])", "another shape"],
+        ),
+        (
+            lambda w: w[DOWN].view(-1)[5:7].fill_(float("nan")),
+            ["2 of the 1,536 weights in " + DOWN],
+        ),
+        (lambda w: w[DOWN].view(-1)[0].fill_(float("-inf")), ["1 of the 1,536 weights in " + DOWN]),
+    ],
+    ids=["missing", "left over", "shape", "nan", "inf"],
+)
+def test_weights_that_are_not_those_of_the_model_are_named(
+    checkpoints: dict[str, Path], tmp_path: Path, change: Any, parts: list[str]
+) -> None:
+    broken = with_weights(checkpoints["llama"], tmp_path / "broken", change)
+    with pytest.raises(ArtifactError) as e:
+        load_model(str(broken), CPU)
+    told(str(e.value), str(broken), *parts)
+
+
+def test_a_tied_head_is_not_missing_and_large_weights_are_finite(tmp_path: Path) -> None:
+    tied = make_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    large = with_weights(tied, tmp_path / "large", lambda w: w[DOWN].fill_(3e38))
+    assert load_model(str(large), CPU).model.get_output_embeddings() is not None
+
+
+def test_only_the_head_of_a_reward_model_may_start_at_random(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    load_reward_start(str(checkpoints["llama"]), CPU, 0)
+    broken = with_weights(checkpoints["llama"], tmp_path / "broken", lambda w: w.pop(DOWN))
+    with pytest.raises(ArtifactError, match=f"lacks the weights {DOWN}"):
+        load_reward_start(str(broken), CPU, 0)
+
+
+# -- what names nothing ------------------------------------------------------------------------
+
+
+def test_what_cannot_be_a_model_says_why(tmp_path: Path) -> None:
+    (tmp_path / "plain.bin").write_bytes(b"weights")
+    for source, part in (
+        (str(tmp_path), "neither config.json nor adapter_config.json"),
+        (str(tmp_path / "plain.bin"), "not in GGUF format"),
+        ("./no/such", "There is no model"),
+        ("model.gguf", "There is no model"),
+        ("org/name@", "There is no model"),
+        ("/".join(["a" * 300] * 2), "too long"),
+    ):
+        with pytest.raises(ArtifactError, match=part):
+            check_source(source)
+
+
+# -- the hub -----------------------------------------------------------------------------------
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """The cache of a hub whose org/name has two commits; called with one, main moves there."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(checkpoints["llama"], repo / "snapshots" / FIRST)
+    shutil.copytree(checkpoints["qwen2"], repo / "snapshots" / SECOND)
+    (repo / "refs").mkdir()
+
+    def move(commit: str) -> None:
+        (repo / "refs" / "main").write_text(commit)
+        (repo / "refs" / "v1").write_text(FIRST)
+        hub_commit.cache_clear()
+
+    move(FIRST)
+    return move
+
+
+def test_a_revision_reaches_weights_config_and_tokenizer(hub: Callable[[str], None]) -> None:
+    hub(SECOND)
+    assert load_model("org/name", CPU).model.config.model_type == "qwen2"
+    loaded = load_model("org/name@v1", CPU)
+    assert loaded.model.config.model_type == "llama"
+    assert loaded.chat.tokenizer.bos_token == "<|begin_of_text|>"
+    assert folder_of("org/name@v1", CPU).endswith(FIRST)
+    with pytest.raises(ArtifactError, match="org/name@v2 cannot be loaded"):
+        load_chat("org/name@v2", CPU)
+
+
+def test_a_moved_revision_is_another_model(hub: Callable[[str], None]) -> None:
+    before = model_digest("org/name")
+    assert before == model_digest("org/name@main") == model_digest(f"org/name@{FIRST}")
+    hub(SECOND)
+    assert model_digest("org/name") == model_digest(f"org/name@{SECOND}") != before
+    assert model_digest("org/name@v1") == before
+    assert model_digest("org/unknown") != model_digest("org/unknown@v1")
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        ("GatedRepoError", ["terms at https://huggingface.co/org/x", "hf auth login"]),
+        ("RepositoryNotFoundError", ["https://huggingface.co/org/x", "private", "hf auth login"]),
+        ("RevisionNotFoundError", ["no revision v9", "https://huggingface.co/org/x/commits"]),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(error: str, parts: list[str]) -> None:
+    import httpx2
+    from huggingface_hub import errors
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name: str, **more: Any) -> None:
+            request = httpx2.Request("GET", "https://huggingface.co/org/x")
+            cause = getattr(errors, error)("401", response=httpx2.Response(401, request=request))
+            raise OSError("You are trying to access a gated repo.\nMore.") from cause
+
+    with pytest.raises(ArtifactError) as e:
+        pretrained(Hub, "config", "org/x@v9", CPU)
+    told(str(e.value), "The config org/x@v9 cannot be loaded", *parts)
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def test_adapters_are_a_policy_on_their_base(
+    checkpoints: dict[str, Path], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = "{{ 'MINE ' + messages[0].content }}{{ eos_token }}"
+    adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"], mine)
+    before = model_digest(str(adapter))
+    loaded, base = load_model(str(adapter), CPU), load_model(str(checkpoints["llama"]), CPU)
+    assert loaded.chat.tokenizer.chat_template == mine
+    assert loaded.source == str(adapter)
+    changed = [
+        name
+        for (name, a), b in zip(
+            loaded.model.named_parameters(), base.model.parameters(), strict=True
+        )
+        if not torch.equal(a, b)
+    ]
+    assert [name.rpartition("self_attn.")[2] for name in changed] == ["q_proj.weight"] * 2
+    (made,) = (cache / "models").glob("*/source.json")
+    assert json.loads(made.read_text())["base"] == str(checkpoints["llama"])
+    load_model(str(adapter), CPU)
+    assert capsys.readouterr().err.count("adding the adapters") == 1
+    assert model_digest(str(adapter)) == before != model_digest(str(checkpoints["llama"]))
+
+
+def test_merging_keeps_the_adapters_template_and_the_base_may_have_none(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = shutil.copytree(checkpoints["llama"], tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    adapter = make_adapter(tmp_path / "adapter", bare, "{{ messages[0].content }}{{ eos_token }}")
+    merge_adapter(adapter, tmp_path / "merged", CPU, None)
+    kept = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert kept == "{{ messages[0].content }}{{ eos_token }}"
+    own = make_adapter(tmp_path / "own", checkpoints["llama"])
+    merge_adapter(own, tmp_path / "second", CPU, None)
+    ours = AutoTokenizer.from_pretrained(checkpoints["llama"]).chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "second").chat_template == ours
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of what these tests are about
+def test_adapters_that_cannot_be_added_say_what_helps(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    gone = shutil.copytree(checkpoints["llama"], tmp_path / "gone")
+    adapter = make_adapter(tmp_path / "adapter", gone)
+    shutil.rmtree(gone)
+    with pytest.raises(ArtifactError, match=r"base of the adapters .*gone.* merge --base MODEL"):
+        load_chat(str(adapter), CPU)
+    tied = make_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    twice = make_adapter(tmp_path / "twice", tied, target_modules=["embed_tokens"])
+    with pytest.raises(ArtifactError, match="tie_word_embeddings: false"):
+        merge_adapter(twice, tmp_path / "merged", CPU, None)
+    larger = make_checkpoint(tmp_path / "larger", "llama", vocab_size=640)
+    resized = make_adapter(tmp_path / "resized", larger, modules_to_save=["embed_tokens"])
+    with pytest.raises(ArtifactError, match="resize_token_embeddings"):
+        merge_adapter(resized, tmp_path / "merged", CPU, str(checkpoints["llama"]))
+
+
+# -- GGUF --------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_a_policy(
+    checkpoints: dict[str, Path], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = checkpoints["llama"]
+    beside = shutil.copytree(checkpoints["qwen2"], tmp_path / "downloads")  # of another model
+    file = make_gguf(beside / "tiny.gguf", llama)
+    loaded, exact = load_model(str(file), CPU), load_model(str(llama), CPU)
+    assert capsys.readouterr().err.count("dequantising, once") == 1
+    for (name, a), b in zip(loaded.model.named_parameters(), exact.model.parameters(), strict=True):
+        assert torch.equal(a, b) != ("up_proj" in name)
+        torch.testing.assert_close(a, b, atol=0.08, rtol=0)
+    text = "<|start_header_id|>What does the bee eat?<|eot_id|>"
+    ids = exact.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded.chat.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert loaded.chat.end_of_turn == exact.chat.end_of_turn
+    (made,) = (cache / "models").glob("*/source.json")
+    origin = json.loads(made.read_text())
+    assert origin["source"] == str(file)
+    assert origin["tensors"] == {"F32": 19, "Q4_1": 2}
+    moved = file.rename(tmp_path / "moved.gguf")
+    assert checkpoint(str(moved), CPU) == str(made.parent)
+
+
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ArtifactError, match=r"damaged\.gguf cannot be loaded"):
+        load_chat(str(tmp_path / "damaged.gguf"), CPU)
+    assert not [p for p in (cache / "models").iterdir() if p.is_dir()]
+
+
+@pytest.mark.real
+def test_smollm2_as_gguf_answers(smollm2: Path) -> None:
+    loaded = load_model(str(smollm2), CPU)
+    assert loaded.chat.tokenizer.convert_ids_to_tokens(loaded.chat.end_of_turn) == "<|im_end|>"
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = loaded.chat.tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    said = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in loaded.chat.tokenizer.decode(said[0][ids["input_ids"].shape[1] :])
+
+
+# -- quantised checkpoints ---------------------------------------------------------------------
+
+
+def quantised(folder: Path, copy: Path, **config: Any) -> Path:
+    shutil.copytree(folder, copy)
+    found = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**found, "quantization_config": config}))
+    return copy
+
+
+def test_other_quantised_formats_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    fp8 = quantised(checkpoints["llama"], tmp_path / "fp8", quant_method="fp8")
+    for read in (lambda: load_model(str(fp8), CPU), lambda: check_trainable(str(fp8), CPU, Lora())):
+        with pytest.raises(ArtifactError, match="quantised as fp8"):
+            read()
+
+
+def test_quantised_formats_say_what_they_need(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_old = quantised(checkpoints["llama"], tmp_path / "bnb", load_in_4bit=True)
+    gptq = quantised(checkpoints["llama"], tmp_path / "gptq", quant_method="gptq", bits=4)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        load_model(str(of_old), CPU)
+    monkeypatch.setattr("selfsteer.models.sources.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="gptq, which needs a GPU"):
+        load_model(str(gptq), CPU)
+    monkeypatch.setattr("selfsteer.models.load.resolve_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"only adapters .*policy\.lora\.rank"):
+        check_trainable(str(gptq), CPU, None)
+    with pytest.raises(ConfigError, match="bits has no effect"):
+        check_trainable(str(gptq), CPU, Lora(bits=4))
+    check_trainable(str(gptq), CPU, Lora())
+
+
+# -- tokenizers --------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_saved_as_all_versions_read_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    save_tokenizer(tokenizer, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert stored["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in stored
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.all_special_ids == tokenizer.all_special_ids
+
+
+# -- runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_commits_that_it_began_with(
+    hub: Callable[[str], None], tmp_path: Path
+) -> None:
+    made = recipe(
+        runs_dir=str(tmp_path),
+        policy={"model": "org/name"},
+        judge={"kind": "chat", "model": "org/name@v1"},
+        principles={"writer": {"kind": "openai", "base_url": "http://h/v1", "model": "org/name"}},
+    )
+    pinned_recipe, commits = pinned(made)
+    assert commits == {"org/name": FIRST, "org/name@v1": FIRST}
+    assert pinned_recipe.policy.model == pinned_recipe.judge.model == f"org/name@{FIRST}"
+    assert pinned_recipe.principles.writer.model == "org/name"  # what its server calls it
+    before = [stage.fingerprint for stage in made.plan()]
+    assert [stage.fingerprint for stage in pinned_recipe.plan()] == before
+    made.folder.mkdir()
+    (made.folder / "models.json").write_text(json.dumps(commits))
+    hub(SECOND)
+    assert [stage.fingerprint for stage in pinned(made)[0].plan()] == before
+    assert [stage.fingerprint for stage in made.plan()] != before
+    assert pinned(made.model_copy(update={"name": "new"}))[1]["org/name"] == SECOND
+    (made.folder / "models.json").write_text("null")
+    with pytest.raises(ArtifactError, match=r"models\.json is damaged"):
+        pinned(made)
