@@ -15,7 +15,7 @@ from selfsteer.engines.load import Engines
 from selfsteer.evaluation.harness import run_task
 from selfsteer.judges.chat import ChatJudge, Exchange, rating_question
 from selfsteer.judges.reward import RewardJudge
-from selfsteer.models.load import load_model
+from selfsteer.models.load import load_chat, load_model
 from selfsteer.models.score import score_sequences
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import (
@@ -138,7 +138,7 @@ def test_a_reward_judge_renders_with_its_own_variables(folder: Path, read: list[
         LlamaForSequenceClassification(config).save_pretrained(folder)
     query = Query("q", triple("t", text=QUESTION).messages)
     RewardJudge(judge(folder, "reward", **KWARGS)).score_all([(query, "Honey.")])
-    chat = load_model(str(folder), policy(folder, **KWARGS)).chat
+    chat = load_chat(str(folder), policy(folder, **KWARGS))
     assert str(list(chat.exchange_ids(query.messages, "Honey.")))[1:-1] in str(read)
 
 
