@@ -389,7 +389,7 @@ def make_adapter(folder: Path, base: Path, template: str | None = None, **config
     with torch.random.fork_rng():
         torch.manual_seed(0)
         wrapped = get_peft_model(model, LoraConfig(**values, init_lora_weights=False))
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     if template is not None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = template

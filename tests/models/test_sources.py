@@ -20,7 +20,7 @@ from selfsteer.models.save import save_tokenizer
 from selfsteer.models.sources import check_source, checkpoint, folder_of, pretrained
 from selfsteer.recipe.sections import Loading, Lora
 from selfsteer.run.execute import pinned
-from tests.make import make_adapter, make_checkpoint, make_gguf, recipe
+from tests.make import make_adapter, make_checkpoint, make_gguf, recipe, write_jsonl
 
 CPU = Loading(device="cpu", dtype="float32")
 
@@ -99,9 +99,9 @@ def test_what_cannot_be_a_model_says_why(tmp_path: Path) -> None:
     for source, part in (
         (str(tmp_path), "neither config.json nor adapter_config.json"),
         (str(tmp_path / "plain.bin"), "not in GGUF format"),
-        ("./no/such", "There is no model"),
-        ("model.gguf", "There is no model"),
-        ("org/name@", "There is no model"),
+        ("./no/such", "There is no model folder"),
+        ("model.gguf", "There is no file"),
+        ("org/name@", "There is no model folder"),
         ("/".join(["a" * 300] * 2), "too long"),
     ):
         with pytest.raises(ArtifactError, match=part):
@@ -339,7 +339,9 @@ def test_a_tokenizer_is_saved_as_all_versions_read_it(
 def test_a_run_keeps_the_commits_that_it_began_with(
     hub: Callable[[str], None], tmp_path: Path
 ) -> None:
+    asked = write_jsonl(tmp_path / "q.jsonl", {"prompt": "What does the bee eat?"})
     made = recipe(
+        queries={"path": str(asked)},
         runs_dir=str(tmp_path),
         policy={"model": "org/name"},
         judge={"kind": "chat", "model": "org/name@v1"},

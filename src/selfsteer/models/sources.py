@@ -78,8 +78,10 @@ def check_source(source: str) -> None:
                     f"{source} is a file, and not in GGUF format; give a GGUF file or the folder "
                     "of a Hugging Face checkpoint."
                 )
-    elif source.lower().endswith(".gguf") or not is_hub_id(source):
-        raise ArtifactError(f"There is no model {source!r} here, and it is not a hub id.")
+    elif source.lower().endswith(".gguf"):
+        raise ArtifactError(f"There is no file {source!r}.")
+    elif not is_hub_id(source):
+        raise ArtifactError(f"There is no model folder {source!r}, and it is not a hub id.")
 
 
 def checkpoint(source: str, settings: Loading) -> str:
