@@ -48,7 +48,8 @@ from transformers.utils import logging as transformers_logging
 import selfsteer
 from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.data.reading import read_triples
+from selfsteer.data.reading import import_records
+from selfsteer.data.records import Preference
 from selfsteer.errors import DataError, NumericsError
 from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import load_model
@@ -333,7 +334,8 @@ def build_real(
     source = resolve_path(args.model)
     loaded = load_model(source, Policy(model=source, device="cpu"))
     queries = []
-    for triple in read_triples(args.pairs):
+    for record in import_records(args.pairs, trainable=True).records:
+        triple = record.to_triple() if isinstance(record, Preference) else record
         query = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
         if max(map(len, query.values())) <= args.max_tokens:
             queries.append(query)
