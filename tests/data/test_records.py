@@ -146,6 +146,9 @@ def test_triple_may_lack_principles_and_responses() -> None:
         ({"responses": {"good": 3}}, "responses/good must be a"),
         ({"finish_reasons": {"good": 3}}, "finish_reasons.*good"),
         ({"finish_reasons": {"best": "stop"}}, "found 'best'"),
+        ({"reasoning": "So."}, "reasoning must be an object"),
+        ({"reasoning": {"best": "So."}}, "found 'best'"),
+        ({"reasoning": {"good": 3}}, "found 'good': 3"),
         ({"messages": []}, "non-empty list"),
     ],
 )

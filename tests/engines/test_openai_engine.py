@@ -116,7 +116,6 @@ def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
     for reason, value, text in (
         ("length", completion("Bees d", reason="length"), "Bees d"),
         ("stop", completion(" Bees.\n"), "Bees."),
-        ("stop", completion(None), ""),
         ("request_failed:content_filter", completion("B", reason="content_filter"), ""),
         ("request_failed:tool_calls", completion(None, reason="tool_calls"), ""),
     ):
@@ -127,6 +126,63 @@ def test_finish_reasons_are_ours(server: Server, engine: Make) -> None:
         "request_failed:content_filter": 1,
         "request_failed:tool_calls": 1,
     }
+
+
+def with_thoughts(reason: str = "stop", **message: str | None) -> dict[str, Any]:
+    """A reply whose message has these fields."""
+    found = completion("", reason=reason)
+    found["choices"][0]["message"] = {"role": "assistant", **message}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "reasoning", "text", "missing"),
+    [
+        (completion("<think>\nSo.\n</think>\n\nTwo."), "<think>\nSo.\n</think>\n\n", "Two.", None),
+        (completion("So.</think> Two."), "So.</think> ", "Two.", None),
+        (completion("<think>\nSo"), "<think>\nSo", "", "no_answer"),
+        (completion("<think>\nSo", reason="length"), "<think>\nSo", "", "unfinished_reasoning"),
+        *(
+            (
+                with_thoughts(**{field: "So."}, content=" Two."),
+                "<think>\nSo.\n</think>\n\n",
+                "Two.",
+                None,
+            )
+            for field in ("reasoning_content", "reasoning")
+        ),
+        (
+            with_thoughts("length", reasoning_content="So", content=None),
+            "<think>\nSo\n</think>\n\n",
+            "",
+            "unfinished_reasoning",
+        ),
+        (
+            with_thoughts(reasoning="So.", content=None),
+            "<think>\nSo.\n</think>\n\n",
+            "",
+            "no_answer",
+        ),
+        (with_thoughts(reasoning=None, content="Two."), "", "Two.", None),
+    ],
+)
+def test_a_servers_thoughts_are_no_part_of_the_answer(
+    value: Any, reasoning: str, text: str, missing: str | None, server: Server, engine: Make
+) -> None:
+    server.always = sends(value)
+    (found,) = ask(engine(), GREEDY, 0, CONVERSATIONS[:1])
+    assert (found.reasoning, found.text, found.missing) == (reasoning, text, missing)
+
+
+def test_null_is_asked_for_again_and_is_no_empty_answer(server: Server, engine: Make) -> None:
+    # the second request twice over
+    server.faults = dict.fromkeys((1, 2), sends(completion(None)))
+    one = engine(retries=1, concurrency=1)
+    first, lost, last = ask(one, GREEDY, 0, CONVERSATIONS[:3])
+    assert lost.missing == "request_failed:no_answer"
+    assert first.text
+    assert last.text
+    assert as_stored(one.usage.counts)["failed"] == {"request_failed:no_answer": 1}
 
 
 @pytest.mark.parametrize("name", FAULTS)

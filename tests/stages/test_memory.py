@@ -43,7 +43,7 @@ class Echo:
 
 
 def run_sample(folder: Path, triples: Path) -> StageResult:
-    asking = in_contexts(dict.fromkeys(("plain", "good", "bad"), "m"), keep_unfinished=False)
+    asking = in_contexts(dict.fromkeys(("plain", "good", "bad"), "m"), Sampling())
     found, echo, how = stored_triples(triples), Echo(), Sampling(shard_size=SHARD)
     return asking.shards(found, folder / "s", lambda source: echo, how, seed=1, label="s")
 

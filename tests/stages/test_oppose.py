@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from selfsteer.data.jsonl import dump_lines, read_shards
 from selfsteer.data.records import Triple
+from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.models.head import with_collisions
 from selfsteer.models.load import load_model
@@ -113,6 +115,27 @@ def test_an_improver_is_shown_the_answer_and_its_new_one_is_preferred(
     assert [d.id for d in read_dropped(run / "improved.dropped.jsonl")] == ["b", "c"]
     kept = Improve(samples, Artifact(Path("m")), None, Sampling(keep_unfinished=True))
     assert kept.run(RunFolder(tmp_path / "again")).dropped == {"prompt_too_long": 1}
+
+
+def test_thoughts_stay_with_the_answers_that_they_led_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Completion("", "Pollen.", "stop", 10, 5, "Better?</think>")
+    engine = answer_with(monkeypatch, FakeEngine(lambda r: again))
+    run = RunFolder(tmp_path)
+    first = replace(
+        triple("bee", text=BEE.text, plain="Nectar."), reasoning={"plain": "So.</think>"}
+    )
+    samples = Artifact(write_jsonl(run / "samples.jsonl", first.to_dict()))
+    run.execute(Improve(samples, Artifact(Path("m")), None, Sampling(reasoning="keep")))
+    (pair,) = map(Triple.from_dict, read_shards(run / "improved"))
+    assert pair.responses == {"good": "Pollen.", "bad": "Nectar."}
+    assert pair.reasoning == {"good": "Better?</think>", "bad": "So.</think>"}
+    assert engine.asked[0].messages[1].content == "Nectar.", "the improver sees the answer alone"
+    opposed = OpposeGiven(samples, Artifact(write_jsonl(tmp_path / "a.jsonl", CHAT)))
+    run.execute(opposed)
+    (line,) = (run / opposed.outputs[0]).read_text().splitlines()
+    assert Triple.from_dict(json.loads(line)).reasoning == {"bad": "So.</think>"}
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])

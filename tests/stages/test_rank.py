@@ -10,6 +10,7 @@ import pytest
 from selfsteer.data.jsonl import dump_lines, read_shards
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Dropped, Preference, Query
+from selfsteer.engines.base import Completion
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError
 from selfsteer.judges.oracle import OracleJudge
@@ -22,6 +23,7 @@ from selfsteer.stages.rank import (
     RankAnswers,
     Tournament,
     best_and_worst,
+    competing,
     policy_as_judge,
     rank,
     rank_all,
@@ -74,6 +76,24 @@ def test_a_pair_is_best_over_worst_with_all_scores() -> None:
     both = Candidates(BEE, ("a", "b"))
     assert to_preference(both, [1.0, 1.0]) == Dropped("q1", "all_equal", both)
     assert to_preference(both, [1.0, None]) == Dropped("q1", "no_score", both)
+
+
+def test_answers_compete_without_their_thoughts() -> None:
+    def said(text: str, thoughts: str = "", reason: str = "stop") -> Completion:
+        return Completion("", text, reason, 10, 5, thoughts)
+
+    keep = Sampling(reasoning="keep")
+    several = [said("a", "1"), said("bb"), said("a", "2"), said("", "3"), said("", "4", "length")]
+    found = competing(BEE, several, keep)
+    assert found == Candidates(BEE, ("a", "bb"), ("1", ""))
+    assert Candidates.from_dict(found.to_dict()) == found
+    pair = to_preference(found, [0.0, 1.0])
+    assert isinstance(pair, Preference)
+    assert (pair.chosen, pair.rejected, pair.reasoning) == ("bb", "a", {"rejected": "1"})
+    assert competing(BEE, several, Sampling()) == Candidates(BEE, ("a", "bb"))
+    assert competing(BEE, several[1:2] + several[4:], keep) == Dropped(
+        "q1", "unfinished_reasoning", Candidates(BEE, ("bb",))
+    )
 
 
 def test_a_tournament_counts_the_comparisons_won() -> None:

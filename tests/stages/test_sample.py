@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import read_shards
-from selfsteer.data.records import Triple
-from selfsteer.engines.base import Request
+from selfsteer.data.records import Preference, Triple
+from selfsteer.engines.base import Completion, Request
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
 from selfsteer.recipe.sections import Loading, Sampling
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
+from selfsteer.stages.filter import to_preference
 from selfsteer.stages.sample import Sample, check_sampler
 from tests.fakes import FakeEngine, Said, answer_with
 from tests.make import triple, write_jsonl
@@ -39,6 +40,16 @@ def told(request: Request) -> Said:
     return f"{name} {identity} {request.seed % 1000}"
 
 
+def thinking(request: Request) -> Said:
+    """Thoughts before each answer, but for those that never come to an end."""
+    name, _, identity = request.id.split("/")
+    lost = {("good", "q3"): "length", ("plain", "q5"): "stop"}.get((name, identity))
+    thoughts = f"<think>\nFor {name}.\n</think>\n\n"
+    if lost:
+        return Completion("", "", lost, 10, 5, thoughts.partition("\n</")[0])
+    return Completion("", name, "stop", 10, 5, "" if identity == "q7" else thoughts)
+
+
 def made(run: RunFolder) -> dict[str, bytes]:
     """All that the stage left, the ledger aside."""
     files = (p for p in run.path.rglob("*") if p.is_file() and p.name != "ledger.jsonl")
@@ -59,6 +70,30 @@ def test_each_response_is_asked_for_in_its_own_context(
     first = Triple.from_dict(next(iter(read_shards(run / "triples"))))
     assert set(first.responses) == set(NAMES)
     assert first.finished("good")
+
+
+@pytest.mark.parametrize("reasoning", ["drop", "keep"])
+def test_thoughts_are_kept_where_the_recipe_says_so(
+    reasoning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_with(monkeypatch, FakeEngine(thinking))
+    run = RunFolder(tmp_path)
+    result = stage(run, reasoning=reasoning, keep_unfinished=True).run(run)
+    assert result.dropped == {"unfinished_reasoning": 1, "no_answer": 1}, "kept or not"
+    found = {t.id: t for t in map(Triple.from_dict, read_shards(run / "triples"))}
+    assert all(t.responses == {n: n for n in NAMES} for t in found.values())
+    kept = {n: f"<think>\nFor {n}.\n</think>\n\n" for n in NAMES if reasoning == "keep"}
+    assert found["q0"].reasoning == kept
+    rows = {row["id"]: row for row in read_shards(run / "triples")}
+    assert [i for i, row in rows.items() if "reasoning" not in row] == (
+        ["q7"] if kept else list(found)
+    )
+    pair = to_preference(found["q0"])
+    names = {"good": "chosen", "bad": "rejected"}
+    assert pair.reasoning == {names[n]: t for n, t in kept.items() if n in names}
+    again = Preference.from_dict(pair.to_dict())
+    assert again == pair
+    assert again.to_triple().reasoning == {n: t for n, t in kept.items() if n in names}
 
 
 def test_each_model_is_asked_for_its_own_responses(

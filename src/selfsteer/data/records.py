@@ -7,6 +7,9 @@ One record is one JSON object on one line. A triple with everything in it::
      "responses": {"plain": "Okay. …", "good": "The bee eats nectar.", "bad": "The bee eats bricks."},
      "finish_reasons": {"plain": "stop", "good": "stop", "bad": "stop"}}
 
+Where the recipe keeps the thoughts of models that reason, ``"reasoning": {"good": "<think>…"}`` holds
+them by response: thoughts, then response, is what was sampled.
+
 Keys that a record does not know (provenance) are kept in ``extra`` and written back.
 """  # noqa: E501
 
@@ -98,6 +101,18 @@ def _check_reasons(reasons: Any, names: tuple[str, ...]) -> dict[str, str]:
                 f"{short(name)}: {short(reason)}"
             )
     return given
+
+
+def _check_reasoning(reasoning: Any, names: tuple[str, ...]) -> dict[str, str]:
+    if not isinstance(reasoning, Mapping):
+        raise DataError(f"reasoning must be an object of texts, found {short(reasoning)}")
+    for name, text in reasoning.items():
+        if name not in names or not isinstance(text, str) or not _encodable(text):
+            raise DataError(
+                f"reasoning gives UTF-8 texts to {', '.join(names)}, found {short(name)}: "
+                f"{short(text)}"
+            )
+    return dict(reasoning)
 
 
 def answer_text(value: Any, name: str) -> str:
@@ -212,6 +227,7 @@ class Triple:
 
     Responses that no term needs may be absent; principles too, where only the plain context is
     used. ``finish_reasons`` says per response ``stop`` or ``length``; absent means ``stop``.
+    ``reasoning`` has the thoughts that are trained on with a response, with their marks.
     """
 
     id: str
@@ -220,6 +236,7 @@ class Triple:
     responses: Mapping[str, str] = field(default_factory=dict)
     finish_reasons: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", parse_messages(self.messages))
@@ -229,6 +246,7 @@ class Triple:
             if not isinstance(text, str) or not _encodable(text):
                 raise DataError(f"responses/{name} must be a UTF-8 text, found {short(text)}")
         _check_reasons(self.finish_reasons, RESPONSES)
+        _check_reasoning(self.reasoning, RESPONSES)
 
     def finished(self, response: str) -> bool:
         """Whether the response ended by itself, so that it is followed by an end-of-turn token."""
@@ -253,7 +271,8 @@ class Triple:
         if not isinstance(responses, Mapping):
             raise DataError(f"responses must be an object, found {short(responses)}")
         responses = {k: v for k, v in responses.items() if v is not None}
-        return cls(query.id, query.messages, principles, responses, reasons, rest)
+        thoughts = _check_reasoning(rest.pop("reasoning", None) or {}, RESPONSES)
+        return cls(query.id, query.messages, principles, responses, reasons, rest, thoughts)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
@@ -264,6 +283,8 @@ class Triple:
             out["responses"] = dict(self.responses)
         if self.finish_reasons:
             out["finish_reasons"] = dict(self.finish_reasons)
+        if self.reasoning:
+            out["reasoning"] = dict(self.reasoning)
         return _with_extra(out, self.extra)
 
 
@@ -277,6 +298,7 @@ class Preference:
     rejected: str
     finish_reasons: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", parse_messages(self.prompt))
@@ -290,6 +312,7 @@ class Preference:
             None,
             {"good": self.chosen, "bad": self.rejected},
             {names[k]: v for k, v in self.finish_reasons.items()},
+            reasoning={names[k]: v for k, v in self.reasoning.items()},
         )
 
     @classmethod
@@ -299,7 +322,8 @@ class Preference:
         query = Query.from_dict({k: rest.pop(k) for k in ("id", "prompt", "system") if k in rest})
         chosen, rejected = (answer_text(rest.pop(n, None), n) for n in ("chosen", "rejected"))
         reasons = _check_reasons(rest.pop("finish_reasons", None), ("chosen", "rejected"))
-        return cls(query.id, query.messages, chosen, rejected, reasons, rest)
+        thoughts = _check_reasoning(rest.pop("reasoning", None) or {}, ("chosen", "rejected"))
+        return cls(query.id, query.messages, chosen, rejected, reasons, rest, thoughts)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
@@ -311,6 +335,8 @@ class Preference:
         }
         if self.finish_reasons:
             out["finish_reasons"] = dict(self.finish_reasons)
+        if self.reasoning:
+            out["reasoning"] = dict(self.reasoning)
         return _with_extra(out, self.extra)
 
 

@@ -414,7 +414,7 @@ _HALF = frozenset({"completion", "label"})
 #: Pairs of keys where a row's own ratings stand.
 _RATINGS = (("chosen_rating", "rejected_rating"), ("score_chosen", "score_rejected"))
 #: Keys that our own records would read as theirs.
-_OURS = {"messages", "prompt", "system", "principles", "responses", "finish_reasons"}
+_OURS = {"messages", "prompt", "system", "principles", "responses", "finish_reasons", "reasoning"}
 
 RELEASE_TITLE = "triple (SSO release)"
 HALF_TITLE = "labelled answer"
@@ -463,7 +463,9 @@ def record(row: Row, *, release: bool = False) -> Read:
             made = _release(row, query, chosen, rejected)
         else:
             title = f"preference ({form.title})" if form.title else "preference"
-            own = {k: v for k, v in row.items() if k == "finish_reasons" and form is OWN}
+            kept = {k: v for k, v in row.items() if k in ("finish_reasons", "reasoning")}
+            # a column of this name that others write is one text
+            own = {k: v for k, v in kept.items() if form is OWN and not isinstance(v, str)}
             reads |= own.keys()
             pair = {"chosen": chosen, "rejected": rejected, **own}
             made = Preference.from_dict({"id": query.id, "prompt": query.messages, **pair})

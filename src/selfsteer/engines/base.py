@@ -12,6 +12,7 @@ from selfsteer.data.jsonl import batched
 from selfsteer.data.records import Message
 from selfsteer.errors import EngineError
 from selfsteer.models.chat import ChatFormat
+from selfsteer.models.reasoning import unanswered
 
 #: Receives (requests, new tokens) as they finish.
 Advance = Callable[[int, int], None]
@@ -54,7 +55,15 @@ REQUEST_FAILED = "request_failed"
 class Completion:
     """The answer to the request ``id``.
 
-    ``finish_reason`` is ``stop``, ``length``, or why there is no answer.
+    Args:
+        id: of the request.
+        text: the answer alone, stripped.
+        finish_reason: ``stop``, ``length``, or why there is no answer.
+        prompt_tokens: of the prompt.
+        completion_tokens: of thoughts and answer.
+        reasoning: the thoughts before the answer, their marks and the white space between included.
+        retokenised: whether ``text`` makes other tokens than were sampled; None: not known.
+        special_tokens: whether the answer held special tokens, which ``text`` does not show.
     """
 
     id: str
@@ -62,12 +71,16 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    reasoning: str = ""
+    retokenised: bool | None = None
+    special_tokens: bool = False
 
     @property
     def missing(self) -> str | None:
         """Why there is no answer at all; None where there is one, cut off or not."""
-        lost = self.finish_reason.startswith((PROMPT_TOO_LONG, REQUEST_FAILED))
-        return self.finish_reason if lost else None
+        if self.finish_reason.startswith((PROMPT_TOO_LONG, REQUEST_FAILED)):
+            return self.finish_reason
+        return unanswered(self.text, self.reasoning, self.finish_reason)
 
 
 def stop_ids(chat: ChatFormat, configured: int | list[int] | None) -> list[int]:
@@ -81,10 +94,18 @@ def completion(
 ) -> Completion:
     """The answer that sampled tokens make; it ends with the first token that ends a turn."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
-    text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-    if end is None:
-        return Completion(name, text, "length", prompt_tokens, len(ids))
-    return Completion(name, text, "stop", prompt_tokens, end + 1)
+    said = chat.said(ids[:end])
+    reason, tokens = ("length", len(ids)) if end is None else ("stop", end + 1)
+    return Completion(
+        name,
+        said.text,
+        reason,
+        prompt_tokens,
+        tokens,
+        said.reasoning,
+        said.retokenised,
+        said.special_tokens,
+    )
 
 
 def cut(requests: Iterable[Request], size: int) -> list[list[Request]]:
@@ -176,8 +197,9 @@ class ProbedEngine:
         hot = SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
         texts: dict[str, list[str]] = {}
         for answer in self._answer(asked, hot, no_news):
-            if answer.missing is None:
-                texts.setdefault(answer.id.partition("/")[0], []).append(answer.text)
+            if answer.finish_reason in ("stop", "length"):
+                said = answer.reasoning + answer.text
+                texts.setdefault(answer.id.partition("/")[0], []).append(said)
         pairs = [pair for pair in texts.values() if len(pair) == 2]
         if pairs and all(first == second for first, second in pairs):
             raise EngineError(

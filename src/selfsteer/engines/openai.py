@@ -42,6 +42,7 @@ from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.usage import Usage
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.models.chat import ChatFormat
+from selfsteer.models.reasoning import bare_thoughts, split
 from selfsteer.recipe.sections import EngineSettings
 from selfsteer.terminal import say, warn
 
@@ -86,13 +87,18 @@ class Reply(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    reasoning: str
 
 
-def read_reply(body: bytes) -> Reply:
+def read_reply(body: bytes, marked: Callable[[str], str] = bare_thoughts) -> Reply:
     """A chat completion with exactly one choice.
 
+    Args:
+        body: of the response.
+        marked: puts thoughts that the server took out of the text back between their marks.
+
     Raises:
-        Fault: it is none; worth another try.
+        Fault: it is none, or has neither answer nor thoughts; worth another try.
     """
     try:
         value = json.loads(body.decode("utf-8"))
@@ -106,7 +112,15 @@ def read_reply(body: bytes) -> Reply:
             "choices": [{"message": {**message}, "finish_reason": str(reason)}],
             "usage": {"prompt_tokens": int(asked), "completion_tokens": int(said)},
         } if isinstance(message.get("content"), str | None) and min(asked, said) >= 0:
-            return Reply(str(message.get("content") or "").strip(), reason, asked, said)
+            content, thoughts = message.get("content"), message.get("reasoning_content")
+            thoughts = thoughts or message.get("reasoning")  # servers have one name or the other
+            if isinstance(thoughts, str) and thoughts.strip():
+                reasoning, answer = marked(thoughts.strip()), str(content or "")
+            elif content is None and reason == "stop":
+                raise Fault("no_answer", "it stopped, and content is null")
+            else:
+                reasoning, answer = split(str(content or ""), begun=None)
+            return Reply((answer or "").strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
             raise Fault(f"{len(choices)}_choices", "one choice was asked for")
     raise Fault("malformed_answer", f"no choice with a message, or no usage: {body[:80]!r}")
@@ -325,7 +339,8 @@ class OpenAIEngine(ProbedEngine):
                 self.usage.counts["retried"] += 1
         self._failed_in_a_row = 0
         if reply.finish_reason not in ("stop", "length"):
-            reply = reply._replace(text="", finish_reason=f"{REQUEST_FAILED}:{reply.finish_reason}")
+            reason = f"{REQUEST_FAILED}:{reply.finish_reason}"
+            reply = reply._replace(text="", finish_reason=reason, reasoning="")
             self.usage.counts[reply.finish_reason] += 1
         return Completion(name, *reply)
 
@@ -345,7 +360,8 @@ class OpenAIEngine(ProbedEngine):
                 found = await self._client.chat.completions.with_raw_response.create(
                     **body, extra_body=self._extra or None
                 )
-            reply = read_reply(found.http_response.content)
+            marked = self._chat.thoughts if self._chat else bare_thoughts
+            reply = read_reply(found.http_response.content, marked)
         except openai.APIStatusError as e:
             raise status_fault(e.status_code, e.message, e.code, e.response.headers) from None
         except (openai.APITimeoutError, TimeoutError):

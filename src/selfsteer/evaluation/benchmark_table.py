@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from selfsteer.models.reasoning import UNFINISHED_REASONING
 from selfsteer.terminal import interval
 
 
@@ -103,6 +104,8 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         metric = first["metric"].removesuffix(",none")
         yield f"{name}: {metric}, {first['questions']:,} questions"
         for model, f in models.items():
+            if thoughts := f.get(UNFINISHED_REASONING):
+                yield f"{name}, {model}: {thoughts:,} answers end within the model's thoughts"
             if f["truncated"]:
                 yield f"{name}, {model}: {f['truncated']:,} prompts cut"
         return

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from selfsteer.data.digests import digest_path
 from selfsteer.data.records import Message
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.reasoning import UNFINISHED_REASONING, opened
 from selfsteer.recipe.sections import Benchmarks, HarnessTask, resolve_path
 from selfsteer.terminal import progress_bar, say
 
@@ -88,10 +89,10 @@ def run_task(
 
     Returns:
         ``score``, ``stderr`` (None if the harness gives none), ``metric``, ``questions``,
-        ``truncated`` (requests whose beginning was cut off to fit the model), ``all`` (every
-        figure that the harness reports), ``examples`` (a few questions as they were asked) and
-        ``values``: figure → question → value of the score's metric, empty if the score is not
-        their mean.
+        ``truncated`` (requests whose beginning was cut off to fit the model),
+        ``unfinished_reasoning`` (answers that are thoughts alone), ``all`` (every figure that the
+        harness reports), ``examples`` (a few questions as they were asked) and ``values``: figure →
+        question → value of the score's metric, empty if the score is not their mean.
 
     Raises:
         Unavailable: data or a package that the task needs is missing.
@@ -110,7 +111,7 @@ def run_task(
         except Exception as e:  # whatever the task's own code and its data set raise
             raise _unavailable(task.name, e) from e
         _set_fewshot(task, tasks["tasks"], seed)
-        lm = _harness_model(loaded, settings.batch_size, task.name)
+        lm = _harness_model(loaded, settings, task.name)
         try:
             found: Any = evaluate(
                 lm,
@@ -127,7 +128,11 @@ def run_task(
                 f"Task {task.name} leaves no room for a prompt: {e} Choose a task that "
                 "generates less, or a model with a longer context."
             ) from e
-    return _summarise(task, found, lm.truncated)
+    return {
+        **_summarise(task, found),
+        "truncated": lm.truncated,
+        UNFINISHED_REASONING: lm.unfinished,
+    }
 
 
 def _folders(settings: Benchmarks) -> tuple[Path, ...]:
@@ -194,7 +199,7 @@ def _set_fewshot(task: HarnessTask, leaves: Mapping[str, Any], seed: int) -> Non
         leaf.set_fewshot_seed(seed=seed)
 
 
-def _summarise(task: HarnessTask, found: Mapping[str, Any], truncated: int) -> dict[str, Any]:
+def _summarise(task: HarnessTask, found: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of the harness's results; see `run_task`."""
     figures = {k: v for k, v in found["results"][task.name].items() if _is_number(v)}
     scores = [k for k in figures if "," in k and "_stderr," not in k]
@@ -222,7 +227,6 @@ def _summarise(task: HarnessTask, found: Mapping[str, Any], truncated: int) -> d
         "stderr": figures.get(f"{metric}_stderr,{kind}"),
         "higher_is_better": found["higher_is_better"].get(task.name, {}).get(metric),
         "questions": len({(leaf, row["doc_id"]) for leaf, row in rows}),
-        "truncated": truncated,
         "all": figures,
         "examples": [
             {
@@ -241,15 +245,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
+def _harness_model(loaded: "LoadedModel", settings: Benchmarks, label: str) -> Any:
     """The harness's own model class around ours: our template, our end of turn, one progress bar.
 
-    ``truncated`` counts the requests that did not fit and lost their beginning.
+    ``truncated`` counts the requests that did not fit and lost their beginning, ``unfinished`` the
+    answers that are thoughts alone. Tasks see answers without thoughts.
     """
     from lm_eval.models.huggingface import HFLM
 
+    chat, reasons = loaded.chat, settings.chat_template and loaded.chat.may_reason
+
     class Model(HFLM):  # type: ignore[misc, unused-ignore]  # the harness ships partly untyped
-        truncated = 0
+        truncated = unfinished = 0
 
         @property
         def eot_token_id(self) -> int:
@@ -261,7 +268,22 @@ def _harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
             turns = [Message(m["role"], m["content"]) for m in chat_history]
             return loaded.chat.prompt_text(turns, continued=not add_generation_prompt)
 
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            if reasons and skip_special_tokens:
+                said = chat.said(tokens)
+                self.unfinished += bool(said.reasoning and not said.text)
+                if said.reasoning:
+                    return said.text
+            return str(super().tok_decode(tokens, skip_special_tokens))
+
+        def _encode_pair(self, context: str, continuation: str) -> Any:
+            if reasons and opened(context):  # the choices are answers, not thoughts
+                context = chat.without_thoughts(context)
+            return super()._encode_pair(context, continuation)
+
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            if reasons:  # what ends an answer may stand in thoughts; the harness cuts there later
+                kwargs["stop"] = kwargs["stop"][-1:]  # the end of turn
             out = super()._model_generate(context, *args, **kwargs)
             self._advance(len(context))
             return out
@@ -292,4 +314,4 @@ def _harness_model(loaded: "LoadedModel", batch_size: int, label: str) -> Any:
 
     for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
         setattr(Model, kind, with_bar(getattr(HFLM, kind)))
-    return Model(pretrained=loaded.model, tokenizer=loaded.chat.tokenizer, batch_size=batch_size)
+    return Model(pretrained=loaded.model, tokenizer=chat.tokenizer, batch_size=settings.batch_size)

@@ -14,7 +14,6 @@ import numpy as np
 
 from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
-from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import load_context_length, load_model
 from selfsteer.models.store import scored
 from selfsteer.recipe.sections import Policy, resolve_path
@@ -51,14 +50,7 @@ class ImplicitReward:
         sums, made = [], []
         for source in sources:
             loaded = load_model(source, self.policy, inference=True)
-            made.append(
-                [
-                    EncodedSequence(
-                        loaded.chat.prompt_ids(q.messages), loaded.chat.response_ids(text)
-                    )
-                    for q, text in answers
-                ]
-            )
+            made.append([loaded.chat.exchange(q.messages, text) for q, text in answers])
             if made[0] != made[-1]:
                 raise ConfigError(
                     f"{self.reference} and {self.policy.model} make different tokens of the same "

@@ -18,6 +18,7 @@ from typing import Any
 from selfsteer.data.jsonl import Records, at, batched, dump_line, write_atomic
 from selfsteer.data.records import Message, Preference, Triple
 from selfsteer.errors import ConfigError, DataError
+from selfsteer.models.reasoning import marked
 from selfsteer.principles.contexts import context_messages
 from selfsteer.terminal import progress_bar
 
@@ -45,7 +46,7 @@ def _prompt(preference: Preference) -> list[Row]:
 
 def _trl(p: Preference, models: Models) -> list[Row]:
     """The four columns that every preference has."""
-    return [replace(p, finish_reasons={}, extra={}).to_dict()]
+    return [replace(p, finish_reasons={}, extra={}, reasoning={}).to_dict()]
 
 
 def _prompts(p: Preference, models: Models) -> list[Row]:
@@ -132,6 +133,16 @@ def _authors(t: Triple, models: Models) -> list[Row]:
     row = {"idx": t.id, **_alpaca(t.messages), "p_system": good, "n_system": bad}
     texts = {"chosen": t.responses["good"], "rejected": t.responses["bad"]}
     return [{**row, **texts, "raw": t.responses.get("plain", "")}]
+
+
+def whole(record: Preference | Triple) -> Preference | Triple:
+    """The record with the thoughts that it keeps in front of their responses."""
+    thoughts = {name: marked(text) for name, text in record.reasoning.items()}
+    if isinstance(record, Triple):
+        texts = {n: thoughts.get(n, "") + text for n, text in record.responses.items()}
+        return replace(record, responses=texts)
+    sides = {name: text + getattr(record, name) for name, text in thoughts.items()}
+    return replace(record, **sides) if sides else record
 
 
 # -- formats -------------------------------------------------------------------------------------
@@ -296,7 +307,7 @@ def _noted(records: Iterable[Any], form: Format, lost: Counter[str], count: int)
                 for key in record.extra
                 if key not in form.keeps
             )
-            yield record
+            yield whole(record)
             bar.advance(1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from selfsteer.data.records import Verdict
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED
+from selfsteer.models.reasoning import unanswered
 
 _NOUN = r"(?:response|answer|assistant|option|candidate|model|reply)"
 #: "The answer is B" may be about the question itself, so an answer counts as a label only where
@@ -78,7 +79,9 @@ _MARGIN = re.compile(r"margin\s*[:=]\s*(small|large)\W*", re.I)
 
 def lost(answer: Mapping[str, Any]) -> str:
     """Why a stored answer states nothing: it was cut off or never came; empty if it ended."""
-    ended = str(answer["finish_reason"])
+    ended, thoughts = str(answer["finish_reason"]), answer.get("reasoning", "")
+    if without := unanswered(answer["text"], thoughts, ended):
+        return without
     if ended == "stop":
         return ""
     return ended if ended.startswith((PROMPT_TOO_LONG, REQUEST_FAILED)) else "cut_off"

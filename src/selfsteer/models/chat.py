@@ -8,14 +8,17 @@ token: training on one would teach stopping in mid-sentence.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from os.path import commonprefix
+from typing import Any, NamedTuple
 
 from selfsteer.data.records import Message, Triple
 from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.models.reasoning import MARKS, answer_at, bare_thoughts, opened, split
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import did_you_mean
 
 _PROBE = "Probe of the system role"
+_HI = Message("user", "Hi")
 
 #: Variables of a template that no setting gives: what is rendered, and what every template has.
 _OWN = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now"}
@@ -30,6 +33,20 @@ class EncodedSequence:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+class Said(NamedTuple):
+    """What sampled tokens say, and what training on it as text would change.
+
+    ``reasoning`` has its marks and the white space before the answer, ``text`` is stripped;
+    ``retokenised``: the text makes other tokens than were sampled; ``special_tokens``: the answer
+    held some, which its text does not show.
+    """
+
+    reasoning: str
+    text: str
+    retokenised: bool
+    special_tokens: bool
 
 
 class ChatFormat:
@@ -63,7 +80,7 @@ class ChatFormat:
                 f"chat_template_kwargs: the chat template of {source} reads no {name!r}, so it "
                 f"would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
             )
-        self._cache: dict[tuple[Message, ...], tuple[int, ...]] = {}
+        self._cache: dict[tuple[tuple[Message, ...], bool], tuple[int, ...]] = {}
         self._ids: dict[int, int] = {}
 
     @cached_property
@@ -96,16 +113,78 @@ class ChatFormat:
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         tail = self._render(turns).rpartition(_PROBE)[2]
         ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        # a fine-tune's end-of-turn token is often special without having a role of its own
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        special = {*self.tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)}
-        found = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
+        found = next((i for i in ids if i in self.special_ids), self.tokenizer.eos_token_id)
         if found is None:
             raise ArtifactError(
                 f"{self.source}: neither the chat template nor the tokenizer (eos_token) says "
                 "which token ends a turn. Set eos_token in tokenizer_config.json."
             )
         return int(found)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens."""
+        # a fine-tune's end-of-turn token is often special without having a role of its own
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        more = (i for i, token in added.items() if token.special)
+        return frozenset([*self.tokenizer.all_special_ids, *more])
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the generation prompt leaves a block open for thoughts."""
+        return opened(self.prompt_text([_HI])) is not None
+
+    def _opening(self, **thoughts: str) -> tuple[str, str]:
+        """What leaves the end of a prompt, and what enters it, where the template has an answer."""
+        prompt = self.prompt_text([_HI])
+        answer: dict[str, str] = {"role": "assistant", "content": _PROBE, **thoughts}
+        shown = self._render([_HI.to_dict(), answer]).partition(_PROBE)[0]
+        same = len(commonprefix([prompt, shown]))  # noqa: RUF071 - characters are meant
+        return prompt[same:], shown[same:]
+
+    @cached_property
+    def _without_thoughts(self) -> tuple[str, str]:
+        """`_opening` of an answer without thoughts; nothing where the model has none.
+
+        Templates that leave the thoughts of earlier turns out show no empty block, so an open one
+        is closed as models close it.
+        """
+        leaves, enters = self._opening()
+        if any(marks.end in enters for marks in MARKS):
+            return leaves, enters
+        marks = opened(self.prompt_text([_HI]))
+        return ("", f"\n{marks.end}\n\n") if marks else ("", "")
+
+    @cached_property
+    def may_reason(self) -> bool:
+        """Whether thoughts may come first: the template has marks, and no prompt ends with one."""
+        template, prompt = self.tokenizer.get_chat_template(), self.prompt_text([_HI]).rstrip()
+        return any(m.end in template and not prompt.endswith(m.end) for m in MARKS)
+
+    def without_thoughts(self, prompt: str) -> str:
+        """A prompt that ends with an empty block of thoughts, as far as the template has one."""
+        leaves, enters = self._without_thoughts
+        return prompt.removesuffix(leaves) + enters
+
+    def thoughts(self, text: str) -> str:
+        """Thoughts that a server took out of their marks, as the model would have said them."""
+        leaves, enters = self._opening(reasoning_content=_PROBE[::-1], thinking=_PROBE[::-1])
+        if not leaves and _PROBE[::-1] in enters:
+            return enters.replace(_PROBE[::-1], text)
+        return bare_thoughts(text, begun=self.opens_reasoning)
+
+    def said(self, ids: Sequence[int]) -> Said:
+        """What sampled ids say, without the token that ended the turn."""
+        decode = self.tokenizer.decode
+        reasoning, answer = split(decode(ids), begun=self.opens_reasoning)
+        if answer is None:
+            return Said(reasoning, "", False, False)
+        at = answer_at(ids, reasoning, decode) if reasoning else 0
+        shared = decode(ids[:at])[len(reasoning.rstrip()) :]  # one token may hold both
+        text = (shared + decode(ids[at:], skip_special_tokens=True)).strip()
+        again = self.response_ids(text, finished=False)
+        sampled = tuple(ids[max(len(ids) - len(again), 0) :] if reasoning else ids)
+        return Said(reasoning, text, sampled != again, not self.special_ids.isdisjoint(ids[at:]))
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
         options |= self.kwargs
@@ -137,14 +216,22 @@ class ChatFormat:
         system, first, *rest = messages
         return [Message(first.role, f"{system.content}\n\n{first.content}"), *rest]
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of the prompt with generation prompt."""
-        key = tuple(messages)
+    def prompt_ids(self, messages: Sequence[Message], *, reasoned: bool = True) -> tuple[int, ...]:
+        """Ids of the prompt with generation prompt.
+
+        Args:
+            messages: the conversation.
+            reasoned: what follows begins with thoughts if the model has any; otherwise the prompt
+                ends with an empty block of them, as far as the template has one.
+        """
+        key = (tuple(messages), reasoned)
         if key not in self._cache:
             if len(self._cache) >= 4096:
                 self._cache.clear()
             # the template writes its own begin-of-text token
-            ids = self.tokenizer(self.prompt_text(messages), add_special_tokens=False)["input_ids"]
+            prompt = self.prompt_text(messages)
+            text = prompt if reasoned else self.without_thoughts(prompt)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             self._cache[key] = self._shared(ids)
         return self._cache[key]
 
@@ -167,6 +254,20 @@ class ChatFormat:
         """Ids of a response, with the end-of-turn token if it ended by itself."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._shared([*ids, self.end_of_turn] if finished else ids)
+
+    def exchange(
+        self,
+        messages: Sequence[Message],
+        response: str,
+        *,
+        reasoning: str = "",
+        finished: bool = True,
+    ) -> EncodedSequence:
+        """A prompt and its response, after the thoughts that belong to it or an empty block."""
+        prompt = self.prompt_ids(messages, reasoned=bool(reasoning))
+        thoughts = self.tokenizer(reasoning, add_special_tokens=False)["input_ids"]
+        answer = self.response_ids(response, finished=finished)
+        return EncodedSequence(prompt, (*self._shared(thoughts), *answer))
 
     def response_lengths(self, responses: Sequence[tuple[str, bool]]) -> list[int]:
         """Tokens of (text, finished) as `response_ids` would give them; together is faster."""
@@ -195,8 +296,13 @@ class ChatFormat:
             raise DataError(f"triple {triple.id} has no {response} response, needed for {name}")
         if context != "plain" and triple.principles is None:
             raise DataError(f"triple {triple.id} has no principles, needed for {name}")
-        prompt = self.prompt_ids(context_messages(triple.messages, triple.principles, context))
-        answer = self.response_ids(triple.responses[response], finished=triple.finished(response))
+        whole = self.exchange(
+            context_messages(triple.messages, triple.principles, context),
+            triple.responses[response],
+            reasoning=triple.reasoning.get(response, ""),
+            finished=triple.finished(response),
+        )
+        prompt, answer = whole.prompt_ids, whole.response_ids
         if max_length is not None:
             answer = answer[: max(max_length - len(prompt), 0)]
         if not answer:

@@ -577,6 +577,9 @@ class Sampling(Section):
     batch_size: int = _f(32, "conversations decoded together", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
     keep_unfinished: bool = _f(False, "keep responses that were cut off by the budget")
+    reasoning: Literal["drop", "keep"] = _f(
+        "drop", "whether the thoughts before a response are trained on with it"
+    )
 
 
 class Hygiene(Section):

@@ -110,7 +110,12 @@ def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> d
     """All that both forms of the report show."""
     sheets = {
         "result": [tables.results(run), tables.models(run), *tables.benchmarks(run)],
-        "data": [tables.quality(run), tables.verdicts(run), tables.lengths(run)],
+        "data": [
+            tables.quality(run),
+            tables.verdicts(run),
+            tables.lengths(run),
+            tables.tokens(run),
+        ],
         "training": tables.reward(run),
         "cost": [tables.stages(run)],
     }

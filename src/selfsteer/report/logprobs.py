@@ -1,7 +1,7 @@
 """Log-probs that a run kept, found again by the text that they belong to; no model is asked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,7 @@ def _sets(of: RoundView) -> dict[str, Records[Triple]]:
     if not of.pairs_are_triples:
         principles = {t.id: t.principles for t in of.principles}
         pairs = [p.to_triple() for p in of.preferences]
-        found["preferences"] = [
-            Triple(t.id, t.messages, principles.get(t.id), t.responses, t.finish_reasons)
-            for t in pairs
-        ]
+        found["preferences"] = [replace(t, principles=principles.get(t.id)) for t in pairs]
     return {kind: records for kind, records in found.items() if len(records)}
 
 

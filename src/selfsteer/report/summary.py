@@ -70,8 +70,8 @@ def print_show(run: RunView) -> None:
             out.print(f"{stage.name}: {line}", markup=False)
         for text in stage.notes.get("selection", {}).get("warnings", ()):
             out.print(escape(f"warning: {text}"), style="yellow")
-    for sheet in (tables.quality(run), tables.verdicts(run), tables.lengths(run)):
-        sheet.print()
+    for table in (tables.quality, tables.verdicts, tables.lengths, tables.tokens):
+        table(run).print()
     if run.models:
         out.print("\n[bold]Models[/bold]")
         longest = max(map(len, run.models))

@@ -230,6 +230,15 @@ def lengths(run: RunView) -> Sheet:
     return Sheet("Lengths of pairs, tokens", columns, rows)
 
 
+def tokens(run: RunView) -> Sheet:
+    """Shares of the sampled answers that are trained on as other tokens; empty where none is."""
+    keys = ("answers", "retokenised", "special_tokens")
+    found = {s.name: s.notes["sampled"] for s in run.stages if "sampled" in s.notes}
+    rows = [(name, *(of[k] for k in keys)) for name, of in found.items() if of["retokenised"]]
+    columns = ("stage", "answers", "retokenised", "with special tokens")
+    return Sheet("Answers that are trained on as other tokens than were sampled", columns, rows)
+
+
 def stages(run: RunView) -> Sheet:
     """Every stage with its counts."""
     rows = [

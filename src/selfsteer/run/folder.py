@@ -298,6 +298,7 @@ def run_shards(
     shard_size: int,
     work: Callable[[int, Sequence[T]], Sequence[Record | Mapping[str, Any]]],
     skipped: Callable[[int], None] = lambda n: None,
+    tally: Counter[str] | None = None,
 ) -> StageResult:
     """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
 
@@ -308,7 +309,9 @@ def run_shards(
         shard_size: items per shard.
         work: (shard number, items) → records, `Dropped` among them; deterministic in its arguments.
         skipped: told the number of items of each shard that was already there.
+        tally: what ``work`` counts; the counts of shards that were already there are added.
     """
+    tally = Counter() if tally is None else tally
     result = StageResult(len(items), 0)
     with Drops(folder.with_name(f"{folder.name}.dropped.jsonl")) as drops:
         for number, part in enumerate(batched(items, shard_size)):
@@ -316,6 +319,7 @@ def run_shards(
             mark = shard.with_suffix(".done.json")
             done = _finished_shard(shard, mark, len(part))
             if done is None:
+                before = tally.copy()
                 made = work(number, part)
                 kept = [record for record in made if not isinstance(record, Dropped)]
                 text = dump_lines(kept).encode()
@@ -324,11 +328,13 @@ def run_shards(
                     "n_in": len(part),
                     "n_out": len(kept),
                     "dropped": [d.to_dict() for d in made if isinstance(d, Dropped)],
+                    "tally": dict(tally - before),
                     "sha256": hashlib.sha256(text).hexdigest(),
                 }
                 write_atomic(mark, dump_line(done))
             else:
                 skipped(len(part))
+                tally.update(done["tally"])
             for waiting in folder.glob(f"answers-{number:05d}.*"):  # all of them are in the shard
                 waiting.unlink()
             result.n_out += done["n_out"]
@@ -342,7 +348,7 @@ def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None
     with suppress(OSError, ValueError):
         done = json.loads(mark.read_bytes())
         expected = {"n_in": n_in, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
-        if isinstance(done, dict) and expected.items() <= done.items():
+        if isinstance(done, dict) and "tally" in done and expected.items() <= done.items():
             return done
     return None
 

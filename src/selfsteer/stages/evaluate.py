@@ -163,13 +163,23 @@ class Evaluate(Stage):
                     **q.to_dict(),
                     "response": found[q.id].text,
                     **{name: getattr(found[q.id], name) for name in COUNTS},
+                    **{
+                        name: value
+                        for name in ("reasoning", "missing")
+                        if (value := getattr(found[q.id], name))
+                    },
                 }
                 for q in queries
             ]
             write_atomic(path, dump_lines(lines))
         store.unlink(missing_ok=True)
         return [
-            Completion(v["id"], v["response"], **{k: v[k] for k in COUNTS})
+            Completion(
+                v["id"],
+                v["response"],
+                **{k: v[k] for k in COUNTS},
+                reasoning=v.get("reasoning", ""),
+            )
             for _, v in read_jsonl(path)
         ]
 

@@ -26,7 +26,7 @@ from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.inputs import stored_pairs, stored_triples
+from selfsteer.stages.inputs import renamed, stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar
 
 #: v1's filter with the bounds of the authors' release.
@@ -432,8 +432,9 @@ def to_preference(triple: Triple) -> Preference:
         triple.messages,
         triple.responses["good"],
         triple.responses["bad"],
-        {names[k]: v for k, v in triple.finish_reasons.items() if k in names},
+        renamed(triple.finish_reasons, names),
         {"features": features} if features else {},
+        renamed(triple.reasoning, names),
     )
 
 

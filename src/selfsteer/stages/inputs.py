@@ -43,14 +43,20 @@ def stored_pairs(path: Path, rejected: str = "bad") -> Stored[Triple]:
         return replace(
             triple,
             responses={new: triple.responses[old] for old, new in names.items()},
-            finish_reasons={
-                new: triple.finish_reasons[old]
-                for old, new in names.items()
-                if old in triple.finish_reasons
-            },
+            finish_reasons=renamed(triple.finish_reasons, names),
+            reasoning=renamed(triple.reasoning, names),
         )
 
     return Stored(path, pair)
+
+
+def renamed(values: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """The values of these names under their new ones, as far as there are any.
+
+    >>> renamed({"plain": "stop"}, {"good": "chosen", "plain": "rejected"})
+    {'rejected': 'stop'}
+    """
+    return {new: values[old] for old, new in names.items() if old in values}
 
 
 def stored_preferences(folder: Path) -> Stored[Preference]:

@@ -19,8 +19,8 @@ from selfsteer.recipe.sections import Sampling, WriterConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.inputs import stored_triples
-from selfsteer.stages.sample import Asking, Wanted, check_writer, unless_lost
+from selfsteer.stages.inputs import renamed, stored_triples
+from selfsteer.stages.sample import Asking, Wanted, check_writer, with_answers
 
 
 def given_answers(
@@ -86,7 +86,7 @@ class OpposeGiven(Stage):
                 for triple in samples:
                     if triple.messages in given:
                         texts = {"good": given[triple.messages], "bad": triple.responses["plain"]}
-                        yield replace(triple, responses=texts, finish_reasons=_own(triple))
+                        yield _own_as_bad(triple, texts)
                     else:
                         drops.add(Dropped(triple.id, "no_given_answer", triple))
 
@@ -95,9 +95,12 @@ class OpposeGiven(Stage):
         return StageResult(len(samples), kept, drops.counts)
 
 
-def _own(triple: Triple) -> dict[str, str]:
-    """The finish reason of the policy's answer, which becomes the bad one."""
-    return {"bad": triple.finish_reasons["plain"]} if triple.finish_reasons else {}
+def _own_as_bad(triple: Triple, texts: Mapping[str, str]) -> Triple:
+    """The pair of these texts; what is known of the policy's answer holds of the bad one."""
+    reasons, thoughts = (
+        renamed(of, {"plain": "bad"}) for of in (triple.finish_reasons, triple.reasoning)
+    )
+    return replace(triple, responses=texts, finish_reasons=reasons, reasoning=thoughts)
 
 
 #: What an improver is asked, as the turn after the answer.
@@ -168,9 +171,7 @@ class Improve(Stage):
         def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
             (new,) = said
             texts = {"good": strip_announcement(new.text), "bad": triple.responses["plain"]}
-            reasons = {} if new.missing else {"good": new.finish_reason}
-            made = replace(triple, responses=texts, finish_reasons=reasons | _own(triple))
-            return unless_lost(made, said, keep_unfinished=self.sampling.keep_unfinished)
+            return with_answers(_own_as_bad(triple, texts), {"good": new}, self.sampling)
 
         samples = stored_triples(self.samples.path)
         asking = Asking[Triple]([Wanted("good", str(self.policy.path))], prompt, make)

@@ -30,7 +30,7 @@ from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
-from selfsteer.stages.sample import Asking, Wanted, check_sampler
+from selfsteer.stages.sample import Asking, Wanted, check_sampler, thoughts_kept
 from selfsteer.terminal import progress_bar
 
 #: Sums of the same parts in another order differ by this at most.
@@ -39,20 +39,26 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Candidates:
-    """A query and the answers that compete; equal answers stand once."""
+    """A query and the answers that compete; equal answers stand once.
+
+    ``reasoning`` has the thoughts that are trained on with each answer; empty where none is.
+    """
 
     query: Query
     answers: tuple[str, ...]
+    reasoning: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL line."""
-        return {**self.query.to_dict(), "answers": list(self.answers)}
+        thoughts = {"reasoning": list(self.reasoning)} if self.reasoning else {}
+        return {**self.query.to_dict(), "answers": list(self.answers), **thoughts}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Candidates":
         """Reads the JSONL form."""
-        rest = {k: v for k, v in value.items() if k != "answers"}
-        return cls(Query.from_dict(rest), tuple(value["answers"]))
+        rest = dict(value)
+        answers, thoughts = (tuple(rest.pop(n, ())) for n in ("answers", "reasoning"))
+        return cls(Query.from_dict(rest), answers, thoughts)
 
 
 def rank(judge: Scorer, query: Query, answers: Sequence[str]) -> list[float | None]:
@@ -85,10 +91,14 @@ def best_and_worst(
     return best[1], min(known)[1]
 
 
-def competing(query: Query, said: Sequence[Completion]) -> Candidates | Dropped:
+def competing(query: Query, said: Sequence[Completion], sampling: Sampling) -> Candidates | Dropped:
     """The answers that ended by themselves, each once; dropped where there are fewer than two."""
-    ended = dict.fromkeys(c.text for c in said if c.finish_reason == "stop")
-    made = Candidates(query, tuple(ended))
+    ended: dict[str, Completion] = {}
+    for c in said:
+        if c.finish_reason == "stop" and not c.missing:
+            ended.setdefault(c.text, c)
+    thoughts = thoughts_kept(ended, sampling)
+    made = Candidates(query, tuple(ended), tuple(thoughts.get(t, "") for t in ended if thoughts))
     missing = next((c.missing for c in said if c.missing), "too_few_answers")
     return made if len(ended) > 1 else Dropped(query.id, missing, made)
 
@@ -106,8 +116,16 @@ def to_preference(
         return Dropped(found.query.id, reason, found)
     chosen, rejected = (found.answers[i] for i in places)
     kept = {k: v for k, v in found.query.extra.items() if k != "principles"}
-    extra = {**kept, "scores": list(scores)}
-    return Preference(found.query.id, found.query.messages, chosen, rejected, extra=extra)
+    sides = zip(("chosen", "rejected"), places, strict=True)
+    thoughts = {side: found.reasoning[i] for side, i in sides if found.reasoning}
+    return Preference(
+        found.query.id,
+        found.query.messages,
+        chosen,
+        rejected,
+        extra={**kept, "scores": list(scores)},
+        reasoning={side: text for side, text in thoughts.items() if text},
+    )
 
 
 class Tournament:
@@ -172,7 +190,8 @@ class RankAnswers(Stage):
     The answers come first, into ``candidates``, so that the sampling model has left memory when the
     judge's is loaded. Both halves resume after their last finished shard. Dropped are
     ``too_few_answers`` (fewer than two different answers that ended by themselves),
-    ``prompt_too_long`` and ``request_failed:REASON`` where answers are missing for that reason,
+    ``prompt_too_long``, ``request_failed:REASON``, ``unfinished_reasoning`` and ``no_answer`` where
+    answers are missing for that reason,
     ``no_score`` and ``all_equal``.
 
     Args:
@@ -216,7 +235,11 @@ class RankAnswers(Stage):
         queries, folder = stored_queries(self.queries.path), run / self.name
         policy, sampling = str(self.policy.path), self.sampling
         wanted = [Wanted("plain", policy, number) for number in range(self.samples)]
-        asking = Asking[Query](wanted, lambda query, response: query.messages, competing)
+        asking = Asking[Query](
+            wanted,
+            lambda query, response: query.messages,
+            lambda query, said: competing(query, said, sampling),
+        )
         sampled = asking.of_stage(self, run, queries, sampling, folder=f"{self.name}/candidates")
         found = Stored(folder / "candidates", Candidates.from_dict)
         settings = self.judge or policy_as_judge(policy, self.loading, sampling.batch_size)

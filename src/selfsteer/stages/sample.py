@@ -113,7 +113,7 @@ class Asking(Generic[R]):
             seed: of the stage.
             label: of the progress bar.
         """
-        params, each = params_of(sampling), len(self.wanted)
+        params, each, sampled = params_of(sampling), len(self.wanted), Counter[str]()
         with progress_bar(label, len(records) * each) as bar:
 
             def work(shard: int, part: Sequence[R]) -> list[Record]:
@@ -121,11 +121,24 @@ class Asking(Generic[R]):
                 found = self.answers(
                     part, engine, params, seed=seed, store=store, advance=bar.advance
                 )
+                sampled.update(tokens_kept(answer for row in found for answer in row))
                 return list(map(self.make, part, found))
 
-            return run_shards(
-                folder, records, sampling.shard_size, work, lambda n: bar.skip(n * each)
+            result = run_shards(
+                folder,
+                records,
+                sampling.shard_size,
+                work,
+                lambda n: bar.skip(n * each),
+                sampled,
             )
+        if known := sampled["answers"]:
+            result.notes["sampled"] = {
+                "answers": known,
+                "retokenised": sampled["retokenised"] / known,
+                "special_tokens": sampled["special_tokens"] / known,
+            }
+        return result
 
     def of_stage(
         self,
@@ -165,6 +178,17 @@ class Asking(Generic[R]):
         return result
 
 
+def tokens_kept(found: Iterable[Completion]) -> Counter[str]:
+    """Answers whose tokens are known, and those that are trained on as other tokens."""
+    counts = Counter[str]()
+    for answer in found:
+        if answer.missing is None and answer.retokenised is not None:
+            counts["answers"] += 1
+            counts["retokenised"] += answer.retokenised
+            counts["special_tokens"] += answer.special_tokens
+    return counts
+
+
 def params_of(sampling: Sampling) -> SamplingParams:
     """What an engine needs to know of how to sample."""
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
@@ -189,7 +213,7 @@ def who_answers(
     return engines.get(writer, source_of(writer), writer.loading(loading), batch_size)
 
 
-def in_contexts(models: Mapping[str, str], *, keep_unfinished: bool) -> Asking[Triple]:
+def in_contexts(models: Mapping[str, str], sampling: Sampling) -> Asking[Triple]:
     """Response name → model: each response in the context of its name; see `Sample`."""
 
     def prompt(triple: Triple, response: str) -> list[Message]:
@@ -197,22 +221,31 @@ def in_contexts(models: Mapping[str, str], *, keep_unfinished: bool) -> Asking[T
 
     def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
         by_name = dict(zip(models, said, strict=True))
-        made = replace(
-            triple,
-            responses={n: c.text for n, c in by_name.items()},
-            finish_reasons={n: c.finish_reason for n, c in by_name.items() if not c.missing},
-        )
-        return unless_lost(made, said, keep_unfinished=keep_unfinished)
+        bare = replace(triple, responses={}, finish_reasons={}, reasoning={})
+        return with_answers(bare, by_name, sampling)
 
     return Asking([Wanted(*item) for item in models.items()], prompt, make)
 
 
-def unless_lost(
-    made: Triple, said: Sequence[Completion], *, keep_unfinished: bool
+def thoughts_kept(said: Mapping[str, Completion], sampling: Sampling) -> dict[str, str]:
+    """The thoughts that are trained on with each answer that has any."""
+    kept = said if sampling.reasoning == "keep" else {}
+    return {name: c.reasoning for name, c in kept.items() if c.reasoning}
+
+
+def with_answers(
+    triple: Triple, said: Mapping[str, Completion], sampling: Sampling
 ) -> Triple | Dropped:
-    """What was made of some answers; dropped where one of them is missing or cut off."""
-    missing = next((c.missing for c in said if c.missing), None)
-    cut_off = any(c.finish_reason == "length" for c in said) and not keep_unfinished
+    """The triple with these answers as well; dropped where one of them is missing or cut off."""
+    ended = {n: c.finish_reason for n, c in said.items() if not c.missing}
+    made = replace(
+        triple,
+        responses={**{n: c.text for n, c in said.items()}, **triple.responses},
+        finish_reasons={**triple.finish_reasons, **ended},
+        reasoning={**triple.reasoning, **thoughts_kept(said, sampling)},
+    )
+    missing = next((c.missing for c in said.values() if c.missing), None)
+    cut_off = "length" in ended.values() and not sampling.keep_unfinished
     reason = missing or ("unfinished" if cut_off else None)
     return Dropped(made.id, reason, made) if reason else made
 
@@ -223,7 +256,8 @@ class Sample(Stage):
 
     A triple with a response cut off by the budget is dropped as ``unfinished`` unless the settings
     keep it, one whose prompt leaves no room for the budget as ``prompt_too_long``, one whose
-    request failed for good as ``request_failed:REASON``.
+    request failed for good as ``request_failed:REASON``, one whose thoughts did not end within the
+    budget as ``unfinished_reasoning``, one that has thoughts and no answer as ``no_answer``.
 
     Args:
         queries: records; with principles where a context needs them.
@@ -257,7 +291,7 @@ class Sample(Stage):
     def run(self, run: RunFolder) -> StageResult:
         triples = subset(stored_triples(self.queries.path), self.limit, self.seed)
         models = {name: str(model.path) for name, model in self.writers.items()}
-        asking = in_contexts(models, keep_unfinished=self.sampling.keep_unfinished)
+        asking = in_contexts(models, self.sampling)
         return asking.of_stage(self, run, triples, self.sampling)
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import err, out
 from selfsteer.verbs.common import AsJson, aligning, emit
 
 if TYPE_CHECKING:
+    from selfsteer.engines.base import Completion
     from selfsteer.view import RunView
 
 
@@ -38,9 +39,13 @@ def chat(
         raise ConfigError("--json prints one answer; give the question with --question.")
     talk = Chat(RunView.open(run), tuple(f.strip() for f in features.split(",") if f.strip()), seed)
     if question is not None:
-        said = {"principles": talk.principles.to_dict(), "answers": talk.answers(question)}
-        result = {"question": question, **said}
-        emit(result, as_json, lambda _: print_answers(said["answers"]))
+        said = talk.answers(question)
+        result = {"question": question, "principles": talk.principles.to_dict()}
+        for key, part in (("answers", "text"), ("reasoning", "reasoning")):
+            result[key] = {
+                n: {c: getattr(a, part) for c, a in of.items()} for n, of in said.items()
+            }
+        emit(result, as_json, lambda _: print_answers(said))
         return
     err.print("ask anything; an empty line or Ctrl-D leaves", style="dim")
     while True:
@@ -83,7 +88,7 @@ class Chat:
             if name != "reward"
         }
 
-    def answers(self, question: str) -> dict[str, dict[str, str]]:
+    def answers(self, question: str) -> dict[str, dict[str, "Completion"]]:
         """Model → context → what it says."""
         from selfsteer.data.digests import derive_seed
         from selfsteer.data.records import Message
@@ -101,18 +106,16 @@ class Chat:
             for c in CONTEXTS
         ]
         self.seed += 1
-        return {
-            name: {c: a.text for c, a in answers(engine, asked, self.params).items()}
-            for name, engine in self.engines.items()
-        }
+        return {name: answers(engine, asked, self.params) for name, engine in self.engines.items()}
 
 
-def print_answers(answers: Mapping[str, Mapping[str, str]]) -> None:
-    """A row per model, a column per context."""
+def print_answers(answers: Mapping[str, Mapping[str, "Completion"]]) -> None:
+    """A row per model, a column per context; thoughts are dimmed."""
     table = Table(show_lines=True)
     table.add_column("")
     for context in next(iter(answers.values())):
         table.add_column(context, ratio=1)
     for name, said in answers.items():
-        table.add_row(name, *map(escape, said.values()))
+        cells = (Text.assemble((a.reasoning, "dim"), a.text) for a in said.values())
+        table.add_row(name, *cells)
     out.print(table)

@@ -307,7 +307,8 @@ def _first_words(
     ]
     found = answers(engine, asked, params)
     said = [found[request.id] for request in asked]
-    empty = sum(not a.text for a in said)
+    whole = [a.reasoning + a.text for a in said]
+    empty = whole.count("")
     if empty == len(said):
         reasons = Counter(a.finish_reason for a in said)
         raise EngineError(
@@ -315,8 +316,8 @@ def _first_words(
             f"({', '.join(f'{n} {r}' for r, n in reasons.items())}). Look at what it says with "
             "another chat template, or choose another model."
         )
-    halves = zip(said[: len(queries)], said[len(queries) :], strict=True)
-    differ = sum(a.text != b.text for a, b in halves)
+    halves = zip(whole[: len(queries)], whole[len(queries) :], strict=True)
+    differ = sum(a != b for a, b in halves)
     line.figures = {"probes": len(queries), "differ": differ, "temperature": s.temperature}
     line.found = (
         f"answers; {differ} of {len(queries)} change with the seed"
@@ -330,7 +331,7 @@ def _first_words(
     )
     line.warn(f"{empty} of {len(said)} answers are empty; those are dropped.", empty > 0)
     return [
-        EncodedSequence(chat.prompt_ids(request.messages), chat.response_ids(a.text))
+        chat.exchange(request.messages, a.text, reasoning=a.reasoning)
         for request, a in zip(asked, said, strict=True)
         if a.completion_tokens
     ]
@@ -530,7 +531,7 @@ def _sample(
     """
     sampling, count = recipe.sampling, len(triples)
     models = dict.fromkeys(RESPONSES, "policy")
-    asking = in_contexts(models, keep_unfinished=sampling.keep_unfinished)
+    asking = in_contexts(models, sampling)
     start = time.monotonic()
     with progress_bar("sampling", count * len(models)) as bar:
         said = asking.answers(

@@ -94,7 +94,7 @@ def bench(
     ):
         engine = Watched(engines.sampler(s.engine, source, recipe.policy.loading, s.batch_size))
         answers(engine, requests[:2], params)  # the first words take longer
-        asking = in_contexts(dict.fromkeys(NAMES, source), keep_unfinished=s.keep_unfinished)
+        asking = in_contexts(dict.fromkeys(NAMES, source), s)
         ways: dict[str, Callable[[Path], Any]] = {
             "direct": lambda folder: answers(engine, requests, params),
             "pipeline": lambda folder: asking.shards(
