@@ -710,3 +710,22 @@ def test_example_of_a_format_is_what_is_written(tmp_path: Path, fmt: str) -> Non
     )
     shown = by_kind[fmt]
     assert written == (shown if isinstance(shown, list) else [shown])
+
+
+def test_thoughts_that_a_record_keeps_go_before_its_responses(tmp_path: Path) -> None:
+    pair = replace(PREFERENCES[0], reasoning={"chosen": "Where?\n</think>\n\n"})
+    whole = "<think>\nWhere?\n</think>\n\nIn tall trees."
+    for fmt, path, key in (
+        ("trl", "train.jsonl", "chosen"),
+        ("trl-unpaired", "train.jsonl", "completion"),
+        ("distilabel", "train.jsonl", "generations"),
+    ):
+        export([pair], fmt, tmp_path / fmt)
+        row = json.loads((tmp_path / fmt / path).read_text().splitlines()[0])
+        assert whole in (row[key][0], row[key][0].get("content") if fmt[0] == "t" else None)
+        assert "reasoning" not in row
+        assert pair.rejected in json.dumps(row) or fmt == "trl-unpaired"
+    triple = replace(TRIPLES[0], reasoning={"bad": "<think>Hm</think>"})
+    export([triple], "authors", tmp_path)
+    (row,) = json.loads((tmp_path / "triples.json").read_text())
+    assert (row["chosen"], row["rejected"]) == ("In tall trees.", "<think>Hm</think>In a piano.")

@@ -114,13 +114,15 @@ def read_reply(body: bytes, marked: Callable[[str], str] = bare_thoughts) -> Rep
         } if isinstance(message.get("content"), str | None) and min(asked, said) >= 0:
             content, thoughts = message.get("content"), message.get("reasoning_content")
             thoughts = thoughts or message.get("reasoning")  # servers have one name or the other
+            answer = str(content or "")
             if isinstance(thoughts, str) and thoughts.strip():
-                reasoning, answer = marked(thoughts.strip()), str(content or "")
+                reasoning = marked(thoughts.strip())
             elif content is None and reason == "stop":
                 raise Fault("no_answer", "it stopped, and content is null")
             else:
-                reasoning, answer = split(str(content or ""), begun=None)
-            return Reply((answer or "").strip(), reason, asked, said, reasoning)
+                reasoning, rest = split(answer, begun=None)
+                answer = rest or ""
+            return Reply(answer.strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
             raise Fault(f"{len(choices)}_choices", "one choice was asked for")
     raise Fault("malformed_answer", f"no choice with a message, or no usage: {body[:80]!r}")
