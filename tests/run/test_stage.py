@@ -12,7 +12,7 @@ import pytest
 import selfsteer.run.stage as stage_module
 from selfsteer.data.digests import digest
 from selfsteer.methods import load_recipe
-from selfsteer.objectives import Objective
+from selfsteer.objectives import ContrastObjective, Objective, TokenObjective
 from selfsteer.recipe import sections
 from selfsteer.recipe.read import recipe_names
 from selfsteer.recipe.sections import (
@@ -49,6 +49,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "RewardData": {"path": "p"},
     "Schedule": {"batch_size": 8},
     "Optimisation": {"batch_size": 8},
+    "Rows": {"batch_size": 8},
     "TrainConfig": {"output": "o"},
 }
 
@@ -96,6 +97,8 @@ def other(value: Any, annotation: Any) -> Any:
         return (value or 0) + annotation(1)
     if annotation is Objective:
         return Objective.named("pbaa", beta=0.31)
+    if annotation is TokenObjective:
+        return ContrastObjective(strength=0.31)
     return "elsewhere"
 
 
@@ -323,6 +326,7 @@ RICH = {
     ),
     "rank": ("best-of-n", "policy.model=m", "queries.path=q", "ranking.judge=oracle"),
     "given": ("spin", "policy.model=m", "queries.path=q"),
+    "distilled": ("contrast", "policy.model=m", "queries.path=q"),
     "improved": ("sgpo", "policy.model=m", "queries.path=q"),
 }
 
@@ -354,7 +358,7 @@ def test_a_field_of_a_stage_counts_unless_it_only_costs(stage: Stage, name: str)
     value = getattr(stage, name)
     if name == "where":
         moved: Any = replace(stage.where, method="another", round=9)
-    elif is_dataclass(value) and not isinstance(value, Artifact | Objective):
+    elif is_dataclass(value) and not isinstance(value, Artifact | Objective | TokenObjective):
         moved = None
     elif name == "sets":
         moved = (value[0]._replace(weight=2.0),)

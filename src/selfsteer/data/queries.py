@@ -223,7 +223,7 @@ def queries_digest(settings: Queries) -> list[str]:
     where one is given.
 
     Raises:
-        ConfigError, DataError: see `HubName.read`.
+        ConfigError: see `HubName.read`.
     """
     split = settings.split if "split" in settings.model_fields_set else None
     return [_identity(settings.path, split), *map(_identity, settings.against)]
@@ -231,4 +231,9 @@ def queries_digest(settings: Queries) -> list[str]:
 
 def _identity(name: str, split: str | None = None) -> str:
     path = Path(resolve_path(name))
-    return digest_path(path) if path.exists() else f"hub:{HubName.read(resolve_path(name), split)}"
+    if path.exists():
+        return digest_path(path)
+    try:
+        return f"hub:{HubName.read(str(path), split)}"
+    except DataError:
+        return f"missing: {name}"  # whoever reads it says so
