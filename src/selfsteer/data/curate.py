@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
@@ -91,11 +92,7 @@ def bounds(
             letters ("2 + 2 =") passes.
     """
     low, high = min_chars or 0, max_chars
-    inside = None
-    if scripts:
-        classes = "".join(rf"\p{{Script={s}}}" for s in scripts)
-        inside = regex.compile(rf"(?V1)[\p{{L}}&&[{classes}]]+")
-    latin = scripts is not None and "Latin" in scripts
+    inside = written_in(tuple(scripts)) if scripts else None
 
     def check(query: Query) -> str | None:
         text = query.user_text
@@ -103,12 +100,23 @@ def bounds(
             return "too_short"
         if high is not None and len(text) > high:
             return "too_long"
-        # ASCII letters are Latin, and most queries have no other
-        if inside is not None and not (latin and text.isascii()):
-            letters = sum(map(len, _LETTERS.findall(text)))
-            if sum(map(len, inside.findall(text))) < SCRIPT_SHARE * letters:
-                return "other_script"
-        return None
+        return "other_script" if inside is not None and not inside(text) else None
+
+    return check
+
+
+@cache
+def written_in(scripts: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether these Unicode scripts write at least half of a text's letters; true of no letters."""
+    classes = "".join(rf"\p{{Script={s}}}" for s in scripts)
+    inside, latin = regex.compile(rf"(?V1)[\p{{L}}&&[{classes}]]+"), "Latin" in scripts
+
+    def check(text: str) -> bool:
+        # ASCII letters are Latin, and most texts have no other
+        if latin and text.isascii():
+            return True
+        letters = sum(map(len, _LETTERS.findall(text)))
+        return sum(map(len, inside.findall(text))) >= SCRIPT_SHARE * letters
 
     return check
 

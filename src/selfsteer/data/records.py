@@ -27,6 +27,9 @@ from selfsteer.errors import DataError
 SCHEMA_VERSION = 1
 
 RESPONSES = ("plain", "good", "bad")
+
+#: Keys of a query that say what its answers must keep to; every record made from it has them.
+RULES = ("checks", "instruction_id_list", "kwargs")
 ROLES = ("system", "user", "assistant")
 
 
@@ -88,6 +91,11 @@ def _encodable(text: str) -> bool:
 def _with_extra(out: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance after the record's own keys; it never overwrites one of them."""
     return {**out, **{k: v for k, v in extra.items() if k not in out}}
+
+
+def rules(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What answers must keep to, among what is known of a record."""
+    return {name: extra[name] for name in RULES if name in extra}
 
 
 def _check_reasons(reasons: Any, names: tuple[str, ...]) -> dict[str, str]:
@@ -248,6 +256,11 @@ class Triple:
         _check_reasons(self.finish_reasons, RESPONSES)
         _check_reasoning(self.reasoning, RESPONSES)
 
+    @property
+    def query(self) -> Query:
+        """What it answers."""
+        return Query(self.id, self.messages, self.extra)
+
     def finished(self, response: str) -> bool:
         """Whether the response ended by itself, so that it is followed by an end-of-turn token."""
         return self.finish_reasons.get(response, "stop") != "length"
@@ -303,6 +316,11 @@ class Preference:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", parse_messages(self.prompt))
 
+    @property
+    def query(self) -> Query:
+        """What it answers."""
+        return Query(self.id, self.prompt, self.extra)
+
     def to_triple(self) -> Triple:
         """The same pair as a triple: chosen is the good response, rejected the bad one."""
         names = {"chosen": "good", "rejected": "bad"}
@@ -312,7 +330,8 @@ class Preference:
             None,
             {"good": self.chosen, "bad": self.rejected},
             {names[k]: v for k, v in self.finish_reasons.items()},
-            reasoning={names[k]: v for k, v in self.reasoning.items()},
+            rules(self.extra),
+            {names[k]: v for k, v in self.reasoning.items()},
         )
 
     @classmethod

@@ -233,7 +233,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _judge(judge: JudgeConfig) -> str:
-    named = {"oracle": "the testbed's oracle", "human": "human labels"}
+    named = {"oracle": "the testbed's oracle", "checks": "exact rules", "human": "human labels"}
     own = f"{public_name(judge.model)} ({judge.kind})" if judge.model else judge.kind
     return named.get(judge.kind, own)
 

@@ -1,8 +1,8 @@
 """What a judge is: it says which of two responses is better, asked in both orders.
 
 Every judge answers a `Pair` with one of five verdicts; ``unparseable`` is one of them and never a
-tie. Kinds: the testbed's exact oracle (`oracle`), a chat model (`chat`), a reward model (`reward`)
-and human labels (`people`).
+tie. Kinds: the testbed's exact oracle (`oracle`), exact rules (`checks`), a chat model (`chat`), a
+reward model (`reward`) and human labels (`people`).
 """
 
 from collections.abc import Sequence

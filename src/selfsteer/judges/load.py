@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import assert_never
 
 from selfsteer.judges.base import Judge
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.people import HumanJudge
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
@@ -22,6 +23,8 @@ def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judg
         return None
     if settings.kind == "oracle":
         return OracleJudge()
+    if settings.kind == "checks":
+        return ChecksJudge(settings)
     if settings.kind == "human":
         return HumanJudge(Path(resolve_path(str(settings.path))))
     if settings.kind == "chat":

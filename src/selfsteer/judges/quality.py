@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.data.records import Principles, Query, Triple, Verdict
+from selfsteer.data.records import Principles, Triple, Verdict
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.stats import (
     FEW,
@@ -73,9 +73,7 @@ def quality(
     responses = [r for r in shown if f"plain/{r}" in sums]
     verdicts = []
     if judge is not None:
-        pairs = [
-            Pair(Query(t.id, t.messages), t.responses["good"], t.responses["bad"]) for t in triples
-        ]
+        pairs = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in triples]
         verdicts = [j.verdict for j in judge.compare_all(pairs)]
     both = np.concatenate([means["plain/good"], means["plain/bad"]])
     return {

@@ -154,8 +154,8 @@ class Aligning(Recipe):
     training: PolicyStage = PolicyStage()
     judge: JudgeConfig | None = Field(
         None,
-        description="what compares responses: oracle, chat:MODEL, reward:MODEL, human:PATH; "
-        "null: no judge",
+        description="what compares responses: oracle, checks, chat:MODEL, reward:MODEL, "
+        "human:PATH; null: no judge",
     )
     evaluation: Evaluation | None = Field(
         None, description="evaluation on held-out queries; null: none"

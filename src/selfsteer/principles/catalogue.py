@@ -17,6 +17,7 @@ from pydantic import AfterValidator, ValidationError, model_validator
 from pydantic import Field as Bounded
 
 from selfsteer.errors import ConfigError
+from selfsteer.principles.rules import Check
 from selfsteer.recipe.read import read_yaml
 from selfsteer.recipe.sections import PrinciplesConfig, Section, resolve_path
 
@@ -38,6 +39,7 @@ class Feature(Section):
     """One quality of a response: its name, the two adjectives, the two guidelines.
 
     ``weight`` says how likely it is, against the others', to be drawn where features are missing.
+    ``checks`` are rules that a good response keeps, for ``judge: checks``; no principle shows them.
     """
 
     name: Words
@@ -46,6 +48,7 @@ class Feature(Section):
     good: Words
     bad: Words
     weight: float = Bounded(1.0, gt=0)
+    checks: tuple[Check, ...] = ()
 
 
 class Catalogue(Section):
@@ -93,6 +96,11 @@ class Catalogue(Section):
     def by_name(self) -> Mapping[str, Feature]:
         """The features by their names, in catalogue order."""
         return {f.name: f for f in self.features}
+
+    @property
+    def rules(self) -> Mapping[str, tuple[Check, ...]]:
+        """The checks of the features that have some, by feature."""
+        return {f.name: f.checks for f in self.features if f.checks}
 
     @property
     def choosable(self) -> tuple[str, ...]:
@@ -223,7 +231,8 @@ def _problem(fault: Any) -> str:
     if fault["type"] == "missing":
         return "is missing; write it"
     if fault["type"] == "extra_forbidden":
-        known = (Feature if fault["loc"][0] == "features" else Catalogue).model_fields
+        inside: type[Section] = Feature if fault["loc"][0] == "features" else Catalogue
+        known = (Check if "checks" in fault["loc"] else inside).model_fields
         near = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
         meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"is not a known key; {meant}"

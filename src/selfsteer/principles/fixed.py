@@ -6,7 +6,7 @@ from typing import Any
 from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import Records
 from selfsteer.data.reading import read
-from selfsteer.data.records import Principles, Query, Triple
+from selfsteer.data.records import Principles, Query, Triple, rules
 from selfsteer.errors import DataError
 from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
 
@@ -44,7 +44,8 @@ class Fixed:
         """The query with its principles."""
         source = "fixed:default" if self._path and query.id not in self._found else "fixed"
         principles = self._found.get(query.id, self._default)
-        return Triple(query.id, query.messages, principles, extra={"source": source})
+        extra = {**rules(query.extra), "source": source}
+        return Triple(query.id, query.messages, principles, extra=extra)
 
 
 def read_fixed(path: str) -> dict[str, Principles]:

@@ -246,7 +246,7 @@ def subsections(annotation: Any) -> list[type[Section]]:
 
 def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
     """The key that was meant: one of the same section, else one of the same name elsewhere."""
-    *parents, last = map(str, loc)
+    *parents, last = (str(part) for part in loc if not isinstance(part, int))
     keys = [key.split(".") for key in known_keys(model)]
     siblings = {key[-1]: ".".join(key) for key in keys if key[:-1] == parents}
     anywhere = {key[-1]: ".".join(key) for key in keys}

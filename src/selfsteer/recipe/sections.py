@@ -656,16 +656,22 @@ class Filter(Section):
             yield "a filter that is not enabled has no other settings"
 
 
-JudgeKind = Literal["oracle", "chat", "reward", "human"]
+JudgeKind = Literal["oracle", "checks", "chat", "reward", "human"]
 
 
 class JudgeConfig(Section):
-    """What compares two responses: oracle, chat:MODEL, reward:MODEL, human:PATH, or a section."""
+    """What compares responses: oracle, checks, chat:MODEL, reward:MODEL, human:PATH, a section."""
 
-    kind: JudgeKind = _f(..., "oracle (testbed only), chat, reward or human")
+    kind: JudgeKind = _f(..., "oracle (testbed only), checks, chat, reward or human")
     model: str | None = _f(None, "as policy.model", kind="chat, reward", content="model")
     engine: EngineConfig = _f(EngineConfig(), "what answers, as in sampling.engine", kind="chat")
-    path: str | None = _f(None, "JSONL of labels, see docs/judges.md", kind="human", content="file")
+    path: str | None = _f(
+        None,
+        "human: JSONL of labels; checks: YAML catalogue whose features have checks; null: those of "
+        "the queries alone",
+        kind="human, checks",
+        content="file",
+    )
     temperature: float = _f(
         0.0, "0 is greedy, as in MT-Bench (arXiv 2306.05685)", kind="chat", ge=0
     )
@@ -691,7 +697,7 @@ class JudgeConfig(Section):
         if not isinstance(value, str):
             return value
         kind, colon, rest = value.partition(":")
-        given = {"path" if kind == "human" else "model": rest} if colon else {}
+        given = {"path" if kind in ("human", "checks") else "model": rest} if colon else {}
         return {"kind": kind, **given}
 
     @override
@@ -704,7 +710,7 @@ class JudgeConfig(Section):
             {
                 f"a judge of kind {self.kind} needs a {name}": not getattr(self, name)
                 for name in ("model", "path")
-                if name not in foreign(self)
+                if name not in foreign(self) and self.kind != "checks"
             }
         )
         yield from self.idle(idle.get(engine, ()), f"with an engine of kind {engine}")

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import batched, dump_line
-from selfsteer.data.records import RESPONSES, Preference, Query, Triple
+from selfsteer.data.records import RESPONSES, Preference, Triple
 from selfsteer.engines.base import Advance, no_news
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError
 from selfsteer.judges.base import Pair, ScoringJudge, by_scores
@@ -323,8 +323,7 @@ class Rows:
         judgement: Said = None
         with contextlib.suppress(SelfsteerError):  # a query that is not of the judge's world
             if whole and self.judged:
-                query = Query(made.id, made.messages)
-                pair = Pair(query, made.responses["good"], made.responses["bad"])
+                pair = Pair(made.query, made.responses["good"], made.responses["bad"])
                 judgement = self.judged(pair)
         gap = sum(gaps.values())
         difference = len(made.responses["good"]) - len(made.responses["bad"]) if whole else None

@@ -208,7 +208,10 @@ def _section_identity(section: BaseModel) -> Any:
         del found["path"], found["against"]
         found["content"] = queries_digest(section)
     if isinstance(section, PrinciplesConfig) and section.mode != "fixed":
-        found["catalogue"] = catalogue_of(section).model_dump()
+        # rules bear on the judge alone
+        found["catalogue"] = catalogue_of(section).model_dump(
+            exclude={"features": {"__all__": {"checks"}}}
+        )
     if isinstance(section, JudgeConfig) and section.engine.base_url is not None:
         found["model"] = section.model
     if isinstance(section, Benchmarks):

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
-from selfsteer.data.records import Dropped, Preference, Triple
+from selfsteer.data.records import Dropped, Preference, Triple, rules
 from selfsteer.errors import ArtifactError
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
@@ -433,7 +433,7 @@ def to_preference(triple: Triple) -> Preference:
         triple.responses["good"],
         triple.responses["bad"],
         renamed(triple.finish_reasons, names),
-        {"features": features} if features else {},
+        {**rules(triple.extra), **({"features": features} if features else {})},
         renamed(triple.reasoning, names),
     )
 

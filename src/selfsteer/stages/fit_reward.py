@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.reading import import_records
-from selfsteer.data.records import Preference, Query, Triple, content_id
+from selfsteer.data.records import Preference, Triple, content_id
 from selfsteer.errors import DataError
 from selfsteer.evaluation.reward_quality import ScoredPair, reward_quality
 from selfsteer.judges.base import Scorer
@@ -196,7 +196,7 @@ def score_pairs(
     judge: Scorer, chat: ChatFormat, pairs: Sequence[tuple[Preference, RewardPair]]
 ) -> list[ScoredPair]:
     """What a judge gives to both responses of each pair; lengths are of the responses alone."""
-    answers = [(Query(p.id, p.prompt), text) for p, _ in pairs for text in (p.chosen, p.rejected)]
+    answers = [(p.query, text) for p, _ in pairs for text in (p.chosen, p.rejected)]
     scores = judge.score_all(answers)
     found = []
     for (p, pair), a, b in zip(pairs, scores[::2], scores[1::2], strict=True):

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, Stored, dump_line, write_atomic
-from selfsteer.data.records import Message, Query, Triple
+from selfsteer.data.records import Message, Query, Triple, rules
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Completion, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
@@ -317,7 +317,7 @@ class Author:
 
     def _triple(self, draft: Draft) -> Triple:
         """The principles: written where an answer could be used, the catalogue's text elsewhere."""
-        features, extra = draft.features, dict[str, Any]()
+        features, extra = draft.features, rules(draft.query.extra)
         if draft.best is not None:
             features = features if self.settings.features != "none" else ()
             principles = writer.written(features, *draft.best, self.catalogue)

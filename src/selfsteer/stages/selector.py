@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.data.records import Query, Triple
+from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
@@ -381,7 +381,7 @@ class Selector:
         """What the judge's verdict is worth to the first response; nothing if unparseable."""
         if self.judge is None:
             return {}
-        pairs = [Pair(Query(t.id, t.messages), mine, other) for t, mine, other in asked]
+        pairs = [Pair(t.query, mine, other) for t, mine, other in asked]
         found = zip(pairs, worths(self.judge, pairs), strict=True)
         return {pair.query.id: win for pair, win in found if win is not None}
 

@@ -31,7 +31,9 @@ def audit(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="oracle, chat:MODEL, reward:MODEL or YAML; default: the run's judge"),
+        typer.Option(
+            help="oracle, checks:FILE, chat:MODEL, reward:MODEL or YAML; default: the run's judge"
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(help="number of queries, a random subset", min=8)] = 128,
     settings: Annotated[

@@ -24,7 +24,7 @@ import numpy as np
 from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Query, Triple
+from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
 from selfsteer.errors import ConfigError, DataError
@@ -179,7 +179,7 @@ def run_audit(s: Subjects) -> dict[str, Any]:
     if judge is not None and not isinstance(judge, ScoringJudge):
         for label in behaviours:
             pairs = [
-                Pair(Query(mine.id, mine.messages), mine.responses["bad"], theirs.responses["bad"])
+                Pair(mine.query, mine.responses["bad"], theirs.responses["bad"])
                 for mine, theirs in zip(said[label], said["base"], strict=True)
             ]
             wins[label] = np.array(worths(judge, pairs), dtype=np.float64)
@@ -282,7 +282,7 @@ def _behaviour(
     out = {}
     if isinstance(judge, ScoringJudge):
         for c in CONTEXTS:
-            given = judge.score_all([(Query(t.id, t.messages), t.responses[c]) for t in said])
+            given = judge.score_all([(t.query, t.responses[c]) for t in said])
             out[f"score/{c}"] = np.array(given, dtype=np.float64)
         out["drop"] = out["score/plain"] - out["score/bad"]
     return out | {f"gap/{half}": values for half, values in gaps.items()}

@@ -40,7 +40,9 @@ def benchmark(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="judge of those questions: chat:MODEL, reward:MODEL or oracle"),
+        typer.Option(
+            help="judge of those questions: chat:MODEL, reward:MODEL, checks:FILE or oracle"
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="only the first N questions of each", min=1)

@@ -644,9 +644,7 @@ def _measure(
 
 def _verdicts(judge: Judge, triples: Sequence[Triple]) -> tuple[list[Verdict], float]:
     """Verdicts on good against bad, and seconds of one pair, without those of loading a model."""
-    pairs = [
-        Pair(Query(t.id, t.messages), t.responses["good"], t.responses["bad"]) for t in triples
-    ]
+    pairs = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in triples]
     first = judge.compare_all(pairs[:1])
     start = time.monotonic()
     found = [*first, *judge.compare_all(pairs[1:])]

@@ -18,7 +18,8 @@ def compare(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="oracle, chat:MODEL, reward:MODEL or YAML; default: the first run's judge"
+            help="oracle, checks:FILE, chat:MODEL, reward:MODEL or YAML; default: "
+            "the first run's judge"
         ),
     ] = None,
     by: Annotated[

@@ -259,7 +259,7 @@ def _features(e: Entrant, settings: JudgeConfig | None, seed: int) -> dict[str, 
     if e.last is None or judge is None:
         return {}
     found = sorted(e.last.preferences, key=lambda p: derive_seed(seed, "compare", p.id))[:PAIRS]
-    pairs = [Pair(Query(p.id, p.prompt), p.chosen, p.rejected) for p in found]
+    pairs = [Pair(p.query, p.chosen, p.rejected) for p in found]
     named = [tuple(p.extra.get("features", ())) for p in found]
     groups = by_group(worths(judge, pairs), named, np.random.default_rng(seed))
     return {name: {"pairs": n, "accuracy": figure} for name, (n, figure) in groups.items()}

@@ -25,8 +25,8 @@ def judge(
         list[str] | None,
         typer.Option(
             "--judge",
-            help="oracle, chat:MODEL, reward:MODEL, human:FILE or YAML; one or two; default: "
-            "the run's judge",
+            help="oracle, checks:FILE, chat:MODEL, reward:MODEL, human:FILE or YAML; one or "
+            "two; default: the run's judge",
         ),
     ] = None,
     limit: Annotated[
@@ -114,12 +114,11 @@ def _judged(
     """What one or two judges say of chosen against rejected, and how far two of them agree."""
     import numpy as np
 
-    from selfsteer.data.records import Query
     from selfsteer.judges.base import Pair
     from selfsteer.judges.load import load_judge
     from selfsteer.judges.stats import agreement, judge_report
 
-    pairs = [Pair(Query(p.id, p.prompt), p.chosen, p.rejected) for p in preferences]
+    pairs = [Pair(p.query, p.chosen, p.rejected) for p in preferences]
     report: dict[str, Any] = {"pairs": len(pairs), "judges": []}
     found = []
     for settings in judges:
