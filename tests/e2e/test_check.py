@@ -94,7 +94,7 @@ def test_random_weights_do_not_steer(tmp_path: Path, here: Here, untrained: Path
     assert steering["net_gap"]["good"][1] < 0 < steering["net_gap"]["good"][2]
     assert "Answers react to the wording" in found["steering"]["todo"][0]
     assert found["sampling"]["status"] == "warning"
-    assert found["sampling"]["figures"]["unfinished"] > 0.9
+    assert found["sampling"]["figures"]["unfinished"]["bad"] > 0.9
     assert found["steering"]["found"].startswith("does not steer on 32 queries")
 
 

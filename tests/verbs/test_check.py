@@ -1,7 +1,9 @@
 """The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
+from selfsteer.verbs import checks
 from selfsteer.verbs.check import conclusion
 from selfsteer.verbs.checks import Checks, Line
 from tests import make
@@ -130,14 +133,14 @@ def test_strangers_never_lend_ones_own_text() -> None:
 
 def test_a_failure_ends_its_own_check_only() -> None:
     told: list[Line] = []
-    checks = Checks(told.append)
-    with checks.line("one"):
+    found = Checks(told.append)
+    with found.line("one"):
         raise DataError("no data")
-    with checks.line("two") as line:
+    with found.line("two") as line:
         line.found = "fine"
-    with checks.line("three"):
+    with found.line("three"):
         raise ArtifactError("no model")
-    checks.skip("four five", "a model")
+    found.skip("four five", "a model")
     assert [(x.name, x.status) for x in told] == [
         ("one", "FAILED"),
         ("two", "ok"),
@@ -145,8 +148,8 @@ def test_a_failure_ends_its_own_check_only() -> None:
         ("four, five", "skipped"),
     ]
     assert told[0].found == "no data"
-    assert checks.exit_code == 2, "the first failure's"
-    with pytest.raises(ZeroDivisionError), checks.line("six"):
+    assert found.exit_code == 2, "the first failure's"
+    with pytest.raises(ZeroDivisionError), found.line("six"):
         raise ZeroDivisionError
 
 
@@ -177,3 +180,48 @@ def test_times_and_intervals_as_a_person_says_them() -> None:
     assert interval((0.0941, 0.0838, 0.1039)) == "+0.094 [+0.084, +0.104]"
     assert interval((0.5, 0.25, 1.0), ".2f") == "0.50 [0.25, 1.00]"
     assert interval((0.5, None, None)) == "+0.500"
+
+
+# -- how many queries ------------------------------------------------------------------------------
+
+
+def rounds(
+    monkeypatch: pytest.MonkeyPatch, steers: Callable[[int], bool], *, left: float, each: float = 1
+) -> tuple[list[int], Checks]:
+    """Sizes of the rounds that take ``each`` seconds a query, and the lines in the end."""
+    clock, sizes = [0.0], list[int]()
+
+    def one_round(c: Checks, *given: Any) -> None:
+        chosen, probe = given[4], given[6]
+        clock[0] += each * (len(chosen) - len(probe.triples))
+        probe.triples[:] = [triple(i) for i in range(len(chosen))]
+        sizes.append(len(chosen))
+        with c.line("steering") as line:
+            line.figures["steers"] = steers(len(chosen))
+
+    monkeypatch.setattr(checks, "_round", one_round)
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    queries = [triple(i).query for i in range(64)]
+    probed = checks.Probed(1, 4, None, "tree", speed=1000)
+    recipe = make.recipe("pbaa", sampling={"max_new_tokens": 100})
+    found = Checks(lambda line: None)
+    nothing: Any = None
+    checks._steering(
+        found, recipe, nothing, probed, queries, queries, None, Path("none"), until=left
+    )
+    return sizes, found
+
+
+def test_more_queries_are_asked_until_the_verdict_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, found = rounds(monkeypatch, lambda n: True, left=1000)
+    assert sizes == [8, 16], "8 queries are too few to tell"
+    assert [line.name for line in found.lines] == ["steering"], "only the last round is told"
+    assert rounds(monkeypatch, lambda n: n > 20, left=1000)[0] == [8, 16, 32]
+    assert rounds(monkeypatch, lambda n: False, left=1000)[0] == [8, 16, 32, 64]
+
+
+def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rounds(monkeypatch, lambda n: False, left=20)[0] == [8, 16]
+    assert rounds(monkeypatch, lambda n: False, left=20, each=2)[0] == [8]
+    assert rounds(monkeypatch, lambda n: False, left=2)[0] == [3], "0.3 s a query, half of the time"
+    assert rounds(monkeypatch, lambda n: False, left=0)[0] == [2]

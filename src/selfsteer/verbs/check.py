@@ -18,21 +18,22 @@ STYLES = {"ok": "green", "warning": "yellow", "FAILED": "bold red", "skipped": "
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
-    queries: Annotated[
-        int, typer.Option(help="number of queries to measure steering on", min=2)
-    ] = 64,
+    queries: Annotated[int, typer.Option(help="most queries to measure steering on", min=2)] = 64,
+    minutes: Annotated[
+        float, typer.Option(help="minutes after which no more queries are measured", min=0)
+    ] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Check whether a run can start and the policy can be steered; writes nothing.
 
     Checks folder, queries, model, template, budgets, disk and engine, then measures on a few
-    queries whether the policy follows the principles. Exits with 0 if a run can start, even with
-    warnings.
+    queries whether the policy follows the principles, and on more until that is certain or the
+    time is up. Exits with 0 if a run can start, even with warnings.
     """
     checked = aligning(load_recipe(recipe, overrides or [])[0])
     from selfsteer.verbs import checks
 
-    figures = checks.check(checked, queries, (lambda line: None) if as_json else tell)
+    figures = checks.check(checked, queries, minutes, (lambda line: None) if as_json else tell)
     emit(figures, as_json, lambda _: out.print(f"\n{conclusion(figures)}"))
     raise typer.Exit(figures["exit_code"])
 

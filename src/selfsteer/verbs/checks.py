@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,6 +63,9 @@ FALLEN_BACK, UNFINISHED, EQUAL, UNPARSEABLE = 0.1, 0.2, 0.2, 0.2
 #: Good answers this many times as long as bad ones, or the reverse, teach length.
 LENGTH_RATIO = 2.0
 
+#: Queries of the first round at most, and how many make a verdict.
+PILOT, ENOUGH = 8, 16
+
 #: Queries and new tokens of the engine's first words.
 PROBES, PROBE_TOKENS = 4, 64
 
@@ -104,6 +107,13 @@ class Checks:
         self.lines.append(line)
         self._tell(line)
 
+    def take(self, other: "Checks", told: Iterable[Line]) -> None:
+        """Takes over the lines of another one, and tells what it told."""
+        self.exit_code = self.exit_code or other.exit_code
+        self.lines += other.lines
+        for line in told:
+            self._tell(line)
+
     def skip(self, names: str, missing: str) -> None:
         """Says in one line what could not be looked at."""
         skipped = [Line(name, "skipped", f"needs {missing}") for name in names.split()]
@@ -119,21 +129,26 @@ class Probed:
     bytes_per_weight: int
     context_length: int | None
     layout: str
+    #: Tokens per second of the first answers.
+    speed: float
 
 
-def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[str, Any]:
+def check(
+    recipe: Aligning, count: int, minutes: float, tell: Callable[[Line], None]
+) -> dict[str, Any]:
     """Runs every check of a recipe; writes nothing into the run folder.
 
     Args:
         recipe: checked and complete.
-        count: queries of the steering check, a seeded subset.
+        count: most queries of the steering check, a seeded subset.
+        minutes: after which no more of them are taken.
         tell: gets each line as soon as it is known.
 
     Returns:
         All figures: ``exit_code`` is 0, or that of the first failure (2 config and data, 3
         artifact and engine), ``checks`` the lines by name.
     """
-    c = Checks(tell)
+    c, until = Checks(tell), time.monotonic() + 60 * minutes
     with c.line("recipe") as line:
         method, *beside = recipe.methods
         principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
@@ -146,7 +161,6 @@ def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[st
     judge = _judge(c, recipe, [*queries, *held_out])
     chat = _template(c, recipe, stages)
     chosen = sorted(queries, key=lambda q: derive_seed(recipe.seed, "check", q.id))[:count]
-    chosen.sort(key=lambda q: q.id)
     probed = _model(c, recipe, chosen) if chosen else None
     if chat is None or probed is None:
         needed = {"queries": chosen, "a model that answers": probed}
@@ -157,7 +171,9 @@ def check(recipe: Aligning, count: int, tell: Callable[[Line], None]) -> dict[st
         _disk(c, recipe, todo, probed)
         if isinstance(recipe, Principled):
             with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
-                rates = _steering(c, recipe, chat, probed, queries, chosen, judge, Path(scratch))
+                rates = _steering(
+                    c, recipe, chat, probed, queries, chosen, judge, Path(scratch), until
+                )
             _time(c, stages, todo, rates)
         else:
             c.skip("principles budgets sampling steering time", "a method with principles")
@@ -243,7 +259,7 @@ def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatForma
 
 def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | None:
     """Loads the policy as training does; it leaves memory with this function."""
-    loaded, sequences, layout = None, list[EncodedSequence](), None
+    loaded, sequences, speed, layout = None, list[EncodedSequence](), 0.0, None
     with c.line("model") as line:
         start = time.monotonic()
         loaded = load_model(resolve_path(recipe.policy.model), recipe.policy)
@@ -266,7 +282,7 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         return None
     with c.line("engine") as line, Engines(None) as engines:
         engine = _answering(recipe, loaded, engines)
-        sequences = _first_words(
+        sequences, speed = _first_words(
             line, engine, recipe.sampling, loaded.chat, queries[:PROBES], recipe.seed
         )
     if sequences:
@@ -276,7 +292,7 @@ def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | No
         c.skip("layout", "answers")
     if layout is None:
         return None
-    return Probed(weights, loaded.dtype.itemsize, loaded.context_length, layout)
+    return Probed(weights, loaded.dtype.itemsize, loaded.context_length, layout, speed)
 
 
 def _answering(recipe: Aligning, loaded: LoadedModel, engines: Engines) -> Engine:
@@ -292,8 +308,8 @@ def _first_words(
     chat: ChatFormat,
     queries: Sequence[Query],
     seed: int,
-) -> list[EncodedSequence]:
-    """Answers the queries under two seeds; returns what was answered, as sequences.
+) -> tuple[list[EncodedSequence], float]:
+    """Answers the queries under two seeds; returns the answers as sequences, and tokens/s.
 
     Raises:
         EngineError: nothing but empty answers.
@@ -305,8 +321,10 @@ def _first_words(
         for k in range(2)
         for i, q in enumerate(queries)
     ]
+    start = time.monotonic()
     found = answers(engine, asked, params)
     said = [found[request.id] for request in asked]
+    speed = sum(a.completion_tokens for a in said) / (time.monotonic() - start)
     whole = [a.reasoning + a.text for a in said]
     empty = whole.count("")
     if empty == len(said):
@@ -330,11 +348,12 @@ def _first_words(
         s.temperature > 0 and not differ,
     )
     line.warn(f"{empty} of {len(said)} answers are empty; those are dropped.", empty > 0)
-    return [
+    sequences = [
         chat.exchange(request.messages, a.text, reasoning=a.reasoning)
         for request, a in zip(asked, said, strict=True)
         if a.completion_tokens
     ]
+    return sequences, speed
 
 
 def _settle(line: Line, loaded: LoadedModel, sequences: Sequence[EncodedSequence]) -> str:
@@ -382,6 +401,22 @@ def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
         line.warn(advice, sum(need.values()) > free)
 
 
+@dataclass
+class Probe:
+    """What the rounds have asked for so far, and the seconds that each kind of work took."""
+
+    scratch: Path
+    triples: list[Triple] = field(default_factory=list)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Adds the seconds of this block."""
+        start = time.monotonic()
+        yield
+        self.seconds[kind] += time.monotonic() - start
+
+
 def _steering(
     c: Checks,
     recipe: Principled,
@@ -391,14 +426,55 @@ def _steering(
     chosen: Sequence[Query],
     judge: Judge | None,
     scratch: Path,
+    until: float,
 ) -> Rates | None:
-    """Principles, answers and figures of the chosen queries; the rates where all went well."""
+    """Principles, answers and figures of some queries; the rates where all went well.
+
+    A few of the chosen queries come first, then twice as many each time, until the verdict is
+    clear, all are asked, or the next round would end after ``until`` (of `time.monotonic`). The
+    lines are those of the last round.
+    """
+    probe = Probe(scratch)
+    left, answer = until - time.monotonic(), recipe.sampling.max_new_tokens / probed.speed
+    size = min(max(int(left / 2 / (answer * len(RESPONSES))), 2), PILOT, len(chosen))
+    while True:
+        start, known = time.monotonic(), len(probe.triples)
+        told = list[Line]()
+        found = Checks(told.append)
+        rates = _round(found, recipe, chat, probed, queries, chosen[:size], judge, probe)
+        now, more = time.monotonic(), min(2 * size, len(chosen))
+        each = (now - start) / (size - known)
+        if more == size or _clear(found, size) or now + each * (more - size) > until:
+            c.take(found, told)
+            return rates
+        size = more
+
+
+def _clear(found: Checks, size: int) -> bool:
+    """Whether more queries would change nothing: it cannot work, or it steers beyond chance."""
+    lines = {line.name: line for line in found.lines}
+    broken = any(
+        lines[name].status == "FAILED" for name in ("principles", "budgets") if name in lines
+    )
+    return broken or (size >= ENOUGH and lines["steering"].figures.get("steers", False))
+
+
+def _round(
+    c: Checks,
+    recipe: Principled,
+    chat: ChatFormat,
+    probed: Probed,
+    queries: Sequence[Query],
+    chosen: Sequence[Query],
+    judge: Judge | None,
+    probe: Probe,
+) -> Rates | None:
+    """The same on these queries; what earlier rounds asked is not asked again."""
     policy, loading = resolve_path(recipe.policy.model), recipe.policy.loading
-    triples, kept = list[Triple](), list[Triple]()
-    fits, rates = False, None
+    kept, fits, rates = list[Triple](), False, None
     with c.line("principles") as line:
-        triples, writing = _write(line, recipe, chosen, RunFolder(scratch))
-    if triples:
+        _write(line, recipe, chosen[len(probe.triples) :], probe)
+    if len(triples := probe.triples) == len(chosen):
         with c.line("budgets") as line:
             trainings = [s for s in recipe.plan() if isinstance(s, Train)]
             new, limit = recipe.sampling.max_new_tokens, probed.context_length
@@ -408,27 +484,26 @@ def _steering(
         c.skip("sampling steering", "prompts that fit" if triples else "principles")
         return None
     with c.line("sampling") as line:
-        start = time.monotonic()
-        loaded = load_model(policy, recipe.policy, inference=True)
-        taken = time.monotonic() - start
+        with probe.timed("loading"):
+            loaded = load_model(policy, recipe.policy, inference=True)
         with Engines(None) as engines:
-            kept, per_answer = _sample(line, _answering(recipe, loaded, engines), triples, recipe)
+            kept, per_answer = _sample(line, _answering(recipe, loaded, engines), recipe, probe)
         del loaded
     if not kept:
         c.skip("steering", "finished answers")
         return None
     with c.line("steering") as line:
         loading = loading.model_copy(update={"layout": probed.layout})
-        measured = _measure(line, policy, loading, kept, judge, scratch, seed=recipe.seed)
+        measured = _measure(line, policy, loading, kept, judge, probe, seed=recipe.seed)
         # what was written for a few queries includes loading the model for them
-        rates = Rates(max(writing - taken, 0) / len(triples), per_answer, *measured)
+        writing = max(probe.seconds["writing"] - probe.seconds["loading"], 0)
+        rates = Rates(writing / len(triples), per_answer, *measured)
     return rates
 
 
-def _write(
-    line: Line, recipe: Principled, queries: Sequence[Query], run: RunFolder
-) -> tuple[list[Triple], float]:
-    """The queries with their principles, and the seconds of writing them all."""
+def _write(line: Line, recipe: Principled, queries: Sequence[Query], probe: Probe) -> None:
+    """Adds the queries with their principles."""
+    run = RunFolder(probe.scratch / f"principles-{len(probe.triples)}")
     writer = WritePrinciples(
         Artifact(run.path),
         Artifact(Path(resolve_path(recipe.policy.model))),
@@ -438,20 +513,19 @@ def _write(
         seed=recipe.seed,
         loading=recipe.policy.loading,
     )
-    start = time.monotonic()
-    writer.write(queries, run)
-    taken = time.monotonic() - start
-    triples = list(stored_triples(run / writer.outputs[0]))
-    sources = Counter(str(t.extra["source"]) for t in triples)
-    line.figures = {"sources": dict(sources), "seconds": taken}
+    with probe.timed("writing"):
+        writer.write(queries, run)
+    probe.triples += stored_triples(run / writer.outputs[0])
+    count = len(probe.triples)
+    sources = Counter(str(t.extra["source"]) for t in probe.triples)
+    line.figures = {"sources": dict(sources), "seconds": probe.seconds["writing"]}
     line.found = by_reason(sources)
-    fallen = sum(n for s, n in sources.items() if s.startswith("fallback")) / len(triples)
+    fallen = sum(n for s, n in sources.items() if s.startswith("fallback")) / count
     line.warn(
         f"{fallen:.0%} of the written principles cannot be used. Set principles.mode=picked, or a "
         "stronger principles.writer.",
         fallen > FALLEN_BACK,
     )
-    return triples, taken
 
 
 def _fit(
@@ -522,62 +596,72 @@ def _fit(
 
 
 def _sample(
-    line: Line, engine: Engine, triples: Sequence[Triple], recipe: Principled
+    line: Line, engine: Engine, recipe: Principled, probe: Probe
 ) -> tuple[list[Triple], dict[str, float]]:
     """The answered triples, and per response the seconds of one answer.
 
     Raises:
         ArtifactError: no triple is left.
     """
-    sampling, count = recipe.sampling, len(triples)
+    sampling, triples, count = recipe.sampling, probe.triples, len(probe.triples)
     models = dict.fromkeys(RESPONSES, "policy")
     asking = in_contexts(models, sampling)
-    start = time.monotonic()
-    with progress_bar("sampling", count * len(models)) as bar:
+    with probe.timed("sampling"), progress_bar("sampling", count * len(models)) as bar:
         said = asking.answers(
             triples,
             lambda source: engine,
             params_of(sampling),
             seed=derive_seed(recipe.seed, "check"),
+            store=probe.scratch / "answers",
             advance=bar.advance,
         )
-    elapsed = time.monotonic() - start
+    elapsed = probe.seconds["sampling"]
     tokens = {r: sum(a[i].completion_tokens for a in said) for i, r in enumerate(models)}
+    cut = {
+        r: sum(a[i].finish_reason == "length" for a in said) / count for i, r in enumerate(models)
+    }
     found = [answer for answers in said for answer in answers]
     sampled = max(sum(tokens.values()), 1)
-    unfinished = sum(a.finish_reason == "length" for a in found) / len(found)
     made = list(map(asking.make, triples, said))
     kept = [t for t in made if isinstance(t, Triple)]
     hygiene = getattr(recipe, "hygiene", PrincipledHygiene())
     usable = Left(kept, hygiene, load_catalogue(recipe.principles.catalogue)).sift()
     dropped = Counter(d.reason for d in made if isinstance(d, Dropped)) + usable.reasons
     same = sum(len(set(t.responses.values())) < len(models) for t in kept) / max(len(kept), 1)
+    lost = dropped["unfinished"] / count
     line.figures = {
         "answers": len(found),
         "tokens_per_second": sampled / elapsed,
         "mean_tokens": {r: n / count for r, n in tokens.items()},
-        "unfinished": unfinished,
+        "unfinished": cut,
         "equal": same if kept else None,
         "usable": len(usable),
         "dropped": dict(dropped),
     }
+    shares = ", ".join(f"{r} {share:.0%}" for r, share in cut.items())
+    worst = max(cut, key=lambda r: cut[r])
     ending = (
-        f"{unfinished:.0%} of the answers do not end within sampling.max_new_tokens "
-        f"{sampling.max_new_tokens:,}. Raise it"
+        f"{shares} of the answers do not end within sampling.max_new_tokens "
+        f"{sampling.max_new_tokens:,}. Raise it, keep them (sampling.keep_unfinished=true)"
+        + (f", or ask for shorter answers in the {worst} principles" if worst != "plain" else "")
     )
     if len(kept) < 2:
         more = "See why answers are missing." if count > 1 else "Give more queries."
         nothing = f"and steering cannot be measured on fewer than 2. {more}"
         raise ArtifactError(
             f"{len(kept)} of {count} triples left{drops(dropped)}"
-            + (f": {ending}." if unfinished else f", {nothing}")
+            + (f": {ending}." if lost else f", {nothing}")
         )
     line.found = (
-        f"{len(found):,} answers at {sampled / elapsed:,.0f} tokens/s, {unfinished:.0%} "
-        f"unfinished; {len(usable)} of {count} triples usable{drops(dropped)}"
+        f"{len(found):,} answers at {sampled / elapsed:,.0f} tokens/s; unfinished: {shares}; "
+        f"{len(usable)} of {count} triples usable{drops(dropped)}"
     )
-    fate = "kept as they are" if sampling.keep_unfinished else "dropped"
-    line.warn(f"{ending}, or they are {fate}.", unfinished > UNFINISHED)
+    line.warn(f"{lost:.0%} of the triples would be dropped: {ending}.", lost > UNFINISHED)
+    line.warn(
+        f"{shares} of the answers are cut off and kept as they are, without an end. Raise "
+        f"sampling.max_new_tokens {sampling.max_new_tokens:,} if that is not what you want.",
+        sampling.keep_unfinished and cut[worst] > UNFINISHED,
+    )
     line.warn(
         f"{same:.0%} of the queries get the same answer in two contexts. Raise "
         "sampling.temperature, or choose a model that follows instructions.",
@@ -592,7 +676,7 @@ def _measure(
     loading: Loading,
     triples: Sequence[Triple],
     judge: Judge | None,
-    scratch: Path,
+    probe: Probe,
     *,
     seed: int,
 ) -> tuple[float, float | None]:
@@ -612,16 +696,15 @@ def _measure(
         for name, under in texts.items()
         for t in under
     ]
-    start = time.monotonic()
-    values = scored(scratch / "scores", loaded, flat, "scoring")
-    per_forward = (time.monotonic() - start) / len(flat)
+    with probe.timed("scoring"):
+        values = scored(probe.scratch / "scores", loaded, flat, "scoring")
     del loaded  # the judge's model may need the room
     grid = np.array([[float(v.double().sum()), len(v)] for v in values])
     sums, lengths = (
         dict(zip(texts, column.reshape(len(texts), -1), strict=True)) for column in grid.T
     )
     figures = quality(triples, {n: sums[n] for n in own}, lengths, judge=None)
-    verdicts, per_judged = _verdicts(judge, triples) if judge else (None, None)
+    verdicts = _verdicts(judge, triples, probe) if judge else None
     rng = np.random.default_rng(derive_seed(seed, "check/steering"))
     found = steering(triples, {n: sums[n] / lengths[n] for n in texts}, verdicts, rng)
     line.figures = {
@@ -639,16 +722,17 @@ def _measure(
         + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
     )
     _advise(line, verdicts or ())
-    return per_forward, per_judged
+    per_judged = probe.seconds["judging"] / (len(triples) - 1) if judge else None
+    return probe.seconds["scoring"] / len(flat), per_judged
 
 
-def _verdicts(judge: Judge, triples: Sequence[Triple]) -> tuple[list[Verdict], float]:
-    """Verdicts on good against bad, and seconds of one pair, without those of loading a model."""
+def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Verdict]:
+    """Verdicts on good against bad; the time is that of all but one, which loads a model."""
     pairs = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in triples]
     first = judge.compare_all(pairs[:1])
-    start = time.monotonic()
-    found = [*first, *judge.compare_all(pairs[1:])]
-    return [j.verdict for j in found], (time.monotonic() - start) / len(pairs[1:])
+    with probe.timed("judging"):
+        rest = judge.compare_all(pairs[1:])
+    return [j.verdict for j in (*first, *rest)]
 
 
 def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:

@@ -40,7 +40,7 @@ def run(
     The run folder holds the whole state. After any interruption, the same command resumes; once
     everything is done, it does nothing.
 
-    Shipped recipes: demo, smoke, sso, sso-online, pbaa, contrast, distil, good-over-plain,
+    Shipped recipes: demo, smoke, smollm2, sso, sso-online, pbaa, contrast, distil, good-over-plain,
     best-of-n, best-of-n-principles, self-rewarding, sgpo, spin, wpo, reward.
     """
     from selfsteer.report import summary
