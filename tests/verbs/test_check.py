@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from selfsteer.data.records import Principles, Triple, Verdict
+from selfsteer.engines.base import Completion
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.run.folder import RunFolder
@@ -180,6 +181,17 @@ def test_times_and_intervals_as_a_person_says_them() -> None:
     assert interval((0.0941, 0.0838, 0.1039)) == "+0.094 [+0.084, +0.104]"
     assert interval((0.5, 0.25, 1.0), ".2f") == "0.50 [0.25, 1.00]"
     assert interval((0.5, None, None)) == "+0.500"
+
+
+def test_what_would_be_dropped_is_told_by_stage() -> None:
+    """Of two queries the bad answer to one is cut off, and the plain answer to the other."""
+    done, cut = (Completion("q", "Nectar.", reason, 9, 3) for reason in ("stop", "length"))
+    said = [{"plain": done, "good": done, "bad": cut}, {"plain": cut, "good": done, "bad": done}]
+    lost = checks.unfinished_by_stage(make.recipe("sso"), said)
+    assert lost == {"triples": 1.0, "samples": 0.5}
+    kept = make.recipe("sso", sampling={"keep_unfinished": True})
+    assert checks.unfinished_by_stage(kept, said) == {}
+    assert checks.fault(Completion("q", " ", "stop", 9, 1)) == "empty"
 
 
 # -- how many queries ------------------------------------------------------------------------------

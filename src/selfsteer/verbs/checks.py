@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import PROMPT_TOO_LONG, Engine, Request, SamplingParams
+from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError
 from selfsteer.judges.base import Judge, Pair
@@ -51,7 +51,7 @@ from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.stages.sample import in_contexts, params_of
+from selfsteer.stages.sample import Sample, in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import amount, size
@@ -617,9 +617,9 @@ def _sample(
         )
     elapsed = probe.seconds["sampling"]
     tokens = {r: sum(a[i].completion_tokens for a in said) for i, r in enumerate(models)}
-    cut = {
-        r: sum(a[i].finish_reason == "length" for a in said) / count for i, r in enumerate(models)
-    }
+    faults = {r: Counter(filter(None, (fault(a[i]) for a in said))) for i, r in enumerate(models)}
+    cut = {r: found["unfinished"] / count for r, found in faults.items()}
+    lost = unfinished_by_stage(recipe, [dict(zip(models, a, strict=True)) for a in said])
     found = [answer for answers in said for answer in answers]
     sampled = max(sum(tokens.values()), 1)
     made = list(map(asking.make, triples, said))
@@ -628,12 +628,13 @@ def _sample(
     usable = Left(kept, hygiene, load_catalogue(recipe.principles.catalogue)).sift()
     dropped = Counter(d.reason for d in made if isinstance(d, Dropped)) + usable.reasons
     same = sum(len(set(t.responses.values())) < len(models) for t in kept) / max(len(kept), 1)
-    lost = dropped["unfinished"] / count
     line.figures = {
         "answers": len(found),
         "tokens_per_second": sampled / elapsed,
         "mean_tokens": {r: n / count for r, n in tokens.items()},
         "unfinished": cut,
+        "faults": {r: dict(found) for r, found in faults.items()},
+        "lost": lost,
         "equal": same if kept else None,
         "usable": len(usable),
         "dropped": dict(dropped),
@@ -650,13 +651,14 @@ def _sample(
         nothing = f"and steering cannot be measured on fewer than 2. {more}"
         raise ArtifactError(
             f"{len(kept)} of {count} triples left{drops(dropped)}"
-            + (f": {ending}." if lost else f", {nothing}")
+            + (f": {ending}." if dropped["unfinished"] else f", {nothing}")
         )
     line.found = (
         f"{len(found):,} answers at {sampled / elapsed:,.0f} tokens/s; unfinished: {shares}; "
         f"{len(usable)} of {count} triples usable{drops(dropped)}"
     )
-    line.warn(f"{lost:.0%} of the triples would be dropped: {ending}.", lost > UNFINISHED)
+    gone = " and ".join(f"{share:.0%} of the {title}" for title, share in lost.items() if share)
+    line.warn(f"{gone} would be dropped: {ending}.", max(lost.values(), default=0) > UNFINISHED)
     line.warn(
         f"{shares} of the answers are cut off and kept as they are, without an end. Raise "
         f"sampling.max_new_tokens {sampling.max_new_tokens:,} if that is not what you want.",
@@ -668,6 +670,31 @@ def _sample(
         same > EQUAL,
     )
     return kept, {r: elapsed * n / sampled / count for r, n in tokens.items()}
+
+
+def fault(answer: Completion) -> str | None:
+    """What is wrong with an answer, whatever the others of its query are."""
+    if answer.missing or answer.finish_reason == "length":
+        return answer.missing or "unfinished"
+    return None if answer.text.strip() else "empty"
+
+
+def unfinished_by_stage(
+    recipe: Principled, said: Sequence[Mapping[str, Completion]]
+) -> dict[str, float]:
+    """Stage that samples → the share of its records that it would drop as unfinished.
+
+    The policy answers for whoever writes the responses of a stage, its generator included.
+    """
+    stages = {
+        s.title: s.writers
+        for s in recipe.plan()
+        if isinstance(s, Sample) and not s.sampling.keep_unfinished
+    }
+    return {
+        title: sum(any(fault(a[r]) == "unfinished" for r in writers) for a in said) / len(said)
+        for title, writers in stages.items()
+    }
 
 
 def _measure(
