@@ -59,7 +59,7 @@ def test_a_method_gets_the_settings_that_it_has(real: Any) -> None:
 def test_the_first_try_is_of_short_prompts_with_a_rule(real: Any, tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"What is {i}?"} for i in range(9)))
     settings = real.first_try([prompts], tmp_path, (5, 3))
-    recipe = load_recipe("smollm2", ["policy.model=m", *settings])
+    recipe: Any = load_recipe("smollm2", ["policy.model=m", *settings])
     assert recipe.principles.good == real.SHORT
     rows = [
         row for name in ("align", "held-out") for _, row in read_jsonl(tmp_path / f"{name}.jsonl")
