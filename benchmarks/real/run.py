@@ -34,9 +34,8 @@ from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.methods import METHODS, Aligning, Principled, recipe_of
-from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
-from selfsteer.principles.writer import picked, specimen
+from selfsteer.principles.writer import specimen
 from selfsteer.recipe.read import choose, load_values, merge
 from selfsteer.recipe.sections import JudgeConfig, Queries, resolve_path
 from selfsteer.run.execute import execute
@@ -146,15 +145,6 @@ def measure(
 IFEVAL_JUDGE = ChecksJudge(JudgeConfig(kind="checks"))
 
 
-def good_principle(recipe: Aligning) -> Principles:
-    """The fixed one, or the whole catalogue's."""
-    assert isinstance(recipe, Principled)
-    if recipe.principles.mode == "fixed":
-        return specimen(recipe.principles)
-    catalogue = load_catalogue(recipe.principles.catalogue)
-    return picked(tuple(catalogue.by_name), catalogue)
-
-
 def figures(rows: Sequence[tuple[Query, Any]], judge: ChecksJudge) -> dict[str, Any]:
     """What is kept of a model's answers: rules by query, lengths, how many differ."""
     rules = [judge.results(q, a.text) for q, a in rows]
@@ -249,7 +239,8 @@ def fill(method: str, seed: int, args: argparse.Namespace, given: Sequence[str])
     store = args.runs / f"{args.config}-{method}-{seed}"
     result["settings"], result["ifeval_undecided"] = settings_are, len(undecided)
     if method == "good":  # the style is asked for; IFEval asks for other things
-        result |= measure(model, recipe, (), good_principle(recipe), store)
+        assert isinstance(recipe, Principled)
+        result |= measure(model, recipe, (), specimen(recipe.principles), store)
     else:
         result |= measure(model, recipe, ifeval, None, store)
     write_atomic(path, json.dumps(result, indent=1) + "\n")
