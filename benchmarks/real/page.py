@@ -33,11 +33,11 @@ Made by `python benchmarks/real/run.py` from the JSON files in `{results}/`; do 
 
 SmolLM2-135M-Instruct (Q4_1, dequantised), full weights, on a CPU. *base* is the model as it is,
 *good* the same model under a good principle (of a catalogue's first two features), which training
-should make unnecessary. Answers are sampled as in the recipe, or greedy. [Intervals] are 95 % bootstraps over prompts, whose figures are
-averaged over seeds first; the figures of the single seeds follow. *gain* is the paired difference
-to the base. IFEval: share of a seeded quarter of its prompts of which a greedy answer of at most
-256 tokens follows all instructions, strictly; IFEval's own checkers, from lm-evaluation-harness,
-decide.
+should make unnecessary. Answers are sampled as in the recipe, or greedy. [Intervals] are 95 %
+bootstraps over prompts, whose figures are averaged over seeds first; the figures of the single
+seeds follow. *gain* is the paired difference to the base. IFEval: share of a seeded quarter of its
+prompts of which a greedy answer of at most 256 tokens follows all instructions, strictly; IFEval's
+own checkers, from lm-evaluation-harness, decide.
 """
 
 Results = dict[str, list[dict[str, Any]]]
