@@ -28,7 +28,8 @@ from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, AnyRecipe, recipe_of
 from selfsteer.recipe.read import choose, subsections
-from selfsteer.recipe.sections import Section, resolve_path
+from selfsteer.recipe.sections import Loading, Section, resolve_path
+from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import progress_of
 
 T = TypeVar("T")
@@ -509,6 +510,12 @@ class RunView:
         """What servers were asked, over all tries."""
         paths = (self.folder / "usage").glob("*.json")
         return sum((Usage(path).counts for path in paths), Counter[str]())
+
+    @property
+    def loading(self) -> Loading:
+        """How the run's models are loaded; chat templates write the run's day."""
+        policy = self.recipe.policy
+        return policy.loading.model_copy(update={"date": policy.date or RunFolder(self.folder).day})
 
     @property
     def models(self) -> dict[str, str]:

@@ -57,7 +57,8 @@ def test_the_tiny_world_steers(tmp_path: Path, here: Here) -> None:
     assert found["budgets"]["figures"]["context"] == 512
     assert found["layout"]["figures"]["layout"] == "tree"
     assert found["layout"]["figures"]["difference"] < 1e-4
-    assert found["template"]["figures"] == {"system_role": True, "end_of_turn": "<eos>"}
+    role = {"system_role": True, "end_of_turn": "<eos>"}
+    assert found["template"]["figures"] == {**role, "default_system": "", "date": None}
     assert set(found["time"]["figures"]["seconds"]) == {
         *("principles", "sampling", "scoring", "training", "judging")
     }

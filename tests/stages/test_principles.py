@@ -11,7 +11,7 @@ from selfsteer.data.jsonl import Stored, read_jsonl
 from selfsteer.engines.base import PROMPT_TOO_LONG, Request
 from selfsteer.errors import ConfigError
 from selfsteer.principles import writer
-from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig
+from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, resolve_path
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact
@@ -46,6 +46,7 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     script: dict[str, list[str]],
+    model: str = "package:selfsteer.testbed/checkpoint",
     **settings: Any,
 ) -> tuple[StageResult, dict[str, Any], FakeEngine]:
     engine = answer_with(monkeypatch, scripted(script))
@@ -53,12 +54,29 @@ def run(
     queries = write_jsonl(folder / "queries.jsonl", *({"id": n, "prompt": n} for n in script))
     stage = WritePrinciples(
         Artifact(queries),
-        Artifact(Path("m")),
-        PrinciplesConfig(**{"features": "random", **settings}),
+        Artifact(Path(resolve_path(model))),
+        PrinciplesConfig(**(settings if "good" in settings else {"features": "random"} | settings)),
         EngineConfig(),
     )
     result = folder.execute(stage)
     return result, {t["id"]: t for _, t in read_jsonl(folder / "principles.jsonl")}, engine
+
+
+@pytest.mark.parametrize("mode", ["picked", "fixed"])
+@pytest.mark.parametrize("system", ["keep", "replace"])
+def test_a_system_prompt_of_the_templates_own_is_kept_or_replaced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: dict[str, Path],
+    mode: str,
+    system: str,
+) -> None:
+    """The tiny Qwen's template says "Answer well." where there is no system message."""
+    given = {"good": "Fine.", "bad": "Foul."} if mode == "fixed" else {}
+    settings = {"mode": mode, "system": system, **given}
+    _, lines, _ = run(tmp_path, monkeypatch, {"one": []}, str(checkpoints["qwen2"]), **settings)
+    said = lines["one"]["principles"].get("system")
+    assert said == ("Answer well." if system == "keep" else None)
 
 
 def test_a_failed_answer_is_asked_for_once_more_then_picked(

@@ -209,24 +209,32 @@ class Query:
 
 @dataclass(frozen=True)
 class Principles:
-    """A good and a bad guideline (p+, p-), whole texts as they stand in the system message."""
+    """A good and a bad guideline (p+, p-), whole texts as they stand in the system message.
+
+    ``system`` is what the policy's chat template says as the system where a query does not: then
+    the principle follows it, as it would follow a query's own system message.
+    """
 
     good: str
     bad: str
     features: Sequence[str] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
         for name in ("good", "bad"):
             text = getattr(self, name)
             if not isinstance(text, str) or not text.strip() or not _encodable(text):
                 raise DataError(f"the {name} principle must be a non-empty UTF-8 text")
+        if not isinstance(self.system, str):
+            raise DataError(f"the principles' system must be a text, found {short(self.system)}")
         if isinstance(self.features, str) or not isinstance(self.features, Sequence):
             raise DataError(f"features must be a list of names, found {short(self.features)}")
         object.__setattr__(self, "features", tuple(self.features))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"good": self.good, "bad": self.bad, "features": list(self.features)}
+        own = {"good": self.good, "bad": self.bad, "features": list(self.features)}
+        return {**own, "system": self.system} if self.system else own
 
 
 @dataclass(frozen=True)
@@ -277,7 +285,10 @@ class Triple:
             if not isinstance(principles, Mapping) or not {"good", "bad"} <= set(principles):
                 raise DataError(f"principles need 'good' and 'bad', found {short(principles)}")
             principles = Principles(
-                principles["good"], principles["bad"], principles.get("features") or ()
+                principles["good"],
+                principles["bad"],
+                principles.get("features") or (),
+                principles.get("system") or "",
             )
         responses = rest.pop("responses", None) or {}
         reasons = _check_reasons(rest.pop("finish_reasons", None), RESPONSES)

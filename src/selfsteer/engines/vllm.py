@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
-
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
     Advance,
@@ -24,7 +22,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import EngineError
-from selfsteer.models.load import load_chat, load_context_length
+from selfsteer.models.load import configured_stops, load_chat, load_context_length
 from selfsteer.recipe.sections import EngineSettings, Loading
 from selfsteer.terminal import say
 
@@ -51,13 +49,7 @@ class VllmEngine(ProbedEngine):
     def __init__(self, settings: EngineSettings, source: str, loading: Loading) -> None:
         self.chat = load_chat(source, loading)
         self.context_length = settings.max_model_len or load_context_length(source, loading)
-        try:
-            configured = GenerationConfig.from_pretrained(source).eos_token_id
-        except OSError:
-            code = loading.trust_remote_code
-            config = AutoConfig.from_pretrained(source, trust_remote_code=code)
-            configured = config.get_text_config().eos_token_id
-        self.stop_ids = stop_ids(self.chat, configured)
+        self.stop_ids = stop_ids(self.chat, configured_stops(source, loading))
         self._number = count()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)

@@ -5,9 +5,14 @@ then the end-of-turn token, nothing after it. A response that was cut off gets n
 token: training on one would teach stopping in mid-sentence.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import date
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -17,11 +22,25 @@ from selfsteer.models.reasoning import MARKS, answer_at, bare_thoughts, opened, 
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import did_you_mean
 
-_PROBE = "Probe of the system role"
+_PROBE = "Probe of the template"
 _HI = Message("user", "Hi")
 
-#: Variables of a template that no setting gives: what is rendered, and what every template has.
-_OWN = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now"}
+#: Variables of a template that no setting gives.
+_OWN = {"messages", "add_generation_prompt", "tools", "documents"}
+
+#: Steps of a template on a short conversation, at most; the longest templates need 6,000.
+STEPS = 200_000
+
+#: Noncharacters of Unicode: one of them marks where a control token in a text is taken apart.
+_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
+
+#: Environment variable with the day that templates write as today's, while a run works.
+DAY = "SELFSTEER_DAY"
+
+
+def today() -> str:
+    """The day that templates write, such as 2026-11-29: of a run, that on which it started."""
+    return os.environ.get(DAY) or str(date.today())
 
 
 @dataclass(frozen=True)
@@ -56,14 +75,23 @@ class ChatFormat:
         tokenizer: with a chat template.
         source: what messages call the model.
         kwargs: variables of the template that every rendering gets, such as ``enable_thinking``.
+        day: what the template writes as today's date, such as 2026-11-29; None: `today`.
+        stops: the ids that end an answer by the checkpoint's configuration.
 
     Raises:
-        ArtifactError: the tokenizer has no chat template, or no token that ends a turn.
+        ArtifactError: the tokenizer has no chat template, the template fails, does not end or
+            drops what is said, or there is no token that ends a turn.
         ConfigError: the template reads no such variable.
     """
 
     def __init__(
-        self, tokenizer: Any, source: str = "the model", kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        source: str = "the model",
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        day: str | None = None,
+        stops: Callable[[], Collection[int]] = tuple,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ArtifactError(
@@ -71,63 +99,98 @@ class ChatFormat:
                 "Use a chat or instruction-tuned checkpoint, or put a chat_template.jinja into "
                 "its folder."
             )
-        self.tokenizer = tokenizer
-        self.source = source
-        self.kwargs = dict(kwargs or {})
+        self.tokenizer, self.source, self._stops = tokenizer, source, stops
+        self.kwargs, self.day = dict(kwargs or {}), day or today()
+        self._cache: dict[tuple[tuple[Message, ...], bool], tuple[int, ...]] = {}
+        self._ids_seen: dict[int, int] = {}
+        try:
+            self._compile()
+        except Exception as e:  # not only a TemplateSyntaxError: RecursionError, for one
+            raise self._broken("cannot be read", e) from e
+        self._check_variables()
+        said = [Message("user", _PROBE)]
+        self._takes_parts = False
+        self._takes_parts = _PROBE not in self._tried(said)  # some vision models' list of parts
+        if self._takes_parts and _PROBE not in self._tried(said):
+            raise ArtifactError(
+                f"The chat template of {source} drops what the user says, as text and as a list "
+                "of parts. Correct its chat_template.jinja."
+            )
+
+    def _broken(self, what: str, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"The chat template of {self.source} {what}: {type(error).__name__}: "
+            f"{str(error).rstrip(chr(46))}. Correct "
+            "its chat_template.jinja."
+        )
+
+    def _compile(self) -> None:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._text = self.tokenizer.get_chat_template()
+        self._template = _compile_jinja_template(self._text)
+        #: The variables that settings may give, and whether it writes today's date.
+        self.variables, self.writes_date = read_template(self._text, self._template.environment)
+
+    def _check_variables(self) -> None:
         for name in self.kwargs.keys() - self.variables:
             reads = ", ".join(sorted(self.variables)) or "no variable"
             raise ConfigError(
-                f"chat_template_kwargs: the chat template of {source} reads no {name!r}, so it "
-                f"would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
+                f"chat_template_kwargs: the chat template of {self.source} reads no {name!r}, so "
+                f"it would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
             )
-        self._cache: dict[tuple[tuple[Message, ...], bool], tuple[int, ...]] = {}
-        self._ids: dict[int, int] = {}
-
-    @cached_property
-    def variables(self) -> frozenset[str]:
-        """The variables that the template reads and settings may give."""
-        from jinja2.meta import find_undeclared_variables
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        template = self.tokenizer.get_chat_template()
-        environment = _compile_jinja_template(template).environment
-        found = find_undeclared_variables(environment.parse(template))
-        return frozenset(found - _OWN - environment.globals.keys())
 
     @cached_property
     def has_system_role(self) -> bool:
         """Whether the template shows a system message; Gemma's refuses one."""
-        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
+        from jinja2 import TemplateError
+
         try:
-            return _PROBE in self._render(messages, add_generation_prompt=True)
-        except Exception as e:
-            # templates refuse through jinja2's raise_exception; anything else would fail again
-            # below, in the plain rendering, with its own message
-            if type(e).__name__ == "TemplateError":
-                return False
+            return _PROBE in self._tried([Message("system", _PROBE), _HI])
+        except ArtifactError as e:
+            if isinstance(e.__cause__, TemplateError | TypeError):
+                return False  # it refuses the role; anything else is a fault
             raise
 
     @cached_property
+    def default_system(self) -> str:
+        """What the template says as the system where no system message is given; mostly nothing."""
+        if not self.has_system_role:
+            return ""
+        plain, given = self._tried([_HI]), self._tried([Message("system", _PROBE), _HI])
+        before, _, after = given.partition(_PROBE)
+        end = len(plain) - len(after)
+        same = plain.startswith(before) and plain.endswith(after) and len(before) <= end
+        found = plain[len(before) : end] if same else ""
+        return found if found.strip() else ""
+
+    @cached_property
     def end_of_turn(self) -> int:
-        """The token that ends an assistant turn: what the template puts after the answer."""
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-        tail = self._render(turns).rpartition(_PROBE)[2]
-        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        found = next((i for i in ids if i in self.special_ids), self.tokenizer.eos_token_id)
-        if found is None:
+        """The token that ends an assistant turn: what the template puts after the answer.
+
+        Where it puts nothing there, as GLM-4's, the token of the next role if the checkpoint's
+        configuration stops at it; else the tokenizer's eos.
+        """
+        turns = [_HI, Message("assistant", _PROBE)]
+
+        def after(*more: Message) -> list[int]:
+            tail = self._tried([*turns, *more], add_generation_prompt=False).rpartition(_PROBE)[2]
+            return [i for i in self._encode(tail) if i in self.special_ids]
+
+        last, stops = after()[:1], {*self._stops()} if not after() else set()
+        found = last or [i for i in after(_HI)[:1] if i in stops] or [self.tokenizer.eos_token_id]
+        if found[0] is None:
             raise ArtifactError(
                 f"{self.source}: neither the chat template nor the tokenizer (eos_token) says "
                 "which token ends a turn. Set eos_token in tokenizer_config.json."
             )
-        return int(found)
+        return int(found[0])
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The special tokens."""
         # a fine-tune's end-of-turn token is often special without having a role of its own
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        more = (i for i, token in added.items() if token.special)
-        return frozenset([*self.tokenizer.all_special_ids, *more])
+        return frozenset([*self.tokenizer.all_special_ids, *self._special.values()])
 
     @cached_property
     def opens_reasoning(self) -> bool:
@@ -137,8 +200,9 @@ class ChatFormat:
     def _opening(self, **thoughts: str) -> tuple[str, str]:
         """What leaves the end of a prompt, and what enters it, where the template has an answer."""
         prompt = self.prompt_text([_HI])
-        answer: dict[str, str] = {"role": "assistant", "content": _PROBE, **thoughts}
-        shown = self._render([_HI.to_dict(), answer]).partition(_PROBE)[0]
+        turns = [_HI, Message("assistant", _PROBE)]
+        whole = self._render(turns, add_generation_prompt=False, **thoughts)
+        shown = whole.partition(_PROBE)[0]
         same = len(commonprefix([prompt, shown]))  # noqa: RUF071 - characters are meant
         return prompt[same:], shown[same:]
 
@@ -158,7 +222,7 @@ class ChatFormat:
     @cached_property
     def may_reason(self) -> bool:
         """Whether thoughts may come first: the template has marks, and no prompt ends with one."""
-        template, prompt = self.tokenizer.get_chat_template(), self.prompt_text([_HI]).rstrip()
+        template, prompt = self._text, self.prompt_text([_HI]).rstrip()
         return any(m.end in template and not prompt.endswith(m.end) for m in MARKS)
 
     def without_thoughts(self, prompt: str) -> str:
@@ -186,9 +250,93 @@ class ChatFormat:
         sampled = tuple(ids[max(len(ids) - len(again), 0) :] if reasoning else ids)
         return Said(reasoning, text, sampled != again, not self.special_ids.isdisjoint(ids[at:]))
 
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        options |= self.kwargs
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    def _tried(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Renders a short conversation; a template that fails or does not end is an error."""
+        try:
+            with few_steps(STEPS):
+                return self._render(messages, add_generation_prompt=add_generation_prompt)
+        except Exception as e:  # templates are programs
+            roles = ", ".join(m.role for m in messages)
+            raise self._broken(f"fails on a conversation of the roles {roles}", e) from e
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        mark: str = "",
+        *,
+        add_generation_prompt: bool = True,
+        **thoughts: str,
+    ) -> str:
+        """The template's text; with a mark, control tokens in messages are taken apart by it.
+
+        ``thoughts`` are further keys of the last message.
+        """
+        turns: list[dict[str, Any]] = []
+        for role, content in messages:
+            text = self._apart(content, mark, role) if mark else content
+            parts = [{"type": "text", "text": text}] if self._takes_parts else text
+            turns.append({"role": role, "content": parts})
+        turns[-1] |= thoughts
+        given = {**self.tokenizer.special_tokens_map, **self.kwargs}
+        day = date.fromisoformat(self.day)
+        return str(
+            self._template.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=day.strftime,
+                **given,
+            )
+        )
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """Special tokens: text that writes one would open or end a turn."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {token.content: i for i, token in added.items() if token.special}
+
+    @cached_property
+    def _controls(self) -> dict[bool, re.Pattern[str]]:
+        """Where a control token begins in an assistant's text (True), or in another's.
+
+        An assistant may write those that are not special, such as ``<think>``; from others they
+        are text if the template uses them.
+        """
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        used = {t.content for t in added if t.content in self._text and not t.content.isspace()}
+
+        def beginning(tokens: Collection[str]) -> re.Pattern[str]:
+            any_of = "|".join(re.escape(t) for t in tokens if len(t) > 1)
+            return re.compile(f"(?=(?:{any_of}))(.)" if any_of else "(?!)", re.DOTALL)
+
+        return {True: beginning(self._special), False: beginning({*self._special, *used})}
+
+    def _apart(self, text: str, mark: str, role: str = "assistant") -> str:
+        return self._controls[role == "assistant"].sub(rf"\1{mark}", text)
+
+    def _mark_for(self, messages: Sequence[Message]) -> str:
+        """What takes control tokens apart; nothing where no message has one."""
+        controls = self._controls
+        if not any(controls[m.role == "assistant"].search(m.content) for m in messages):
+            return ""
+        return next(c for c in _MARKS if not any(c in m.content for m in messages))
+
+    def _encode(self, text: str, mark: str = "") -> list[int]:
+        """Ids of text; at each mark it is cut, so that no token reaches across."""
+        ids = self.tokenizer
+
+        def encode(part: str) -> list[int]:
+            # the template writes its own begin-of-text token
+            return list(ids(part, add_special_tokens=False)["input_ids"])
+
+        first, *rest = text.split(mark) if mark else [text]
+        found, lead = encode(first), encode("\n") if rest else []
+        for part in rest:
+            # behind a line end, as some tokenizers put a space in front of a text
+            after = encode(f"\n{part}")
+            found += after[len(lead) :] if after[: len(lead)] == lead else encode(part)
+        return found
 
     def prompt_text(self, messages: Sequence[Message], *, continued: bool = False) -> str:
         """The rendered prompt with generation prompt; system text folded in where it must be.
@@ -197,13 +345,17 @@ class ChatFormat:
             messages: that end in a user turn.
             continued: they end in an assistant turn, which is left open to be continued.
         """
+        if not continued:
+            return self._prompt(messages)
+        *turns, (role, text) = messages
+        end = next(c for c in _MARKS if c not in text)
+        return self._prompt([*turns, Message(role, text + end)], opens=False).rpartition(end)[0]
+
+    def _prompt(self, messages: Sequence[Message], mark: str = "", *, opens: bool = True) -> str:
         folded = self.folded(messages)
-        option = "continue_final_message" if continued else "add_generation_prompt"
         try:
-            return self._render([m.to_dict() for m in folded], **{option: True})
-        except Exception as e:
-            if type(e).__name__ not in ("TemplateError", "UndefinedError", "TypeError"):
-                raise
+            return self._render(folded, mark, add_generation_prompt=opens)
+        except Exception as e:  # templates are programs
             raise DataError(
                 f"The chat template of {self.source} refuses a conversation with the roles "
                 f"{', '.join(m.role for m in folded)}: {e}"
@@ -228,16 +380,15 @@ class ChatFormat:
         if key not in self._cache:
             if len(self._cache) >= 4096:
                 self._cache.clear()
-            # the template writes its own begin-of-text token
-            prompt = self.prompt_text(messages)
+            mark = self._mark_for(messages)
+            prompt = self._prompt(messages, mark)
             text = prompt if reasoned else self.without_thoughts(prompt)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._cache[key] = self._shared(ids)
+            self._cache[key] = self._shared(self._encode(text, mark))
         return self._cache[key]
 
     def _shared(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Equal ids as one object: 8 bytes of memory a token, which were 40."""
-        known = self._ids.setdefault
+        known = self._ids_seen.setdefault
         return tuple([known(i, i) for i in ids])
 
     def exchange_ids(self, messages: Sequence[Message], response: str) -> tuple[int, ...]:
@@ -247,12 +398,13 @@ class ChatFormat:
         end-of-turn token, so this is not always `prompt_ids` + `response_ids`.
         """
         turns = [*self.folded(messages), Message("assistant", response)]
-        text = self._render([m.to_dict() for m in turns])
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        mark = self._mark_for(turns)
+        return tuple(self._encode(self._render(turns, mark, add_generation_prompt=False), mark))
 
     def response_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
         """Ids of a response, with the end-of-turn token if it ended by itself."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        mark = self._mark_for([Message("assistant", text)])
+        ids = self._encode(self._apart(text, mark) if mark else text, mark)
         return self._shared([*ids, self.end_of_turn] if finished else ids)
 
     def exchange(
@@ -278,7 +430,11 @@ class ChatFormat:
             return_token_type_ids=False,
             verbose=False,  # that one is longer than the context is for others to say
         )["input_ids"]
-        return [len(ids) + done for ids, (_, done) in zip(found, responses, strict=True)]
+        controls = self._controls[True]
+        return [
+            len(self.response_ids(text)) - 1 + done if controls.search(text) else len(ids) + done
+            for ids, (text, done) in zip(found, responses, strict=True)
+        ]
 
     def sequence(self, triple: Triple, name: str, max_length: int | None = None) -> EncodedSequence:
         """The sequence ``context/response`` of a triple.
@@ -311,3 +467,38 @@ class ChatFormat:
                 + (f" within {max_length} tokens" if max_length is not None else "")
             )
         return EncodedSequence(prompt, answer)
+
+
+@lru_cache(maxsize=64)
+def read_template(template: str, environment: Any) -> tuple[frozenset[str], bool]:
+    """The variables of a template that settings may give, and whether it asks for the date."""
+    from jinja2 import nodes
+    from jinja2.meta import find_undeclared_variables
+
+    parsed = environment.parse(template)
+    # names that it sets itself are no settings, unless it asks first whether they are given
+    names = list(parsed.find_all(nodes.Name))
+    set_here = {n.name for n in names if n.ctx == "store"}
+    tests = (t.node for t in parsed.find_all(nodes.Test))
+    asked = {n.name for n in tests if isinstance(n, nodes.Name)}
+    given = find_undeclared_variables(parsed) - _OWN - (set_here - asked)
+    return frozenset(given), any(n.name == "strftime_now" for n in names)
+
+
+@contextmanager
+def few_steps(most: int) -> Iterator[None]:
+    """A block that may run so many lines of Python: templates are code, and some never end."""
+    before, left = sys.gettrace(), most
+
+    def count(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it has not ended after {most:,} steps")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

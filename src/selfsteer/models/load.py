@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
 
 from selfsteer.data.digests import digest, model_digest
@@ -120,7 +121,23 @@ def load_chat(source: str, settings: Loading) -> ChatFormat:
         ConfigError: the template reads none of the variables that the settings give.
     """
     tokenizer = pretrained(AutoTokenizer, "tokenizer", checkpoint(source, settings), settings)
-    return ChatFormat(tokenizer, source, settings.chat_template_kwargs)
+    return ChatFormat(
+        tokenizer,
+        source,
+        settings.chat_template_kwargs,
+        day=settings.date,
+        stops=lambda: configured_stops(source, settings),
+    )
+
+
+def configured_stops(source: str, settings: Loading) -> list[int]:
+    """The ids that end an answer by a checkpoint's generation config, or else by its config."""
+    try:
+        held = checkpoint(source, settings)
+        found = pretrained(GenerationConfig, "generation config", held, settings).eos_token_id
+    except ArtifactError:
+        found = _load_config(source, settings).get_text_config().eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
 
 
 def load_model(

@@ -1,7 +1,9 @@
 """Plain, good and bad contexts: the messages that a query becomes under a principle.
 
 plain = the query alone; good / bad = the query with p+ / p- as the system message. A query that
-already has a system message keeps it, and the principle is appended (SSO v2, §3.1).
+already has a system message keeps it, and the principle is appended (SSO v2, §3.1). So is the
+system prompt that a chat template gives where there is none, if the principles know it: plain and
+steered contexts then differ in the principle alone.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ def context_messages(
     if principles is None:
         raise ValueError(f"the {context} context needs principles and the record has none")
     text = principles.good if context == "good" else principles.bad
-    if messages[0].role == "system":
-        return [Message("system", f"{messages[0].content}\n\n{text}"), *messages[1:]]
-    return [Message("system", text), *messages]
+    given = messages[0].role == "system"
+    system = messages[0].content if given else principles.system
+    both = f"{system}\n\n{text}" if system else text
+    return [Message("system", both), *(messages[1:] if given else messages)]

@@ -183,6 +183,11 @@ class Loading(Section):
     chat_template_kwargs: dict[str, Any] = _f(
         {}, "variables of the chat template: {enable_thinking: false}, {reasoning_effort: low}"
     )
+    date: str | None = _f(
+        None,
+        "what the chat template writes as today's date; null: the day on which the run started",
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+    )
     threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0, costs_only=True)
 
     @property
@@ -520,6 +525,9 @@ class PrinciplesConfig(Section):
     )
     examples: int = _f(0, "worked examples shown to the writer", ge=0, le=3)
     candidates: int = _f(1, "answers of the writer per query; the best is used", ge=1)
+    system: Literal["keep", "replace"] = _f(
+        "keep", "a system prompt that the chat template itself writes: principles follow it, or not"
+    )
     good: str | None = _f(None, "mode fixed: the whole good principle, the same for every query")
     bad: str | None = _f(None, "mode fixed: the whole bad principle")
     path: str | None = _f(
@@ -559,7 +567,8 @@ class PrinciplesConfig(Section):
             }
         )
         own = {"good", "bad", "path"}
-        idle = set(type(self).model_fields) - own - {"mode", "shard_size"} if fixed else own
+        always = {"mode", "system", "shard_size"}
+        idle = set(type(self).model_fields) - own - always if fixed else own
         if self.mode == "picked":
             idle |= {"writer", "written_from", "examples", "candidates"}
         if not self.asks_a_model:

@@ -29,7 +29,7 @@ def tokenizer(run: RunView) -> ChatFormat | None:
     from selfsteer.models.load import load_chat
 
     base, *own = run.models.values()
-    loading = run.recipe.policy.loading.model_copy(update={"trust_remote_code": False})
+    loading = run.loading.model_copy(update={"trust_remote_code": False})
     for source in [*own, resolve_path(base)]:
         if Path(source).is_dir():
             try:
@@ -90,8 +90,10 @@ class LogProbs:
             self.why_not = "the tokenizer does not say where its tokens stand in a text"
             return None
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
-        offsets = self.chat.tokenizer(text, **options)["offset_mapping"]
-        ends = [end for _, end in offsets][: len(values)]
+        found = self.chat.tokenizer(text, **options)
+        if tuple(found["input_ids"]) != self.chat.response_ids(text, finished=False):
+            return None  # a special token's text was read as text
+        ends = [end for _, end in found["offset_mapping"]][: len(values)]
         chars = np.diff([0, *np.maximum.accumulate(np.array(ends, dtype=int))]).tolist()
         chars += [0] * (len(values) - len(chars))
         return {"chars": chars, "logps": [round(float(v), 2) for v in values]}

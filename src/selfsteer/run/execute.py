@@ -133,7 +133,7 @@ def execute(
                 list(stage.check())
         follow(stages, run)
         return 0
-    with run.locked(), ranks.leading() as call:
+    with run.locked(), run.on_its_day(), ranks.leading() as call:
         stale = run.stale(whole)
         if stale and not redo:
             refuse(run, stale)
@@ -170,7 +170,8 @@ def follow(stages: Sequence[Stage], run: RunFolder) -> None:
     for name, fingerprint in ranks.following():
         if name not in known or known[name].fingerprint != fingerprint:
             ranks.refuse_stage(name)
-        known[name].run(run)
+        with run.on_its_day():
+            known[name].run(run)
         _free_memory()
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
@@ -33,6 +34,7 @@ from selfsteer.data.jsonl import (
 )
 from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.chat import DAY
 
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
@@ -106,6 +108,29 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def day(self) -> str | None:
+        """The day on which its first run started, such as 2026-11-29."""
+        path = self / "day"
+        return path.read_text("utf-8").strip() if path.exists() else None
+
+    @contextmanager
+    def on_its_day(self) -> Iterator[None]:
+        """A block in which chat templates write that day as today's: prompts outlast midnight.
+
+        It is in the environment, so that other processes of the run write the same.
+        """
+        before = os.environ.get(DAY)
+        if self.day is None:
+            write_atomic(self / "day", f"{before or date.today()}\n")
+        os.environ[DAY] = str(self.day)
+        try:
+            yield
+        finally:
+            os.environ.pop(DAY)
+            if before is not None:
+                os.environ[DAY] = before
 
     @contextmanager
     def locked(self) -> Iterator[None]:

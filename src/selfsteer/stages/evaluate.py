@@ -27,6 +27,7 @@ from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.principles import kept_system
 from selfsteer.stages.queries import reading_notes
 from selfsteer.stages.sample import check_sampler, params_of
 from selfsteer.terminal import progress_bar, warn
@@ -246,7 +247,9 @@ class Evaluate(Stage):
 
     def _show(self, query: Query, exhibit: Exhibit, run: RunFolder) -> dict[str, Any]:
         s, seed = self.sampling, derive_seed(self.seed, "exhibit")
-        principles = writer.specimen(exhibit.principles)
+        policy = str(next(iter(exhibit.models.values())).path)
+        system = kept_system(exhibit.principles, policy, self.loading)
+        principles = replace(writer.specimen(exhibit.principles), system=system)
         asked = [
             Request(c, tuple(context_messages(query.messages, principles, c)), derive_seed(seed, c))
             for c in CONTEXTS

@@ -74,7 +74,8 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         if is_main_process():
             write_atomic(mark, fingerprint)
         made = {"fingerprint": fingerprint, "model": model, "triples": str(triples_path)}
-        return _train(model, triples, dropped, config, work, made)
+        with work.on_its_day():
+            return _train(model, triples, dropped, config, work, made)
 
 
 def teaches_nothing(triple: Triple, *, keep_unfinished: bool) -> str | None:

@@ -3,8 +3,8 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from selfsteer.principles.catalogue import Catalogue, catalogue_of, catalogue_te
 from selfsteer.principles.fixed import Fixed
 from selfsteer.principles.lint import lint
 from selfsteer.principles.writer import Outcome
-from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, WriterConfig
+from selfsteer.recipe.sections import EngineConfig, Loading, PrinciplesConfig, WriterConfig
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
@@ -142,8 +142,8 @@ class WritePrinciples(Stage):
                     folder, queries, settings.shard_size, work, lambda n: bar.skip(n * passes)
                 )
             notes |= engines.notes
-        seen = Tally()
-        lines = map(seen.note, Stored(folder, Triple.from_dict))
+        seen, system = Tally(), kept_system(settings, str(self.policy.path), self.loading)
+        lines = map(seen.note, with_system(Stored(folder, Triple.from_dict), system))
         write_atomic(run / self.outputs[0], map(dump_line, lines))
         shutil.rmtree(folder)
         result.notes = seen.counts(author.catalogue if author else None) | notes
@@ -168,6 +168,23 @@ class WritePrinciples(Stage):
             engine(None) if settings.features == "model" else None,
             engine(settings.writer) if settings.mode == "generated" else None,
         )
+
+
+def kept_system(settings: PrinciplesConfig, policy: str, loading: Loading) -> str:
+    """The system prompt that the policy's chat template gives, where principles are to follow it.
+
+    Raises:
+        ArtifactError: the policy's tokenizer cannot be loaded.
+    """
+    from selfsteer.models.load import load_chat
+
+    return load_chat(policy, loading).default_system if settings.system == "keep" else ""
+
+
+def with_system(triples: Iterable[Triple], system: str) -> Iterator[Triple]:
+    """The triples, their principles with the chat template's system prompt."""
+    for t in triples:
+        yield replace(t, principles=t.principles and replace(t.principles, system=system))
 
 
 class Tally:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,17 +74,19 @@ class Chat:
         from selfsteer.models.load import load_model
         from selfsteer.principles import writer
         from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
+        from selfsteer.stages.principles import kept_system
 
         recipe = aligning(run.recipe)
         sampling = recipe.sampling
         own = recipe.principles if isinstance(recipe, Principled) else PrinciplesConfig()
-        self.principles = writer.specimen(own, features)
+        loading = run.loading
+        base = resolve_path(run.models["base"])
+        system = kept_system(own, base, loading)
+        self.principles = replace(writer.specimen(own, features), system=system)
         self.seed = seed
         self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
-            name: TransformersEngine(
-                load_model(resolve_path(source), recipe.policy, inference=True)
-            )
+            name: TransformersEngine(load_model(resolve_path(source), loading, inference=True))
             for name, source in run.models.items()
             if name != "reward"
         }

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import derive_seed
+from selfsteer.data.jsonl import short
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
@@ -249,11 +250,35 @@ def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatForma
     with c.line("template") as line:
         for note in dict.fromkeys(n for stage in stages for n in stage.check()):
             line.warn(f"{note}. That works, but principle and query share a turn.")
-        chat = load_chat(resolve_path(recipe.policy.model), recipe.policy)
+        loading, day = recipe.policy.loading, RunFolder(recipe.folder).day
+        loading = loading.model_copy(update={"date": loading.date or day})
+        chat = load_chat(resolve_path(recipe.policy.model), loading)
         token = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
         role = "system role" if chat.has_system_role else "no system role"
         line.found = f"{role}; {token} ends a turn"
-        line.figures = {"system_role": chat.has_system_role, "end_of_turn": token}
+        line.figures = {
+            "system_role": chat.has_system_role,
+            "end_of_turn": token,
+            "default_system": chat.default_system,
+            "date": chat.day if chat.writes_date else None,
+        }
+        kept = not isinstance(recipe, Principled) or recipe.principles.system == "keep"
+        if chat.default_system:
+            line.found += (
+                f"; writes a system prompt of its own, {short(chat.default_system)}, "
+                f"{'which principles follow' if kept else 'which principles replace'}"
+            )
+        line.warn(
+            "principles.system is replace, so plain and steered contexts differ in more than the "
+            "principle.",
+            bool(chat.default_system) and not kept,
+        )
+        if chat.writes_date:
+            line.found += f"; writes today's date, {chat.day} throughout the run"
+            line.warn(
+                "A server writes its own date: prompts may change at midnight.",
+                recipe.sampling.engine.answering.kind == "openai",
+            )
     return chat
 
 
