@@ -69,7 +69,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = LlamaModel.forward
 
     def spy(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-        ids.extend([-1, *input_ids.flatten().tolist()])
+        ids.extend(input_ids.flatten().tolist())
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", spy)

@@ -136,7 +136,7 @@ def configured_stops(source: str, settings: Loading) -> list[int]:
         held = checkpoint(source, settings)
         found = pretrained(GenerationConfig, "generation config", held, settings).eos_token_id
     except ArtifactError:
-        found = _load_config(source, settings).get_text_config().eos_token_id
+        found = load_config(source, settings).get_text_config().eos_token_id
     return [found] if isinstance(found, int) else list(found or ())
 
 
