@@ -367,10 +367,12 @@ def test_a_reward_model_that_the_device_cannot_train_is_refused_before_it_loads(
 @pytest.mark.parametrize("points", [0, 4])
 def test_a_judge_of_candidates_that_is_not_there_is_told_before_a_training(points: int) -> None:
     judge = {"kind": "reward", "model": "/nowhere"}
-    made = recipe("pbaa", judge=judge, training={"selection": {"points": points}})
-    policy = stages_of(made)["iteration-1/policy"]
+    policy = {"model": "package:selfsteer.testbed/checkpoint"}
+    selection = {"selection": {"points": points}}
+    made = recipe("pbaa", policy=policy, judge=judge, training=selection)
+    training = stages_of(made)["iteration-1/policy"]
     with pytest.raises(SelfsteerError, match="/nowhere") if points else nullcontext():
-        list(policy.check())
+        list(training.check())
 
 
 def test_a_given_file_counts_in_a_mixture_by_content(tmp_path: Path) -> None:

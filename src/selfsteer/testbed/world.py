@@ -55,7 +55,9 @@ def fingerprint() -> str:
         "knowledge": _constants(knowledge),
         "odds": _constants(corpus_module),
         "questions": [(asdict(q), q.split, q.features) for q in questions()],
-        "catalogue": [f.model_dump(exclude={"weight"}) for f in catalogue.BUILT_IN.features],
+        "catalogue": [
+            f.model_dump(exclude={"weight", "checks"}) for f in catalogue.BUILT_IN.features
+        ],
         "closing": catalogue.BUILT_IN.closing,
         "samples": [_sample(task) for task in knowledge.TASK_FEATURES],
     }
