@@ -1,6 +1,7 @@
 """Replicas on a cluster of this machine: the texts of one process, batch by batch."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.chat import DAY
 from selfsteer.models.load import load_model
 from selfsteer.recipe.sections import EngineConfig, Loading, resolve_path
 
@@ -68,6 +70,15 @@ def test_what_a_replica_cannot_do_is_its_own_error(engine: RayEngine) -> None:
     with pytest.raises(ArtifactError, match="no/such-model cannot be loaded"):
         answers(lost, REQUESTS[:2], PARAMS)
     lost.close()
+
+
+def test_replicas_write_the_day_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsteer.engines.ray.joined", lambda settings: nullcontext([{"CPU": 4}]))
+    monkeypatch.setattr("selfsteer.engines.ray.check_nodes", lambda source: None)
+    monkeypatch.setenv(DAY, "2024-02-29")
+    for loading, day in ((LOADING, "2024-02-29"), (Loading(date="2020-01-01"), "2020-01-01")):
+        engine = RayEngine(SETTINGS, SOURCE, loading, 4, at_hand=True, make=make_engine)
+        assert engine.model["loading"].date == day
 
 
 # -- room and weights ------------------------------------------------------------------------------

@@ -85,10 +85,13 @@ def test_what_leaves_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) -> 
     rows = [json.loads(line) for line in shard.read_text().splitlines()]
     rows[0]["responses"]["plain"] = ""
     shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = next(s for s in made.plan() if s.title == "teacher")
-    result = stage.run(RunFolder(made.folder))
+    teacher, training = made.plan()[-2:]
+    result = teacher.run(RunFolder(made.folder))
     assert result.dropped == {"empty": 1}
     assert result.n_out == len(rows) - 1
+    trained = training.run(RunFolder(made.folder))
+    assert trained.dropped == {"no_targets": 1}
+    assert trained.n_out == len(rows) - 1
 
 
 def test_there_are_no_pairs_to_export(done: Path) -> None:

@@ -177,6 +177,22 @@ def test_what_the_hub_refuses_says_what_to_do(error: str, parts: list[str]) -> N
     told(str(e.value), "The config org/x@v9 cannot be loaded", *parts)
 
 
+@pytest.mark.parametrize("error", ["RepositoryNotFoundError", "RevisionNotFoundError"])
+def test_what_is_not_on_the_hub_is_refused_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    import httpx2
+    from huggingface_hub import errors
+
+    def download(*args: Any, **more: Any) -> None:
+        request = httpx2.Request("GET", "https://huggingface.co/org/x")
+        raise getattr(errors, error)("404", response=httpx2.Response(404, request=request))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    with pytest.raises(ArtifactError, match="The model org/x@v9 cannot be loaded"):
+        checkpoint("org/x@v9", CPU)
+
+
 # -- adapters ----------------------------------------------------------------------------------
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from selfsteer.data.records import Query, Triple, Verdict
-from selfsteer.engines.base import SamplingParams
+from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality
 from selfsteer.methods import load_recipe
+from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import score_records
 from selfsteer.objectives import Objective
@@ -227,6 +228,7 @@ def make_selector(loaded: LoadedModel, held: Sequence[Triple], **more: Any) -> S
         "contexts": ("plain",),
         "sampling": SamplingParams(max_new_tokens=12),
         "batch_size": 16,
+        "keep_reasoning": False,
         "judge": None,
         "seed": 5,
         "label": "test",
@@ -277,6 +279,31 @@ def test_a_generators_figures_are_those_of_the_quality_report(tmp_path: Path, ju
         both = (m["good/good"] > m["bad/good"]) & (m["bad/bad"] > m["good/bad"])
         assert values == [float(b) for b in both]
     assert 0 < np.mean(values) <= 1
+
+
+@pytest.mark.parametrize(("keep", "thoughts"), [(True, "Now.</think>"), (False, "")])
+def test_answers_are_scored_after_their_own_thoughts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, thoughts: str
+) -> None:
+    loaded, held = tiny_world(2)
+    held = [replace(t, reasoning={"good": "Once.</think>"}) for t in held]
+    said = Completion("", "The bee eats nectar.", "stop", 9, 9, "Now.</think>")
+    monkeypatch.setattr(
+        "selfsteer.stages.selector.answers",
+        lambda engine, asked, *rest, **more: {r.id: replace(said, id=r.id) for r in asked},
+    )
+    scored: list[Triple] = []
+    sequence = loaded.chat.sequence
+
+    def noted(triple: Triple, name: str) -> EncodedSequence:
+        scored.append(triple)
+        return sequence(triple, name)
+
+    monkeypatch.setattr(loaded.chat, "sequence", noted)
+    selector = make_selector(loaded, held, contexts=("good", "bad"), keep_reasoning=keep)
+    selector.begin(loaded.model, tmp_path, 8)
+    assert scored
+    assert all(t.reasoning == {"good": thoughts, "bad": thoughts} for t in scored)
 
 
 @pytest.mark.parametrize("half", ["good", "bad"])

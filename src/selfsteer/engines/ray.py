@@ -31,6 +31,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, SelfsteerError
+from selfsteer.models.chat import today
 from selfsteer.recipe.sections import EngineConfig, Loading
 from selfsteer.terminal import say, warn
 
@@ -100,6 +101,8 @@ class RayEngine:
         self.settings, answering = settings, settings.answering
         self.batch_size = batch_size if answering.kind == "transformers" else None
         source = str(Path(source).absolute()) if Path(source).is_dir() else source
+        # a cluster's processes have an environment of their own, without the day of the run
+        loading = loading.model_copy(update={"date": loading.date or today()})
         self.model = {"settings": answering, "source": source, "loading": loading}
         self.model |= {"batch_size": batch_size, "at_hand": at_hand}
         self._pool: Any = None

@@ -1,4 +1,4 @@
-"""Messages to ids; the only caller of ``apply_chat_template``.
+"""Messages to ids; the only place that renders chat templates.
 
 A sequence is: chat template of the context's messages with generation prompt, then the response,
 then the end-of-turn token, nothing after it. A response that was cut off gets no end-of-turn

@@ -101,7 +101,10 @@ def checkpoint(source: str, settings: Loading) -> str:
     if is_hub_id(source):
         commit = hub_commit(source)
         repo, revision = split_revision(source)
-        adapters = find_adapter_config_file(repo, revision=commit or revision or "main")
+        try:
+            adapters = find_adapter_config_file(repo, revision=commit or revision or "main")
+        except Exception as e:
+            raise _unreadable("model", source, e) from e
         return checkpoint(_snapshot(source, settings), settings) if adapters else source
     if (path / ADAPTER_CONFIG).is_file():
         from selfsteer.models.merge import merge_adapter  # which asks for checkpoints of bases

@@ -35,13 +35,18 @@ if TYPE_CHECKING:
 def fit(stage: "Train", run: RunFolder) -> StageResult:
     """Trains a policy or a generator, on every rank; writes its folder and its candidates' figures.
 
-    Dropped are ``prompt_too_long``, and ``held_out``: queries that its candidates answer.
+    Dropped are ``prompt_too_long``, ``held_out``: queries that its candidates answer, and
+    ``no_targets``: what the teacher dropped.
     """
     start, settings, lora = str(stage.start.path), stage.settings, stage.lora
     triples = list(stored_pairs(stage.data.path))
+    lessons = taught(stage.teacher.path) if stage.teacher else {}
+    untaught = [t for t in triples if stage.teacher and t.id not in lessons]
+    known = [t for t in triples if not stage.teacher or t.id in lessons]
     loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
     ranks.join(loaded.device.type)
-    examples, dropped, truncated = encode(loaded, triples, stage.objective, settings.max_length)
+    examples, dropped, truncated = encode(loaded, known, stage.objective, settings.max_length)
+    dropped += [Dropped(t.id, "no_targets", t) for t in untaught]
     if not examples:
         return with_drops(stage, run, StageResult(len(triples), 0), dropped)
     began = time.monotonic()
@@ -66,9 +71,8 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     )
     task: Task
     if isinstance(stage.objective, TokenObjective):
-        assert stage.teacher is not None
-        at = taught(stage.teacher.path)
-        task = DistilTask(loaded, stage.objective, [replace(e, lesson=at[e.id]) for e in examples])
+        with_lessons = [replace(e, lesson=lessons[e.id]) for e in examples]
+        task = DistilTask(loaded, stage.objective, with_lessons)
     else:
         task = PreferenceTask(loaded, stage.objective, examples)
     last = train(
@@ -119,6 +123,7 @@ def _selector(
         contexts=stage.contexts,
         sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens),
         batch_size=sampling.batch_size,
+        keep_reasoning=sampling.reasoning == "keep",
         judge=load_judge(judge, run / "judgements") if judge else None,
         seed=derive_seed(stage.seed, stage.name, "selection"),
         label=stage.title,
