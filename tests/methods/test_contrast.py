@@ -94,6 +94,14 @@ def test_what_leaves_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) -> 
     assert trained.n_out == len(rows) - 1
 
 
+def test_another_direction_has_the_same_targets(tmp_path: Path) -> None:
+    def prints(*more: str) -> dict[str, str]:
+        return {s.title: s.fingerprint for s in recipe(tmp_path, *more).plan()}
+
+    before, after = prints(), prints("contrast.direction=jsd")
+    assert [title for title in before if before[title] != after[title]] == ["policy"]
+
+
 def test_there_are_no_pairs_to_export(done: Path) -> None:
     with pytest.raises(ConfigError, match="method contrast makes none"):
         export_round(RunView.open(done).round(), "trl", done / "out")

@@ -461,3 +461,16 @@ def test_the_next_roles_token_ends_a_turn_if_the_model_stops_at_it(
     )
     chat = ChatFormat(tokenizer, stops=lambda: [tokenizer.vocab[t] for t in stops])
     assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == end
+
+
+def test_what_a_template_refuses_is_said_with_and_without_an_answer() -> None:
+    tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if messages[0].content == 'No.' %}{{ raise_exception('not this') }}{% endif %}"
+    )
+    chat, asked = ChatFormat(tokenizer), [Message("user", "No.")]
+    with pytest.raises(DataError, match="the roles user: not this"):
+        chat.prompt_ids(asked)
+    with pytest.raises(DataError, match="the roles user, assistant: not this"):
+        chat.exchange_ids(asked, "Honey.")

@@ -100,7 +100,7 @@ class RayEngine:
         self._make = make
         self.settings, answering = settings, settings.answering
         self.batch_size = batch_size if answering.kind == "transformers" else None
-        source = str(Path(source).absolute()) if Path(source).is_dir() else source
+        source = str(Path(source).absolute()) if Path(source).exists() else source
         # a cluster's processes have an environment of their own, without the day of the run
         loading = loading.model_copy(update={"date": loading.date or today()})
         self.model = {"settings": answering, "source": source, "loading": loading}

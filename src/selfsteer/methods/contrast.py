@@ -6,6 +6,7 @@ no generator, no judge, no finished answers are needed. docs/method.md derives t
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from typing_extensions import override
@@ -37,7 +38,10 @@ class Distilled(Principled):
         sampling = self.sampling.model_copy(update={"keep_unfinished": True})
         answers = plan(Sample(asked, {"plain": policy}, sampling))
         objective, kept = self.target
-        teacher = plan(Teach(answers, plan.reference(self.training, policy), objective, kept))
+        # in every direction the targets are the same
+        wanted = replace(objective, direction="reverse")
+        much = kept.model_copy(update={"direction": "reverse"})
+        teacher = plan(Teach(answers, plan.reference(self.training, policy), wanted, much))
         return self.train(plan, answers, policy, objective, self.training, teacher=teacher)
 
 

@@ -118,9 +118,9 @@ class ChatFormat:
             )
 
     def _broken(self, what: str, error: Exception) -> ArtifactError:
+        said = str(error).rstrip(".")
         return ArtifactError(
-            f"The chat template of {self.source} {what}: {type(error).__name__}: "
-            f"{str(error).rstrip(chr(46))}. Correct "
+            f"The chat template of {self.source} {what}: {type(error).__name__}: {said}. Correct "
             "its chat_template.jinja."
         )
 
@@ -397,9 +397,9 @@ class ChatFormat:
         The same as TRL's reward trainer makes of it; some templates put a line end after the
         end-of-turn token, so this is not always `prompt_ids` + `response_ids`.
         """
-        turns = [*self.folded(messages), Message("assistant", response)]
+        turns = [*messages, Message("assistant", response)]
         mark = self._mark_for(turns)
-        return tuple(self._encode(self._render(turns, mark, add_generation_prompt=False), mark))
+        return tuple(self._encode(self._prompt(turns, mark, opens=False), mark))
 
     def response_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
         """Ids of a response, with the end-of-turn token if it ended by itself."""
