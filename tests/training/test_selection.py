@@ -228,7 +228,6 @@ def make_selector(loaded: LoadedModel, held: Sequence[Triple], **more: Any) -> S
         "contexts": ("plain",),
         "sampling": SamplingParams(max_new_tokens=12),
         "batch_size": 16,
-        "keep_reasoning": False,
         "judge": None,
         "seed": 5,
         "label": "test",
@@ -281,9 +280,8 @@ def test_a_generators_figures_are_those_of_the_quality_report(tmp_path: Path, ju
     assert 0 < np.mean(values) <= 1
 
 
-@pytest.mark.parametrize(("keep", "thoughts"), [(True, "Now.</think>"), (False, "")])
-def test_answers_are_scored_after_their_own_thoughts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, thoughts: str
+def test_answers_are_not_scored_after_the_thoughts_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, held = tiny_world(2)
     held = [replace(t, reasoning={"good": "Once.</think>"}) for t in held]
@@ -300,10 +298,10 @@ def test_answers_are_scored_after_their_own_thoughts(
         return sequence(triple, name)
 
     monkeypatch.setattr(loaded.chat, "sequence", noted)
-    selector = make_selector(loaded, held, contexts=("good", "bad"), keep_reasoning=keep)
+    selector = make_selector(loaded, held, contexts=("good", "bad"))
     selector.begin(loaded.model, tmp_path, 8)
     assert scored
-    assert all(t.reasoning == {"good": thoughts, "bad": thoughts} for t in scored)
+    assert not any(t.reasoning for t in scored)
 
 
 @pytest.mark.parametrize("half", ["good", "bad"])

@@ -123,7 +123,6 @@ def _selector(
         contexts=stage.contexts,
         sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens),
         batch_size=sampling.batch_size,
-        keep_reasoning=sampling.reasoning == "keep",
         judge=load_judge(judge, run / "judgements") if judge else None,
         seed=derive_seed(stage.seed, stage.name, "selection"),
         label=stage.title,

@@ -85,7 +85,6 @@ class Selector:
             them for half a generator, ("plain",) for a policy.
         sampling: how it will be sampled.
         batch_size: conversations decoded together.
-        keep_reasoning: whether thoughts are scored with their answers, as they are trained on.
         judge: None: accuracy is replaced by steering accuracy, the win rate by nothing.
         seed: of the sampling, the same for every candidate.
         label: what the progress bar calls it.
@@ -101,7 +100,6 @@ class Selector:
         contexts: tuple[str, ...],
         sampling: SamplingParams,
         batch_size: int,
-        keep_reasoning: bool,
         judge: Judge | None,
         seed: int,
         label: str,
@@ -109,7 +107,6 @@ class Selector:
         self.settings, self.loaded, self.load_start = settings, loaded, load_start
         self.held_out, self.contexts = list(held_out), contexts
         self.sampling, self.batch_size, self.judge = sampling, batch_size, judge
-        self.keep_reasoning = keep_reasoning
         self.seed, self.label = seed, label
         #: Whether the model answers users; a generator only writes data.
         self.is_policy = contexts == ("plain",)
@@ -307,12 +304,7 @@ class Selector:
                 ]
                 found = answers(engine, asked, self.sampling, advance=bar.advance)
                 out[context] = [
-                    {
-                        "text": c.text,
-                        "reason": c.finish_reason,
-                        "tokens": c.completion_tokens,
-                        "reasoning": c.reasoning if self.keep_reasoning else "",
-                    }
+                    {"text": c.text, "reason": c.finish_reason, "tokens": c.completion_tokens}
                     for c in found.values()
                 ]
         return out
@@ -325,8 +317,7 @@ class Selector:
                 t,
                 responses={context: found[i]["text"] for context, found in everyone.items()},
                 finish_reasons={context: found[i]["reason"] for context, found in everyone.items()},
-                # those of the record belong to other responses of the same names
-                reasoning={context: found[i]["reasoning"] for context, found in everyone.items()},
+                reasoning={},  # the record's belongs to other responses of these names
             )
             for i, t in enumerate(self.held_out)
         ]
