@@ -13,8 +13,9 @@ import pytest
 
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.queries import Loaded, load_queries, queries_digest, write_curated
-from selfsteer.data.records import content_id, parse_messages
+from selfsteer.data.records import Triple, content_id, parse_messages
 from selfsteer.errors import ConfigError, DataError
+from selfsteer.principles.rules import read_checks
 from selfsteer.recipe.sections import Queries
 
 CHAT = [
@@ -226,6 +227,24 @@ def test_csv_columns_are_read_and_empty_cells_are_absent(tmp_path: Path) -> None
     path.write_text("prompt\nFour?,extra\n")
     with pytest.raises(DataError, match=r"line 2: it does not have as many cells"):
         load(path)
+
+
+def test_a_query_of_a_table_keeps_its_rules(tmp_path: Path) -> None:
+    rules = {"checks": [{"words": {"max": 3}}, {"lacks": ["bee"]}], "kwargs": [{"n": 1}]}
+    row = {"prompt": "What eats nectar?", **rules, "note": "x"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
+    (query,) = load(tmp_path / "q.parquet").queries
+    assert set(query.extra) == {"checks", "kwargs"}
+    assert read_checks(query.extra["checks"], "q") == read_checks(rules["checks"], "q")
+
+
+def test_what_belongs_to_answers_is_not_kept_with_a_query(tmp_path: Path) -> None:
+    """A sampled answer would be replaced by the one that stands there."""
+    stale = {"responses": {"plain": "Old."}, "reasoning": "Hm.", "finish_reasons": {}}
+    path = rows_in(tmp_path / "q.jsonl", {"prompt": "What eats nectar?", "topic": "bees", **stale})
+    (query,) = load(path).queries
+    assert query.extra == {"topic": "bees"}
+    assert not Triple.from_dict(query.to_dict()).responses
 
 
 def test_a_folder_of_shards_is_one_set(tmp_path: Path) -> None:

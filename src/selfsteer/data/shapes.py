@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from selfsteer.data.files import Row, Rows, Unusable
 from selfsteer.data.jsonl import dump_line, short
-from selfsteer.data.records import Preference, Principles, Query, Triple, answer_text
+from selfsteer.data.records import RULES, Preference, Principles, Query, Triple, answer_text
 from selfsteer.errors import DataError
 
 Record = Triple | Preference | Query
@@ -284,7 +284,7 @@ FORMS = (PAIRED, SHAREGPT, OWN, ALPACA)
 
 _EVERYWHERE = frozenset({"id", "prompt_id", "system"})
 _ASKED = _EVERYWHERE.union(
-    _ANSWERED, ("tools", "functions", "instances"), *(form.reads for form in FORMS)
+    _ANSWERED, RULES, ("tools", "functions", "instances"), *(form.reads for form in FORMS)
 )
 
 
@@ -297,7 +297,7 @@ def asked_columns(names: Sequence[str]) -> list[str]:
 class Asked(NamedTuple):
     """The conversation of a row, as a query; the answer after it; and the form that it had.
 
-    Of our own rows the query keeps other keys.
+    Of our own rows the query keeps other keys, but for those that records have a meaning for.
     """
 
     query: Query
@@ -338,7 +338,7 @@ def asked(row: Row) -> Asked:
     _check_conversation(turns[:end])
     ours = form is OWN and not _ANSWERED & given.keys()
     ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
-    more = {k: v for k, v in row.items() if k not in form.reads} if ours else {}
+    more = {k: v for k, v in row.items() if k not in form.reads | _OURS} if ours else {}
     query = Query.from_dict(
         {
             **more,
