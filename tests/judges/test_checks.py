@@ -78,9 +78,12 @@ def style(tmp_path: Path) -> Path:
         ({"match": "(?i)nectar$"}, "It eats NECTAR", "Nectar it eats"),
         ({"no_match": r"\bI\b"}, "It eats nectar", "I eat nectar"),
         ({"format": "json"}, '{"food": "nectar"}', "{food: nectar}"),
+        ({"format": "json"}, "[[]]", "[" * 100_000),
         ({"script": "Cyrillic"}, "Пчела ест нектар (nectar)", "The bee ест nectar"),
         ({"contains": ["nectar", "bee"]}, "A Bee: nectar!", "Beer and nectar"),
         ({"lacks": "certainly"}, "Uncertainly", "It certainly does"),
+        ({"lacks": "!"}, "Nectar.", "Nectar!"),
+        ({"contains": "C++"}, "In (C++)", "In C+"),
         ({"starts_with": ["yes", "no"]}, "Yes, it does", "It does, yes"),
         ({"ends_with": [".", "?"]}, "Nectar. \n", "Nectar"),
     ],
@@ -199,6 +202,10 @@ def test_ifeval_decides_its_own_instructions() -> None:
     [
         (instructed("punctuation:no_coma"), "Did you mean punctuation:no_comma?"),
         (instructed("punctuation:no_comma", kwargs=[{"words": 3}]), "do not fit"),
+        (
+            instructed("length_constraints:number_words", kwargs=[{"num_words": 4}]),
+            "its kwargs lack relation",
+        ),
         (instructed("punctuation:no_comma", kwargs=[{}, {}]), "a list in step with it"),
     ],
 )

@@ -137,11 +137,17 @@ class IFEval:
         where = f"query {query.id}: instruction_id_list"
         if not _in_step(ids, kwargs):
             raise DataError(f"{where} must be a list of names, and kwargs a list in step with it.")
-        for name in ids:
+        for name, given in zip(ids, kwargs or (), strict=True):
             if name not in self._known:
                 raise DataError(
                     f"{where} has {name!r}, which is none of IFEval's {len(self._known)} "
                     f"instructions.{did_you_mean(name, self._known)}"
+                )
+            needed = {*self._known[name](name).get_instruction_args_keys()} - {"prompt"}
+            if lacking := sorted(needed - {k for k, v in given.items() if v}):
+                raise DataError(
+                    f"{where} has {name!r}, and its kwargs lack {', '.join(lacking)}: the checker "
+                    "would draw a value anew for every answer. Give one."
                 )
         asked = self._utils.InputExample(0, list(ids), query.text, kwargs)
         try:

@@ -32,10 +32,7 @@ class PrincipleContrast:
         self.clip, self.folder = clip, folder
 
     def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-        """See `Scorer.score_all`; queries hold their principles.
-
-        None where an answer has no token.
-        """
+        """See `Scorer.score_all`; queries hold their principles."""
         from selfsteer.models.store import scored
 
         rows = [

@@ -156,13 +156,16 @@ def _items(text: str, wanted: Items) -> bool:
 def _is_json(text: str, _: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
 def _occurs(phrase: str, text: str) -> bool:
-    return re.search(rf"(?i)(?<!\w){re.escape(phrase)}(?!\w)", text) is not None
+    # only a letter or a digit can be part of a longer word: "!" occurs in "Sweet!"
+    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
+    return re.search(f"(?i){before}{re.escape(phrase)}{after}", text) is not None
 
 
 def _spoken(part: str) -> bool:
