@@ -111,3 +111,8 @@ def test_there_are_no_pairs_to_export(done: Path) -> None:
 def test_settings_of_pairs_are_refused(tmp_path: Path, setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.split(".")[0]):
         recipe(tmp_path, setting)
+
+
+def test_answers_without_an_end_cannot_be_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="remove sampling"):
+        recipe(tmp_path, "sampling.keep_unfinished=false")

@@ -18,6 +18,7 @@ from selfsteer.verbs import checks
 from selfsteer.verbs.check import conclusion
 from selfsteer.verbs.checks import Checks, Line
 from tests import make
+from tests.fakes import FakeEngine
 
 SEQUENCES = (
     "good/good",
@@ -192,6 +193,16 @@ def test_what_would_be_dropped_is_told_by_stage() -> None:
     kept = make.recipe("sso", sampling={"keep_unfinished": True})
     assert checks.unfinished_by_stage(kept, said) == {}
     assert checks.fault(Completion("q", " ", "stop", 9, 1)) == "empty"
+
+
+def test_answers_without_an_end_count_where_a_method_learns_from_them(tmp_path: Path) -> None:
+    engine = FakeEngine(lambda request: (f"Answer {request.id}", "length"))
+    probe = checks.Probe(tmp_path / "contrast", [triple(i, "Safety") for i in range(2)])
+    kept, _ = checks._sample(Line("sampling"), engine, make.recipe("contrast"), probe)
+    assert [t.id for t in kept] == ["q0", "q1"]
+    probe = checks.Probe(tmp_path / "pbaa", [triple(i, "Safety") for i in range(2)])
+    with pytest.raises(ArtifactError, match="0 of 2 triples left"):
+        checks._sample(Line("sampling"), engine, make.recipe("pbaa"), probe)
 
 
 # -- how many queries ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ no generator, no judge, no finished answers are needed. docs/method.md derives t
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -30,6 +31,16 @@ class Distilled(Principled):
     @abstractmethod
     def target(self) -> tuple[TokenObjective, Distillation]:
         """What the policy is drawn to, and how much of it is kept."""
+
+    @override
+    def faults(self) -> Iterator[str]:
+        sampling = self.sampling
+        if "keep_unfinished" in sampling.model_fields_set and not sampling.keep_unfinished:
+            yield (
+                f"method {self.method} learns from every token, of answers without an end as well; "
+                "remove sampling.keep_unfinished: false"
+            )
+        yield from super().faults()
 
     @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
