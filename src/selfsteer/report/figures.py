@@ -571,8 +571,8 @@ CURVES = (
         "kl",
         "Divergence from the target, per token",
         ("kl",),
-        "What contrast distillation minimises: how far the policy is from what its principles "
-        "would make of it. It falls from its start towards zero.",
+        "What distillation minimises: how far the policy is from what its principles would make of "
+        "it. It falls from its start towards zero.",
     ),
 )
 
@@ -610,8 +610,11 @@ def curve(run: RunView, spec: Curve) -> Drawing:
     found = _lines(run, spec.metrics)
     kinds = sorted({kind for kind, *_ in found})
     if not kinds:
+        # pairs and distillation log other metrics: only a run without any lacks something
         raise NothingToDrawError(
-            f"No training has logged {' or '.join(spec.metrics)} yet, so it is not drawn."
+            ""
+            if any(run.curves.values())
+            else "There are no training metrics (metrics.jsonl), so trainings are not drawn."
         )
     titles = (kind.replace("_", " ") for kind in kinds)
     chart = Chart(*titles, height=0.5 + 1.5 * len(kinds), xlabel="step")
