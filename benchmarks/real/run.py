@@ -6,9 +6,10 @@
 
 Resumable: a result is one JSON under ``--out``, a run that was broken off goes on where it was.
 ``base`` is the model as it is and ``good`` the same under the good principle; any other method is
-one of selfsteer's, with the settings of the recipe that it has (those that rank answers also need
-``--set sampling.keep_unfinished=false``). Of IFEval's prompts (``--ifeval``,
-the project does not contain them) a seeded quarter is asked, greedily.
+one of selfsteer's, with the settings of the recipe that it has. Those that rank answers also need
+``--set sampling.keep_unfinished=false``, and in the first try those that distil need ``true``. Of
+IFEval's prompts (``--ifeval``, the project does not contain them) a seeded quarter is asked,
+greedily.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from selfsteer.recipe.read import choose, load_values, merge
 from selfsteer.recipe.sections import JudgeConfig, Queries, resolve_path
 from selfsteer.run.execute import execute
 from selfsteer.run.stage import identity
+from selfsteer.stages.principles import kept_system
 from selfsteer.view import RunView
 
 HERE = Path(__file__).parent
@@ -240,7 +243,10 @@ def fill(method: str, seed: int, args: argparse.Namespace, given: Sequence[str])
     result["settings"], result["ifeval_undecided"] = settings_are, len(undecided)
     if method == "good":  # the style is asked for; IFEval asks for other things
         assert isinstance(recipe, Principled)
-        result |= measure(model, recipe, (), specimen(recipe.principles), store)
+        # after the template's own system prompt, as in training
+        system = kept_system(recipe.principles, model, recipe.policy.loading)
+        good = replace(specimen(recipe.principles), system=system)
+        result |= measure(model, recipe, (), good, store)
     else:
         result |= measure(model, recipe, ifeval, None, store)
     write_atomic(path, json.dumps(result, indent=1) + "\n")
