@@ -13,7 +13,7 @@ the target; the others count together as the rest. A file holds the targets of s
 Shape legend: R response tokens, V vocabulary, K entries of a token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ class Lesson:
     """Where the targets of one answer lie."""
 
     path: Path
-    #: tokens of the answer, the place of the first in the file, and of its first entry
+    #: tokens of the answer, the place of the first in the file, and of its first.entry
     tokens: int
     first: int
     entry: int
@@ -104,29 +104,24 @@ class Teacher:
     coverage: float
 
     @torch.no_grad()
-    def teach(self, answers: Sequence[Sequence[EncodedSequence]]) -> dict[str, Tensor]:
+    def teach(
+        self,
+        answers: Sequence[Sequence[EncodedSequence]],
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, Tensor]:
         """The tensors of one file; each answer is given in all contexts that the objective reads.
 
         Beside them ``covered``, (T,): the least mass that the entries of a token cover.
+        ``advance`` is told how many answers have been read.
         """
+        parts: dict[int, dict[str, Tensor]] = {}
         with self.loaded.evaluating():
-            parts = [part for group in self._groups(answers) for part in self._of(group)]
-        flat = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        return {"tokens": torch.tensor([len(p["kept"]) for p in parts]), **flat}
-
-    def _groups(
-        self, answers: Sequence[Sequence[EncodedSequence]]
-    ) -> Iterator[list[Sequence[EncodedSequence]]]:
-        """Consecutive answers that one forward takes."""
-        group: list[Sequence[EncodedSequence]] = []
-        longest = 0
-        for answer in answers:
-            longest = max(longest, *map(len, answer))
-            if group and longest * len(answer) * (len(group) + 1) > MAX_TOKENS:
-                yield group
-                group, longest = [], max(map(len, answer))
-            group.append(answer)
-        yield group
+            for group in _groups([max(map(len, answer)) for answer in answers], len(answers[0])):
+                parts.update(zip(group, self._of([answers[i] for i in group]), strict=True))
+                advance(len(group))
+        ordered = [parts[i] for i in range(len(answers))]
+        flat = {name: torch.cat([p[name] for p in ordered]) for name in ordered[0]}
+        return {"tokens": torch.tensor([len(p["kept"]) for p in ordered]), **flat}
 
     def _of(self, group: Sequence[Sequence[EncodedSequence]]) -> Iterator[dict[str, Tensor]]:
         contexts = len(group[0])
@@ -183,3 +178,18 @@ class Teacher:
                 }
             )
         return {name: torch.cat([p[name] for p in out]).cpu() for name in out[0]}
+
+
+def _groups(lengths: Sequence[int], contexts: int) -> Iterator[list[int]]:
+    """Answers of similar length that one forward takes, the longest first.
+
+    >>> list(_groups([100, 5000, 90, 4000], contexts=2))
+    [[1], [3], [0, 2]]
+    """
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group and lengths[group[0]] * contexts * (len(group) + 1) > MAX_TOKENS:
+            yield group
+            group = []
+        group.append(i)
+    yield group

@@ -17,14 +17,14 @@ from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_triples
-from selfsteer.terminal import progress_bar, warn
+from selfsteer.terminal import Bar, progress_bar, warn
 
 if TYPE_CHECKING:
     from selfsteer.models.chat import EncodedSequence
     from selfsteer.models.teacher import Lesson, Teacher
 
 #: Answers of one file, the unit of resumption.
-ANSWERS = 256
+ANSWERS = 64
 
 #: Share of tokens with too few entries that is worth a warning.
 SHORT = 0.05
@@ -75,10 +75,10 @@ class Teach(Stage):
                 kept = {
                     t.id: r for t, r in zip(part, read, strict=True) if not isinstance(r, Dropped)
                 }
+                bar.advance(len(part) - len(kept))
                 if kept:
-                    sums.update(_written(path, teacher, kept))
+                    sums.update(_written(path, teacher, kept, bar))
                 n_out += len(kept)
-                bar.advance(len(part))
         tokens = max(sums["tokens"], 1)
         notes = {k: sums[k] / tokens for k in ("entries", "covered", "short", "reward")}
         if notes["short"] > SHORT:
@@ -101,14 +101,16 @@ class Teach(Stage):
 
 
 def _written(
-    path: Path, teacher: "Teacher", answers: "Mapping[str, list[EncodedSequence]]"
+    path: Path, teacher: "Teacher", answers: "Mapping[str, list[EncodedSequence]]", bar: Bar
 ) -> dict[str, float]:
     """Makes a file of targets where it is not there yet; sums over its tokens."""
     from safetensors.torch import load, save
 
     if not path.exists():
-        made = teacher.teach(list(answers.values()))
+        made = teacher.teach(list(answers.values()), bar.advance)
         write_atomic(path, save(made, {"ids": json.dumps(list(answers))}))
+    else:
+        bar.skip(len(answers))
     data = path.read_bytes()
     found = load(data)
     covered = found["covered"]
