@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfsteer.data.records import Query, Triple
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.methods import load_recipe
 from selfsteer.models.load import load_model
@@ -66,6 +67,21 @@ def test_a_score_is_the_mean_of_the_clipped_contrast(tmp_path: Path, clip: float
         assert score == pytest.approx(
             float((gaps[0] - gaps[1]).clamp(-clip, clip).mean()), abs=1e-5
         )
+
+
+def test_an_answer_that_does_not_fit_beside_a_principle_has_no_score(tmp_path: Path) -> None:
+    source = str(make_checkpoint(tmp_path / "policy", "llama"))
+    ranker = PrincipleContrast(source, Loading(device="cpu"), 0.2, tmp_path / "scores")
+    principles = {"good": "Be accurate.", "bad": "Be odd."}
+    query = Query.from_dict({"id": "q", "prompt": "Hi", "principles": principles})
+    answers = [(query, "No. " * 9), (query, "No.")]
+    assert None not in ranker.score_all(answers)
+    short = Triple.from_dict({**query.to_dict(), "responses": {"plain": "No."}})
+    longest = max(len(ranker.loaded.chat.sequence(short, name)) for name in ranker.read)
+    ranker.loaded.model.config.max_position_embeddings = longest
+    found = ranker.score_all(answers)
+    assert found[0] is None
+    assert found[1] is not None
 
 
 def s_ids(sequence: object) -> tuple[tuple[int, ...], tuple[int, ...]]:

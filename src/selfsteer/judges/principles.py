@@ -4,6 +4,7 @@ It needs no model but the policy, and of that only log-probs of answers that exi
 """
 
 from collections.abc import Sequence
+from itertools import chain, compress
 from pathlib import Path
 
 from selfsteer.data.records import Query, Triple
@@ -32,14 +33,23 @@ class PrincipleContrast:
         self.clip, self.folder = clip, folder
 
     def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-        """See `Scorer.score_all`; queries hold their principles."""
+        """See `Scorer.score_all`; queries hold their principles.
+
+        None where an answer does not fit the model's context beside a principle.
+        """
         from selfsteer.models.store import scored
 
         rows = [
             Triple.from_dict({**query.to_dict(), "responses": {"plain": text}})
             for query, text in answers
         ]
-        flat = [self.loaded.chat.sequence(row, name) for row in rows for name in self.read]
-        values = scored(self.folder, self.loaded, flat, "principles")
-        gaps = (good - bad for good, bad in zip(values[::2], values[1::2], strict=True))
-        return [float(gap.clamp(-self.clip, self.clip).double().mean()) for gap in gaps]
+        pairs = [[self.loaded.chat.sequence(row, name) for name in self.read] for row in rows]
+        limit = self.loaded.context_length
+        fits = [limit is None or max(map(len, pair)) <= limit for pair in pairs]
+        flat = list(chain.from_iterable(compress(pairs, fits)))
+        values = iter(scored(self.folder, self.loaded, flat, "principles"))
+        gaps = (next(values) - next(values) if fit else None for fit in fits)
+        return [
+            None if gap is None else float(gap.clamp(-self.clip, self.clip).double().mean())
+            for gap in gaps
+        ]

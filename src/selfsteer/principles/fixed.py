@@ -69,7 +69,8 @@ def _principles(row: Mapping[str, Any]) -> tuple[str, Principles]:
             f"it needs 'id' and 'principles', found the keys {', '.join(row) or '(none)'}. Write "
             '{"id": "…", "principles": {"good": "…", "bad": "…"}}'
         )
-    if not {"good", "bad"} <= value.keys() <= {"good", "bad", "features"}:
+    # the system prompt is that of the run's own policy
+    if not {"good", "bad"} <= value.keys() <= {"good", "bad", "features", "system"}:
         raise DataError(
             "principles have 'good', 'bad' and perhaps 'features', found "
             f"{', '.join(value) or '(none)'}"
