@@ -293,6 +293,8 @@ def test_columns_are_renamed_before_rows_are_recognised(tmp_path: Path, name: st
         texts(path, columns={"aks": "prompt"})
     with pytest.raises(ConfigError, match="has a column 'note' already, so 'ask' cannot"):
         texts(path, columns={"ask": "note"})
+    with pytest.raises(ConfigError, match=r"More than one column of .* called 'prompt'"):
+        texts(path, columns={"ask": "prompt", "note": "prompt"})
     assert texts(path, columns={"ask": "note", "note": "prompt"}) == ["m", "n"]
 
 

@@ -58,6 +58,8 @@ def test_queries_refuses_what_it_cannot_do(tmp_path: Path, here: Here) -> None:
     fails(here("queries", source, *to), 2, "q.jsonl, line 1: no known shape", "keys are text")
     fails(here("queries", source, *to, "--column", "test=prompt"), 2, "no column 'test'", "'text'")
     fails(here("queries", source, *to, "--column", "text"), 2, "--column takes OLD=NEW")
+    twice = ("--column", "text=prompt", "--column", "text=system")
+    fails(here("queries", source, *to, *twice), 2, "one column two names")
     fails(here("queries", source, *to, "--script", "Latn"), 2, "did you mean Latin")
     fails(here("queries", source, *to, "--ngram", 5), 2, "ngram has no effect")
     fails(here("queries", source, "--to", source), 2, "choose another --to")

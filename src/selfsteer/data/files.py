@@ -90,6 +90,10 @@ def read_rows(
 
 
 def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[str, None]) -> Rows:
+    if twice := [name for name, n in Counter(new.values()).items() if n > 1]:
+        raise ConfigError(
+            f"More than one column of {source} would be called {twice[0]!r}; keep one."
+        )
     rest = iter(rows)
     head = list(islice(rest, HEAD))  # a table's header is known once a row is read
     found = (name for _, row in head if not isinstance(row, DataError) for name in row)

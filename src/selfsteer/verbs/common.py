@@ -61,13 +61,16 @@ def renamed(columns: list[str] | None) -> dict[str, str]:
     """Old to new names of ``--column``.
 
     Raises:
-        ConfigError: one is not of the form OLD=NEW.
+        ConfigError: one is not of the form OLD=NEW, or a column gets two names.
     """
     pairs = [text.partition("=")[::2] for text in columns or ()]
     for pair in pairs:
         if not all(pair):
             raise ConfigError(f"--column takes OLD=NEW, found {'='.join(filter(None, pair))!r}.")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ConfigError("--column gives one column two names; keep one.")
+    return found
 
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
