@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from selfsteer.errors import ConfigError
+from selfsteer.formats.cards import model_card
 from selfsteer.methods import load_recipe
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
@@ -100,6 +101,13 @@ def test_another_direction_has_the_same_targets(tmp_path: Path) -> None:
 
     before, after = prints(), prints("contrast.direction=jsd")
     assert [title for title in before if before[title] != after[title]] == ["policy"]
+
+
+def test_the_card_of_the_model_tells_of_no_pairs(done: Path) -> None:
+    card = model_card(RunView.open(done).round())
+    assert "12 answers" in card
+    for word in ("pair", "dpo", "rejected"):
+        assert word not in card
 
 
 def test_there_are_no_pairs_to_export(done: Path) -> None:

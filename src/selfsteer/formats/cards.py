@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from selfsteer.data.digests import is_hub_id, split_revision
-from selfsteer.methods import METHODS, Aligning, Principled
+from selfsteer.methods import METHODS, Aligning, Paired, Principled
 from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
 from selfsteer.terminal import interval
@@ -105,15 +105,18 @@ def model_card(of: RoundView) -> str:
     """The card of the policy that a round trained."""
     recipe, method = _recipe(of), _method(of)
     source = recipe.policy.model
-    base = public_name(source)
+    base, paired = public_name(source), issubclass(method, Paired)
+    kind = ["preference", "dpo"] if paired else ["distillation"]
     front = {
         **({"base_model": split_revision(source)[0]} if _on_hub(source) else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["self-steering-optimization", "preference", "dpo"],
+        "tags": ["self-steering-optimization", *kind],
     }
     away = "answers that were deliberately bad" if method.bad_on_purpose else "rejected answers"
-    names = ("base", "beta", "learning_rate", "batch_size", "epochs", "max_length")
+    steered = f"Training steered it away from {away}; its" if paired else "Its"
+    loss = ("base", "beta") if paired else ()
+    names = (*loss, "learning_rate", "batch_size", "epochs", "max_length")
     trained = next((s for s in of.stages if s.title == "policy" and s.done), None)
     return _page(
         front,
@@ -123,7 +126,10 @@ def model_card(of: RoundView) -> str:
         _how(
             of,
             ("Base model", base),
-            ("Trained on", f"{trained.n_out:,} pairs" if trained else "unknown"),
+            (
+                "Trained on",
+                f"{trained.n_out:,} {'pairs' if paired else 'answers'}" if trained else "unknown",
+            ),
             ("Training", _settings(recipe.training, *names)),
         ),
         "## Data",
@@ -134,9 +140,8 @@ def model_card(of: RoundView) -> str:
         "## Licence",
         f"That of {base}, whose weights these were; the queries' own terms may apply.",
         "## Intended use and risks",
-        "A chat model for the uses of its base model, with the same limits. Training steered it "
-        f"away from {away}; its safety was not evaluated. Prompts unlike those above were not "
-        "measured.",
+        "A chat model for the uses of its base model, with the same limits. "
+        f"{steered} safety was not evaluated. Prompts unlike those above were not measured.",
     )
 
 
