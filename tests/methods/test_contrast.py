@@ -16,6 +16,7 @@ from selfsteer.stages import teach
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.teach import taught
 from selfsteer.verbs.exporting import export_round
+from selfsteer.verbs.judge import judge
 from selfsteer.view import RunView
 
 SMALL = (
@@ -113,6 +114,8 @@ def test_the_card_of_the_model_tells_of_no_pairs(done: Path) -> None:
 def test_there_are_no_pairs_to_export(done: Path) -> None:
     with pytest.raises(ConfigError, match="method contrast makes none"):
         export_round(RunView.open(done).round(), "trl", done / "out")
+    with pytest.raises(ConfigError, match="holds no pairs to judge"):
+        judge(done, judges=["oracle"])
 
 
 @pytest.mark.parametrize("setting", ["hygiene.min_chars=3", "reward.data=x", "training.beta=0.2"])

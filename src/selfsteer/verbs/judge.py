@@ -47,6 +47,7 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
+    from selfsteer.methods import Paired
     from selfsteer.run.folder import RunFolder
     from selfsteer.view import RunView
 
@@ -59,6 +60,11 @@ def judge(
     if is_run:
         run = RunView.open(preferences)
         own = aligning(run.recipe).judge
+        if not isinstance(run.recipe, Paired):
+            raise ConfigError(
+                f"{preferences} holds no pairs to judge: method {run.recipe.method} makes none. "
+                "Compare its models with selfsteer compare."
+            )
         source = run.round(iteration, baseline=baseline).folder / "preferences"
         store = store or preferences / "judgements"
         given = given or ([own] if own else [])
@@ -67,7 +73,9 @@ def judge(
             f"{preferences} is not a run folder, which --iteration and --baseline need."
         )
     if not given and label_sheet is None:
-        raise ConfigError("Name a judge: --judge oracle, chat:MODEL, reward:MODEL or human:PATH.")
+        raise ConfigError(
+            "Name a judge: --judge oracle, checks:FILE, chat:MODEL, reward:MODEL or human:PATH."
+        )
     chosen = _chosen(source, limit, seed)
     if label_sheet is not None:
         write_label_sheet(chosen, label_sheet, seed)
