@@ -123,7 +123,9 @@ def config_tables(results: Results) -> list[str]:
     if any(trained.values()):
         rows = [[m, *(_mean(f, *path) for path in PAIRS.values())] for m, f in trained.items() if f]
         out.append("Pairs that the policy was trained on:\n\n" + table(("method", *PAIRS), rows))
-        out.append("Seconds:\n\n" + _seconds(trained))
+    timed = {m: [r for r in f if "seconds" in r] for m, f in results.items()}
+    if any(timed.values()):
+        out.append("Seconds:\n\n" + _seconds(timed))
     return out
 
 
