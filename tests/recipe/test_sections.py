@@ -19,7 +19,7 @@ from selfsteer.recipe.read import (
     recipe_text,
     validate,
 )
-from selfsteer.recipe.sections import Section, TrainConfig, resolve_path, unused_arguments
+from selfsteer.recipe.sections import Loading, Section, TrainConfig, resolve_path, unused_arguments
 from tests.make import recipe
 
 MINIMAL: dict[str, Any] = {
@@ -264,3 +264,9 @@ def test_a_long_value_is_cut_in_messages_and_a_device_is_no_recipe() -> None:
     assert len(str(caught.value)) < 400
     with pytest.raises(ConfigError, match="it is not a regular file"):
         load_recipe("/dev/zero")
+
+
+def test_a_day_that_is_in_no_calendar_is_refused() -> None:
+    assert Loading(date="2024-02-29").date == "2024-02-29"
+    with pytest.raises(ValueError, match="2026-02-31 is no day of the calendar"):
+        Loading(date="2026-02-31")

@@ -152,7 +152,9 @@ class IFEval:
         asked = self._utils.InputExample(0, list(ids), query.text, kwargs)
         try:
             found = self._utils.test_instruction_following_strict(asked, answer)
-        except LookupError:
+        except LookupError as e:
+            if isinstance(e, KeyError | IndexError):  # a fault of a checker, not of its data
+                raise
             raise ConfigError(
                 f"{where}: {', '.join(ids)} counts sentences with data of nltk that is not there. "
                 "With a connection: python -m nltk.downloader punkt_tab."

@@ -5,6 +5,7 @@ costs time, memory or disk is marked ``costs_only`` where it is declared; every 
 of the fingerprint of the stages that take its section. Recipes are in `selfsteer.methods`.
 """
 
+import datetime
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -189,6 +190,13 @@ class Loading(Section):
         pattern=r"^\d{4}-\d{2}-\d{2}$",
     )
     threads: int | None = _f(None, "CPU threads; null: torch's own choice", gt=0, costs_only=True)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            yield f"date {self.date} is no day of the calendar"
 
     @property
     def loading(self) -> "Loading":
@@ -1106,6 +1114,7 @@ class TrainConfig(Optimisation, Steering, Loading):
 
     @override
     def faults(self) -> Iterator[str]:
+        yield from super().faults()
         yield from self._unused(self.objective)
         if self.reference == "first":
             yield "train takes the given model as reference"
