@@ -177,7 +177,15 @@ def write(results: Path) -> Path:
         order = ("base", "good", "pbaa", "sso")
         found = by_config[config]
         names = [*(n for n in order if n in found), *sorted(found.keys() - set(order))]
-        parts += [f"## {title}", text, *config_tables({n: found[n] for n in names})]
+        seeds = sorted({r["seed"] for f in found.values() for r in f})
+        missing = [n for n in order if n not in found]
+        parts += [f"## {title}", text]
+        parts.append(
+            f"Seeds: {', '.join(map(str, seeds))}."
+            + (f" Not run yet: {', '.join(missing)}." if missing else "")
+            + " Seconds were taken beside other work."
+        )
+        parts += config_tables({n: found[n] for n in names})
         undecided = max(r["ifeval_undecided"] for f in found.values() for r in f)
         if undecided:
             parts.append(
