@@ -185,6 +185,10 @@ def write(results: Path) -> Path:
             + (f" Not run yet: {', '.join(missing)}." if missing else "")
             + " Seconds were taken beside other work."
         )
+        own = {m: " ".join(r.get("given", ())) for m, f in found.items() for r in f}
+        differing = [f"{m} with {given}" for m, given in own.items() if given]
+        if differing:
+            parts.append(f"Settings other than the recipe's: {'; '.join(differing)}.")
         parts += config_tables({n: found[n] for n in names})
         undecided = max(r["ifeval_undecided"] for f in found.values() for r in f)
         if undecided:

@@ -241,6 +241,7 @@ def fill(method: str, seed: int, args: argparse.Namespace, given: Sequence[str])
         result |= trained(recipe, method)
     store = args.runs / f"{args.config}-{method}-{seed}"
     result["settings"], result["ifeval_undecided"] = settings_are, len(undecided)
+    result["given"] = list(args.set)
     if method == "good":  # the style is asked for; IFEval asks for other things
         assert isinstance(recipe, Principled)
         # after the template's own system prompt, as in training
