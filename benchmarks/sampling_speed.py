@@ -241,7 +241,7 @@ def contestant(name: str, args: argparse.Namespace, plan: Path) -> Iterator[Call
 
 
 def planned(args: argparse.Namespace) -> dict[str, Any]:
-    """What every contestant is told."""
+    """The settings that every contestant gets."""
     from selfsteer.data.queries import load_queries
     from selfsteer.engines.base import stop_ids
     from selfsteer.models.load import load_chat

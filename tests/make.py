@@ -83,6 +83,15 @@ def smoke(folder: Path, *overrides: str) -> Any:
     return load_recipe("smoke", [f"runs_dir={folder}", *overrides])
 
 
+#: Settings that keep a shipped recipe of a method with principles small, on the tiny world.
+SMALL = (
+    "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1}",
+    "queries={path: 'package:selfsteer.testbed/queries/align.jsonl', limit: 8}",
+    "principles={mode: picked, features: random}",
+    "sampling.max_new_tokens=64",
+)
+
+
 def stages_of(recipe: Any) -> dict[str, Stage]:
     """The plan's stages by name."""
     return {s.name: s for s in recipe.plan()}

@@ -161,9 +161,10 @@ Eq. 3 makes the most accurate pairs of all and the least on-policy, less so than
 paper gives as the reason for eq. 4. In the policy's score the two effects nearly balance here."""
 WHY_REWARD = """\
 The test pairs are two plain answers of the policy. So are the annotated pairs; pairs under good and
-bad principles are not. RewardBench is nobody's training data. The paper's differences are of a size
-that five seeds here could not show. A mixture has twice the pairs and the steps; annotated pairs
-alone, with as many steps, come out about the same, so that most of its gain is in the steps."""
+bad principles are not. No arm is trained on data like RewardBench's. The paper's differences are of
+a size that five seeds here could not show. A mixture has twice the pairs and the steps; annotated
+pairs alone, with as many steps, come out about the same, so that most of its gain is in the
+steps."""
 WHY_WRITERS = """\
 Principles on random features cost a tenth of the pairs' accuracy and leave rejected answers
 more on-policy; the policy does not mind: it is as if the two balanced. Naming the features that

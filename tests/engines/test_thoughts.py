@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfsteer.data.records import Message, Query
 from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Completion, Request, SamplingParams, completion
+from selfsteer.engines.openai import read_reply
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.evaluation.questions import Answered, read_baseline, read_questions
 from selfsteer.judges.reading import read_verdict
-from selfsteer.models.load import load_model
-from selfsteer.recipe.sections import JudgedSet, Policy, Sampling
+from selfsteer.models.load import load_chat, load_model
+from selfsteer.recipe.sections import JudgedSet, Loading, Policy, Sampling
 from selfsteer.stages.sample import Asking, Wanted, tokens_kept
 from tests.fakes import FakeEngine
 from tests.make import make_checkpoint, query, write_jsonl
@@ -140,3 +141,18 @@ def test_a_question_that_was_only_thought_about_has_no_answer(tmp_path: Path) ->
     )
     assert read_baseline(judged, read_questions(judged)) == {"b": "Yes."}
     assert json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])["missing"]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_served_answer_is_cut_at_a_closing_mark_where_a_prompt_may_open_thoughts(
+    thinker: Path, tmp_path: Path, begins: bool
+) -> None:
+    folder = thinker if begins else make_checkpoint(tmp_path / "plain", "llama")
+    said = "Write </think> at the end."
+    message = {"role": "assistant", "content": said}
+    body = {
+        "choices": [{"message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5},
+    }
+    reply = read_reply(json.dumps(body).encode(), load_chat(str(folder), Loading()))
+    assert reply.text == ("at the end." if begins else said)

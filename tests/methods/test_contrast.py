@@ -18,18 +18,17 @@ from selfsteer.stages.teach import taught
 from selfsteer.verbs.exporting import export_round
 from selfsteer.verbs.judge import judge
 from selfsteer.view import RunView
+from tests.make import SMALL
 
-SMALL = (
-    "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1}",
-    "queries={path: 'package:selfsteer.testbed/queries/align.jsonl', limit: 12}",
-    "principles={mode: picked, features: random}",
+OWN = (
+    "queries.limit=12",
     "sampling.max_new_tokens=24",  # too few for most answers
     "training={learning_rate: 4e-4, batch_size: 4, epochs: 2}",
 )
 
 
 def recipe(folder: Path, *more: str) -> Any:
-    return load_recipe("contrast", [*SMALL, f"runs_dir={folder}", *more])
+    return load_recipe("contrast", [*SMALL, *OWN, f"runs_dir={folder}", *more])
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,20 @@ def test_targets_that_are_there_are_not_made_again(
     assert files[0].stat().st_mtime_ns == mark
     whole = load_file(done / "iteration-1/teacher/targets-00000.safetensors")
     assert sum(len(load_file(f)["kept"]) for f in files) == len(whole["kept"])
+
+
+def test_targets_of_other_answers_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path)
+    execute(made, {"name": "given"}, until="teacher")
+    whole = taught(made.folder / "iteration-1/teacher")
+    monkeypatch.setattr(teach, "ANSWERS", 7)  # as another version cut them
+    stage = next(s for s in made.plan() if s.title == "teacher")
+    stage.run(RunFolder(made.folder))
+    again = taught(made.folder / "iteration-1/teacher")
+    assert again.keys() == whole.keys()
+    assert sorted({len(load_file(x.path)["tokens"]) for x in again.values()}) == [5, 7]
 
 
 def test_what_leaves_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) -> None:

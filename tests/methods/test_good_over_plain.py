@@ -9,13 +9,7 @@ from selfsteer.objectives import Objective, steering_loss
 from selfsteer.run.execute import execute
 from selfsteer.stages.inputs import stored_preferences, stored_triples
 from selfsteer.stages.train import Train
-
-SMALL = (
-    "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1}",
-    "queries={path: 'package:selfsteer.testbed/queries/align.jsonl', limit: 8}",
-    "principles={mode: picked, features: random}",
-    "sampling.max_new_tokens=64",
-)
+from tests.make import SMALL
 
 
 def test_the_good_answer_is_chosen_and_the_plain_one_rejected(tmp_path: Path) -> None:

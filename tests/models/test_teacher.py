@@ -14,7 +14,7 @@ from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import with_token_loss
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.score import batch_scores, pack
-from selfsteer.models.teacher import Lesson, Targets, Teacher, lessons, targets
+from selfsteer.models.teacher import Lesson, Teacher, lessons, targets
 from selfsteer.objectives import ContrastObjective
 from selfsteer.recipe.sections import Loading
 from tests.make import make_checkpoint
@@ -134,4 +134,3 @@ def test_an_answer_cut_short_has_the_targets_of_its_beginning(
     whole, part = targets([(found[1], found[1].tokens)]), targets([(found[1], 3)])
     width = part.ids.shape[1]
     assert torch.equal(part.ids, whole.ids[:3, :width])
-    assert isinstance(part, Targets)

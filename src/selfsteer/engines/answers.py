@@ -86,6 +86,4 @@ def read_answers(store: Path) -> dict[str, Completion]:
     """The answers of a store that `answers` finished, by id; those that failed are not there."""
     names = Completion.__dataclass_fields__
     rows = (row for _, row in read_jsonl(store))
-    return {
-        row["id"]: Completion(**{name: row[name] for name in names if name in row}) for row in rows
-    }
+    return {row["id"]: Completion(**{name: row[name] for name in names}) for row in rows}

@@ -90,12 +90,12 @@ class Reply(NamedTuple):
     reasoning: str
 
 
-def read_reply(body: bytes, marked: Callable[[str], str] = bare_thoughts) -> Reply:
+def read_reply(body: bytes, chat: "ChatFormat | None" = None) -> Reply:
     """A chat completion with exactly one choice.
 
     Args:
         body: of the response.
-        marked: puts thoughts that the server took out of the text back between their marks.
+        chat: the model's own; it knows the marks of thoughts, and whether a prompt opens a block.
 
     Raises:
         Fault: it is none, or has neither answer nor thoughts; worth another try.
@@ -116,11 +116,14 @@ def read_reply(body: bytes, marked: Callable[[str], str] = bare_thoughts) -> Rep
             thoughts = thoughts or message.get("reasoning")  # servers have one name or the other
             answer = str(content or "")
             if isinstance(thoughts, str) and thoughts.strip():
+                marked = chat.thoughts if chat else bare_thoughts
                 reasoning = marked(thoughts.strip())
             elif content is None and reason == "stop":
                 raise Fault("no_answer", "it stopped, and content is null")
             else:
-                reasoning, rest = split(answer, begun=None)
+                # where no prompt opens a block, a closing mark alone is a word of the answer
+                unknown = chat is None or chat.opens_reasoning
+                reasoning, rest = split(answer, begun=None if unknown else False)
                 answer = rest or ""
             return Reply(answer.strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
@@ -362,8 +365,7 @@ class OpenAIEngine(ProbedEngine):
                 found = await self._client.chat.completions.with_raw_response.create(
                     **body, extra_body=self._extra or None
                 )
-            marked = self._chat.thoughts if self._chat else bare_thoughts
-            reply = read_reply(found.http_response.content, marked)
+            reply = read_reply(found.http_response.content, self._chat)
         except openai.APIStatusError as e:
             raise status_fault(e.status_code, e.message, e.code, e.response.headers) from None
         except (openai.APITimeoutError, TimeoutError):

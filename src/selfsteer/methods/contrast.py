@@ -64,7 +64,7 @@ class ContrastDistillation(Distilled):
 
     pair: ClassVar[str] = (
         "At each of their tokens it was drawn to where a good principle, and away from where a bad "
-        "one, would have moved it; nobody wrote or chose an answer"
+        "one, would have moved it; no other answer was written, and none was ranked"
     )
 
     @property

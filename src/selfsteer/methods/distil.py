@@ -22,7 +22,7 @@ class ContextDistillation(Distilled):
 
     pair: ClassVar[str] = (
         "At each of their tokens it was drawn to what a good principle would have made of it; "
-        "nobody wrote or chose an answer"
+        "no other answer was written, and none was ranked"
     )
 
     @property

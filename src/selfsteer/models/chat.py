@@ -80,7 +80,7 @@ class ChatFormat:
 
     Raises:
         ArtifactError: the tokenizer has no chat template, the template fails, does not end or
-            drops what is said, or there is no token that ends a turn.
+            omits the text of messages, or no token ends a turn.
         ConfigError: the template reads no such variable.
     """
 

@@ -180,9 +180,8 @@ def _from_gguf(file: Path, folder: Path, settings: Loading) -> dict[str, Any]:
     settled = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settled.pop(key, None)
-    with torch.device(
-        "meta"
-    ):  # a model that is not marked as quantised; transformers saves no other
+    # transformers saves no model that is marked as quantised
+    with torch.device("meta"):
         plain = type(model)(type(model.config).from_dict(settled))
     plain.generation_config = model.generation_config
     plain.generation_config.do_sample = True  # as `save_model`

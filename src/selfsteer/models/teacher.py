@@ -112,7 +112,7 @@ class Teacher:
         """The tensors of one file; each answer is given in all contexts that the objective reads.
 
         Beside them ``covered``, (T,): the least mass that the entries of a token cover.
-        ``advance`` is told how many answers have been read.
+        ``advance`` receives the number of answers that each forward read.
         """
         parts: dict[int, dict[str, Tensor]] = {}
         with self.loaded.evaluating():
@@ -151,7 +151,7 @@ class Teacher:
         """Of one answer; hidden (contexts, R, D), ids of its tokens (R,)."""
         model, out = self.loaded.model, []
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        width = len(hidden) * vocabulary * wide(hidden.dtype).itemsize
+        width = vocabulary * wide(hidden.dtype).itemsize
         rows = max(1, chunk_rows(width, hidden.device.type) // len(hidden))
         for part, ids in zip(hidden.split(rows, dim=1), said.split(rows), strict=True):
             logps = [head_logits(model, one).log_softmax(dim=-1) for one in part]

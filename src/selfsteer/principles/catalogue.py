@@ -54,7 +54,7 @@ class Feature(Section):
 class Catalogue(Section):
     """Features and the sentences around them, all in one language.
 
-    ``domain`` is told to the model that chooses features and writes guidelines. ``opening`` holds
+    ``domain`` is shown to the model that chooses features and writes guidelines. ``opening`` holds
     ``{adjectives}``, ``conjunction`` stands before the last adjective. ``appended`` features are
     never chosen; each joins a query's features with its own probability.
     """

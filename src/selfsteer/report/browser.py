@@ -42,7 +42,7 @@ from selfsteer.view import RunView, Sampled, lines
 VERSION = 4
 #: Triples whose log-probs are looked up together.
 GROUP = 256
-#: No index takes so long; what is half made and older is nobody's.
+#: No index takes this long to build; a half-made file that is older was abandoned.
 LEFT_AFTER_S = 86_400.0
 #: Characters of a query in the list.
 QUERY_CHARS = 160

@@ -104,15 +104,14 @@ def _written(
     path: Path, teacher: "Teacher", answers: "Mapping[str, list[EncodedSequence]]", bar: Bar
 ) -> dict[str, float]:
     """Makes a file of targets where it is not there yet; sums over its tokens."""
-    from safetensors.torch import load, save
+    from safetensors.torch import load_file, save
 
-    if not path.exists():
-        made = teacher.teach(list(answers.values()), bar.advance)
-        write_atomic(path, save(made, {"ids": json.dumps(list(answers))}))
-    else:
+    if path.exists() and _ids(path) == list(answers):
+        found = load_file(path)
         bar.skip(len(answers))
-    data = path.read_bytes()
-    found = load(data)
+    else:
+        found = teacher.teach(list(answers.values()), bar.advance)
+        write_atomic(path, save(found, {"ids": json.dumps(list(answers))}))
     covered = found["covered"]
     return {
         "tokens": len(covered),
@@ -120,19 +119,24 @@ def _written(
         "covered": float(covered.sum()),
         "short": int((covered < teacher.coverage).sum()),
         "reward": float(found["reward"].sum()),
-        "bytes": len(data),
+        "bytes": path.stat().st_size,
     }
+
+
+def _ids(path: Path) -> list[str]:
+    """The records whose targets a file holds, in its order."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found: list[str] = json.loads(file.metadata()["ids"])
+    return found
 
 
 def taught(folder: Path) -> "dict[str, Lesson]":
     """Where the targets of each record lie, by its id."""
-    from safetensors import safe_open
-
     from selfsteer.models.teacher import lessons
 
     found: dict[str, Lesson] = {}
     for path in sorted(folder.glob("targets-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            ids = json.loads(file.metadata()["ids"])
-        found.update(zip(ids, lessons(path), strict=True))
+        found.update(zip(_ids(path), lessons(path), strict=True))
     return found
