@@ -156,12 +156,16 @@ def test_a_failure_ends_its_own_check_only() -> None:
 
 
 def test_the_conclusion_names_what_to_mend() -> None:
-    ok = {"status": "ok", "figures": {"steers": True}}
-    odd = {"status": "warning", "figures": {"steers": False}}
+    ok = {"status": "ok", "figures": {"steers": True, "undecided": False}}
+    odd = {"status": "warning", "figures": {"steers": False, "undecided": False}}
+    few = {"status": "warning", "figures": {"steers": False, "undecided": True}}
     bad = {"status": "FAILED", "figures": {}}
     assert conclusion({"checks": {"steering": ok}}) == "ready: the policy steers (no warnings)"
     assert conclusion({"checks": {"steering": odd}}) == (
         "it would run, but the policy does not steer (1 warning)"
+    )
+    assert conclusion({"checks": {"steering": few}}) == (
+        "it would run; too few queries to say whether the policy steers (1 warning)"
     )
     text = conclusion({"checks": {"judge": bad, "steering": ok, "disk": bad}})
     assert text == "not ready: fix judge, disk, then check again"

@@ -78,6 +78,9 @@ def conclusion(figures: dict[str, Any]) -> str:
     count = f"{warned} warning{'s' * (warned != 1)}" if warned else "no warnings"
     if lines["steering"]["status"] == "skipped":
         return f"ready: this method needs no principles ({count})"
-    if lines["steering"]["figures"]["steers"]:
+    found = lines["steering"]["figures"]
+    if found["steers"]:
         return f"ready: the policy steers ({count})"
+    if found["undecided"]:
+        return f"it would run; too few queries to say whether the policy steers ({count})"
     return f"it would run, but the policy does not steer ({count})"

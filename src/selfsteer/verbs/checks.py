@@ -64,8 +64,11 @@ FALLEN_BACK, UNFINISHED, EQUAL, UNPARSEABLE = 0.1, 0.2, 0.2, 0.2
 #: Good answers this many times as long as bad ones, or the reverse, teach length.
 LENGTH_RATIO = 2.0
 
-#: Queries of the first round at most, and how many make a verdict.
-PILOT, ENOUGH = 8, 16
+#: Queries of the first round at most; how many make a verdict that the policy steers, or does not.
+PILOT, ENOUGH, DECIDING = 8, 16, 32
+
+#: A round takes so many times what the rounds before it say, at most.
+SLOWER = 1.5
 
 #: Queries and new tokens of the engine's first words.
 PROBES, PROBE_TOKENS = 4, 64
@@ -469,7 +472,7 @@ def _steering(
         rates = _round(found, recipe, chat, probed, queries, chosen[:size], judge, probe)
         now, more = time.monotonic(), min(2 * size, len(chosen))
         each = (now - start) / (size - known)
-        if more == size or _clear(found, size) or now + each * (more - size) > until:
+        if more == size or _clear(found, size) or now + SLOWER * each * (more - size) > until:
             c.take(found, told)
             return rates
         size = more
@@ -763,6 +766,8 @@ def _measure(
     found = steering(triples, {n: sums[n] / lengths[n] for n in texts}, verdicts, rng)
     line.figures = {
         **found,
+        # of fewer queries, intervals are too wide to say that it does not steer
+        "undecided": not found["steers"] and len(triples) < DECIDING,
         "one_principle_for_all": lent == principles,
         "verdicts": None if verdicts is None else verdict_counts(verdicts),
         "on_policyness": figures["on_policyness"],
@@ -770,8 +775,10 @@ def _measure(
     }
     right, policyness = found["accuracy"], figures["on_policyness"]
     missing = "judge" if judge is None else "verdict"
+    verdict = "steers" if found["steers"] else "does not steer"
+    verdict = "no verdict yet" if line.figures["undecided"] else verdict
     line.found = (
-        f"{'steers' if found['steers'] else 'does not steer'} on {len(triples)} queries"
+        f"{verdict} on {len(triples)} queries"
         + (f"; accuracy {interval(right, '.2f')}" if right else f"; no {missing}")
         + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
     )
@@ -792,7 +799,8 @@ def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Ver
 def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
     """What the figures of steering mean, and what to do about it."""
     found, tokens, steers = line.figures, line.figures["tokens"], line.figures["steers"]
-    for half in ("good", "bad"):
+    few = found["undecided"]
+    for half in () if few else ("good", "bad"):
         gap, net = above(found["gap"][half], 0), above(found["net_gap"][half], 0)
         line.warn(
             f"The {half} principle changes nothing: its gap is not above 0 beyond chance.", not gap
@@ -803,12 +811,17 @@ def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
         )
     line.warn(
         "The judge cannot tell good answers from bad ones, or prefers the bad ones.",
-        bool(found["accuracy"]) and not above(found["accuracy"], 0.5),
+        bool(found["accuracy"]) and not (few or above(found["accuracy"], 0.5)),
+    )
+    line.warn(
+        f"{found['triples']} queries are too few to tell whether the policy steers. Measure more: "
+        "--minutes 15.",
+        few,
     )
     line.warn(
         "A run would learn noise. Use a model that follows a system message, or simpler "
         "principles (principles.mode=picked principles.features_per_query=1).",
-        not steers,
+        not steers and not few,
     )
     line.warn(
         "All queries have the same principles, so the net gap is only the gap.",
