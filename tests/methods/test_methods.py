@@ -187,6 +187,7 @@ ROUNDS = {
     "self-rewarding": ("ranked", *TAIL),
     "sgpo": ("samples", "improved", *TAIL),
     "spin": ("samples", "opponents", *TAIL),
+    "irft": ("samples", "opponents", *TAIL),
 }
 
 

@@ -9,6 +9,7 @@ from selfsteer.methods.best_of_n_principles import BestOfNByPrinciples
 from selfsteer.methods.contrast import ContrastDistillation
 from selfsteer.methods.distil import ContextDistillation
 from selfsteer.methods.good_over_plain import GoodOverPlain
+from selfsteer.methods.irft import IRFT
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.reward import RewardModel
@@ -30,6 +31,7 @@ AnyRecipe = (
     | SelfRewarding
     | SGPO
     | SPIN
+    | IRFT
     | RewardModel
 )
 

@@ -45,8 +45,9 @@ from selfsteer.stages.augment import GrowQueries
 from selfsteer.stages.benchmark import RunBenchmarks
 from selfsteer.stages.evaluate import Evaluate, Exhibit
 from selfsteer.stages.filter import WritePairs
+from selfsteer.stages.inputs import Share
 from selfsteer.stages.measure import MeasureQuality
-from selfsteer.stages.principles import Share, WritePrinciples
+from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.stages.train import RewardSet, Train, TrainReward
 

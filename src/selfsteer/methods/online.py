@@ -11,7 +11,7 @@ from selfsteer.methods.sso import active
 from selfsteer.recipe.sections import Filter, OnlineQueries, OnlineTraining
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.filter import FilterTriples
-from selfsteer.stages.principles import Share
+from selfsteer.stages.inputs import Share
 from selfsteer.stages.sample import Sample
 
 

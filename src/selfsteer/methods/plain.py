@@ -22,7 +22,11 @@ class Plain(Paired):
 
     @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
-        pairs = self.pairs(plan, self.opposed(plan, policy), policy)
+        return self.learnt_from(plan, self.opposed(plan, policy), policy)
+
+    def learnt_from(self, plan: Plan, opposed: Artifact, policy: Artifact) -> Artifact:
+        """The policy trained on what `opposed` planned."""
+        pairs = self.pairs(plan, opposed, policy)
         return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
 
 

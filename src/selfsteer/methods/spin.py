@@ -9,14 +9,13 @@ from selfsteer.methods.base import Plan
 from selfsteer.methods.plain import Plain
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.stage import Artifact
+from selfsteer.stages.inputs import Share
 from selfsteer.stages.oppose import OpposeGiven
 from selfsteer.stages.sample import Sample
 
 
-class SPIN(Plain):
-    """Answers that come with the queries are preferred to the policy's own."""
-
-    method: Literal["spin"] = "spin"
+class Given(Plain):
+    """A method that prefers answers that come with the queries to the policy's own."""
 
     needs_answers: ClassVar[bool] = True
     pair: ClassVar[str] = (
@@ -24,7 +23,14 @@ class SPIN(Plain):
     )
 
     @override
-    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
+    def opposed(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
+        """See `Plain.opposed`; of all queries, or of a share of them."""
+        own = plan(Sample(plan.queries, {"plain": policy}, self.sampling, share=share))
         answers = Artifact(Path(resolve_path(self.queries.path)))
-        return plan(OpposeGiven(samples, answers, self.queries.columns))
+        return plan(OpposeGiven(own, answers, self.queries.columns))
+
+
+class SPIN(Given):
+    """Every iteration sets all given answers against the policy's own."""
+
+    method: Literal["spin"] = "spin"

@@ -5,14 +5,48 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Stored
+from selfsteer.data.jsonl import Stored, T
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import RunFolder
+from selfsteer.terminal import warn
+
+
+class Share(NamedTuple):
+    """A slice of the queries: that of an iteration, of a fixed size or one of equal ones."""
+
+    iteration: int
+    #: queries per iteration; None: an equal share of all iterations
+    size: int | None
+    #: iterations that share; None with a size, so that a run can be given more of them later
+    of: int | None
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Start and size among ``count`` queries in id order; it may reach beyond the last."""
+        if self.size is not None:
+            return (self.iteration - 1) * self.size, self.size
+        assert self.of is not None
+        start, end = (count * k // self.of for k in (self.iteration - 1, self.iteration))
+        return start, max(end - start, 1)
+
+    def most(self, count: int) -> int:
+        """Queries of the largest slice of ``count``."""
+        return min(self.size or -(-count // (self.of or 1)), count)
+
+    def take(self, queries: Stored[T]) -> Stored[T]:
+        """The slice; queries are used again where there are too few."""
+        start, size = self.bounds(len(queries))
+        if start + size > len(queries):
+            warn(
+                f"iteration {self.iteration} needs queries {start + 1:,} to {start + size:,} of "
+                f"{len(queries):,}; earlier ones are used again"
+            )
+        places = ((start + i) % len(queries) for i in range(min(size, len(queries))))
+        return queries.take(sorted(places))
 
 
 def stored_queries(path: Path) -> Stored[Query]:

@@ -39,8 +39,8 @@ def given_answers(
     source = Path(resolve_path(path))
     if not source.exists():
         raise ConfigError(
-            f"method spin reads the answers from the file of queries; {path} is not a file. Save "
-            "the set as JSON Lines and give its path."
+            f"Given answers are read from the file of queries; {path} is not a file. Save the set "
+            "as JSON Lines and give its path."
         )
     answers: dict[tuple[Message, ...], str] = {}
     for _, found in read(unfolded(read_rows(source, rename=columns)), record, Drops()):
@@ -51,7 +51,7 @@ def given_answers(
             answers.setdefault(pair.messages, pair.responses["good"])
     if not answers:
         raise DataError(
-            f"{path} has queries but no answers, and method spin sets the policy's answers against "
+            f"{path} has queries but no answers, and this method sets the policy's answers against "
             "given ones. Give conversations that end in an answer, or preferences."
         )
     return answers

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from typing_extensions import override
 
@@ -25,41 +25,12 @@ from selfsteer.recipe.sections import EngineConfig, Loading, PrinciplesConfig, W
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.inputs import stored_queries
+from selfsteer.stages.inputs import Share, stored_queries
 from selfsteer.stages.sample import check_budget, check_writer, who_answers
 from selfsteer.terminal import Bar, progress_bar, say, warn
 
 #: The writer is asked again, once, where nothing of its first answer can be used.
 TRIES = ("first_try", "retry")
-
-
-class Share(NamedTuple):
-    """A slice of the queries: that of an iteration, of a fixed size or one of equal ones."""
-
-    iteration: int
-    #: queries per iteration; None: an equal share of all iterations
-    size: int | None
-    #: iterations that share; None with a size, so that a run can be given more of them later
-    of: int | None
-
-    def bounds(self, count: int) -> tuple[int, int]:
-        """Start and size among ``count`` queries in id order; it may reach beyond the last."""
-        if self.size is not None:
-            return (self.iteration - 1) * self.size, self.size
-        assert self.of is not None
-        start, end = (count * k // self.of for k in (self.iteration - 1, self.iteration))
-        return start, max(end - start, 1)
-
-    def take(self, queries: Stored[Query]) -> Records[Query]:
-        """The slice; queries are used again where there are too few."""
-        start, size = self.bounds(len(queries))
-        if start + size > len(queries):
-            warn(
-                f"iteration {self.iteration} needs queries {start + 1:,} to {start + size:,} of "
-                f"{len(queries):,}; earlier ones are used again"
-            )
-        places = ((start + i) % len(queries) for i in range(min(size, len(queries))))
-        return queries.take(sorted(places))
 
 
 @dataclass(frozen=True)
@@ -92,9 +63,7 @@ class WritePrinciples(Stage):
     @override
     def records(self, scale: Scale) -> int:
         n = self.queries.records(scale)
-        if self.share is None:
-            return n
-        return min(self.share.size or -(-n // (self.share.of or 1)), n)
+        return n if self.share is None else self.share.most(n)
 
     @override
     def cost(self, scale: Scale) -> Cost:

@@ -24,7 +24,7 @@ from selfsteer.recipe.sections import EngineConfig, Loading, Sampling, WriterCon
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.inputs import stored_triples, subset
+from selfsteer.stages.inputs import Share, stored_triples, subset
 from selfsteer.terminal import progress_bar
 
 R = TypeVar("R", Query, Triple)
@@ -264,6 +264,7 @@ class Sample(Stage):
         writers: response name → the model that writes it.
         sampling: how.
         limit: a seeded subset of so many queries; None: all.
+        share: of the queries; None: all.
         title: its name within its round.
     """
 
@@ -271,11 +272,13 @@ class Sample(Stage):
     writers: Mapping[str, Artifact]
     sampling: Sampling
     limit: int | None = None
+    share: Share | None = None
     title: str = field(default="samples", kw_only=True)
 
     @override
     def records(self, scale: Scale) -> int:
         n = self.queries.records(scale)
+        n = n if self.share is None else self.share.most(n)
         return n if self.limit is None else min(n, self.limit)
 
     @override
@@ -289,7 +292,9 @@ class Sample(Stage):
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        triples = subset(stored_triples(self.queries.path), self.limit, self.seed)
+        triples = stored_triples(self.queries.path)
+        triples = triples if self.share is None else self.share.take(triples)
+        triples = subset(triples, self.limit, self.seed)
         models = {name: str(model.path) for name, model in self.writers.items()}
         asking = in_contexts(models, self.sampling)
         return asking.of_stage(self, run, triples, self.sampling)
