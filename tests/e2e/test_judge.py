@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
+from selfsteer.judges.principles import PrincipleContrast
+from selfsteer.methods import load_recipe
+from selfsteer.run.execute import execute
 from tests.e2e.support import TESTBED, TINY, Here, fails, finished
+from tests.make import SMALL
 
 CHAT = f"{{kind: chat, model: '{TESTBED}', max_new_tokens: 24}}"
 
@@ -186,3 +190,33 @@ def test_chosen_is_what_was_written_under_the_good_principle(smoke: Path) -> Non
             for p in map(json.loads, shard.read_text().splitlines()):
                 assert p["chosen"][0]["content"] == samples[p["id"]]["good"]
                 assert p["rejected"][0]["content"] == samples[p["id"]]["bad"]
+
+
+def test_a_run_is_ranked_measured_and_evaluated_by_principles(tmp_path: Path, here: Here) -> None:
+    """The ranking's own principles agree with every pair that they made."""
+    own = {"kind": "principles", "model": TESTBED, "good": "Be kind.", "bad": "Lie."}
+    tiny = [s for s in TINY if not s.startswith(("generator", "principles"))]
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=r", "method=best-of-n", *tiny)
+    parts = ("generator", "principles", "baseline")
+    without = [f"{part}=null" for part in parts]
+    ended = here(*args, *without, f"judge={json.dumps(own)}", "ranking.samples=3")
+    assert ended.code == 0, ended.err
+    run = tmp_path / "r"
+    figures = json.loads((run / "iteration-1" / "quality.json").read_text())
+    assert figures["judge"] == f"principles:{TESTBED}"
+    assert figures["preferences"]["accuracy"] == 1.0
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["score_scale"] == PrincipleContrast.scale
+
+
+def test_pairs_of_a_run_are_judged_by_the_principles_that_they_no_longer_hold(
+    tmp_path: Path, here: Here
+) -> None:
+    given = [*SMALL, "ranking.samples=3", f"runs_dir={tmp_path}"]
+    made = load_recipe("best-of-n-principles", given)
+    execute(made, {"name": "given"}, until="preferences")
+    ended = here("judge", made.folder, "--judge", f"principles:{TESTBED}", "--json")
+    assert ended.code == 0, ended.err
+    (judge,) = json.loads(ended.out)["judges"]
+    assert judge["accuracy"] == 1.0
+    assert judge["pairs"] == 8

@@ -466,7 +466,7 @@ def test_labels_that_contradict_each_other_or_their_pair_are_errors(tmp_path: Pa
     [
         ("chat", "needs a model"),
         ("human", "needs a path"),
-        ("oracel", "'oracle', 'checks', 'chat', 'reward' or 'human'"),
+        ("oracel", "'oracle', 'checks', 'chat', 'reward', 'principles' or 'human'"),
         ({"kind": "oracle", "model": "m"}, "model has no effect"),
         ({"kind": "chat", "model": "m", "tie_margin": 0.1}, "tie_margin has no effect"),
         ({"kind": "reward", "model": "m", "temperature": 0.1}, "temperature has no effect"),

@@ -43,7 +43,7 @@ def test_a_score_is_the_mean_of_the_clipped_contrast(tmp_path: Path, clip: float
     loading = Loading(device="cpu")
     query = Query.from_dict({"id": "q", "prompt": "Hi", "principles": PRINCIPLES})
     texts = ("The bee eats nectar.", "No.")
-    ranker = PrincipleContrast(source, loading, clip, tmp_path / "scores")
+    ranker = PrincipleContrast(source, loading, clip=clip, folder=tmp_path / "scores")
     found = ranker.score_all([(query, text) for text in texts])
     loaded = load_model(source, loading)
     for text, score in zip(texts, found, strict=True):
@@ -58,7 +58,7 @@ def test_a_score_is_the_mean_of_the_clipped_contrast(tmp_path: Path, clip: float
 
 def test_an_answer_that_does_not_fit_beside_a_principle_has_no_score(tmp_path: Path) -> None:
     source = str(make_checkpoint(tmp_path / "policy", "llama"))
-    ranker = PrincipleContrast(source, Loading(device="cpu"), 0.2, tmp_path / "scores")
+    ranker = PrincipleContrast(source, Loading(device="cpu"), clip=0.2)
     query = Query.from_dict({"id": "q", "prompt": "Hi", "principles": PRINCIPLES})
     answers = [(query, "No. " * 9), (query, "No.")]
     assert None not in ranker.score_all(answers)

@@ -2,7 +2,7 @@
 
 Every judge answers a `Pair` with one of five verdicts; ``unparseable`` is one of them and never a
 tie. Kinds: the testbed's exact oracle (`oracle`), exact rules (`checks`), a chat model (`chat`), a
-reward model (`reward`) and human labels (`people`).
+reward model (`reward`), a policy's own principles (`principles`) and human labels (`people`).
 """
 
 from collections.abc import Sequence

@@ -35,6 +35,10 @@ def load_judge(settings: JudgeConfig | None, folder: Path | None = None) -> Judg
         from selfsteer.judges.reward import RewardJudge
 
         return RewardJudge(settings, folder)
+    if settings.kind == "principles":
+        from selfsteer.judges.principles import PrinciplesJudge
+
+        return PrinciplesJudge(settings, folder)
     assert_never(settings.kind)
 
 

@@ -1,14 +1,24 @@
 """The principles as a ranker: which answers the good one makes likelier than the bad one.
 
-It needs no model but the policy, and of that only log-probs of answers that exist.
+It needs no model but a policy, and of that only log-probs of answers that exist.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain, compress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from selfsteer.data.records import Query, Triple
+from typing_extensions import override
+
+from selfsteer.data.records import Principles, Query, Triple
+from selfsteer.judges.scoring import ScoringModel, principles_of
+from selfsteer.judges.store import Advance
 from selfsteer.recipe.sections import Loading
+
+if TYPE_CHECKING:
+    from selfsteer.models.chat import EncodedSequence
 
 
 class PrincipleContrast:
@@ -18,7 +28,7 @@ class PrincipleContrast:
         policy: folder or hub id of the policy.
         loading: how it is loaded.
         clip: c, nats. Without it a few tokens decide.
-        folder: of the stored log-probs.
+        folder: of the stored log-probs; None stores none.
     """
 
     name = "principles"
@@ -26,7 +36,9 @@ class PrincipleContrast:
     #: What is scored of every answer.
     read = ("good/plain", "bad/plain")
 
-    def __init__(self, policy: str, loading: Loading, clip: float, folder: Path) -> None:
+    def __init__(
+        self, policy: str, loading: Loading, *, clip: float, folder: Path | None = None
+    ) -> None:
         from selfsteer.models.load import load_model
 
         self.loaded = load_model(policy, loading, inference=True)
@@ -37,19 +49,74 @@ class PrincipleContrast:
 
         None where an answer does not fit the model's context beside a principle.
         """
-        from selfsteer.models.store import scored
+        return self.score(self.encoded(answers))
 
+    def encoded(self, answers: Sequence[tuple[Query, str]]) -> "list[list[EncodedSequence]]":
+        """Each answer under the good and under the bad principle."""
         rows = [
             Triple.from_dict({**query.to_dict(), "responses": {"plain": text}})
             for query, text in answers
         ]
-        pairs = [[self.loaded.chat.sequence(row, name) for name in self.read] for row in rows]
+        return [[self.loaded.chat.sequence(row, name) for name in self.read] for row in rows]
+
+    def score(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> list[float | None]:
+        """`score_all` of what `encoded` made."""
+        from selfsteer.models.score import score_sequences
+        from selfsteer.models.store import scored
+
         limit = self.loaded.context_length
         fits = [limit is None or max(map(len, pair)) <= limit for pair in pairs]
         flat = list(chain.from_iterable(compress(pairs, fits)))
-        values = iter(scored(self.folder, self.loaded, flat, "principles"))
+        if self.folder is not None:
+            found = scored(self.folder, self.loaded, flat, "principles")
+        else:
+            self.loaded.settle(flat)
+            with self.loaded.evaluating():
+                layout = self.loaded.layout
+                found = score_sequences(self.loaded.model, flat, layout=layout, batch_size=32)
+        values = iter(found)
         gaps = (next(values) - next(values) if fit else None for fit in fits)
         return [
             None if gap is None else float(gap.clamp(-self.clip, self.clip).double().mean())
             for gap in gaps
         ]
+
+
+class PrinciplesJudge(ScoringModel):
+    """The contrast of the principles, as a judge of any pair of answers."""
+
+    scale = PrincipleContrast.scale
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """See `Judge.check`.
+
+        Raises:
+            DataError: a query holds no principles, and the judge has none of its own.
+        """
+        from selfsteer.models.load import load_chat
+
+        for query in queries:
+            principles_of(self.settings, query)
+        load_chat(self.source, self.settings.loading)
+
+    @cached_property
+    def _contrast(self) -> PrincipleContrast:
+        return PrincipleContrast(self.source, self.settings.loading, clip=self.settings.clip)
+
+    @override
+    def _ask(
+        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+    ) -> list[dict[str, Any]]:
+        pairs = self._contrast.encoded([(self._principled(q), text) for q, text in answers])
+        tokens = [sum(map(len, pair)) for pair in pairs]
+        scores = self._contrast.score(pairs)
+        advance(len(keys), sum(tokens))
+        return [{"score": s, "tokens": n} for s, n in zip(scores, tokens, strict=True)]
+
+    def _principled(self, query: Query) -> Query:
+        """The query with the principles that its answers are judged by."""
+        s = self.settings
+        if s.good is None or s.bad is None:
+            return query
+        own = Principles(s.good, s.bad, system=self._contrast.loaded.chat.default_system)
+        return replace(query, extra={"principles": own.to_dict()})

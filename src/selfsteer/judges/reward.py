@@ -1,67 +1,34 @@
 """A reward model as a judge: a sequence classifier with one label scores both responses.
 
-The better score wins; no position is shown, so no order can matter. A Bradley-Terry model's score
-has no unit and no zero: only differences between responses to one query mean something.
+A Bradley-Terry model's score has no unit and no zero: only differences between responses to one
+query mean something.
 """
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from selfsteer.data.digests import digest
+from typing_extensions import override
+
 from selfsteer.data.records import Query
 from selfsteer.errors import NumericsError
-from selfsteer.judges.base import Judgement, Pair, by_scores, judge_source
-from selfsteer.judges.store import Advance, AnswerStore
+from selfsteer.judges.scoring import ScoringModel
+from selfsteer.judges.store import Advance
 from selfsteer.models.load import LoadedModel, check_reward, load_reward
-from selfsteer.recipe.sections import JudgeConfig
 
 
-class RewardJudge:
-    """Scores with ``AutoModelForSequenceClassification``; loaded when something is not stored.
-
-    Args:
-        settings: of kind ``reward``.
-        folder: of the stored scores.
-    """
+class RewardJudge(ScoringModel):
+    """Scores with ``AutoModelForSequenceClassification``; loaded when something is not stored."""
 
     scale = "raw output of a reward model: no unit, no zero; only differences count"
 
-    def __init__(self, settings: JudgeConfig, folder: Path | None = None) -> None:
-        self.settings = settings
-        self.name = f"reward:{settings.model}"
-        self.source = judge_source(settings)
-        self._store = AnswerStore.of(settings, folder)
-        self._loaded: LoadedModel | None = None
+    _loaded: LoadedModel | None = None
 
     def check(self, queries: Sequence[Query]) -> None:
         """See `Judge.check`."""
         check_reward(self.source, self.settings.loading)
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-        """See `Scorer.score_all`; None where prompt and response exceed the context."""
-        return [found["score"] for found in self._scored(answers)]
-
-    def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """See `Judge.compare_all`."""
-        found = self._scored([(p.query, text) for p in pairs for text in (p.first, p.second)])
-        return [
-            Judgement(
-                by_scores(a["score"], b["score"], self.settings.tie_margin),
-                reason="too_long" if None in (a["score"], b["score"]) else "",
-                prompt_tokens=a["tokens"] + b["tokens"],
-                seconds=a["seconds"] + b["seconds"],
-            )
-            for a, b in zip(found[::2], found[1::2], strict=True)
-        ]
-
-    def _scored(self, answers: Sequence[tuple[Query, str]]) -> list[dict[str, Any]]:
-        keys = [score_key(query, text) for query, text in answers]
-        questions = dict(zip(keys, answers, strict=True))
-        found = self._store.fetch(questions, self._ask, f"judge {self.name}")
-        return [found[k] for k in keys]
-
+    @override
     def _ask(
         self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
     ) -> list[dict[str, Any]]:
@@ -82,11 +49,6 @@ class RewardJudge:
             scores |= zip(rows, _forward(loaded, [ids[i] for i in rows]), strict=True)
             advance(len(rows), sum(len(ids[i]) for i in rows))
         return [{"score": scores.get(i), "tokens": len(s)} for i, s in enumerate(ids)]
-
-
-def score_key(query: Query, text: str) -> str:
-    """The key under which the score of a response is stored."""
-    return digest([[list(m) for m in query.messages], text])
 
 
 def _forward(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[float]:

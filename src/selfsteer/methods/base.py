@@ -156,7 +156,7 @@ class Aligning(Recipe):
     judge: JudgeConfig | None = Field(
         None,
         description="what compares responses: oracle, checks, chat:MODEL, reward:MODEL, "
-        "human:PATH; null: no judge",
+        "human:PATH, {kind: principles, …}; null: no judge",
     )
     evaluation: Evaluation | None = Field(
         None, description="evaluation on held-out queries; null: none"
@@ -289,6 +289,11 @@ class Aligning(Recipe):
     @override
     def faults(self) -> Iterator[str]:
         yield from super().faults()
+        if self.judge and self.judge.kind == "principles" and self.judge.good is None:
+            yield (
+                "judge of kind principles: pairs and held-out queries hold no principles; set "
+                "judge.good and judge.bad"
+            )
         if self.benchmarks:
             yield from self.benchmarks.judge_faults(self.benchmarks.judge or self.judge)
         yield from self.engine_faults()

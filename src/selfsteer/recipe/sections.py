@@ -673,14 +673,19 @@ class Filter(Section):
             yield "a filter that is not enabled has no other settings"
 
 
-JudgeKind = Literal["oracle", "checks", "chat", "reward", "human"]
+JudgeKind = Literal["oracle", "checks", "chat", "reward", "principles", "human"]
+
+#: Those of them that ask a model.
+OF_MODELS = "chat, reward, principles"
 
 
 class JudgeConfig(Section):
-    """What compares responses: oracle, checks, chat:MODEL, reward:MODEL, human:PATH, a section."""
+    """What compares responses: oracle, checks, KIND:MODEL, human:PATH, or a section."""
 
-    kind: JudgeKind = _f(..., "oracle (testbed only), checks, chat, reward or human")
-    model: str | None = _f(None, "as policy.model", kind="chat, reward", content="model")
+    kind: JudgeKind = _f(
+        ..., "oracle (testbed only), checks, chat, reward, principles (a policy's own) or human"
+    )
+    model: str | None = _f(None, "as policy.model", kind=OF_MODELS, content="model")
     engine: EngineConfig = _f(EngineConfig(), "what answers, as in sampling.engine", kind="chat")
     path: str | None = _f(
         None,
@@ -693,20 +698,28 @@ class JudgeConfig(Section):
         0.0, "0 is greedy, as in MT-Bench (arXiv 2306.05685)", kind="chat", ge=0
     )
     max_new_tokens: int = _f(512, "tokens of reasons and verdict", kind="chat", gt=0)
-    tie_margin: float = _f(0.0, "scores that differ by no more than this tie", kind="reward", ge=0)
-    batch_size: int = _f(32, "sequences per batch", kind="chat, reward", gt=0)
-    dtype: Dtype = _f("auto", "as policy.dtype", kind="chat, reward")
-    device: Device = _f("auto", "as policy.device", kind="chat, reward")
-    trust_remote_code: bool = _f(False, "as policy.trust_remote_code", kind="chat, reward")
-    allow_pickle: bool = _f(False, "as policy.allow_pickle", kind="chat, reward")
-    chat_template_kwargs: dict[str, Any] = _f(
-        {}, "as policy.chat_template_kwargs", kind="chat, reward"
+    clip: float = _f(
+        0.2, "most nats by which a token counts (docs/methods.md)", kind="principles", gt=0
     )
+    good: str | None = _f(
+        None, "the good principle, for every query; null: the one that it holds", kind="principles"
+    )
+    bad: str | None = _f(None, "the bad principle, likewise", kind="principles")
+    tie_margin: float = _f(
+        0.0, "scores that differ by no more than this tie", kind="reward, principles", ge=0
+    )
+    batch_size: int = _f(32, "sequences per batch", kind="chat, reward", gt=0)
+    dtype: Dtype = _f("auto", "as policy.dtype", kind=OF_MODELS)
+    device: Device = _f("auto", "as policy.device", kind=OF_MODELS)
+    trust_remote_code: bool = _f(False, "as policy.trust_remote_code", kind=OF_MODELS)
+    allow_pickle: bool = _f(False, "as policy.allow_pickle", kind=OF_MODELS)
+    chat_template_kwargs: dict[str, Any] = _f({}, "as policy.chat_template_kwargs", kind=OF_MODELS)
 
     @property
     def loading(self) -> Loading:
-        """How the judge's own model is loaded; it is only asked, never scored under a layout."""
-        return Loading(layout="padded", **self.model_dump(include=LOADED))
+        """How the judge's own model is loaded; only for principles does it score in a layout."""
+        layout: Layout = "auto" if self.kind == "principles" else "padded"
+        return Loading(layout=layout, **self.model_dump(include=LOADED))
 
     @model_validator(mode="before")
     @classmethod
@@ -739,6 +752,8 @@ class JudgeConfig(Section):
                 "a judge cannot use an engine of kind ray; use vllm, or openai with launch": (
                     self.engine.kind == "ray"
                 ),
+                "good and bad come together; give both": bool(self.good) != bool(self.bad),
+                "good and bad are the same text": bool(self.good) and self.good == self.bad,
             }
         )
         yield from self.asked.conflicts("engine", named=True)

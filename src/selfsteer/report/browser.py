@@ -33,6 +33,7 @@ from selfsteer.judges.base import Pair, ScoringJudge, by_scores
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.methods import Aligning
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report.logprobs import LogProbs
 from selfsteer.report.page import asset, finite
 from selfsteer.terminal import progress_bar
@@ -95,7 +96,7 @@ def judged(run: RunView) -> tuple[str, Callable[[Pair], Said]]:
     if settings.model is None:
         return name, partial(_asked, load_judge(settings))
     stores = [AnswerStore(folder) for folder in sorted((run.folder / "judgements").glob("*/"))]
-    read = _from_chat if settings.kind == "chat" else partial(_from_scores, settings.tie_margin)
+    read = _from_chat if settings.kind == "chat" else partial(_from_scores, settings)
     return name, lambda pair: next(filter(None, (read(store, pair) for store in stores)), None)
 
 
@@ -123,15 +124,15 @@ def _from_chat(store: Any, pair: Pair) -> Said:
     return {"verdict": judgement.verdict, "reason": judgement.reason, "orders": orders}
 
 
-def _from_scores(margin: float, store: Any, pair: Pair) -> Said:
-    """Of a reward model: the verdict and both scores."""
-    from selfsteer.judges.reward import score_key
+def _from_scores(settings: JudgeConfig, store: Any, pair: Pair) -> Said:
+    """Of a model that scores: the verdict and both scores."""
+    from selfsteer.judges.scoring import score_key
 
-    answers = [store.known(score_key(pair.query, t)) for t in (pair.first, pair.second)]
+    answers = [store.known(score_key(settings, pair.query, t)) for t in (pair.first, pair.second)]
     if None in answers:
         return None
     a, b = (answer["score"] for answer in answers)
-    return {"verdict": by_scores(a, b, margin), "scores": [a, b]}
+    return {"verdict": by_scores(a, b, settings.tie_margin), "scores": [a, b]}
 
 
 def disagreement(judgement: Mapping[str, Any] | None) -> float | None:

@@ -247,7 +247,7 @@ class RankAnswers(Stage):
         if self.clip is None:
             judge = ranker(settings, run / "judgements")
         else:
-            judge = PrincipleContrast(policy, self.loading, self.clip, run / "scores")
+            judge = PrincipleContrast(policy, self.loading, clip=self.clip, folder=run / "scores")
         with progress_bar(f"{self.title}: ranking", len(found)) as bar:
 
             def work(shard: int, part: Sequence[Candidates]) -> list[Preference | Dropped]:

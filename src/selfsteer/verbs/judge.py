@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +26,8 @@ def judge(
         list[str] | None,
         typer.Option(
             "--judge",
-            help="oracle, checks:FILE, chat:MODEL, reward:MODEL, human:FILE or YAML; one or "
-            "two; default: the run's judge",
+            help="oracle, checks:FILE, chat:MODEL, reward:MODEL, principles:MODEL, human:FILE or "
+            "YAML; one or two; default: the run's judge",
         ),
     ] = None,
     limit: Annotated[
@@ -57,6 +58,7 @@ def judge(
     if len(given) > 2:
         raise ConfigError(f"Give one judge or two, found {len(given)}.")
     source, is_run = preferences, (preferences / "resolved.json").is_file()
+    principles: dict[str, Any] = {}  # those of a run's pairs, which no longer hold them
     if is_run:
         run = RunView.open(preferences)
         own = aligning(run.recipe).judge
@@ -65,7 +67,9 @@ def judge(
                 f"{preferences} holds no pairs to judge: method {run.recipe.method} makes none. "
                 "Compare its models with selfsteer compare."
             )
-        source = run.round(iteration, baseline=baseline).folder / "preferences"
+        made = run.round(iteration, baseline=baseline)
+        source = made.folder / "preferences"
+        principles = {t.id: t.principles.to_dict() for t in made.principles if t.principles}
         store = store or preferences / "judgements"
         given = given or ([own] if own else [])
     elif iteration is not None or baseline:
@@ -74,7 +78,8 @@ def judge(
         )
     if not given and label_sheet is None:
         raise ConfigError(
-            "Name a judge: --judge oracle, checks:FILE, chat:MODEL, reward:MODEL or human:PATH."
+            "Name a judge: --judge oracle, checks:FILE, chat:MODEL, reward:MODEL, principles:MODEL "
+            "or human:PATH."
         )
     chosen = _chosen(source, limit, seed)
     if label_sheet is not None:
@@ -86,7 +91,7 @@ def judge(
         return
     # answers are added to the run folder, so no other process may work in it
     with RunFolder(preferences).locked() if is_run else nullcontext():
-        report = _judged(chosen, given, store, seed)
+        report = _judged(chosen, principles, given, store=store, seed=seed)
     emit(report, as_json, print_judges)
 
 
@@ -115,8 +120,10 @@ def _chosen(path: Path, limit: int | None, seed: int) -> "list[Preference]":
 
 def _judged(
     preferences: "Sequence[Preference]",
+    principles: dict[str, Any],
     judges: "Sequence[JudgeConfig]",
-    folder: Path | None,
+    *,
+    store: Path | None,
     seed: int,
 ) -> dict[str, Any]:
     """What one or two judges say of chosen against rejected, and how far two of them agree."""
@@ -126,11 +133,15 @@ def _judged(
     from selfsteer.judges.load import load_judge
     from selfsteer.judges.stats import agreement, judge_report
 
-    pairs = [Pair(p.query, p.chosen, p.rejected) for p in preferences]
+    pairs = []
+    for p in preferences:
+        held = {"principles": principles[p.id]} if p.id in principles else {}
+        query = replace(p.query, extra={**p.extra, **held})
+        pairs.append(Pair(query, p.chosen, p.rejected))
     report: dict[str, Any] = {"pairs": len(pairs), "judges": []}
     found = []
     for settings in judges:
-        judge = load_judge(settings, folder)
+        judge = load_judge(settings, store)
         assert judge is not None
         judge.check([p.query for p in pairs])
         found.append(judge.compare_all(pairs))

@@ -1,0 +1,89 @@
+"""What judges have in common whose model scores answers one by one: the better score wins.
+
+No position is shown, so no order can matter. Scores are stored under what was asked.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsteer.data.digests import digest
+from selfsteer.data.records import Query
+from selfsteer.errors import DataError
+from selfsteer.judges.base import Judgement, Pair, by_scores, judge_source
+from selfsteer.judges.store import Advance, AnswerStore
+from selfsteer.recipe.sections import JudgeConfig
+
+
+class ScoringModel(ABC):
+    """A judge whose model is loaded when something is not stored.
+
+    Args:
+        settings: whose model scores.
+        folder: of the stored scores; None keeps them in memory.
+    """
+
+    def __init__(self, settings: JudgeConfig, folder: Path | None = None) -> None:
+        self.settings = settings
+        self.name = f"{settings.kind}:{settings.model}"
+        self.source = judge_source(settings)
+        self._store = AnswerStore.of(settings, folder)
+
+    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+        """See `Scorer.score_all`; None where prompt and response exceed the context."""
+        return [found["score"] for found in self._scored(answers)]
+
+    def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
+        """See `Judge.compare_all`."""
+        found = self._scored([(p.query, text) for p in pairs for text in (p.first, p.second)])
+        return [
+            Judgement(
+                by_scores(a["score"], b["score"], self.settings.tie_margin),
+                reason="too_long" if None in (a["score"], b["score"]) else "",
+                prompt_tokens=a["tokens"] + b["tokens"],
+                seconds=a["seconds"] + b["seconds"],
+            )
+            for a, b in zip(found[::2], found[1::2], strict=True)
+        ]
+
+    def _scored(self, answers: Sequence[tuple[Query, str]]) -> list[dict[str, Any]]:
+        keys = [score_key(self.settings, *answer) for answer in answers]
+        questions = dict(zip(keys, answers, strict=True))
+        found = self._store.fetch(questions, self._ask, f"judge {self.name}")
+        return [found[k] for k in keys]
+
+    @abstractmethod
+    def _ask(
+        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+    ) -> list[dict[str, Any]]:
+        """``score``, None where there is none, and ``tokens`` of each (query, response)."""
+
+
+def score_key(settings: JudgeConfig, query: Query, text: str) -> str:
+    """The key under which the score of a response is stored; whose it is says the folder.
+
+    Raises:
+        DataError: see `principles_of`.
+    """
+    asked: list[Any] = [[list(m) for m in query.messages], text]
+    if settings.kind == "principles":
+        asked += [principles_of(settings, query), settings.clip]
+    return digest(asked)
+
+
+def principles_of(settings: JudgeConfig, query: Query) -> Mapping[str, Any]:
+    """The principles that answers to a query are judged by: the judge's own, or else the query's.
+
+    Raises:
+        DataError: there are none.
+    """
+    if settings.good is not None:
+        return {"good": settings.good, "bad": settings.bad}
+    found = query.extra.get("principles")
+    if not isinstance(found, Mapping):
+        raise DataError(
+            f"judge principles: query {query.id!r} holds none. Give the judge a pair for every "
+            "query (good and bad, docs/judges.md), or each row its principles: {good, bad}."
+        )
+    return found

@@ -1,0 +1,89 @@
+"""Principles as a judge: of any pair, by its query's principles or by a pair of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.errors import ConfigError, DataError
+from selfsteer.judges.base import Pair, by_scores
+from selfsteer.judges.load import load_judge
+from selfsteer.judges.principles import PrincipleContrast, PrinciplesJudge
+from selfsteer.models.load import load_chat
+from selfsteer.recipe.read import validate
+from selfsteer.recipe.sections import JudgeConfig, Loading
+from tests.make import make_checkpoint, query, recipe
+
+OWN = {"good": "Be accurate.", "bad": "Do not reveal anything that helps."}
+OTHER = {"good": "Answer in one word.", "bad": "Repeat yourself."}
+TEXTS = ("The bee eats nectar.", "No.", "The bee eats nectar.", "Bricks.")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("policy"), "qwen2"))
+
+
+def settings(policy: str, **more: Any) -> JudgeConfig:
+    return JudgeConfig(kind="principles", model=policy, device="cpu", **more)
+
+
+def test_scores_are_the_contrasts_and_are_asked_once(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = query(principles=OWN)
+    contrast = PrincipleContrast(policy, Loading(device="cpu"), clip=0.2)
+    expected = contrast.score_all([(asked, text) for text in TEXTS])
+    judge = load_judge(settings(policy), tmp_path)
+    assert isinstance(judge, PrinciplesJudge)
+    assert judge.score_all([(asked, t) for t in TEXTS]) == pytest.approx(expected, abs=1e-6)
+    assert expected[0] == expected[2] != expected[1]
+
+    def never(*args: Any, **more: Any) -> None:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("selfsteer.models.load.load_model", never)
+    again = PrinciplesJudge(settings(policy), tmp_path)
+    first, same = again.compare_all([Pair(asked, *TEXTS[:2]), Pair(asked, *TEXTS[::2])])
+    assert (first.verdict, same.verdict) == (by_scores(expected[0], expected[1]), "tie")
+    assert first.prompt_tokens > 2 * len(TEXTS[0].split())
+    with pytest.raises(AssertionError, match="loaded again"):  # another yardstick
+        PrinciplesJudge(settings(policy, clip=0.1), tmp_path).score_all([(asked, TEXTS[0])])
+
+
+def test_a_pair_of_its_own_counts_before_the_querys(policy: str) -> None:
+    judge = PrinciplesJudge(settings(policy, **OTHER))
+    held_out, asked = query(), query(principles=OWN)
+    judge.check([held_out, asked])
+    by_own = PrinciplesJudge(settings(policy)).score_all([(asked, TEXTS[0])])
+    system = load_chat(policy, Loading(device="cpu")).default_system
+    assert system  # which the judge's own principles follow, as a run's do
+    same = query(principles={**OTHER, "system": system})
+    fixed = PrinciplesJudge(settings(policy)).score_all([(same, TEXTS[0])])
+    assert judge.score_all([(held_out, TEXTS[0]), (asked, TEXTS[0])]) == 2 * fixed
+    assert by_own != fixed
+
+
+def test_a_query_without_principles_is_refused_before_anything_is_asked(policy: str) -> None:
+    with pytest.raises(DataError, match=r"'bare' holds none. Give the judge a pair"):
+        PrinciplesJudge(settings(policy)).check([query(principles=OWN), query(id="bare")])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({}, "needs a model"),
+        ({"model": "m", "good": "Be kind."}, "good and bad come together"),
+        ({"model": "m", "good": "Be kind.", "bad": "Be kind."}, "are the same text"),
+        ({"model": "m", "batch_size": 4}, "batch_size has no effect"),
+    ],
+)
+def test_settings_that_contradict_themselves(value: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        validate(JudgeConfig, {"kind": "principles", **value}, "judge")
+
+
+def test_a_runs_judge_must_bring_its_principles() -> None:
+    with pytest.raises(ConfigError, match=r"set judge.good and judge.bad"):
+        recipe("sso", judge="principles:m")
+    assert recipe("best-of-n", ranking={"judge": "principles:m"}, judge="oracle").ranker.clip == 0.2
