@@ -13,7 +13,9 @@ from selfsteer.objectives import (
     BASES,
     NO_MASS,
     OBJECTIVES,
+    Budget,
     ContrastObjective,
+    SteeringLoss,
     TokenObjective,
     with_rest,
     wpo_weights,
@@ -535,6 +537,89 @@ def test_a_base_without_margins_or_smoothing_of_pairs_says_so(base: str, name: s
         of_two(base, **{name: torch.zeros(2)})
     with pytest.raises(ValueError, match=f"{name} have shape"):
         of_two("sigmoid", **{name: torch.zeros(3)})
+
+
+# -- what bounds a pair ----------------------------------------------------------------------------
+
+
+def bounded(base: str, **constants: Any) -> SteeringLoss:
+    """The chosen answers changed by -3 and +1 nats, the rejected by -2 and -9; 4 tokens; β 0.5."""
+    policy = {"plain/good": vector(-12, -8), "plain/bad": vector(-11, -18)}
+    reference = {name: vector(-9, -9) for name in policy}
+    lengths = {name: torch.tensor([4, 4]) for name in policy}
+    objective = Objective.named("pbaa", base=base, beta=0.5, **constants)
+    return steering_loss(objective, policy, reference, lengths)
+
+
+@pytest.mark.parametrize(
+    ("base", "slack", "lost"),
+    [
+        ("sigmoid", 0.0, 3.0),
+        ("sigmoid", 0.5, 1.0),
+        ("sigmoid", 0.75, 0.0),
+        ("hinge", 0.5, 1.0),
+        ("ipo", 0.5, 0.25),
+    ],
+)
+def test_a_budget_by_hand(base: str, slack: float, lost: float) -> None:
+    """The first lost 3 nats of 4 tokens, 4·slack of them free; the second gained and costs none.
+
+    IPO's log-probs are means per token: 3/4 - 1/2.
+    """
+    free, found = bounded(base), bounded(base, budget={"weight": 2.0, "slack": slack})
+    assert (found.per_query - free.per_query).tolist() == pytest.approx([2 * lost, 0.0])
+    assert found.metrics["budget_loss"].item() == pytest.approx(lost / 2)
+    assert "budget_loss" not in free.metrics
+
+
+def test_a_budget_holds_the_chosen_answer_alone() -> None:
+    policy = {"plain/good": vector(-12, -8), "plain/bad": vector(-11, -18)}
+    reference = {name: vector(-9, -9) for name in policy}
+    lengths = {name: torch.tensor([4, 4]) for name in policy}
+    grads = []
+    for budget in (None, {"weight": 2.0, "slack": 0.5}):
+        leaf = {name: v.clone().requires_grad_() for name, v in policy.items()}
+        objective = Objective.named("pbaa", budget=budget)
+        steering_loss(objective, leaf, reference, lengths).per_query.sum().backward()
+        grads.append([leaf[name].grad for name in leaf])
+    (chosen, rejected), (held, same) = grads
+    assert (held - chosen).tolist() == [-2.0, 0.0]  # type: ignore[operator]
+    assert torch.equal(same, rejected)  # type: ignore[arg-type]
+
+
+def test_a_budget_without_a_reference_is_left_out() -> None:
+    assert Objective.named("pbaa", base="simpo", budget={}).budget is None
+    assert Objective.named("pbaa", budget={}).budget == Budget(1.0, 0.1)
+    for impossible in ({"weight": 0.0}, {"slack": -0.1}):
+        with pytest.raises(ConfigError, match=r"budget\.(weight|slack) must be"):
+            Objective.named("pbaa", budget=impossible)
+
+
+def test_a_ceiling_by_hand() -> None:
+    """Rewards -1.5, 0.5 and -1, -4.5; at 0.8 the second chosen stays, both rejected stop.
+
+    -1.5 + 0.8 = -0.7 and 0.5 + 0.8 = 1.3; without it -0.5 and 5.
+    """
+    expected = [-log_sigmoid(-0.7), -log_sigmoid(1.3)]
+    assert bounded("sigmoid", ceiling=0.8).per_query.tolist() == pytest.approx(expected)
+    lower = [-log_sigmoid(-1.5 + 0.2), -log_sigmoid(0.2 + 0.2)]
+    assert bounded("sigmoid", ceiling=0.2).per_query.tolist() == pytest.approx(lower)
+    plain = bounded("sigmoid").per_query.tolist()
+    assert plain == pytest.approx([-log_sigmoid(-0.5), -log_sigmoid(5.0)])
+    assert bounded("sigmoid", ceiling=99.0).per_query.tolist() == pytest.approx(plain)
+    with pytest.raises(ConfigError, match="ceiling must be above 0"):
+        bounded("sigmoid", ceiling=0.0)
+
+
+def test_a_margin_and_smoothing_beside_a_ceiling_by_hand() -> None:
+    """-0.7 less β·margin 0.5 is -1.2; a tenth of the loss is that of the opposite pair."""
+    policy = {"plain/good": vector(-12), "plain/bad": vector(-11)}
+    reference = {name: vector(-9) for name in policy}
+    lengths = {name: torch.tensor([4]) for name in policy}
+    objective = Objective.named("pbaa", beta=0.5, ceiling=0.8, label_smoothing=0.1)
+    out = steering_loss(objective, policy, reference, lengths, margins=vector(1.0))
+    expected = -0.9 * log_sigmoid(-1.2) - 0.1 * log_sigmoid(1.2)
+    assert out.loss.item() == pytest.approx(expected)
 
 
 # -- objectives of tokens --------------------------------------------------------------------------

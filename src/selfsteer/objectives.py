@@ -70,6 +70,8 @@ class BaseLoss:
     beta: float = 0.1
     label_smoothing: float = 0.0
     simpo_margin: float = 0.5
+    #: Where the implicit reward of either response stops, in units of β·nats; None: nowhere.
+    ceiling: float | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -110,7 +112,12 @@ class BaseLoss:
         h_B = gap_B - (ref_chosen_B - ref_rejected_B) - margin_B
         if self.name == "sigmoid":  # arXiv 2305.18290, eq. 7; smoothing as in cDPO
             eps_B = self.label_smoothing if smoothing_B is None else smoothing_B
-            return -logsigmoid(self.beta * h_B) * (1 - eps_B) - logsigmoid(-self.beta * h_B) * eps_B
+            x_B = self.beta * h_B
+            if self.ceiling is not None:  # after TSO's dual clip, arXiv 2409.02118
+                up_B = (self.beta * (chosen_B - ref_chosen_B)).clamp(max=self.ceiling)
+                down_B = (self.beta * (rejected_B - ref_rejected_B)).clamp(min=-self.ceiling)
+                x_B = up_B - down_B - self.beta * margin_B
+            return -logsigmoid(x_B) * (1 - eps_B) - logsigmoid(-x_B) * eps_B
         if self.name == "ipo":  # arXiv 2310.12036, eq. 17
             return (h_B - 1 / (2 * self.beta)) ** 2
         return (1 - self.beta * h_B).relu()  # hinge: SLiC, arXiv 2305.10425
@@ -126,6 +133,24 @@ def _log1mexp(mean_logp_B: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a chosen response may lose against the reference: a hinge on its log-prob.
+
+    A term costs ``weight`` · max(0, −D − slack·tokens) more, D = logπ − logπ_ref of its preferred
+    response; per token where the base has means. After the budget of arXiv 2411.05875, whose
+    abstract alone we know; without slack it is DPOP's penalty (arXiv 2402.13228), beside the
+    sigmoid instead of inside it.
+
+    Args:
+        weight: per nat; above 0.
+        slack: nats per token that are free; 0 or above.
+    """
+
+    weight: float = 1.0
+    slack: float = 0.1
+
+
+@dataclass(frozen=True)
 class Objective:
     """A name, a base loss, terms, and v1's gate if the method has one."""
 
@@ -135,6 +160,8 @@ class Objective:
     gate: Gate | None = None
     #: ``wpo``: the loss of a query is multiplied by its `wpo_weights`; None: by nothing.
     weighting: str | None = None
+    #: Of the preferred response of every term, for bases with a reference; None: no bound.
+    budget: Budget | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -164,7 +191,9 @@ class Objective:
         detach_weight: bool = False,
         label_smoothing: float = 0.0,
         simpo_margin: float = 0.5,
+        ceiling: float | None = None,
         weighting: str | None = None,
+        budget: Mapping[str, float] | None = None,
     ) -> Self:
         """An objective of the papers; arguments it has no use for are ignored.
 
@@ -181,7 +210,9 @@ class Objective:
             detach_weight: stops the gradient through W; the released code lets it flow.
             label_smoothing: cDPO's ε, for the sigmoid base.
             simpo_margin: SimPO's margin γ. 0.5.
+            ceiling: stops both implicit rewards at ±ceiling, for the sigmoid base.
             weighting: ``wpo`` for objective ``pbaa``; `steering_loss` is then given weights.
+            budget: the fields of a `Budget`, for bases with a reference.
 
         Raises:
             ConfigError: unknown name or base, or a constant outside its range.
@@ -193,12 +224,22 @@ class Objective:
         ):
             if given not in known:
                 raise ConfigError(f"Unknown {label} {given!r}; choose from {', '.join(known)}.")
+        limit = None if budget is None else Budget(**budget)
+        above = "above 0 and finite"
         for label, value, holds, bounds in (
-            ("beta", beta, 0 < beta < math.inf, "above 0 and finite"),
+            ("beta", beta, 0 < beta < math.inf, above),
             ("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]"),
             ("gamma", gamma, 0 <= gamma < math.inf, "0 or above and finite"),
             ("steer", steer, 0 <= steer < math.inf, "0 or above and finite"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "in [0, 0.5)"),
+            ("ceiling", ceiling, ceiling is None or 0 < ceiling < math.inf, above),
+            ("budget.weight", limit and limit.weight, limit is None or limit.weight > 0, above),
+            (
+                "budget.slack",
+                limit and limit.slack,
+                limit is None or limit.slack >= 0,
+                "0 or above",
+            ),
         ):
             if not holds:
                 raise ConfigError(f"{label} must be {bounds}, found {value}.")
@@ -219,10 +260,11 @@ class Objective:
         }
         return cls(
             name,
-            BaseLoss(base, beta, label_smoothing, simpo_margin),
+            BaseLoss(base, beta, label_smoothing, simpo_margin, ceiling),
             terms[name],
             Gate(alpha, detach_weight) if gated else None,
             weighting if name == "pbaa" else None,
+            None if base in REFERENCE_FREE else limit,
         )
 
 
@@ -420,6 +462,11 @@ def steering_loss(
         nll_B = -means[a]
         scale = term.weight * gate_B if term.gated else term.weight
         per_query = per_query + scale * loss_B + term.sft * nll_B
+        lost_B = None
+        if (limit := objective.budget) is not None:
+            free_B = limit.slack if base.name in LENGTH_NORMALISED else limit.slack * tokens[a]
+            lost_B = (ref_logps[a] - logps[a] - free_B).relu()
+            per_query = per_query + limit.weight * lost_B
 
         suffix = f"/{term.context}" if len(objective.terms) > 1 else ""
         chosen_B, rejected_B = sums[a].detach(), sums[b].detach()
@@ -434,6 +481,7 @@ def steering_loss(
             "rewards/accuracies": (chosen_B > rejected_B).to(loss_B.dtype),
             "nll_loss": nll_B.detach(),
         }
+        found |= {} if lost_B is None else {"budget_loss": lost_B.detach()}
         found |= {"loss": loss_B.detach()} if suffix else {}
         metrics |= {f"{name}{suffix}": value_B.mean() for name, value_B in found.items()}
     if weights is not None:

@@ -98,6 +98,15 @@ def test_overrides_that_cannot_be_applied() -> None:
         ({"method": "self-rewarding", "sampling": {"temperature": 0}}, "there is only one"),
         ({"method": "self-rewarding", "sampling": {"keep_unfinished": True}}, "ranks finished"),
         ({"method": "sso-online", "training": {"weighting": "wpo"}}, "training.weighting has no"),
+        (
+            {"training": {"base": "simpo", "budget": {"slack": 0}}},
+            "training.budget has no effect with objective pbaa and base simpo",
+        ),
+        ({"training": {"base": "ipo", "ceiling": 2}}, "training.ceiling has no effect"),
+        (
+            {"method": "good-over-plain", "training": {"base": "ipo", "label_smoothing": 0.1}},
+            "training.label_smoothing has no effect",
+        ),
         ({"iterations": 0}, "iterations: input should be greater than or equal to 1, found 0"),
     ],
 )
@@ -125,6 +134,8 @@ CONSTANTS = {
     "detach_weight": True,
     "label_smoothing": 0.2,
     "simpo_margin": 0.9,
+    "ceiling": 0.05,
+    "budget": {"weight": 0.5, "slack": 0.2},
 }
 
 

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import override
 
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import BaseName, Direction, ObjectiveName, Weighting
+from selfsteer.objectives import REFERENCE_FREE, BaseName, Direction, ObjectiveName, Weighting
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -30,7 +30,7 @@ Layout = Literal["auto", "tree", "padded"]
 CONSTANTS = frozenset(
     [
         *("beta", "gamma", "alpha", "steer", "use_weight", "use_steer", "detach_weight"),
-        *("label_smoothing", "simpo_margin", "weighting"),
+        *("label_smoothing", "simpo_margin", "ceiling", "weighting", "budget"),
     ]
 )
 
@@ -43,6 +43,8 @@ def unused_arguments(
     used = {
         "label_smoothing": base == "sigmoid",
         "simpo_margin": base == "simpo",
+        "ceiling": base == "sigmoid",
+        "budget": base not in REFERENCE_FREE,
         "weighting": objective == "pbaa",
         "gamma": objective in get_args(GeneratorObjective),
         "use_weight": online,
@@ -795,6 +797,13 @@ class Rows(Schedule):
     )
 
 
+class Budget(Section):
+    """What a chosen answer may lose against the reference (docs/methods.md)."""
+
+    weight: float = _f(1.0, "cost per nat beyond the slack; ours", gt=0)
+    slack: float = _f(0.1, "nats per token that it may lose freely; ours", ge=0)
+
+
 class Optimisation(Rows):
     """What training the generator and training the policy have in common."""
 
@@ -802,6 +811,16 @@ class Optimisation(Rows):
     beta: float = _f(0.1, "β of the base loss: 0.1 (v2), 0.2 with IPO (v1)", gt=0)
     label_smoothing: float = _f(0.0, "cDPO's ε, sigmoid base only", ge=0, lt=0.5)
     simpo_margin: float = _f(0.5, "SimPO's margin, simpo base only", ge=0)
+    ceiling: float | None = _f(
+        None,
+        "where both implicit rewards stop, ± (after TSO, arXiv 2409.02118); sigmoid base only",
+        gt=0,
+    )
+    budget: Budget | None = _f(
+        None,
+        "penalty on chosen answers that lose log-prob (after arXiv 2411.05875); sigmoid, ipo and "
+        "hinge; null: none",
+    )
 
     def _unused(self, objective: str) -> Iterator[str]:
         """The constants that an objective and this base would ignore."""
@@ -863,6 +882,10 @@ class PolicyStage(Rows):
 class PolicyTraining(PolicyStage, Optimisation):
     """The policy stage of a preference objective."""
 
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from self._unused("pbaa")
+
 
 class Distilling(PolicyStage):
     """The policy stage of methods that distil."""
@@ -898,10 +921,6 @@ class Training(PolicyTraining):
     weighting: Weighting | None = _f(
         None, "wpo: weight pairs by how likely the policy finds them (arXiv 2406.11827)"
     )
-
-    @override
-    def faults(self) -> Iterator[str]:
-        yield from self._unused("pbaa")
 
 
 class Steering(Section):
