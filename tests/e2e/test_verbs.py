@@ -251,6 +251,11 @@ def test_chat_shows_each_model_in_each_context(smoke: Path, here: Here) -> None:
     assert ended.code == 0, ended.err
     for word in ("plain", "good", "bad", "base", "generator", "policy", "baseline"):
         assert word in ended.out
+    assert "contrast" not in ended.out
+    ended = here("chat", smoke, "--question", "What does the bee eat?", "--contrast", 3, "--json")
+    for said in json.loads(ended.out)["answers"].values():
+        assert list(said) == ["plain", "good", "bad", "contrast"]
+        assert said["contrast"]
 
 
 def test_show_prints_stages_quality_and_models(smoke: Path, here: Here) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Completion, Request, SamplingParams, cut
+from selfsteer.engines.base import Completion, Contrast, Request, SamplingParams, cut
 from tests.fakes import FakeEngine, Said
 
 PARAMS = SamplingParams()
@@ -75,6 +75,18 @@ def test_killed_between_any_two_answers_it_ends_the_same(
         again = FakeEngine(told, size)
         assert answers(again, REQUESTS, PARAMS, store=store) == expected
         assert not again.calls
+
+
+def test_what_was_pushed_otherwise_is_asked_for_again(tmp_path: Path) -> None:
+    (first, *_), store = REQUESTS, tmp_path / "a.jsonl"
+    other = (Message("user", "y"),)
+    ways = [None, Contrast(other, 1.0), Contrast(other, 2.0), Contrast(first.messages, 2.0)]
+    for contrast in [*ways, ways[-1]]:
+        engine = FakeEngine(told)
+        answers(engine, [replace(first, contrast=contrast)], PARAMS, store=store)
+    assert not engine.asked
+    assert len(store.read_text().split()) > 4
+    assert store.read_text().count('"request"') == len(ways)
 
 
 def test_what_failed_is_asked_for_again(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from selfsteer.engines.base import (
     REQUEST_FAILED,
     Advance,
     Completion,
+    Contrast,
     Engine,
     Request,
     SamplingParams,
@@ -102,6 +103,13 @@ def test_answers_come_in_the_order_of_the_conversations(server: Server, engine: 
     assert sum(items for items, _ in told) == 12
     assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
     assert server.most_under_way == 4
+
+
+def test_a_contrast_of_two_contexts_is_refused(server: Server, engine: Make) -> None:
+    here = (Message("user", "Hi"),)
+    with pytest.raises(EngineError, match="cannot contrast two contexts"):
+        list(engine().generate([Request("q", here, 0, Contrast(here, 1.0))], SAMPLED))
+    assert not server.asked
 
 
 def test_the_seed_decides_and_concurrency_does_not(server: Server, engine: Make) -> None:

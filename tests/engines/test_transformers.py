@@ -17,13 +17,21 @@ from transformers import (
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Advance, Completion, Request, SamplingParams, no_news
+from selfsteer.engines.base import (
+    Advance,
+    Completion,
+    Contrast,
+    Request,
+    SamplingParams,
+    no_news,
+)
 from selfsteer.engines.cache import can_share, roomy_cache
 from selfsteer.engines.transformers import (
     FEW_TOKENS,
     TransformersEngine,
     alike,
     common,
+    contrast_step,
     draw,
     streams,
 )
@@ -220,6 +228,9 @@ def test_models_with_states_draw_from_the_same_streams(tmp_path: Path) -> None:
     alone = answers(TransformersEngine(loaded, 1), asked(3), SAMPLED)
     torch.manual_seed(9)
     assert answers(TransformersEngine(loaded, 4), asked(3), SAMPLED) == alone
+    contrasted = answers(TransformersEngine(loaded, 1), pushed(3), SAMPLED)
+    assert answers(TransformersEngine(loaded, 4), pushed(3), SAMPLED) == contrasted
+    assert sum(contrasted[i] != c for i, c in alone.items()) > 3
     assert len({c.text for c in alone.values()}) > 5
     greedy = answers(TransformersEngine(loaded, 4), asked(3), GREEDY)
     assert greedy == answers(TransformersEngine(loaded, 4), asked(4), GREEDY)
@@ -378,6 +389,121 @@ def test_rotary_angles_that_depend_on_the_length_keep_prompts_whole() -> None:
     assert can_share(LlamaConfig())
     assert can_share(GPT2Config())
     assert not can_share(LlamaConfig(rope_parameters=scaled))
+
+
+# -- two contexts ---------------------------------------------------------------------------------
+
+
+def pushed(seed: int) -> list[Request]:
+    """Every third request is answered in its own context alone; the others are pushed, or mixed."""
+    ratios = [None, 2.0, -0.5]
+    requests = []
+    for i, request in enumerate(asked(seed)):
+        ratio = ratios[i % 3]
+        other = (Message("system", "Be brief, please."), *request.messages)
+        contrast = None if ratio is None else Contrast(other, ratio)
+        requests.append(replace(request, contrast=contrast))
+    return requests
+
+
+def pushed_ids(loaded: LoadedModel, request: Request, sampling: SamplingParams) -> list[int]:
+    """One request, greedily, without a cache: both contexts are computed anew at every token."""
+    contrast = request.contrast or Contrast(request.messages, 0.0)
+    prompts = [loaded.chat.prompt_ids(m) for m in (request.messages, contrast.messages)]
+    stops, said = TransformersEngine(loaded).stop_ids, list[int]()
+    while len(said) < sampling.max_new_tokens and not (said and said[-1] in stops):
+        here, there = (
+            loaded.model(torch.tensor([[*p, *said]])).logits[0, -1].float() for p in prompts
+        )
+        probs, order = here.softmax(0).sort(descending=True)
+        nucleus = order[probs.cumsum(0) - probs < sampling.top_p]
+        z = (1 + contrast.ratio) * here - contrast.ratio * there
+        said.append(int(nucleus[z[nucleus].argmax()]))
+    return said
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_answers_pushed_from_another_context_equal_those_computed_one_by_one(
+    load: Callable[..., LoadedModel], name: str
+) -> None:
+    """Beside plain requests, in batches that shrink."""
+    loaded, greedy = load(name), SamplingParams(0.0, 0.8, 16)
+    favour_stopping(loaded, STRENGTH)
+    requests, stops = pushed(0), set(TransformersEngine(loaded).stop_ids)
+    expected = [pushed_ids(loaded, r, greedy) for r in requests]
+    plain = [pushed_ids(loaded, replace(r, contrast=None), greedy) for r in requests]
+    changed = [r.contrast for r, a, b in zip(requests, expected, plain, strict=True) if a != b]
+    assert len(changed) > 3, "contrast would show nothing"
+    assert len({len(ids) for ids in expected if ids[-1] in stops}) > 2, "rows must end apart"
+    for size in (1, 4, 32):
+        found = answers(TransformersEngine(loaded, size), requests, greedy)
+        for request, ids in zip(requests, expected, strict=True):
+            whole = ids[:-1] if ids[-1] in stops else ids
+            text = loaded.chat.tokenizer.decode(whole, skip_special_tokens=True).strip()
+            answer = found[request.id]
+            assert (answer.text, answer.completion_tokens) == (text, len(ids))
+            assert answer.prompt_tokens == len(loaded.chat.prompt_ids(request.messages))
+
+
+def test_a_pushed_answer_depends_on_its_request_alone(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("llama")
+    favour_stopping(loaded, STRENGTH)
+    requests = pushed(7)
+    expected = answers(TransformersEngine(loaded, 4), requests, SAMPLED)
+    alone = answers(TransformersEngine(loaded, 4), asked(7), SAMPLED)
+    assert {i for i, c in expected.items() if alone[i] != c} <= {
+        r.id for r in requests if r.contrast
+    }
+    assert sum(alone[i] != c for i, c in expected.items()) > 3
+    for size, some in ((1, requests), (10, requests), (3, requests[::-1]), (4, requests[5:])):
+        found = answers(TransformersEngine(loaded, size), some, SAMPLED)
+        assert found == {r.id: expected[r.id] for r in some}
+
+
+def test_another_context_without_room_is_not_answered(load: Callable[..., LoadedModel]) -> None:
+    loaded = load("llama")
+    longest = max(len(loaded.chat.prompt_ids(r.messages)) for r in asked(0))
+    limit = SamplingParams(0.0, 1.0, int(loaded.context_length or 0) - longest)
+    rules = (Message("system", "Be brief. " * longest), *CONVERSATIONS[0])
+    request = Request("q", tuple(CONVERSATIONS[0]), 0, Contrast(rules, 1.0))
+    (found,) = TransformersEngine(loaded).generate([request], limit)
+    short = len(loaded.chat.prompt_ids(CONVERSATIONS[0]))
+    assert found == Completion("q", "", "prompt_too_long", short, 0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "temperature", "top_p", "expected"),
+    [
+        # here² / there: .25/.2 and .09/.3; the third is outside the nucleus .5 + .3
+        (1.0, 1.0, 0.75, [1.25 / 1.55, 0.3 / 1.55, 0]),
+        # all of them: .04/.5 beside them
+        (1.0, 1.0, 1.0, [1.25 / 1.63, 0.3 / 1.63, 0.08 / 1.63]),
+        # the geometric mean of both contexts: √.1, √.09, √.1
+        (-0.5, 1.0, 1.0, [0.3391, 0.3217, 0.3391]),
+        (0.0, 1.0, 0.75, [0.625, 0.375, 0]),
+        # the nucleus is that of the tempered distribution: .25/.38 > .6
+        (1.0, 0.5, 0.6, [1, 0, 0]),
+        # there³ / here²: .032 and .3; greedily, the nucleus is that of temperature 1
+        (-3.0, 0.0, 0.75, [0, 1, 0]),
+    ],
+)
+def test_a_step_between_two_contexts_by_hand(
+    ratio: float, temperature: float, top_p: float, expected: list[float]
+) -> None:
+    here, there = (torch.tensor([p]).log() + 2.0 for p in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]))
+    sampling = SamplingParams(temperature, top_p)
+    z = contrast_step(here, there, torch.tensor([[ratio]]), sampling)
+    found = (z / (temperature or 1e-3)).softmax(-1)[0].tolist()
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_nucleus_of_a_step_may_need_more_of_the_vocabulary_than_is_tried_first() -> None:
+    here = torch.zeros(2, 1000)
+    here[0, 100:140] = 9.0
+    z = contrast_step(here, here, torch.ones(2, 1), SamplingParams(1.0, 0.8))
+    # equal tokens are in the nucleus together
+    assert [int(row.isfinite().sum()) for row in z] == [40, 1000]
 
 
 # -- one draw -------------------------------------------------------------------------------------

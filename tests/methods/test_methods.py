@@ -396,3 +396,30 @@ def test_an_artifact_is_where_its_maker_writes() -> None:
             for value in (getattr(stage, f.name) for f in fields(stage)):
                 if isinstance(value, Artifact) and value.maker:
                     assert value.path == made.folder / value.maker.outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("vllm", "vllm"),
+        ({"kind": "openai", "launch": "serve {model} {port}"}, "openai"),
+        ({"kind": "ray", "replica": "vllm"}, "vllm"),
+    ],
+)
+def test_contrasts_need_the_logits_of_an_engine_in_process(engine: Any, kind: str) -> None:
+    for name in ("contrast", "contrast_bad"):
+        with pytest.raises(ConfigError, match=f"an engine of kind {kind} answers in text alone"):
+            recipe("pbaa", sampling={name: 2, "engine": engine})
+    assert recipe("pbaa", sampling={"contrast": 0, "engine": engine})
+    replicas = {"kind": "ray", "replica": "transformers"}
+    made = recipe("pbaa", sampling={"contrast": 2, "engine": replicas})
+    assert made.sampling.ratios == {"good": 2.0}
+    with pytest.raises(ConfigError, match="good-over-plain, which asks for no bad answers"):
+        recipe("good-over-plain", sampling={"contrast_bad": 2})
+
+
+def test_what_is_written_by_contrast_is_another_stage() -> None:
+    plain, pushed = (
+        stages_of(recipe("pbaa", sampling={"contrast": r}))["iteration-1/samples"] for r in (0, 3)
+    )
+    assert plain.fingerprint != pushed.fingerprint

@@ -1,5 +1,6 @@
 """Who is asked what, what is dropped, and what a killed stage asks again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 
 from selfsteer.data.jsonl import read_shards
 from selfsteer.data.records import Preference, Triple
-from selfsteer.engines.base import Completion, Request
+from selfsteer.engines.base import Completion, Contrast, Request
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
-from selfsteer.recipe.sections import Loading, Sampling
+from selfsteer.recipe.sections import Loading, PrincipledSampling, Sampling
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
@@ -70,6 +71,28 @@ def test_each_response_is_asked_for_in_its_own_context(
     first = Triple.from_dict(next(iter(read_shards(run / "triples"))))
     assert set(first.responses) == set(NAMES)
     assert first.finished("good")
+
+
+def test_responses_are_pushed_from_the_opposite_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, run = answer_with(monkeypatch, FakeEngine(told)), RunFolder(tmp_path)
+    plain = stage(run)
+    pushed = replace(plain, sampling=PrincipledSampling(contrast=3, contrast_bad=-0.25))
+    pushed.run(run)
+    asked = {r.id: r for r in engine.asked}
+    assert asked["plain/0/q0"].contrast is None
+    for name, other, ratio in (("good", "bad", 3.0), ("bad", "good", -0.25)):
+        assert asked[f"{name}/0/q0"].contrast == Contrast(asked[f"{other}/0/q0"].messages, ratio)
+    # a context is decoded beside each good and each bad answer
+    written = {"good": pushed.writers["good"]}
+    for sampled, expected in (
+        (plain, {"plain": 10, "good": 10, "bad": 10}),
+        (pushed, {"plain": 10, "good": 10, "bad": 10, "contrast": 20}),
+        (replace(pushed, writers=written), {"good": 10, "contrast": 10}),
+    ):
+        monkeypatch.setattr(Sample, "records", lambda self, scale: 10)
+        assert sampled.cost(Scale(10)).answers == expected
 
 
 @pytest.mark.parametrize("reasoning", ["drop", "keep"])

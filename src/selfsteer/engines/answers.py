@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import disk_errors, dump_line, read_jsonl
@@ -44,7 +45,7 @@ def answers(
     Raises:
         ValueError: two requests have the same id.
     """
-    marks = {r.id: digest([[m.to_dict() for m in r.messages], r.seed]) for r in requests}
+    marks = {r.id: _mark(r) for r in requests}
     if len(marks) < len(requests):
         raise ValueError("two requests have the same id")
     found = {} if store is None else _stored(store, requests, marks, engine.batch_size)
@@ -64,6 +65,14 @@ def answers(
                     with disk_errors(path):
                         file.write(dump_line({**asdict(answer), "request": marks[answer.id]}))
     return {r.id: found[r.id] for r in requests}
+
+
+def _mark(request: Request) -> str:
+    """What an answer depends on."""
+    asked: list[Any] = [[m.to_dict() for m in request.messages], request.seed]
+    if other := request.contrast:
+        asked += [[m.to_dict() for m in other.messages], other.ratio]
+    return digest(asked)
 
 
 def _stored(

@@ -23,16 +23,29 @@ def no_news(items: int, tokens: int) -> None:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """What an answer is pushed away from while it is written (`transformers.contrast_step`).
+
+    ``messages`` is the same conversation in another context; ``ratio`` r makes the next-token
+    logits (1 + r) · z(·|here) − r · z(·|there). Below 0, the two are mixed.
+    """
+
+    messages: tuple[Message, ...]
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Request:
     """One conversation to answer; it ends in a user turn.
 
-    ``id`` is unique within a call and names the answer; equal ``messages`` and ``seed`` give equal
-    answers.
+    ``id`` is unique within a call and names the answer; equal ``messages``, ``seed`` and
+    ``contrast`` give equal answers. Only the transformers engine can do a ``contrast``.
     """
 
     id: str
     messages: tuple[Message, ...]
     seed: int
+    contrast: Contrast | None = None
 
 
 @dataclass(frozen=True)
@@ -176,8 +189,13 @@ class ProbedEngine:
         """See `Engine.generate`; texts are stripped.
 
         Raises:
-            EngineError: the temperature is ignored, or the engine failed.
+            EngineError: the temperature is ignored, a request has a contrast, or the engine failed.
         """
+        if any(r.contrast for r in requests):
+            raise EngineError(
+                f"{self.who} cannot contrast two contexts: that needs the logits of both at every "
+                "token. Ask an engine of kind transformers."
+            )
         if sampling.temperature > 0 and not self._probed:
             self._probe(sampling.temperature)
             self._probed = True

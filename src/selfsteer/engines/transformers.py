@@ -5,11 +5,15 @@ keeps decoding rows that have ended until the longest one has; here they leave t
 cache. Stateful caches (state-space models) can neither share prompts nor give up rows, so those
 models go through ``generate()``. Each row draws from the random stream of its own request.
 
-Shape legend: B rows, R some of them, V vocabulary, K candidates, N blocks.
+An answer that is written by contrast has a second row, its other context, which gets the same
+tokens. Those rows come last, in the order of their requests.
+
+Shape legend: B requests or rows, R some or more of them, V vocabulary, K candidates, N blocks.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +56,22 @@ BLOCK = 64
 BELOW_ONE = 1 - 2.0**-52
 
 
+class Batch(NamedTuple):
+    """What is decoded together.
+
+    Args:
+        prompts: of each row: one of every request, then the other contexts of some.
+        owner_R: the request that each row belongs to; ascending among either kind.
+        ratio_B: of each request's contrast; 0 without one.
+        numbers_BT: the random stream of each request.
+    """
+
+    prompts: Sequence[Ids]
+    owner_R: Tensor
+    ratio_B: Tensor
+    numbers_BT: Tensor
+
+
 class TransformersEngine:
     """Answers with a model that is already in memory."""
 
@@ -77,10 +97,15 @@ class TransformersEngine:
         """One batch, decoded together."""
         chat, limit = self.loaded.chat, self.loaded.context_length
         prompts = {r.id: chat.prompt_ids(r.messages) for r in batch}
+        others = {r.id: chat.prompt_ids(r.contrast.messages) for r in batch if r.contrast}
         room = None if limit is None else limit - sampling.max_new_tokens
-        fitting = [r for r in batch if room is None or len(prompts[r.id]) <= room]
+        fitting = [
+            r
+            for r in batch
+            if room is None or max(len(prompts[r.id]), len(others.get(r.id, ()))) <= room
+        ]
         with self.loaded.evaluating():
-            rows = self._decode([prompts[r.id] for r in fitting], fitting, sampling)
+            rows = self._decode(prompts, others, fitting, sampling)
         drawn = {r.id: row for r, row in zip(fitting, rows, strict=True)}
         return [
             completion(name, chat, self.stop_ids, len(prompt), drawn[name])
@@ -90,24 +115,32 @@ class TransformersEngine:
         ]
 
     def _decode(
-        self, prompts: Sequence[Ids], requests: Sequence[Request], sampling: SamplingParams
+        self,
+        prompts: Mapping[str, Ids],
+        others: Mapping[str, Ids],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
     ) -> list[list[int]]:
-        """Sampled ids, a row per prompt; what follows a row's first stop token means nothing."""
-        if not prompts:
+        """Sampled ids of each request; what follows its first stop token means nothing."""
+        if not requests:
             return []
-        model = self.loaded.model
-        numbers_BT = streams([r.seed for r in requests], sampling.max_new_tokens)
+        model, device = self.loaded.model, self.loaded.device
+        pushed = [i for i, r in enumerate(requests) if r.id in others]
+        batch = Batch(
+            [prompts[r.id] for r in requests] + [others[requests[i].id] for i in pushed],
+            torch.tensor([*range(len(requests)), *pushed], device=device),
+            torch.tensor([r.contrast.ratio if r.contrast else 0.0 for r in requests]).to(device),
+            streams([r.seed for r in requests], sampling.max_new_tokens).to(device),
+        )
         simple = not getattr(model, "_is_stateful", False) and roomy_cache(model.config) is not None
         decode = self._shrinking_batch if simple else self._whole_batch
-        found = decode(prompts, sampling, numbers_BT.to(self.loaded.device))
-        rows: list[list[int]] = found.tolist()
+        rows: list[list[int]] = decode(batch, sampling).tolist()
         return rows
 
-    def _shrinking_batch(
-        self, prompts: Sequence[Ids], sampling: SamplingParams, numbers_BT: Tensor
-    ) -> Tensor:
+    def _shrinking_batch(self, batch: Batch, sampling: SamplingParams) -> Tensor:
         """Rows that have ended leave the batch and its cache."""
-        size, budget, device = len(prompts), sampling.max_new_tokens, self.loaded.device
+        prompts, rows = batch.prompts, batch.owner_R  # rows: which request each belongs to
+        budget, device = sampling.max_new_tokens, self.loaded.device
         cache = self._prefill(prompts)
         length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
         width = int(length_B1.max())
@@ -115,13 +148,15 @@ class TransformersEngine:
         mask = pad(mask.long(), (0, budget), value=1)
         token = torch.tensor([p[-1] for p in prompts], device=device)
         stops = torch.tensor(self.stop_ids, device=device)
-        rows = torch.arange(size, device=device)  # which prompt each batch row answers
-        alive = torch.ones(size, dtype=torch.bool, device=device)
-        drawn = torch.full((size, budget), self.stop_ids[0], device=device)
+        answering = len(batch.numbers_BT)
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        drawn = torch.full((answering, budget), self.stop_ids[0], device=device)
         for step in range(budget):
             at = length_B1 - 1 + step
             logits = self._logits(token.unsqueeze(1), mask[:, : width + step], at, cache)
-            token = draw(logits.float(), sampling, numbers_BT[rows, step])
+            token = next_tokens(
+                logits, rows, batch.ratio_B, sampling, batch.numbers_BT[rows[:answering], step]
+            )
             drawn[rows, step] = token
             alive = alive & ~torch.isin(token, stops)
             living = int(alive.sum())
@@ -130,6 +165,7 @@ class TransformersEngine:
             if living <= len(alive) * (1 - COMPACT_AT):
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
+                answering = int(alive[:answering].sum())
                 rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
                 length_B1 = length_B1[keep]
         return drawn
@@ -189,18 +225,19 @@ class TransformersEngine:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _whole_batch(
-        self, prompts: Sequence[Ids], sampling: SamplingParams, numbers_BT: Tensor
-    ) -> Tensor:
+    def _whole_batch(self, batch: Batch, sampling: SamplingParams) -> Tensor:
         """Through generate() of transformers, which draws as we say."""
+        prompts, numbers_BT = batch.prompts, batch.numbers_BT
         width, device = max(map(len, prompts)), self.loaded.device
         ids = [[*[self.stop_ids[0]] * (width - len(p)), *p] for p in prompts]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
 
-        def only_the_drawn(so_far: Tensor, logits_BV: Tensor) -> Tensor:
+        def only_the_drawn(so_far: Tensor, logits_RV: Tensor) -> Tensor:
             step = so_far.shape[1] - width
-            token_B = draw(logits_BV.float(), sampling, numbers_BT[:, step])
-            return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B.unsqueeze(1), 0.0)
+            token_R = next_tokens(
+                logits_RV, batch.owner_R, batch.ratio_B, sampling, numbers_BT[:, step]
+            )
+            return torch.full_like(logits_RV, -torch.inf).scatter(1, token_R.unsqueeze(1), 0.0)
 
         config = GenerationConfig(
             do_sample=False,
@@ -214,7 +251,7 @@ class TransformersEngine:
             generation_config=config,
             logits_processor=LogitsProcessorList([only_the_drawn]),
         )
-        drawn: Tensor = full[:, width:]
+        drawn: Tensor = full[: len(numbers_BT), width:]
         return drawn
 
 
@@ -246,6 +283,62 @@ def streams(seeds: Iterable[int], length: int) -> Tensor:
     """The first numbers of each seed's stream, uniform in [0, 1); float64, shape (B, length)."""
     numbers = np.stack([np.random.default_rng(seed).random(length) for seed in seeds])
     return torch.from_numpy(numbers * BELOW_ONE)
+
+
+def next_tokens(
+    logits_RV: Tensor,
+    owner_R: Tensor,
+    ratio_B: Tensor,
+    sampling: SamplingParams,
+    uniform_B: Tensor,
+) -> Tensor:
+    """A token per row, shape (R,); other contexts get the token of the answer pushed from them.
+
+    Args:
+        logits_RV: next-token logits of the rows that answer, then of the other contexts.
+        owner_R: the request of each row, ascending among either kind.
+        ratio_B: of each request.
+        sampling: temperature and nucleus.
+        uniform_B: a number in [0, 1) for each row that answers, float64.
+    """
+    size = len(uniform_B)
+    here_BV, there_RV = logits_RV.float().split([size, len(logits_RV) - size])
+    token_B = draw(here_BV, sampling, uniform_B)
+    if not len(there_RV):
+        return token_B
+    pushed_R = torch.searchsorted(owner_R[:size], owner_R[size:])
+    ratio_R1 = ratio_B[owner_R[size:]].unsqueeze(1)
+    logits_RV = contrast_step(here_BV[pushed_R], there_RV, ratio_R1, sampling)
+    token_B[pushed_R] = draw(logits_RV, replace(sampling, top_p=1.0), uniform_B[pushed_R])
+    return torch.cat([token_B, token_B[pushed_R]])
+
+
+def contrast_step(
+    here_BV: Tensor, there_BV: Tensor, ratio_B1: Tensor, sampling: SamplingParams
+) -> Tensor:
+    """Next-token logits pushed from one context towards another, shape (B, V).
+
+    z = (1 + r) · z(·|here) − r · z(·|there), after Linear Alignment (arXiv 2401.11458): −inf
+    outside the nucleus of the context here, so that no token is chosen only because the other
+    context dislikes it. Tokens as likely as the last one of the nucleus are in it too.
+
+    Args:
+        here_BV: logits in the context that is answered.
+        there_BV: logits in the other context, after the same tokens.
+        ratio_B1: r of each row; 0 changes nothing, below 0 mixes the two.
+        sampling: temperature and mass of the nucleus. At temperature 0, where the nucleus would
+            be one token, that of temperature 1 is taken.
+    """
+    probs_BV = (here_BV / (sampling.temperature or 1.0)).softmax(dim=-1)
+    size = probs_BV.shape[1]
+    for width in (*(n for n in NUCLEUS if n < size), size):
+        top_BK = probs_BV.topk(width, dim=-1).values
+        if width == size or bool((top_BK.sum(dim=-1) >= sampling.top_p).all()):
+            break
+    beyond_BK = top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p
+    least_B1 = top_BK.masked_fill(beyond_BK, torch.inf).amin(dim=-1, keepdim=True)
+    pushed_BV = here_BV + ratio_B1 * (here_BV - there_BV)
+    return pushed_BV.masked_fill(probs_BV < least_B1, -torch.inf)
 
 
 def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from selfsteer.recipe.sections import (
     PolicyStage,
     PolicyTraining,
     PrincipledHygiene,
+    PrincipledSampling,
     PrinciplesConfig,
     Queries,
     Reward,
@@ -438,6 +439,7 @@ class PrincipledPairs(Principled, Paired):
     """A method whose pairs are written under principles."""
 
     hygiene: PrincipledHygiene = PrincipledHygiene()
+    sampling: PrincipledSampling = PrincipledSampling()
     training: PolicyTraining = PolicyTraining()
 
     pair: ClassVar[str] = (
@@ -453,6 +455,11 @@ class PrincipledPairs(Principled, Paired):
             yield (
                 "hygiene.export_unsafe: false recognises pairs about Safety by their features, and "
                 "with principles.features none there are none"
+            )
+        if self.sampling.contrast_bad and not self.bad_on_purpose:
+            yield (
+                f"sampling.contrast_bad has no effect with method {self.method}, which asks for no "
+                "bad answers; remove it"
             )
         yield from super().faults()
 

@@ -12,6 +12,9 @@ from selfsteer.data.records import Message, Principles
 
 CONTEXTS = ("plain", "good", "bad")
 
+#: What an answer in a steered context is pushed away from where two contexts are contrasted.
+OPPOSITE = {"good": "bad", "bad": "good"}
+
 
 def context_messages(
     messages: Sequence[Message], principles: Principles | None, context: str

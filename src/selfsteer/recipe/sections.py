@@ -601,6 +601,34 @@ class Sampling(Section):
     )
 
 
+class PrincipledSampling(Sampling):
+    """Sampling of responses that are written under principles, too."""
+
+    contrast: float = _f(
+        0.0,
+        "logits of good responses are pushed so many times as far from the bad context (Linear "
+        "Alignment, arXiv 2401.11458: 3, from the plain one); 0: plain sampling",
+    )
+    contrast_bad: float = _f(
+        0.0, "logits of bad responses, likewise from the good context; -0.25: a milder bad one"
+    )
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Response name → its ratio, of those that are contrasted."""
+        given = {"good": self.contrast, "bad": self.contrast_bad}
+        return {name: ratio for name, ratio in given.items() if ratio}
+
+    @override
+    def faults(self) -> Iterator[str]:
+        kind = self.engine.answering.kind
+        if self.ratios and kind != "transformers":
+            yield (
+                f"sampling.contrast reads the logits of two contexts at every token, and an engine "
+                f"of kind {kind} answers in text alone; set sampling.engine: transformers"
+            )
+
+
 class Hygiene(Section):
     """Pairs that teach nothing, or the wrong thing, are dropped and counted."""
 

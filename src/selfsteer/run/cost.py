@@ -45,7 +45,8 @@ class Cost:
     records: int = 0
     #: queries that principles are written for
     principles: int = 0
-    #: plain, good, bad, features, principles → answers asked for
+    #: plain, good, bad, features, principles → answers asked for; contrast → answers that a second
+    #: context is decoded for
     answers: Counter[str] = field(default_factory=Counter)
     #: (whose texts, context/response) → sequences scored; each is scored once, whoever asks
     scores: dict[tuple[str, str], int] = field(default_factory=dict)

@@ -16,11 +16,26 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Record, Records
 from selfsteer.data.records import Dropped, Message, Query, Triple
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import Advance, Completion, Engine, Request, SamplingParams, no_news
+from selfsteer.engines.base import (
+    Advance,
+    Completion,
+    Contrast,
+    Engine,
+    Request,
+    SamplingParams,
+    no_news,
+)
 from selfsteer.engines.load import Engines, check_engine
 from selfsteer.errors import ConfigError
-from selfsteer.principles.contexts import context_messages
-from selfsteer.recipe.sections import EngineConfig, Loading, Sampling, WriterConfig, resolve_path
+from selfsteer.principles.contexts import OPPOSITE, context_messages
+from selfsteer.recipe.sections import (
+    EngineConfig,
+    Loading,
+    PrincipledSampling,
+    Sampling,
+    WriterConfig,
+    resolve_path,
+)
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
@@ -48,11 +63,13 @@ class Asking(Generic[R]):
         wanted: the answers; those of one model are asked for together.
         prompt: the conversation that a response of this name answers.
         make: of a record and its answers, in the order of ``wanted``: what goes on, or `Dropped`.
+        contrast: what a response of this name is pushed away from; None: nothing.
     """
 
     wanted: Sequence[Wanted]
     prompt: Callable[[R, str], Sequence[Message]]
     make: Callable[[R, Sequence[Completion]], Record]
+    contrast: Callable[[R, str], Contrast | None] = lambda record, response: None
 
     def answers(
         self,
@@ -82,6 +99,7 @@ class Asking(Generic[R]):
                     f"{w.response}/{w.number}/{record.id}",
                     tuple(self.prompt(record, w.response)),
                     derive_seed(seed, record.id, w.response, w.number),
+                    self.contrast(record, w.response),
                 )
                 for w in self.wanted
                 if w.model == model
@@ -215,16 +233,22 @@ def who_answers(
 
 def in_contexts(models: Mapping[str, str], sampling: Sampling) -> Asking[Triple]:
     """Response name → model: each response in the context of its name; see `Sample`."""
+    ratios = sampling.ratios if isinstance(sampling, PrincipledSampling) else {}
 
     def prompt(triple: Triple, response: str) -> list[Message]:
         return context_messages(triple.messages, triple.principles, response)
+
+    def contrast(triple: Triple, response: str) -> Contrast | None:
+        if response not in ratios:
+            return None
+        return Contrast(tuple(prompt(triple, OPPOSITE[response])), ratios[response])
 
     def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
         by_name = dict(zip(models, said, strict=True))
         bare = replace(triple, responses={}, finish_reasons={}, reasoning={})
         return with_answers(bare, by_name, sampling)
 
-    return Asking([Wanted(*item) for item in models.items()], prompt, make)
+    return Asking([Wanted(*item) for item in models.items()], prompt, make, contrast)
 
 
 def thoughts_kept(said: Mapping[str, Completion], sampling: Sampling) -> dict[str, str]:
@@ -284,7 +308,10 @@ class Sample(Stage):
     @override
     def cost(self, scale: Scale) -> Cost:
         n = self.records(scale)
-        return Cost(records=n, answers=Counter(dict.fromkeys(self.writers, n)))
+        answers = Counter(dict.fromkeys(self.writers, n))
+        if isinstance(self.sampling, PrincipledSampling):
+            answers["contrast"] = n * len(self.sampling.ratios.keys() & self.writers.keys())
+        return Cost(records=n, answers=+answers)
 
     @override
     def check(self) -> Iterator[str]:

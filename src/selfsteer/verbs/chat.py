@@ -30,6 +30,14 @@ def chat(
             "texts"
         ),
     ] = "",
+    contrast: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="one more column: the good answer, its logits pushed R times as far from the "
+            "bad context (as sampling.contrast)",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +46,8 @@ def chat(
 
     if as_json and question is None:
         raise ConfigError("--json prints one answer; give the question with --question.")
-    talk = Chat(RunView.open(run), tuple(f.strip() for f in features.split(",") if f.strip()), seed)
+    named = tuple(f.strip() for f in features.split(",") if f.strip())
+    talk = Chat(RunView.open(run), named, seed=seed, contrast=contrast)
     if question is not None:
         said = talk.answers(question)
         result = {"question": question, "principles": talk.principles.to_dict()}
@@ -65,9 +74,17 @@ class Chat:
         run: whose models answer.
         features: what the principles name; none: as `writer.specimen` chooses.
         seed: of the sampling; counts up by question.
+        contrast: r of a further answer, good pushed away from bad; None: no such answer.
     """
 
-    def __init__(self, run: "RunView", features: tuple[str, ...], seed: int) -> None:
+    def __init__(
+        self,
+        run: "RunView",
+        features: tuple[str, ...],
+        *,
+        seed: int,
+        contrast: float | None = None,
+    ) -> None:
         from selfsteer.engines.base import SamplingParams
         from selfsteer.engines.transformers import TransformersEngine
         from selfsteer.methods import Principled
@@ -83,7 +100,7 @@ class Chat:
         base = resolve_path(run.models["base"])
         system = kept_system(own, base, loading)
         self.principles = replace(writer.specimen(own, features), system=system)
-        self.seed = seed
+        self.seed, self.contrast = seed, contrast
         self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
             name: TransformersEngine(load_model(resolve_path(source), loading, inference=True))
@@ -92,22 +109,20 @@ class Chat:
         }
 
     def answers(self, question: str) -> dict[str, dict[str, "Completion"]]:
-        """Model → context → what it says."""
+        """Model → context, or ``contrast`` → what it says."""
         from selfsteer.data.digests import derive_seed
         from selfsteer.data.records import Message
         from selfsteer.engines.answers import answers
-        from selfsteer.engines.base import Request
+        from selfsteer.engines.base import Contrast, Request
         from selfsteer.principles.contexts import CONTEXTS, context_messages
 
         messages = (Message("user", question),)
-        asked = [
-            Request(
-                c,
-                tuple(context_messages(messages, self.principles, c)),
-                derive_seed(self.seed, "chat", c),
-            )
-            for c in CONTEXTS
-        ]
+        said = {c: tuple(context_messages(messages, self.principles, c)) for c in CONTEXTS}
+        asked = [Request(c, said[c], derive_seed(self.seed, "chat", c)) for c in CONTEXTS]
+        if self.contrast is not None:
+            pushed = Contrast(said["bad"], self.contrast)
+            seed = derive_seed(self.seed, "chat", "contrast")
+            asked.append(Request("contrast", said["good"], seed, pushed))
         self.seed += 1
         return {name: answers(engine, asked, self.params) for name, engine in self.engines.items()}
 

@@ -77,12 +77,13 @@ def bench(
         features = complete_features((), settings.features_per_query, rng, catalogue)
         triples.append(Triple(query.id, query.messages, picked(features, catalogue)))
     s, source = recipe.sampling, resolve_path(recipe.policy.model)
-    params = params_of(s)
+    params, asking = params_of(s), in_contexts(dict.fromkeys(NAMES, source), s)
     requests = [
         Request(
             f"{t.id}/{n}",
             tuple(context_messages(t.messages, t.principles, n)),
             derive_seed(recipe.seed, "bench", t.id, n, 0),
+            asking.contrast(t, n),
         )
         for n in NAMES
         for t in triples
@@ -94,7 +95,6 @@ def bench(
     ):
         engine = Watched(engines.sampler(s.engine, source, recipe.policy.loading, s.batch_size))
         answers(engine, requests[:2], params)  # the first words take longer
-        asking = in_contexts(dict.fromkeys(NAMES, source), s)
         ways: dict[str, Callable[[Path], Any]] = {
             "direct": lambda folder: answers(engine, requests, params),
             "pipeline": lambda folder: asking.shards(
