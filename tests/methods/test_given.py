@@ -1,11 +1,18 @@
 """Methods that prefer given answers: whole rounds on the tiny world."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from selfsteer.errors import ConfigError
 from selfsteer.methods import load_recipe
 from selfsteer.run.execute import execute
 from selfsteer.stages.inputs import Share, stored_preferences, stored_queries
 from selfsteer.stages.sample import Sample
+from selfsteer.verbs.exporting import export_round
+from selfsteer.view import RunView
+from tests.make import recipe as made_recipe
 from tests.make import stages_of, tiny_pairs, write_pairs
 
 SMALL = (
@@ -34,6 +41,32 @@ def test_irft_renews_answers_and_reference_at_each_slice(tmp_path: Path) -> None
     assert len(halves[0]) == 4
     chosen = {p.prompt: p.chosen for p in stored_preferences(given)}
     assert set((halves[0] | halves[1]).values()) == set(chosen.values())
+
+
+def test_the_oracle_puts_the_better_answer_first(tmp_path: Path) -> None:
+    """Half of the given answers are the faulty ones."""
+    pairs = tiny_pairs(8, seed=1, faults=4)
+    turned = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs[:4]]
+    given = write_pairs(tmp_path / "given.jsonl", [*turned, *pairs[4:]])
+    own = [*SMALL, f"queries.path={given}", "judge=oracle", f"runs_dir={tmp_path}"]
+    recipe = load_recipe("spin-judged", own)
+    execute(recipe, {"name": "given"}, until="iteration-1/quality")
+    view = RunView.open(recipe.folder)
+    stage = view.stage("Relabel")
+    assert stage is not None
+    assert stage.notes["swapped"] > 0
+    figures = view.round(1).quality
+    assert figures is not None
+    assert figures.preferences.accuracy == 1.0
+    export_round(view.round(1), "distilabel", tmp_path / "set")
+    (file,) = (tmp_path / "set").rglob("*.jsonl")
+    assert "given in given.jsonl or" in file.read_text()
+
+
+@pytest.mark.parametrize(("judge", "said"), [(None, "needs a judge"), ("human:l.jsonl", "human")])
+def test_who_cannot_judge_is_refused(judge: str | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        made_recipe("spin-judged", judge=judge)
 
 
 def test_a_slice_is_counted_as_such() -> None:

@@ -27,7 +27,11 @@ from tests.make import recipe, smoke, stages_of
 NAMES = [method_of(m) for m in METHODS]
 
 #: What a shipped recipe leaves to its user.
-LEFT = {"reward": ["reward.data=pairs.jsonl"], "best-of-n": ["ranking.judge=oracle"]}
+LEFT = {
+    "reward": ["reward.data=pairs.jsonl"],
+    "best-of-n": ["ranking.judge=oracle"],
+    "spin-judged": ["judge=oracle"],
+}
 
 
 def shipped(name: str) -> Any:
@@ -187,6 +191,7 @@ ROUNDS = {
     "self-rewarding": ("ranked", *TAIL),
     "sgpo": ("samples", "improved", *TAIL),
     "spin": ("samples", "opponents", *TAIL),
+    "spin-judged": ("samples", "opponents", "relabelled", *TAIL),
     "irft": ("samples", "opponents", *TAIL),
 }
 

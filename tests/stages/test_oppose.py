@@ -13,11 +13,18 @@ from selfsteer.errors import ConfigError, DataError
 from selfsteer.models.head import with_collisions
 from selfsteer.models.load import load_model
 from selfsteer.models.score import batch_scores, pack
-from selfsteer.recipe.sections import Loading, Sampling
+from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
-from selfsteer.stages.oppose import Improve, OpposeGiven, given_answers, strip_announcement
-from tests.fakes import FakeEngine, Said, answer_with
+from selfsteer.stages import oppose
+from selfsteer.stages.oppose import (
+    Improve,
+    OpposeGiven,
+    Relabel,
+    given_answers,
+    strip_announcement,
+)
+from tests.fakes import FakeEngine, FakeJudge, Said, answer_with, longer
 from tests.make import query, triple, write_jsonl
 
 BEE = query(id="bee")
@@ -90,6 +97,37 @@ def test_spin_opposes_the_given_answer_and_counts_what_has_none(tmp_path: Path) 
     assert dump_lines([found]).strip() == line
     (lost,) = read_dropped(run / "opponents.dropped.jsonl")
     assert (lost.id, lost.reason) == ("owl", "no_given_answer")
+
+
+def test_a_judge_says_which_answer_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It likes length and cannot read a question mark."""
+    monkeypatch.setattr(oppose, "load_judge", lambda *_: FakeJudge(longer))
+    rows = [
+        triple("kept", good="Long.", bad="S."),
+        replace(
+            triple("swapped", good="S.", bad="Long."),
+            finish_reasons={"bad": "length"},
+            reasoning={"good": "Hm.</think>"},
+        ),
+        triple("equal", good="Aha.", bad="Oho."),
+        triple("odd", good="What?", bad="S."),
+    ]
+    run = RunFolder(tmp_path)
+    pairs = Artifact(write_jsonl(tmp_path / "pairs.jsonl", *(t.to_dict() for t in rows)))
+    stage = Relabel(pairs, JudgeConfig(kind="oracle"), shard_size=3)
+    result = run.execute(stage)
+    assert (result.n_in, result.n_out) == (4, 2)
+    assert result.dropped == {"tie": 1, "unparseable": 1}
+    assert result.notes == {"swapped": 1}
+    kept, swapped = map(Triple.from_dict, read_shards(run / stage.outputs[0]))
+    assert kept == rows[0]
+    assert swapped.responses == {"good": "Long.", "bad": "S."}
+    assert swapped.finish_reasons == {"good": "length"}
+    assert swapped.reasoning == {"bad": "Hm.</think>"}
+    again = stage.run(run)
+    assert again.notes == {"swapped": 1}, "counted again where the shards were there"
 
 
 def test_an_improver_is_shown_the_answer_and_its_new_one_is_preferred(

@@ -62,7 +62,8 @@ def dataset_card(
         "configs": [{"config_name": "default", "data_files": data_files}],
     }
     licence = queries_license or "unknown, check before you publish"
-    answers = "rejected answers" if method.needs_answers else "answers"
+    given = method.needs_answers and not method.either_side
+    answers = "rejected answers" if given else "answers"
     features, risks = "", "A rejected answer can be good, and a chosen one wrong."
     if issubclass(method, Principled):
         features = " `features`, if it is there: what the principles were about."

@@ -16,6 +16,7 @@ from selfsteer.methods.reward import RewardModel
 from selfsteer.methods.self_rewarding import SelfRewarding
 from selfsteer.methods.sgpo import SGPO
 from selfsteer.methods.spin import SPIN
+from selfsteer.methods.spin_judged import JudgedSPIN
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import choose, load_values, merge, validate
 
@@ -31,6 +32,7 @@ AnyRecipe = (
     | SelfRewarding
     | SGPO
     | SPIN
+    | JudgedSPIN
     | IRFT
     | RewardModel
 )

@@ -173,6 +173,8 @@ class Aligning(Recipe):
 
     #: Whether an answer must stand beside each query.
     needs_answers: ClassVar[bool] = False
+    #: Whether that answer may be the chosen or the rejected one.
+    either_side: ClassVar[bool] = False
 
     #: What the policy is trained on and how that came about, as cards tell it.
     learnt: ClassVar[str] = "pairs of a chosen and a rejected answer"

@@ -1,4 +1,7 @@
-"""Pairs that need no ranking: given answers over the policy's (SPIN), rewritten over first ones."""
+"""Pairs that need no ranking: given answers over the policy's (SPIN), rewritten over first ones.
+
+A judge may say which of the two it is (`Relabel`).
+"""
 
 import re
 from collections import Counter
@@ -11,16 +14,19 @@ from typing_extensions import override
 from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
-from selfsteer.data.records import Dropped, Message, Preference, Triple
+from selfsteer.data.records import Dropped, Message, Preference, Triple, Verdict
 from selfsteer.data.shapes import record, unfolded
 from selfsteer.engines.base import Completion
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.recipe.sections import Sampling, WriterConfig, resolve_path
+from selfsteer.judges.base import Pair
+from selfsteer.judges.load import load_judge
+from selfsteer.recipe.sections import JudgeConfig, Sampling, WriterConfig, resolve_path
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import renamed, stored_triples
 from selfsteer.stages.sample import Asking, Wanted, check_writer, with_answers
+from selfsteer.terminal import progress_bar, say
 
 
 def given_answers(
@@ -101,6 +107,71 @@ def _own_as_bad(triple: Triple, texts: Mapping[str, str]) -> Triple:
         renamed(of, {"plain": "bad"}) for of in (triple.finish_reasons, triple.reasoning)
     )
     return replace(triple, responses=texts, finish_reasons=reasons, reasoning=thoughts)
+
+
+@dataclass(frozen=True)
+class Relabel(Stage):
+    """DNPO's labels (arXiv 2502.05400): a judge says which answer of a pair is the chosen one.
+
+    Where it prefers the bad one, the two change places; the note ``swapped`` counts them. Pairs
+    without a verdict are dropped as ``tie``, ``inconsistent`` or ``unparseable``.
+
+    Args:
+        pairs: triples with a good and a bad response.
+        judge: who compares them.
+        shard_size: pairs per shard.
+    """
+
+    pairs: Artifact
+    judge: JudgeConfig
+    shard_size: int
+
+    title = "relabelled"
+    passes_on = True
+
+    @override
+    def cost(self, scale: Scale) -> Cost:
+        n = self.records(scale)
+        return Cost(n, judged=n)
+
+    @override
+    def check(self) -> Iterator[str]:
+        if judge := load_judge(self.judge):
+            judge.check(())
+        yield from ()
+
+    @override
+    def run(self, run: RunFolder) -> StageResult:
+        pairs, judge = stored_triples(self.pairs.path), load_judge(self.judge, run / "judgements")
+        assert judge is not None
+        swapped = Counter[str]()
+        with progress_bar(f"{self.title}: judging", len(pairs)) as bar:
+
+            def work(shard: int, part: Sequence[Triple]) -> list[Triple | Dropped]:
+                asked = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in part]
+                said = [judgement.verdict for judgement in judge.compare_all(asked)]
+                bar.advance(len(part))
+                swapped["swapped"] += said.count(Verdict.SECOND)
+                return list(map(_labelled, part, said))
+
+            folder, size = run / self.name, self.shard_size
+            result = run_shards(folder, pairs, size, work, bar.skip, swapped)
+        result.notes = dict(swapped)
+        say(f"  {swapped['swapped']:,} of {result.n_out:,} pairs changed places")
+        return result
+
+
+def _labelled(triple: Triple, verdict: Verdict) -> Triple | Dropped:
+    """The pair in the order that a verdict on good and bad gives."""
+    if verdict is Verdict.FIRST:
+        return triple
+    if verdict is not Verdict.SECOND:
+        return Dropped(triple.id, verdict, triple)
+    responses, reasons, thoughts = (
+        renamed(of, {"good": "bad", "bad": "good"})
+        for of in (triple.responses, triple.finish_reasons, triple.reasoning)
+    )
+    return replace(triple, responses=responses, finish_reasons=reasons, reasoning=thoughts)
 
 
 #: What an improver is asked, as the turn after the answer.

@@ -134,4 +134,6 @@ def _writers(of: RoundView) -> tuple[str, str]:
     if of.is_baseline or not (recipe.needs_answers or improver):
         return policy, policy
     given = f"given in {public_name(recipe.queries.path)}"
+    if recipe.either_side:
+        return f"{given} or {policy}", f"{given} or {policy}"
     return public_name(improver.model) if improver else given, policy
