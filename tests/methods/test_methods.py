@@ -188,6 +188,7 @@ ROUNDS = {
     "good-over-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
     "best-of-n-principles": ("principles", "ranked", *TAIL),
+    "rlcd": ("ranked", *TAIL),
     "self-rewarding": ("ranked", *TAIL),
     "sgpo": ("samples", "improved", *TAIL),
     "spin": ("samples", "opponents", *TAIL),
@@ -196,14 +197,24 @@ ROUNDS = {
 }
 
 
+#: What precedes the rounds.
+BEFORE = {
+    "rlcd": (
+        *(f"contrast/{title}" for title in ("principles", "samples", "filter")),
+        "train_reward",
+    )
+}
+
+
 @pytest.mark.parametrize("method", [n for n in NAMES if n != "reward"])
 def test_the_stages_of_a_round(method: str) -> None:
     made = recipe(method, iterations=2, judge="oracle")
     expected = [f"iteration-{k}/{title}" for k in (1, 2) for title in ROUNDS[method]]
-    assert list(stages_of(made)) == ["queries", *expected]
+    before = BEFORE.get(method, ())
+    assert list(stages_of(made)) == ["queries", *before, *expected]
     assert {s.where.method for s in made.plan()[1:]} == {method}
     rounds = [k for k in (1, 2) for _ in ROUNDS[method]]
-    assert [s.where.round for s in made.plan()] == [None, *rounds]
+    assert [s.where.round for s in made.plan()] == [None, *(None for _ in before), *rounds]
 
 
 @pytest.mark.parametrize("method", [n for n in NAMES if n != "reward"])

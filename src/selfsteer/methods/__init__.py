@@ -13,6 +13,7 @@ from selfsteer.methods.irft import IRFT
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.reward import RewardModel
+from selfsteer.methods.rlcd import RLCD
 from selfsteer.methods.self_rewarding import SelfRewarding
 from selfsteer.methods.sgpo import SGPO
 from selfsteer.methods.spin import SPIN
@@ -29,6 +30,7 @@ AnyRecipe = (
     | GoodOverPlain
     | BestOfN
     | BestOfNByPrinciples
+    | RLCD
     | SelfRewarding
     | SGPO
     | SPIN

@@ -70,6 +70,8 @@ class Plan:
         self.asked: list[Artifact] = []
         #: The newest preferences of the recipe's own method.
         self.pairs: Artifact | None = None
+        #: The reward model that ranks, where one is trained before the rounds.
+        self.reward: Artifact | None = None
         self.exhibit: Exhibit | None = None
         #: The queries of the run, once they are planned.
         self.queries = self.base
@@ -197,10 +199,10 @@ class Aligning(Recipe):
 
     @override
     def plan(self) -> list[Stage]:
-        """Queries, rounds, reward model, baseline, evaluation, benchmarks."""
+        """Queries, rounds with what is before and after them, evaluation, benchmarks."""
         plan = Plan(self)
         plan.queries = self._queries(plan)
-        policy = plan.base
+        policy = self.before_rounds(plan)
         for k in range(1, self.iterations + 1):
             with plan.at(self.method, k, f"iteration-{k}"):
                 policy = self.round(plan, k, policy)
@@ -208,6 +210,10 @@ class Aligning(Recipe):
         self.after_rounds(plan)
         self._evaluation(plan)
         return plan.stages
+
+    def before_rounds(self, plan: Plan) -> Artifact:
+        """Plans what precedes the rounds; returns the policy that the first one starts from."""
+        return plan.base
 
     def after_rounds(self, plan: Plan) -> None:
         """Plans what follows the rounds and precedes the evaluation; nothing of every method."""

@@ -31,6 +31,7 @@ from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shard
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.sample import Asking, Wanted, check_sampler, thoughts_kept
+from selfsteer.stages.train import TrainReward
 from selfsteer.terminal import progress_bar
 
 #: Sums of the same parts in another order differ by this at most.
@@ -183,6 +184,17 @@ def policy_as_judge(policy: str, loading: Loading, batch_size: int) -> JudgeConf
     )
 
 
+def trained_judge(reward: Artifact, batch_size: int) -> JudgeConfig:
+    """A reward model that the run itself trains, loaded as its training loaded it."""
+    assert isinstance(reward.maker, TrainReward)
+    return JudgeConfig(
+        kind="reward",
+        model=str(reward.path),
+        batch_size=batch_size,
+        **reward.maker.start_loading.model_dump(include=LOADED),
+    )
+
+
 @dataclass(frozen=True)
 class RankAnswers(Stage):
     """n plain answers per query, the best over the worst as a preference.
@@ -202,6 +214,7 @@ class RankAnswers(Stage):
         sampling: how.
         clip: None: the policy is asked; a number: it is not, and `PrincipleContrast` with this
             clip scores answers to queries that hold principles.
+        reward: the run's own reward model, which scores in the judge's place; None: none.
     """
 
     queries: Artifact
@@ -210,6 +223,7 @@ class RankAnswers(Stage):
     judge: JudgeConfig | None
     sampling: Sampling
     clip: float | None = None
+    reward: Artifact | None = None
 
     title = "ranked"
 
@@ -220,7 +234,8 @@ class RankAnswers(Stage):
         if self.clip is not None:
             scores = scoring(self.name, PrincipleContrast.read, self.samples * n)
             return Cost(n, answers=Counter(plain=self.samples * n), scores=scores)
-        if self.judge is None or self.judge.kind == "chat":  # who only compares holds a tournament
+        compares = self.judge is None or self.judge.kind == "chat"
+        if compares and self.reward is None:  # who only compares holds a tournament
             judged = self.samples * (self.samples - 1) // 2
         return Cost(n, answers=Counter(plain=self.samples * n), judged=judged * n)
 
@@ -243,6 +258,8 @@ class RankAnswers(Stage):
         sampled = asking.of_stage(self, run, queries, sampling, folder=f"{self.name}/candidates")
         found = Stored(folder / "candidates", Candidates.from_dict)
         settings = self.judge or policy_as_judge(policy, self.loading, sampling.batch_size)
+        if self.reward is not None:
+            settings = trained_judge(self.reward, sampling.batch_size)
         judge: Scorer
         if self.clip is None:
             judge = ranker(settings, run / "judgements")

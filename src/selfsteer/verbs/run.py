@@ -41,7 +41,8 @@ def run(
     everything is done, it does nothing.
 
     Shipped recipes: demo, smoke, smollm2, sso, sso-online, pbaa, contrast, distil, good-over-plain,
-    best-of-n, best-of-n-principles, self-rewarding, sgpo, spin, spin-judged, irft, wpo, reward.
+    best-of-n, best-of-n-principles, rlcd, self-rewarding, sgpo, spin, spin-judged, irft, wpo,
+    reward.
     """
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, pinned, select

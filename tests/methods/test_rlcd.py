@@ -1,0 +1,48 @@
+"""RLCD on the tiny world: a reward model from contrast pairs ranks plain answers."""
+
+from pathlib import Path
+
+from selfsteer.judges.reward import RewardJudge
+from selfsteer.methods import load_recipe
+from selfsteer.run.execute import execute
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.inputs import stored_preferences, stored_queries, stored_triples
+from selfsteer.stages.rank import RankAnswers, trained_judge
+from selfsteer.view import RunView
+from tests.make import SMALL, stages_of
+
+OWN = ("ranking.samples=3", "reward={learning_rate: 1e-3, batch_size: 4, forward_pairs: 4}")
+
+
+def test_plain_answers_are_ranked_by_the_models_own_reward_model(tmp_path: Path) -> None:
+    recipe = load_recipe("rlcd", [*SMALL, *OWN, f"runs_dir={tmp_path}"])
+    execute(recipe, {"name": "given"}, until="iteration-1/ranked")
+    view = RunView.open(recipe.folder)
+    assert view.reward is not None
+    pairs = {t.id: t.responses for t in stored_triples(recipe.folder / "contrast/filtered.jsonl")}
+    assert view.reward.sources["rlcd"]["read"] == len(pairs)
+    made = stages_of(recipe)
+    reward = Artifact(recipe.folder / "reward", made["train_reward"])
+    judge = RewardJudge(trained_judge(reward, 32))
+    ranked = recipe.folder / "iteration-1/ranked"
+    queries = {q.id: q for q in stored_queries(ranked / "candidates")}
+    found = list(stored_preferences(ranked))
+    assert found
+    for pair in found:
+        query = queries[pair.id]
+        answers = query.extra["answers"]
+        scores = [s or 0.0 for s in judge.score_all([(query, text) for text in answers])]
+        assert pair.chosen == answers[scores.index(max(scores))]
+        assert pair.rejected == answers[scores.index(min(scores))]
+
+
+def test_one_reward_model_serves_all_rounds() -> None:
+    made = stages_of(load_recipe("rlcd", [*SMALL, "iterations=2"]))
+    for k in (1, 2):
+        stage = made[f"iteration-{k}/ranked"]
+        assert isinstance(stage, RankAnswers)
+        assert stage.reward is not None
+        assert stage.reward.maker == made["train_reward"]
+    other = stages_of(load_recipe("rlcd", [*SMALL, "iterations=2", "reward.epochs=2"]))
+    ranked = "iteration-1/ranked"
+    assert other[ranked].fingerprint != made[ranked].fingerprint
