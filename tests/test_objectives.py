@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from selfsteer.objectives import (
     NO_MASS,
     OBJECTIVES,
     Budget,
+    ContrastMargin,
     ContrastObjective,
     SteeringLoss,
     TokenObjective,
@@ -537,6 +539,65 @@ def test_a_base_without_margins_or_smoothing_of_pairs_says_so(base: str, name: s
         of_two(base, **{name: torch.zeros(2)})
     with pytest.raises(ValueError, match=f"{name} have shape"):
         of_two("sigmoid", **{name: torch.zeros(3)})
+
+
+LOGPS = {
+    "plain/good": vector(-12, -8),
+    "plain/bad": vector(-9, -6),
+    "good/good": vector(-8, -8),
+    "bad/good": vector(-20, -8),
+    "good/bad": vector(-7, -90),
+    "bad/bad": vector(-6, -30),
+}
+
+
+def test_dora_weights_by_hand() -> None:
+    """4 and 3 tokens: m falls by 1 without the good principle, and by 1 without the bad one.
+
+    Both c are σ(-1) = 0.268941, so the pair weighs 2c. The second good answer is as likely without
+    its principle, c = ½, and the bad one likelier by 24/3 = 8: ½ + σ(8).
+    """
+    lengths = {name: torch.tensor([4, 4] if name.endswith("good") else [3, 3]) for name in LOGPS}
+    objective = Objective.named("pbaa", weighting="dora")
+    assert objective.read == ("plain/good", "good/good", "plain/bad", "bad/bad")
+    found = objective.figures(LOGPS, lengths)
+    assert list(found) == ["weights"]
+    expected = [2 * 0.2689414213699951, 0.5 + math.exp(log_sigmoid(8))]
+    assert found["weights"].tolist() == pytest.approx(expected)
+    same = {name: vector(-5, -3) for name in LOGPS}
+    assert objective.figures(same, lengths)["weights"].tolist() == [1.0, 1.0]
+
+
+def test_the_margin_of_dlma_by_hand() -> None:
+    """M = (-8 + 20) - (-7 + 6) = 13, and 0 - (-90 + 30) = 60, cut at 40; 0.2 of it counts."""
+    objective = replace(Objective.named("pbaa"), margin=ContrastMargin())
+    assert objective.read == ("good/good", "bad/good", "good/bad", "bad/bad")
+    found = objective.figures(LOGPS, {})
+    assert list(found) == ["margins"]
+    assert found["margins"].tolist() == pytest.approx([2.6, 8.0])
+    swapped = {k.replace("good/", "x/").replace("bad/", "good/"): v for k, v in LOGPS.items()}
+    swapped = {k.replace("x/", "bad/"): v for k, v in swapped.items()}
+    assert objective.figures(swapped, {})["margins"].tolist() == pytest.approx([-2.6, -8.0])
+    wider = replace(objective, margin=ContrastMargin(weight=0.5, bound=50.0))
+    assert wider.figures(LOGPS, {})["margins"].tolist() == pytest.approx([6.5, 25.0])
+    both = replace(objective, weighting="dora")
+    assert sorted(both.read) == sorted(LOGPS)
+    assert Objective.named("pbaa", weighting="wpo").read == Objective.named("sso").read == ()
+
+
+def test_the_loss_of_dlma_by_hand() -> None:
+    """Changes of +4 and -2 nats: h = 6; less the margin 2.6, at β 0.5: -log σ(1.7)."""
+    objective = replace(Objective.named("pbaa", beta=0.5), margin=ContrastMargin())
+    names = ("plain/good", "plain/bad")
+    policy = dict(zip(names, (vector(-8), vector(-11)), strict=True))
+    start = dict(zip(names, (vector(-12), vector(-9)), strict=True))
+    lengths = {name: torch.tensor([4]) for name in names}
+    out = steering_loss(objective, policy, start, lengths, margins=vector(2.6))
+    assert out.loss.item() == pytest.approx(-log_sigmoid(1.7))
+    assert out.metrics["margin/query"].item() == 2.6
+    assert out.metrics["rewards/margins"].item() == 3.0
+    with pytest.raises(ValueError, match="objective pbaa needs margins"):
+        steering_loss(objective, policy, start, lengths)
 
 
 # -- what bounds a pair ----------------------------------------------------------------------------

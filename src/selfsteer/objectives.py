@@ -24,7 +24,7 @@ ObjectiveName = Literal[
     "pbaa", "sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus", "sso-online"
 ]
 BaseName = Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"]
-Weighting = Literal["wpo"]
+Weighting = Literal["wpo", "dora"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 BASES: tuple[str, ...] = get_args(BaseName)
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
@@ -151,6 +151,45 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class ContrastMargin:
+    """DLMA's margin of a pair, nats (arXiv 2402.11907, eq. 8): ``weight`` · clamp(M, ±``bound``).
+
+    M = R(y+) − R(y-), where R(y) = log π0(y|x+) − log π0(y|x-) are sums over tokens and π0 is the
+    frozen start.
+    """
+
+    weight: float = 0.2
+    bound: float = 40.0
+
+    read: ClassVar[tuple[str, ...]] = ("good/good", "bad/good", "good/bad", "bad/bad")
+
+    def __call__(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """The margin of each pair, (B,), from log-prob sums of what it reads, (B,) nats."""
+        good, bad = (sums[f"good/{r}"] - sums[f"bad/{r}"] for r in ("good", "bad"))
+        return self.weight * (good - bad).clamp(-self.bound, self.bound)
+
+
+#: What `dora_weights` reads.
+DORA_SEQUENCES = ("plain/good", "good/good", "plain/bad", "bad/bad")
+
+
+def dora_weights(means: Mapping[str, Tensor]) -> Tensor:
+    """Weight of each pair, (B,), from 0 to 2: how likely its answers were sampled plainly.
+
+    After DoRA (arXiv 2504.05831), whose weight of an answer is 2c for two sources, where a trained
+    classifier says the probability c that it is from the wanted one. Here that is the policy
+    without a principle, and c = σ(m(y|x) − m(y|x±)), m the mean log-prob per token under the
+    frozen start. A pair weighs the mean of its two, 1 where the principles did nothing. The
+    robust optimisation of the paper is left out.
+
+    Args:
+        means: `DORA_SEQUENCES` → (B,), nats per token.
+    """
+    plain_good, good, plain_bad, bad = (means[name] for name in DORA_SEQUENCES)
+    return (plain_good - good).sigmoid() + (plain_bad - bad).sigmoid()
+
+
+@dataclass(frozen=True)
 class Objective:
     """A name, a base loss, terms, and v1's gate if the method has one."""
 
@@ -158,8 +197,11 @@ class Objective:
     base: BaseLoss
     terms: tuple[Term, ...]
     gate: Gate | None = None
-    #: ``wpo``: the loss of a query is multiplied by its `wpo_weights`; None: by nothing.
+    #: By what the loss of a query is multiplied: ``wpo``: `wpo_weights` under the policy as it is;
+    #: ``dora``: `dora_weights`; None: nothing.
     weighting: str | None = None
+    #: What the gap of each pair has to exceed; None: 0.
+    margin: ContrastMargin | None = None
     #: Of the preferred response of every term, for bases with a reference; None: no bound.
     budget: Budget | None = None
 
@@ -175,6 +217,28 @@ class Objective:
         if self.gate is not None:
             names += ["plain/good", "plain/bad"]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """What the frozen start is asked about each pair before it is trained on."""
+        dora = DORA_SEQUENCES if self.weighting == "dora" else ()
+        return tuple(dict.fromkeys((*dora, *(self.margin.read if self.margin else ()))))
+
+    def figures(
+        self, sums: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The ``weights`` and ``margins`` of pairs for `steering_loss`, (B,), as far as it has any.
+
+        Args:
+            sums: what it reads → (B,) log-prob sums under the frozen start, nats.
+            lengths: the same → (B,) tokens.
+        """
+        found = {}
+        if self.weighting == "dora":
+            found["weights"] = dora_weights({n: sums[n] / lengths[n] for n in DORA_SEQUENCES})
+        if self.margin is not None:
+            found["margins"] = self.margin(sums)
+        return found
 
     @classmethod
     def named(
@@ -211,7 +275,7 @@ class Objective:
             label_smoothing: cDPO's ε, for the sigmoid base.
             simpo_margin: SimPO's margin γ. 0.5.
             ceiling: stops both implicit rewards at ±ceiling, for the sigmoid base.
-            weighting: ``wpo`` for objective ``pbaa``; `steering_loss` is then given weights.
+            weighting: ``wpo`` or ``dora`` for objective ``pbaa``; the loss then needs weights.
             budget: the fields of a `Budget`, for bases with a reference.
 
         Raises:
@@ -220,7 +284,7 @@ class Objective:
         for label, given, known in (
             ("objective", name, OBJECTIVES),
             ("base loss", base, BASES),
-            ("weighting", WEIGHTINGS[0] if weighting is None else weighting, WEIGHTINGS),
+            ("weighting", weighting or WEIGHTINGS[0], WEIGHTINGS),
         ):
             if given not in known:
                 raise ConfigError(f"Unknown {label} {given!r}; choose from {', '.join(known)}.")
@@ -263,8 +327,8 @@ class Objective:
             BaseLoss(base, beta, label_smoothing, simpo_margin, ceiling),
             terms[name],
             Gate(alpha, detach_weight) if gated else None,
-            weighting if name == "pbaa" else None,
-            None if base in REFERENCE_FREE else limit,
+            weighting=weighting if name == "pbaa" else None,
+            budget=None if base in REFERENCE_FREE else limit,
         )
 
 
@@ -411,11 +475,14 @@ def steering_loss(
 
     Raises:
         ValueError: a sequence is missing, shapes differ, a length is below 1, the objective has a
-            weighting and no weights are given, or its base has no margin or smoothing of pairs.
+            weighting or a margin and they are not given, or its base has no margin or smoothing
+            of pairs.
     """
     base = objective.base
     if objective.weighting is not None and weights is None:
         raise ValueError(f"the weighting {objective.weighting} needs weights")
+    if objective.margin is not None and margins is None:
+        raise ValueError(f"objective {objective.name} needs margins")
     if reference is None and base.needs_reference:
         raise ValueError(f"the {base.name} base needs reference log-probs")
     given = {"policy": policy, "lengths": lengths}
@@ -484,6 +551,8 @@ def steering_loss(
         found |= {} if lost_B is None else {"budget_loss": lost_B.detach()}
         found |= {"loss": loss_B.detach()} if suffix else {}
         metrics |= {f"{name}{suffix}": value_B.mean() for name, value_B in found.items()}
+    if margins is not None:
+        metrics["margin/query"] = margins.mean()
     if weights is not None:
         metrics["weight/query"] = weights.detach().mean()
         per_query = per_query * weights

@@ -183,6 +183,7 @@ ROUNDS = {
     "sso": ("principles", "triples", "filter", "generator", "samples", *TAIL),
     "sso-online": ("principles", "triples", "filter", *TAIL),
     "pbaa": ("principles", "samples", *TAIL),
+    "dlma": ("principles", "samples", "preferences", "quality", "figures", "policy"),
     "contrast": ("principles", "samples", "teacher", "policy"),
     "distil": ("principles", "samples", "teacher", "policy"),
     "good-over-plain": ("principles", "samples", *TAIL),

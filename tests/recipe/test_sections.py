@@ -102,6 +102,11 @@ def test_overrides_that_cannot_be_applied() -> None:
             {"training": {"base": "simpo", "budget": {"slack": 0}}},
             "training.budget has no effect with objective pbaa and base simpo",
         ),
+        (
+            {"method": "spin", "training": {"weighting": "dora"}},
+            "those of method spin are written without one; use wpo",
+        ),
+        ({"method": "dlma", "training": {"base": "ipo"}}, "needs training.base sigmoid or hinge"),
         ({"training": {"base": "ipo", "ceiling": 2}}, "training.ceiling has no effect"),
         (
             {"method": "good-over-plain", "training": {"base": "ipo", "label_smoothing": 0.1}},
@@ -177,6 +182,9 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 def test_train_refuses_another_reference_than_its_model() -> None:
     with pytest.raises(ConfigError, match="the given model as reference"):
         validate(TrainConfig, {"output": "o", "reference": "first"}, "settings")
+    dora = {"output": "o", "objective": "pbaa", "weighting": "dora"}
+    with pytest.raises(ConfigError, match="weighting dora needs a run"):
+        validate(TrainConfig, dora, "settings")
 
 
 def test_package_paths_resolve() -> None:

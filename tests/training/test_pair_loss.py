@@ -1,12 +1,14 @@
 """Settings of the pair loss, from a recipe to the losses that a step is made of."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfsteer.models.load import load_model
-from selfsteer.objectives import Budget, Objective
+from selfsteer.objectives import Budget, ContrastMargin, Objective
 from selfsteer.recipe.sections import Policy
 from selfsteer.stages.train import Train
 from selfsteer.training.preference import PreferenceTask
@@ -28,6 +30,25 @@ def test_the_settings_of_each_training_are_its_own() -> None:
     assert (policy.budget, policy.base.ceiling) == (Budget(1.0, 0.0), 3.0)
     assert (generator.budget, generator.base.ceiling) == (Budget(1.0, 0.1), None)
     assert objective_of(recipe("pbaa")).budget is None
+
+
+def test_a_step_weighs_each_pair_and_asks_for_its_margin(tmp_path: Path) -> None:
+    """The model is the reference: -log σ(-β·margin), times the weight, for each pair its own."""
+    policy = Policy.model_validate({"model": "x", "device": "cpu"})
+    loaded = load_model(str(make_checkpoint(tmp_path / "start", "llama")), policy)
+    objective = replace(Objective.named("pbaa", weighting="dora"), margin=ContrastMargin())
+    figures = [{"weights": 0.5 + i, "margins": 4.0 * i} for i in range(3)]
+    examples = [
+        replace(e, figures=own)
+        for e, own in zip(make_examples(loaded, objective, 3), figures, strict=True)
+    ]
+    order = [2, 0, 1]
+    task = PreferenceTask(loaded, objective, examples)
+    found, metrics = task.loss(loaded.model, [examples[i] for i in order])
+    expected = [(0.5 + i) * math.log1p(math.exp(0.4 * i)) for i in order]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    means = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    assert (means["weight/query"], means["margin/query"]) == (1.5, 4.0)
 
 
 def test_a_step_pays_for_what_chosen_answers_lost(tmp_path: Path) -> None:

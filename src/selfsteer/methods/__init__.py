@@ -8,6 +8,7 @@ from selfsteer.methods.best_of_n import BestOfN
 from selfsteer.methods.best_of_n_principles import BestOfNByPrinciples
 from selfsteer.methods.contrast import ContrastDistillation
 from selfsteer.methods.distil import ContextDistillation
+from selfsteer.methods.dlma import DLMA
 from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.irft import IRFT
 from selfsteer.methods.online import SSOOnline
@@ -25,6 +26,7 @@ AnyRecipe = (
     SSO
     | SSOOnline
     | PBAA
+    | DLMA
     | ContrastDistillation
     | ContextDistillation
     | GoodOverPlain

@@ -45,6 +45,7 @@ from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.augment import GrowQueries
 from selfsteer.stages.benchmark import RunBenchmarks
 from selfsteer.stages.evaluate import Evaluate, Exhibit
+from selfsteer.stages.figures import FigurePairs
 from selfsteer.stages.filter import WritePairs
 from selfsteer.stages.inputs import Share
 from selfsteer.stages.measure import MeasureQuality
@@ -231,8 +232,26 @@ class Aligning(Recipe):
         contexts: tuple[str, ...] = ("plain",),
         title: str = "policy",
         teacher: Artifact | None = None,
+        principled: Artifact | None = None,
     ) -> Artifact:
-        """The policy of the next round, or a generator, trained from this one's start."""
+        """The policy of the next round, or a generator, trained from this one's start.
+
+        Args:
+            plan: gets the stages.
+            data: what it is trained on.
+            policy: at the start of the round.
+            objective: what to minimise.
+            settings: of the training.
+            contexts: in which the trained model will answer.
+            title: of the training.
+            teacher: targets of the data.
+            principled: records of the same ids with principles, where figures of pairs need them.
+        """
+        figures = None
+        if isinstance(objective, Objective) and objective.read:
+            assert principled is not None
+            longest = settings.max_length
+            figures = plan(FigurePairs(data, principled, policy, objective, longest))
         measured = settings.selection.points > 0
         # candidates answer in process, whoever else samples
         sampling = self.sampling.model_copy(update={"engine": EngineConfig()})
@@ -250,6 +269,7 @@ class Aligning(Recipe):
                 keep_checkpoints=self.keep.checkpoints,
                 keep=title == "policy" or self.keep.generator,
                 teacher=teacher,
+                figures=figures,
                 title=title,
             )
         )

@@ -19,7 +19,7 @@ def pbaa_round(recipe: PrincipledPairs, plan: Plan, asked: Artifact, policy: Art
     samples = plan(Sample(asked, {"good": policy, "bad": policy}, recipe.sampling))
     pairs = recipe.pairs(plan, samples, policy, principled=asked)
     objective = plain_pair(recipe.training)
-    return recipe.train(plan, pairs, policy, objective, recipe.training)
+    return recipe.train(plan, pairs, policy, objective, recipe.training, principled=asked)
 
 
 class PBAA(PrincipledPairs):

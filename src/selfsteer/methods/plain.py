@@ -24,6 +24,15 @@ class Plain(Paired):
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         return self.learnt_from(plan, self.opposed(plan, policy), policy)
 
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.training.weighting == "dora":
+            yield (
+                "training.weighting dora asks under which principle an answer was written, and "
+                f"those of method {self.method} are written without one; use wpo"
+            )
+
     def learnt_from(self, plan: Plan, opposed: Artifact, policy: Artifact) -> Artifact:
         """The policy trained on what `opposed` planned."""
         pairs = self.pairs(plan, opposed, policy)

@@ -36,7 +36,8 @@ class SSO(WithBaseline):
         good, bad = self.generators(plan, kept, policy)
         samples = plan(Sample(asked, {"good": good, "bad": bad}, self.sampling))
         pairs = self.pairs(plan, samples, policy, principled=asked, triples=kept)
-        return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
+        objective = plain_pair(self.training)
+        return self.train(plan, pairs, policy, objective, self.training, principled=asked)
 
     def generators(
         self, plan: Plan, triples: Artifact, policy: Artifact

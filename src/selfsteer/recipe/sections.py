@@ -947,8 +947,17 @@ class Training(PolicyTraining):
     """The policy stage: one plain pair per query."""
 
     weighting: Weighting | None = _f(
-        None, "wpo: weight pairs by how likely the policy finds them (arXiv 2406.11827)"
+        None,
+        "wpo: weight pairs by how likely the policy finds them (arXiv 2406.11827); dora: by how "
+        "likely they were written without a principle (after arXiv 2504.05831)",
     )
+
+
+class Margin(Section):
+    """What a pair has to exceed: a part of the contrast of its principles (docs/methods.md)."""
+
+    weight: float = _f(0.2, "share of the contrast that counts (DLMA, the authors' script)", gt=0)
+    bound: float = _f(40.0, "nats at which the contrast is cut (DLMA, the authors' script)", gt=0)
 
 
 class Steering(Section):
@@ -1178,6 +1187,8 @@ class TrainConfig(Optimisation, Steering, Loading):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         yield from self._unused(self.objective)
+        if self.weighting == "dora":
+            yield "weighting dora needs a run, which knows what each answer was written under"
         if self.reference == "first":
             yield "train takes the given model as reference"
 

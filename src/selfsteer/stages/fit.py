@@ -20,6 +20,7 @@ from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import Sampling
 from selfsteer.run import ranks
 from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.stages.figures import stored_figures
 from selfsteer.stages.inputs import stored_pairs
 from selfsteer.stages.selector import Selector
 from selfsteer.stages.teach import taught
@@ -36,17 +37,19 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     """Trains a policy or a generator, on every rank; writes its folder and its candidates' figures.
 
     Dropped are ``prompt_too_long``, ``held_out``: queries that its candidates answer, and
-    ``no_targets``: what the teacher dropped.
+    ``no_targets`` or ``no_figures``: what the teacher, or `FigurePairs`, dropped.
     """
     start, settings, lora = str(stage.start.path), stage.settings, stage.lora
     triples = list(stored_pairs(stage.data.path))
     lessons = taught(stage.teacher.path) if stage.teacher else {}
-    untaught = [t for t in triples if stage.teacher and t.id not in lessons]
-    known = [t for t in triples if not stage.teacher or t.id in lessons]
+    figures = stored_figures(stage.figures.path) if stage.figures else {}
+    needed = lessons if stage.teacher else figures if stage.figures else None
+    known = [t for t in triples if needed is None or t.id in needed]
+    lacking = [t for t in triples if needed is not None and t.id not in needed]
     loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
     ranks.join(loaded.device.type)
     examples, dropped, truncated = encode(loaded, known, stage.objective, settings.max_length)
-    dropped += [Dropped(t.id, "no_targets", t) for t in untaught]
+    dropped += [Dropped(t.id, "no_targets" if stage.teacher else "no_figures", t) for t in lacking]
     if not examples:
         return with_drops(stage, run, StageResult(len(triples), 0), dropped)
     began = time.monotonic()
@@ -74,7 +77,8 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
         with_lessons = [replace(e, lesson=lessons[e.id]) for e in examples]
         task = DistilTask(loaded, stage.objective, with_lessons)
     else:
-        task = PreferenceTask(loaded, stage.objective, examples)
+        with_figures = [replace(e, figures=figures.get(e.id, {})) for e in examples]
+        task = PreferenceTask(loaded, stage.objective, with_figures)
     last = train(
         loaded,
         task,

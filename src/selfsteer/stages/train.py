@@ -45,6 +45,7 @@ class Train(Stage):
         keep_checkpoints: resumable ones kept while training.
         keep: whether the weights stay once the run is finished.
         teacher: targets of the data, for an objective of tokens.
+        figures: weights or margins of the data, where the objective has them computed beforehand.
         title: its name within its round.
     """
 
@@ -60,6 +61,7 @@ class Train(Stage):
     keep_checkpoints: int = field(default=1, metadata=COSTS_ONLY)
     keep: bool = field(default=True, metadata=COSTS_ONLY)
     teacher: Artifact | None = None
+    figures: Artifact | None = None
     title: str = field(default="policy", kw_only=True)
 
     # checkpoints while it works, then its candidates' figures

@@ -8,7 +8,7 @@ The reference is a table of log-probs computed beforehand. One example::
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -33,6 +33,8 @@ class Example:
     reference: Mapping[str, Tensor] | None = None
     #: Where the targets of its tokens lie, for objectives of tokens.
     lesson: Lesson | None = None
+    #: Its weight or margin, where the objective has them computed beforehand.
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def tokens(self) -> int:
         """Tokens of the sequences, each prompt counted once."""
@@ -77,7 +79,7 @@ class PreferenceTask(SequenceTask[Objective]):
         names, size = self.objective.sequences, len(examples)
         flat = [e.sequences[name] for name in names for e in examples]
         batch = pack(flat, self.layout, self.pad_id).to(next(model.parameters()).device)
-        weighted = self.objective.weighting is not None
+        weighted = self.objective.weighting == "wpo"
         with self.precision(), with_collisions() if weighted else nullcontext():
             scores = batch_scores(model, batch)
 
@@ -91,16 +93,19 @@ class PreferenceTask(SequenceTask[Objective]):
         if self.objective.base.needs_reference:
             tokens = [e.reference[name] for name in names for e in examples if e.reference]
             reference = by_name(torch.cat(tokens).to(policy.device))
-        weights = None
+        figures = {
+            name: policy.new_tensor([e.figures[name] for e in examples])
+            for name in examples[0].figures
+        }
         if scores.collisions is not None:
             # objective pbaa: the rows are plain/good and plain/bad
-            weights = wpo_weights(policy, by_name(scores.collisions), lengths)
+            figures["weights"] = wpo_weights(policy, by_name(scores.collisions), lengths)
         out = steering_loss(
             self.objective,
             dict(zip(names, policy, strict=True)),
             None if reference is None else dict(zip(names, reference, strict=True)),
             dict(zip(names, lengths, strict=True)),
-            weights=weights,
+            **figures,
         )
         metrics: Metrics = {name: (value * size, size) for name, value in out.metrics.items()}
         return out.per_query, metrics | sampled_metrics(scores)

@@ -40,9 +40,9 @@ def run(
     The run folder holds the whole state. After any interruption, the same command resumes; once
     everything is done, it does nothing.
 
-    Shipped recipes: demo, smoke, smollm2, sso, sso-online, pbaa, contrast, distil, good-over-plain,
-    best-of-n, best-of-n-principles, rlcd, self-rewarding, sgpo, spin, spin-judged, irft, wpo,
-    reward.
+    Shipped recipes: demo, smoke, smollm2, sso, sso-online, pbaa, dlma, contrast, distil,
+    good-over-plain, best-of-n, best-of-n-principles, rlcd, self-rewarding, sgpo, spin, spin-judged,
+    irft, wpo, reward.
     """
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, pinned, select
