@@ -262,7 +262,7 @@ def export(
         DataError: nothing to export, or a ``dataset_info.json`` that cannot be added to.
     """
     if fmt not in FORMATS:
-        raise ConfigError(f"Unknown format {fmt!r}; choose one of {', '.join(FORMATS)}.")
+        raise ConfigError(f"Unknown format {fmt!r}; choose one of {', '.join(FORMATS)} or reward.")
     form, n_in = FORMATS[fmt], len(records)
     taken: Iterable[Any] = records
     count, left_out = n_in, []

@@ -19,8 +19,8 @@ def export(
         typer.Option(
             "--format",
             help="trl (default), trl-prompts, trl-unpaired, llama-factory, llama-factory-sharegpt, "
-            "distilabel, chat, parquet or authors; or answers for an official benchmark: "
-            "alpaca-eval, arena-hard or mt-bench",
+            "distilabel, chat, parquet or authors; reward, a function for GRPO; or answers for an "
+            "official benchmark: alpaca-eval, arena-hard or mt-bench",
         ),
     ] = None,
     model: Annotated[

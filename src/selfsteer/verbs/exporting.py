@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import Records, Stored, disk_errors, write_atomic
+from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
 from selfsteer.formats.cards import dataset_card, model_card, public_name
-from selfsteer.methods import Aligning, Paired
+from selfsteer.methods import Aligning, Paired, Principled
+from selfsteer.recipe.sections import ContrastRanking, resolve_path
+from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features, names_safety
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView
@@ -22,7 +25,7 @@ def export_round(
 
     Args:
         of: the round.
-        fmt: one of `selfsteer.formats.FORMATS`.
+        fmt: one of `selfsteer.formats.FORMATS`, or ``reward``.
         folder: made if need be.
         queries_license: for the card of a Parquet data set.
 
@@ -30,7 +33,7 @@ def export_round(
         ConfigError: unknown format, a licence where there is no card, or a method without pairs.
         ArtifactError: the run has not come that far.
     """
-    if queries_license is not None and fmt in FORMATS and fmt != "parquet":
+    if queries_license is not None and fmt in {*FORMATS, "reward"} - {"parquet"}:
         raise ConfigError(
             f"--queries-license goes into a data set's card, and {fmt} has none. Leave it out or "
             "take --format parquet."
@@ -38,15 +41,19 @@ def export_round(
     records: Records[Any] = of.preferences
     if fmt == "authors":
         records = of.triples or of.samples
+    elif fmt == "reward":
+        records = of.principles
     if not isinstance(records, Stored):
-        what = "triples" if fmt == "authors" else "preferences"
-        if not isinstance(of.run.recipe, Paired):
+        what = {"authors": "triples", "reward": "principles"}.get(fmt, "preferences")
+        if not isinstance(of.run.recipe, Principled if fmt == "reward" else Paired):
             raise ConfigError(
                 f"{of.folder} holds no {what}: method {of.method} makes none. Export its policy "
                 "with --model."
             )
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
     kept, unsafe = _allowed(of, records)
+    if fmt == "reward":
+        return _export_reward(of, kept, folder, unsafe)
 
     def card(files: list[str], left_out: list[str]) -> str:
         return dataset_card(
@@ -66,6 +73,27 @@ def export_round(
         card=card if fmt == "parquet" else None,
     )
     return Exported(exported.paths, exported.count, [*unsafe, *exported.left_out])
+
+
+def _export_reward(
+    of: RoundView, records: Stored[Triple], folder: Path, left_out: list[str]
+) -> Exported:
+    """Prompts with their principles, and the reward that the round's first policy gives them."""
+    from selfsteer.formats.reward import export_reward
+    from selfsteer.models.load import load_chat
+    from selfsteer.models.sources import checkpoint
+
+    recipe = of.run.recipe
+    assert isinstance(recipe, Principled)
+    loading = recipe.policy.loading
+    loading = loading.model_copy(update={"date": loading.date or RunFolder(of.run.folder).day})
+    trained = of.folder.with_name(f"iteration-{of.k - 1}") / "policy"
+    model = str(trained) if of.k > 1 else checkpoint(resolve_path(recipe.policy.model), loading)
+    clip = getattr(getattr(recipe, "ranking", None), "clip", ContrastRanking().clip)
+    exported = export_reward(
+        records, folder, model=model, chat=load_chat(model, loading), loading=loading, clip=clip
+    )
+    return Exported(exported.paths, exported.count, left_out)
 
 
 def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str]]:

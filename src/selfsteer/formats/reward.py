@@ -1,0 +1,95 @@
+r"""The contrast of the principles as a reward for TRL's `GRPOTrainer`: rows and a Python function.
+
+One row, whose contexts are whole prompts in the policy's chat template::
+
+    {"id": "q1", "prompt": [{"role": "user", "content": "What does the bee eat?"}],
+     "good_context": "<|system|>Be accurate.\n<|user|>…", "bad_context": "<|system|>Be vague.\n…"}
+
+The file needs torch and transformers, not selfsteer, and computes what `PrincipleContrast` does.
+"""
+
+from pathlib import Path
+
+from selfsteer.data.digests import is_hub_id, split_revision
+from selfsteer.data.jsonl import Records, dump_line, write_atomic
+from selfsteer.data.records import Triple
+from selfsteer.formats.export import Exported, Row
+from selfsteer.models.chat import ChatFormat
+from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Loading
+from selfsteer.terminal import progress_bar
+
+CODE = '''\
+"""A reward from a good and a bad principle, for reward_funcs of TRL's GRPOTrainer.
+
+The mean over an answer's tokens of clip(log p(y_t|x+) - log p(y_t|x-), -CLIP, CLIP), in nats, under
+the policy that training starts from. Answers are taken to have ended by themselves.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL, END, CLIP = {model!r}, {end}, {clip}
+tokenizer = AutoTokenizer.from_pretrained(MODEL{given})
+# bfloat16 is too coarse for the small difference of two log-probs
+policy = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32{given}).eval()
+policy.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def logps(context, answer):
+    """Log-prob of each token of the answer, its end included, after a whole context."""
+    before, said = (tokenizer(t, add_special_tokens=False).input_ids for t in (context, answer))
+    ids = torch.tensor([[*before, *said, END]], device=policy.device)
+    logits = policy(ids).logits[0, len(before) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(before) :, None])[:, 0]
+
+
+def principles_reward(prompts, completions, good_context, bad_context, **columns):
+    """One reward per completion; the contexts are columns of the data set."""
+    rewards = []
+    for completion, good, bad in zip(completions, good_context, bad_context, strict=True):
+        answer = completion if isinstance(completion, str) else completion[-1]["content"]
+        gap = logps(good, answer) - logps(bad, answer)
+        rewards.append(gap.clamp(-CLIP, CLIP).mean().item())
+    return rewards
+'''
+
+
+def export_reward(
+    triples: Records[Triple],
+    folder: Path,
+    *,
+    model: str,
+    chat: ChatFormat,
+    loading: Loading,
+    clip: float,
+) -> Exported:
+    """Writes ``train.jsonl`` and ``principles_reward.py``; files of these names are replaced.
+
+    Args:
+        triples: queries with principles.
+        folder: made if need be.
+        model: the start policy: a folder, or a hub id with or without revision.
+        chat: its chat format.
+        loading: how the run loads it.
+        clip: most nats by which a token counts.
+    """
+    local = (str(Path(model).absolute()), None)
+    name, revision = split_revision(model) if is_hub_id(model) else local
+    given = f", revision={revision!r}" if revision else ""
+    given += ", trust_remote_code=True" if loading.trust_remote_code else ""
+    paths = [folder / "train.jsonl", folder / "principles_reward.py"]
+    with progress_bar("export", len(triples)) as bar:
+
+        def line(triple: Triple) -> str:
+            row: Row = {"id": triple.id, "prompt": [m.to_dict() for m in triple.messages]}
+            for context in ("good", "bad"):
+                asked = context_messages(triple.messages, triple.principles, context)
+                row[f"{context}_context"] = chat.without_thoughts(chat.prompt_text(asked))
+            bar.advance(1)
+            return dump_line(row)
+
+        write_atomic(paths[0], map(line, triples))
+    write_atomic(paths[1], CODE.format(model=name, end=chat.end_of_turn, clip=clip, given=given))
+    return Exported(paths, len(triples), [])
