@@ -93,7 +93,7 @@ class Evaluation:
     score_scale: str | None
     finals: dict[str, str]
     models: dict[str, Answers]
-    difference: Difference | None = None
+    differences: tuple[Difference, ...] = ()
 
 
 @checked(frozen=True)
@@ -302,8 +302,13 @@ class RoundView:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is of the recipe's baseline."""
+        """Whether it is of a baseline of the recipe."""
         return self.method != self.run.recipe.method
+
+    @property
+    def home(self) -> str:
+        """The folder of its method's rounds in the run folder."""
+        return self.run.recipe.homes[self.method]
 
     @cached_property
     def stages(self) -> tuple[StageView, ...]:
@@ -381,10 +386,12 @@ class RoundView:
         Each folder of log-probs says whose they are; a run that was moved keeps its own models.
         """
         base = Path(resolve_path(self.run.recipe.policy.model)).parts
+        homes = self.run.recipe.homes.values()
         start = (f"iteration-{self.k - 1}", "policy") if self.k > 1 else base[-2:]
         for about in sorted((self.run.folder / "scores").glob("*/model.json")):
             model = Path(str(next(lines(about), {}).get("model"))).parts
-            is_ours = self.k == 1 or (model[-3:-2] == ("baseline",)) == self.is_baseline
+            above = model[-3] if len(model) > 2 else ""
+            is_ours = self.k == 1 or (above if above in homes else "") == self.home
             if model[-2:] == start and is_ours:
                 return about.parent
         return None
@@ -422,16 +429,15 @@ class RunView:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The recipe's method, then its baseline."""
+        """The recipe's method, then its baselines."""
         return self.recipe.methods
 
     @cached_property
     def rounds(self) -> tuple[RoundView, ...]:
-        """The iterations that have begun, the method's before the baseline's."""
-        homes = (self.folder, self.folder / "baseline")
+        """The iterations that have begun, the method's before the baselines'."""
         found = (
-            RoundView(self, method, k, home / f"iteration-{k}")
-            for method, home in zip(self.methods, homes, strict=False)
+            RoundView(self, method, k, self.folder / home / f"iteration-{k}")
+            for method, home in self.recipe.homes.items()
             for k in range(1, self.recipe.last_round + 1)
         )
         return tuple(r for r in found if r.folder.is_dir())
@@ -442,6 +448,10 @@ class RunView:
 
     def round(self, number: int | None = None, *, baseline: bool = False) -> RoundView:
         """One round, by default the last one that the recipe asks for.
+
+        Args:
+            number: which one.
+            baseline: of the first baseline instead of the method.
 
         Raises:
             ConfigError: the run has no baseline.
@@ -519,11 +529,11 @@ class RunView:
 
     @property
     def models(self) -> dict[str, str]:
-        """By label: base; generator, policy and baseline of the last rounds; reward."""
+        """By label: base; generator, policy and baselines of the last rounds; reward."""
         places: dict[str, Path] = {}
         own = ("generator", "generator/plus", "generator/minus", "policy")
         for r in self.rounds:
-            titles = {"policy": "baseline"} if r.is_baseline else dict(zip(own, own, strict=True))
+            titles = {"policy": r.home} if r.is_baseline else dict(zip(own, own, strict=True))
             places |= {label: r.folder / title for title, label in titles.items()}
         places["reward"] = self.folder / "reward"
         trained = {x: str(p) for x, p in places.items() if any(p.glob("*.safetensors"))}

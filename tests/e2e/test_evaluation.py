@@ -34,7 +34,7 @@ def test_one_query_has_figures_without_intervals_and_long_prompts_are_counted(
         assert figures["score"][0] > 0
         assert figures["score"][1:] == [None, None]
     assert found["models"]["sso/iteration-1"]["win_rate"][1:] == [None, None]
-    assert found["difference"]["score"][1:] == [None, None]
+    assert found["differences"][0]["score"][1:] == [None, None]
     shown = here("show", run)
     assert "nan" not in shown.out
     assert "one query decides nothing" in shown.out

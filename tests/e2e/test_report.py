@@ -86,7 +86,7 @@ def test_the_page_shows_the_numbers_of_the_run(reported: Path, browser: Browser)
             mean, low, high = model["score"]
             assert row.split()[0] == label
             assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in row
-        mean, low, high = evaluation["difference"]["score"]
+        mean, low, high = evaluation["differences"][0]["score"]
         assert f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" in visit.texts(".lede")[0]
 
         marks = {name: visit.count(f"#figure-{name} .mark") for name in FIGURES}
@@ -272,7 +272,7 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     shutil.copytree(smoke, run)
     given = read(run / "resolved.json")
     recipe = {name: given[name] for name in PBAA.model_fields if name in given}
-    recipe = {**recipe, "method": "pbaa", "name": "pbaa"}
+    recipe = {**recipe, "method": "pbaa", "name": "pbaa", "baseline": None}
     (run / "resolved.json").write_text(json.dumps(recipe))
     principles = (run / "iteration-1/principles.jsonl").read_bytes()
     shutil.rmtree(run / "iteration-1")
@@ -291,7 +291,7 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     evaluation = read(run / "evaluation.json")
     evaluation["finals"].pop("sso")
     evaluation["models"].pop("sso/iteration-1")
-    evaluation.pop("difference")
+    evaluation.pop("differences")
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     ended = here("report", run, "--json")
     assert ended.code == 0, ended.err

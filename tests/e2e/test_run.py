@@ -225,6 +225,37 @@ def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
     ]
 
 
+def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -> None:
+    ended = here(
+        "run",
+        "smoke",
+        f"runs_dir={tmp_path}",
+        "name=b",
+        "baseline={contrast: {contrast: {top_k: 64}}, good-over-plain: {}}",
+        *TINY,
+    )
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "b"
+    found = json.loads((folder / "evaluation.json").read_text())
+    others = ("contrast", "good-over-plain")
+    assert list(found["finals"]) == ["sso", *others]
+    assert [d["of"] for d in found["differences"]] == [f"sso - {other}" for other in others]
+    for difference in found["differences"]:
+        assert f"{difference['of']}: {difference['score'][0]:+.3f}" in " ".join(ended.out.split())
+    shown = here("show", folder)
+    for home in ("baseline", "good-over-plain"):
+        assert (folder / home / "iteration-1" / "policy" / "model.safetensors").is_file()
+        assert f"{home}/iteration-1/policy" in shown.out
+    asked = here("chat", folder, "--question", "What does the bee eat?")
+    assert all(word in asked.out for word in ("base", "policy", "baseline", "good-over-plain"))
+    compared = json.loads(here("compare", folder, "--json").out)
+    assert list(compared["entrants"]) == [*others, "sso", "base"]
+    page = here("report", folder)
+    assert page.code == 0, page.err
+    times = (folder / "report" / "times.svg").read_text()
+    assert times.count("#8a6d00") > 0, "a third method has a colour of its own"
+
+
 def test_two_generators_one_per_half(tmp_path: Path, here: Here) -> None:
     ended = here(
         "run",

@@ -201,7 +201,7 @@ ROUNDS = {
 #: What precedes the rounds.
 BEFORE = {
     "rlcd": (
-        *(f"contrast/{title}" for title in ("principles", "samples", "filter")),
+        *(f"ranker/{title}" for title in ("principles", "samples", "filter")),
         "train_reward",
     )
 }
@@ -263,6 +263,46 @@ def test_the_baseline_has_the_same_queries_and_principles() -> None:
     trained = made["baseline/iteration-2/policy"]
     assert isinstance(trained, Train)
     assert trained.start.maker == made["baseline/iteration-1/policy"]
+
+
+def test_several_baselines_have_settings_of_their_own() -> None:
+    baseline = {"pbaa": {}, "contrast": {"training": {"epochs": 2}, "contrast": {"clip": 0.5}}}
+    training = {"learning_rate": 0.3, "beta": 0.7}
+    made = recipe(baseline=baseline, training=training, iterations=2, reward={})
+    assert made.methods == ("sso", "pbaa", "contrast")
+    found = stages_of(made)
+    assert [n for n in found if n.startswith("contrast/")] == [
+        f"contrast/iteration-{k}/{title}"
+        for k in (1, 2)
+        for title in ("samples", "teacher", "policy")
+    ]
+    assert list(found).count("train_reward") == 1
+    for k in (1, 2):
+        asked = found[f"contrast/iteration-{k}/samples"]
+        assert isinstance(asked, Sample)
+        assert asked.queries.maker == found[f"iteration-{k}/principles"]
+    theirs, distilled = (found[f"{home}/iteration-1/policy"] for home in ("baseline", "contrast"))
+    assert isinstance(theirs, Train)
+    assert isinstance(distilled, Train)
+    own = (theirs.settings, distilled.settings)
+    assert [(s.learning_rate, s.epochs) for s in own] == [(0.3, 1), (0.3, 2)]
+    assert theirs.objective.base.beta == 0.7  # type: ignore[union-attr]
+    assert distilled.objective.clip == 0.5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        ("pbba", "baseline pbba cannot be used: unknown method 'pbba'"),
+        ("sso", "baseline sso cannot be used: .* sso is the recipe's own"),
+        ("spin", "baseline spin cannot be used: .* spin is none"),
+        ({"contrast": {"generator": {}}}, "generator has no effect with method contrast"),
+        ({"pbaa": {"training": {"betta": 1}}}, "did you mean 'training.beta'"),
+    ],
+)
+def test_a_baseline_that_cannot_be_run_is_refused(baseline: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recipe(baseline=baseline)
 
 
 def writers(stage: Any) -> dict[str, str]:

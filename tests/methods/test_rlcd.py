@@ -19,7 +19,7 @@ def test_plain_answers_are_ranked_by_the_models_own_reward_model(tmp_path: Path)
     execute(recipe, {"name": "given"}, until="iteration-1/ranked")
     view = RunView.open(recipe.folder)
     assert view.reward is not None
-    pairs = {t.id: t.responses for t in stored_triples(recipe.folder / "contrast/filtered.jsonl")}
+    pairs = {t.id: t.responses for t in stored_triples(recipe.folder / "ranker/filtered.jsonl")}
     assert view.reward.sources["rlcd"]["read"] == len(pairs)
     made = stages_of(recipe)
     reward = Artifact(recipe.folder / "reward", made["train_reward"])

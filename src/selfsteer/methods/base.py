@@ -7,16 +7,19 @@ on one screen. `Plan` collects the stages that a recipe comes to; nothing runs w
 import re
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
 
+from selfsteer.errors import ConfigError
 from selfsteer.objectives import Objective, TokenObjective
+from selfsteer.recipe.read import choose, known_settings, laid_over
 from selfsteer.recipe.sections import (
     CONSTANTS,
     Benchmarks,
@@ -79,6 +82,11 @@ class Plan:
         self._common: dict[str, Any] = {"seed": recipe.seed, "loading": recipe.policy.loading}
         self._where = Where()
 
+    @property
+    def round(self) -> int:
+        """Which round is being planned; what precedes the rounds is of the first one."""
+        return self._where.round or 1
+
     @contextmanager
     def at(self, method: str | None, k: int | None, folder: str) -> Iterator[None]:
         """Places what is planned in this block in a round of a method."""
@@ -134,8 +142,14 @@ class Recipe(Section):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The method, and what it is run beside."""
+        """The method, and its baselines."""
         return (self.method,)
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """Method → the folder of its rounds in the run folder; the recipe's own needs none."""
+        names = ("", "baseline", *self.methods[2:])
+        return dict(zip(self.methods, names, strict=False))
 
     @property
     def last_round(self) -> int:
@@ -436,9 +450,60 @@ class Principled(Aligning):
 
     principles: PrinciplesConfig = PrinciplesConfig()
     queries: GrownQueries
+    baseline: str | dict[str, dict[str, Any]] | None = Field(
+        None,
+        description="another method to run on the same queries and principles, such as pbaa; or "
+        "several, with settings of their own: {pbaa: {}, contrast: {training: {epochs: 2}}}",
+    )
+
+    @cached_property
+    def baselines(self) -> tuple["Principled", ...]:
+        """A recipe per baseline: this one's settings, as far as its method has them, and its own.
+
+        Raises:
+            ConfigError: no such method, one that asks under no principles, or settings that it
+                cannot honour.
+        """
+        named = {self.baseline: {}} if isinstance(self.baseline, str) else self.baseline or {}
+        return tuple(self._baseline(method, own) for method, own in named.items())
+
+    def _baseline(self, method: str, own: Mapping[str, Any]) -> "Principled":
+        from selfsteer.methods import METHODS, recipe_of
+
+        where = f"baseline {method}"
+        kind = choose(METHODS, {"method": method}, where)
+        if not issubclass(kind, Principled) or method == self.method:
+            raise ConfigError(
+                f"The {where} cannot be used: a baseline is another method that asks under "
+                f"principles, and {method} is "
+                + ("the recipe's own." if method == self.method else "none.")
+            )
+        alone = {"method", "baseline", "reward", "evaluation", "benchmarks"}
+        given = self.model_dump(mode="json", exclude_unset=True, exclude=alone)
+        shared = known_settings(kind, given)
+        made = recipe_of({**laid_over(shared, own), "method": method}, where)
+        assert isinstance(made, Principled)
+        return made
+
+    @property
+    @override
+    def methods(self) -> tuple[str, ...]:
+        return (self.method, *(b.method for b in self.baselines))
+
+    @override
+    def after_rounds(self, plan: Plan) -> None:
+        super().after_rounds(plan)
+        for other in self.baselines:
+            policy = other.before_rounds(plan)
+            for k in range(1, self.iterations + 1):
+                with plan.at(other.method, k, f"{self.homes[other.method]}/iteration-{k}"):
+                    policy = other.round(plan, k, policy)
+                plan.policies[other.method].append(policy)
 
     def ask(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:
-        """Features, p+ and p- for the queries of a round."""
+        """Features, p+ and p- for the queries of a round; a baseline takes those that are there."""
+        if (k := plan.round) <= len(plan.asked):
+            return plan.asked[k - 1]
         engine = self.sampling.engine if self.principles.asks_a_model else EngineConfig()
         writing = WritePrinciples(plan.queries, policy, self.principles, engine, share)
         asked = plan(writing, shared=len(self.methods) > 1)
@@ -452,6 +517,10 @@ class Principled(Aligning):
 
     @override
     def faults(self) -> Iterator[str]:
+        try:
+            assert self.baselines is not None
+        except ConfigError as e:
+            yield str(e).removeprefix("The ").removesuffix(".")
         yield from super().faults()
         engine, writer = self.sampling.engine, self.principles.writer
         batched = writer is not None and writer.answering.kind == "transformers"

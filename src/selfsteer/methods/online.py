@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, named
-from selfsteer.methods.pbaa import WithBaseline
+from selfsteer.methods.base import Plan, PrincipledPairs, named
 from selfsteer.methods.sso import active
 from selfsteer.recipe.sections import Filter, OnlineQueries, OnlineTraining
 from selfsteer.run.stage import Artifact
@@ -15,7 +14,7 @@ from selfsteer.stages.inputs import Share
 from selfsteer.stages.sample import Sample
 
 
-class SSOOnline(WithBaseline):
+class SSOOnline(PrincipledPairs):
     """The policy is trained on its own triples with steering terms (SSO v1)."""
 
     method: Literal["sso-online"] = "sso-online"

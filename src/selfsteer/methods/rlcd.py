@@ -34,7 +34,7 @@ class RLCD(Principled, Ranked):
     def before_rounds(self, plan: Plan) -> Artifact:
         """One reward model for all rounds, from the first policy's good and bad answers."""
         policy = plan.base
-        with plan.at(self.method, None, "contrast"):
+        with plan.at(self.method, None, "ranker"):
             asked = self.ask(plan, policy)
             samples = plan(Sample(asked, {"good": policy, "bad": policy}, self.sampling))
             catalogue = self.principles.catalogue

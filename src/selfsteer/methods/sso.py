@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from selfsteer.methods.base import Plan, named, plain_pair
-from selfsteer.methods.pbaa import WithBaseline
+from selfsteer.methods.base import Plan, PrincipledPairs, named, plain_pair
 from selfsteer.recipe.sections import Filter, Generator, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.evaluate import Exhibit
@@ -14,7 +13,7 @@ from selfsteer.stages.filter import FilterTriples
 from selfsteer.stages.sample import Sample
 
 
-class SSO(WithBaseline):
+class SSO(PrincipledPairs):
     """Triples train a generator, the generator writes the pairs (SSO v2, arXiv 2410.17131)."""
 
     method: Literal["sso"] = "sso"

@@ -149,6 +149,21 @@ def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     return out
 
 
+def laid_over(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place, section by section.
+
+    >>> laid_over({"training": {"beta": 0.3, "epochs": 2}}, {"training": {"epochs": 1}})
+    {'training': {'beta': 0.3, 'epochs': 1}}
+    """
+    below = {k: (values.get(k), v) for k, v in own.items()}
+    both = {
+        k: laid_over(a, b)
+        for k, (a, b) in below.items()
+        if isinstance(a, dict) and isinstance(b, dict)
+    }
+    return {**values, **own, **both}
+
+
 S = TypeVar("S", bound=Section)
 
 
@@ -236,6 +251,17 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
 def known_keys(model: type[Section]) -> list[str]:
     """All keys of a section and its subsections, dotted."""
     return list(descriptions(model))
+
+
+def known_settings(model: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that a section has too, in its own sections as well."""
+    out = {}
+    for name, value in values.items():
+        if name in model.model_fields:
+            below = subsections(model.model_fields[name].annotation)
+            inner = isinstance(value, Mapping) and len(below) == 1
+            out[name] = known_settings(below[0], value) if inner else value
+    return out
 
 
 def subsections(annotation: Any) -> list[type[Section]]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
-from itertools import product
+from itertools import chain, cycle, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,8 +149,9 @@ def looks(run: RunView) -> dict[str, Look]:
         Look(c["base"], ":", "D"),
         Look(c["method-1"], "-", "o"),
         Look(c["method-2"], "--", "s"),
+        Look(c["method-3"], "-.", "^"),
     )
-    return dict(zip(("base", *run.methods), known, strict=False))
+    return dict(zip(("base", *run.methods), chain(known, cycle(known[1:])), strict=False))
 
 
 class Chart:
@@ -425,19 +426,20 @@ def label_of(run: RunView, stage: StageView) -> str:
     """A stage's name, as short as it can be in a figure."""
     if run.recipe.last_round > 1 or stage.round is None:
         return stage.name.replace("iteration-", "")
-    return f"baseline/{stage.title}" if is_baseline(run, stage) else stage.title
+    return f"{home_of(run, stage)}{stage.title}"
 
 
-def is_baseline(run: RunView, stage: StageView) -> bool:
-    """Whether it serves the recipe's baseline alone."""
-    return stage.method not in (None, run.recipe.method)
+def home_of(run: RunView, stage: StageView) -> str:
+    """The folder of a baseline, where the stage serves that alone."""
+    home = run.recipe.homes.get(stage.method or "")
+    return f"{home}/" if home else ""
 
 
 def funnel(run: RunView) -> Drawing:
     """From queries to what the policy is trained on."""
     # what is not on a record's way to the policy stands aside
     aside = ("MeasureQuality", "Evaluate", "RunBenchmarks")
-    steps = [s for s in run.stages if s.done and s.kind not in aside and not is_baseline(run, s)]
+    steps = [s for s in run.stages if s.done and s.kind not in aside and not home_of(run, s)]
     cut = len(steps) > 16
     if cut:
         steps = [s for s in steps if s.round in (None, run.recipe.last_round)]
@@ -499,7 +501,7 @@ def lengths(run: RunView) -> Drawing:
     for method, of in sorted(lines, key=lambda x: (run.methods.index(x[0]), x[1] == "chosen")):
         look = looks(run)[method]
         x, y = np.array([(k, tokens) for m, name, k, tokens in rows if (m, name) == (method, of)]).T
-        x = x + (0.02 if method == run.recipe.method else -0.02)  # equal ones would hide
+        x = x + 0.02 - 0.04 * run.methods.index(method)  # equal ones would hide
         style: dict[str, Any] = {**look._asdict(), "mfc": look.color}
         if of == "rejected":
             style |= {"ls": ":", "ms": 8, "mfc": palette()["surface"]}
@@ -733,14 +735,14 @@ def times(run: RunView) -> Drawing:
     if not done:
         raise NothingToDrawError("No stage has finished, so there are no times.")
     summed = len(done) > 18
-    bars, tokens = dict[str, float](), dict[str, str]()
+    bars, colors = dict[str, float](), dict[str, str]()
     for s in done:
-        label = f"{'baseline/' * is_baseline(run, s)}{s.title}" if summed else label_of(run, s)
-        tokens[label] = "plain" if s.method is None else f"method-{1 + is_baseline(run, s)}"
+        label = f"{home_of(run, s)}{s.title}" if summed else label_of(run, s)
+        colors[label] = looks(run)[s.method].color if s.method else palette()["plain"]
         bars[label] = bars.get(label, 0.0) + s.seconds
     chart = Chart(height=0.6 + 0.23 * len(bars), rows=[*bars], room=0.6, xlabel="seconds")
     for y, (label, seconds) in enumerate(bars.items()):
-        chart.mark(chart.axes[0].barh(y, seconds, 0.6, color=palette()[tokens[label]])[0])
+        chart.mark(chart.axes[0].barh(y, seconds, 0.6, color=colors[label])[0])
         text = duration(seconds) if seconds >= 1 else "< 1 s"
         chart.text(text, (seconds, y), (3, 0), color=palette()["muted"])
     chart.axes[0].set_xlim(0, 1.2 * max(*bars.values(), 1e-9))
@@ -751,7 +753,7 @@ def times(run: RunView) -> Drawing:
         "times",
         "Where the time went",
         f"Wall time of each stage's last, finishing try; {total} together.{added} Grey stages "
-        "serve both methods.",
+        "serve all methods.",
         Sheet("", ("stage", "seconds"), [(s.name, s.seconds) for s in done]),
         chart.figure,
     )

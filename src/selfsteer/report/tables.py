@@ -94,17 +94,19 @@ def decision(mine: str, theirs: str, figure: Interval, zero: float = 0.0) -> str
 
 
 def sentence(run: RunView) -> str:
-    """The result in one sentence, with its interval; says so when it cannot be told apart."""
-    found = run.evaluation.difference if run.evaluation else None
-    if found is None:
+    """The result in one sentence, with its intervals; says so when it cannot be told apart."""
+    found = run.evaluation.differences if run.evaluation else ()
+    if not found:
         return ""
-    if found.score[1] is None:
-        return f"{found.of}: {found.score[0]:+.3f} in score: one query decides nothing."
-    mine, _, theirs = found.of.partition(" - ")
+    if found[0].score[1] is None:
+        return f"{found[0].of}: {found[0].score[0]:+.3f} in score: one query decides nothing."
+    said = []
+    for d in found:
+        mine, _, theirs = d.of.partition(" - ")
+        said.append(f"{d.of}: {interval(d.score)}, {decision(mine, theirs, d.score)}")
     return (
-        f"{found.of}: {interval(found.score)} in score, paired by query: "
-        f"{decision(mine, theirs, found.score)} on this seed. The interval is over queries; "
-        "training seeds vary more."
+        f"In score, paired by query, on this seed: {'; '.join(said)}. The interval is over "
+        "queries; training seeds vary more."
     )
 
 
@@ -120,7 +122,7 @@ def _evaluated(answers: Answers, pairs: SetFigures | None) -> list[Cell]:
 
 
 def results(run: RunView) -> Sheet:
-    """Base, baseline and method; empty before evaluation."""
+    """Base, baselines and method; empty before evaluation."""
     rows: list[list[Cell]] = []
     for method in ("base", *reversed(run.methods)):
         answers, pairs = run.last(method)

@@ -203,15 +203,18 @@ class Evaluate(Stage):
                 for label, found in said.items()
             },
         }
-        if scores and len(self.finals) == 2:
-            mine, theirs = (scores[label] for label in self.finals.values())
-            gaps = [
-                None if a is None or b is None else a - b for a, b in zip(mine, theirs, strict=True)
-            ]
-            interval = self._interval(gaps, np.random.default_rng(self.seed))
-            if interval:
-                report["difference"] = {"of": " - ".join(self.finals), "score": interval}
+        if scores:
+            report["differences"] = list(self._differences(scores))
         return report
+
+    def _differences(self, scores: Mapping[str, list[float | None]]) -> Iterator[dict[str, Any]]:
+        """The method's last policy less each baseline's."""
+        (own, mine), *others = self.finals.items()
+        for method, theirs in others:
+            both = zip(scores[mine], scores[theirs], strict=True)
+            gaps = [None if a is None or b is None else a - b for a, b in both]
+            if interval := self._interval(gaps, np.random.default_rng(self.seed)):
+                yield {"of": f"{own} - {method}", "score": interval}
 
     def _figures(
         self,

@@ -72,7 +72,7 @@ def audit(
         given = {name: given[name] for name in Settings.model_fields if name in given}
         if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
-        called = {"baseline": run.methods[-1]}
+        called = {home: method for method, home in run.recipe.homes.items()}
         models = {called.get(k, k): v for k, v in run.models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
         to = to or folder / "audit"

@@ -123,7 +123,7 @@ def _rows(named: list[str]) -> "dict[str, Artifact]":
 
 
 def run_models(run: "RunView") -> "dict[str, Artifact]":
-    """Label → model of a run: ``base``, its baseline and its own policy.
+    """Label → model of a run: ``base``, its baselines and its own policy.
 
     Raises:
         ConfigError: the run has not trained its policy yet.
@@ -134,7 +134,8 @@ def run_models(run: "RunView") -> "dict[str, Artifact]":
     found = run.models
     if "policy" not in found:
         raise ConfigError(f"{run.folder} has no trained policy yet; finish the run first.")
-    labels = {"base": "base", "baseline": run.methods[-1], "policy": run.recipe.method}
+    own, *others = run.recipe.homes.items()
+    labels = {"base": "base", **{home: method for method, home in others}, "policy": own[0]}
     return {
         label: Artifact(Path(resolve_path(found[kind])))
         for kind, label in labels.items()

@@ -67,8 +67,9 @@ def entrants(runs: Sequence[Path], *, baselines: bool) -> list[Entrant]:
         finals = run.evaluation.finals
         methods: list[str] = [run.recipe.method]
         if len(runs) == 1 or baselines:
-            # differences are against the first one: the baseline where there is one
-            methods = [*reversed(finals), "base"] if len(finals) > 1 else ["base", *finals]
+            # differences are against the first one: the first baseline where there is one
+            own, *others = finals
+            methods = [*others, own, "base"] if others else ["base", own]
         label = str(folder) if names.count(name) > 1 else name
         for method in methods:
             whole = f"{label}:{method}" if len(methods) > 1 else label

@@ -152,7 +152,7 @@ def _writers(of: RoundView) -> tuple[str, str]:
     """Names of the models that wrote the chosen and the rejected answers."""
     recipe = of.run.recipe
     assert isinstance(recipe, Aligning)  # others have no rounds
-    own = f"{recipe.name}{'/baseline' if of.is_baseline else ''}/iteration"
+    own = str(Path(recipe.name, of.home, "iteration"))
     if of.has_generator:
         generator = f"{own}-{of.k}/generator"
         halves = any(s.title == "generator/plus" for s in of.stages)
