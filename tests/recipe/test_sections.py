@@ -95,6 +95,11 @@ def test_overrides_that_cannot_be_applied() -> None:
         ({"method": "best-of-n", "judge": "human:x"}, "human labels cannot rank answers"),
         ({"method": "best-of-n", "ranking": {"judge": "human:x"}}, "human labels cannot rank"),
         ({"method": "best-of-n", "ranking": {"samples": 1, "judge": "oracle"}}, "equal to 2"),
+        (
+            {"method": "best-of-n", "ranking": {"judge": "oracle", "order": "climb"}},
+            "climb is for judges that only compare",
+        ),
+        ({"method": "best-of-n-principles", "ranking": {"order": "climb"}}, "order"),
         ({"method": "self-rewarding", "sampling": {"temperature": 0}}, "there is only one"),
         ({"method": "self-rewarding", "sampling": {"keep_unfinished": True}}, "ranks finished"),
         ({"method": "sso-online", "training": {"weighting": "wpo"}}, "training.weighting has no"),

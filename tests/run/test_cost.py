@@ -63,6 +63,8 @@ def test_the_cost_of_other_ways(tmp_path: Path) -> None:
     assert ranked.judged == 4 * 10 + 10, "the oracle scores each of 4 answers; quality"
     itself = planned(smoke(tmp_path, "method=self-rewarding", *plain), 10)
     assert itself.judged == 6 * 10 + 10, "the policy compares each answer with each other"
+    climb = planned(smoke(tmp_path, "method=self-rewarding", "ranking.order=climb", *plain), 10)
+    assert climb.judged == 3 * 10 + 10, "each answer with the best so far"
     revised = planned(smoke(tmp_path, "method=sgpo", *plain), 10)
     assert revised.answers == {"plain": 10 + 10}, "an answer and what is made of it"
     assert (revised.judged, revised.unknown) == (10, ())

@@ -2,12 +2,13 @@ import gc
 import json
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfsteer.data.jsonl import dump_lines, read_shards
+from selfsteer.data.jsonl import Stored, dump_lines, read_shards
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Dropped, Preference, Query
 from selfsteer.engines.base import Completion
@@ -18,8 +19,10 @@ from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling, resolve_pa
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
 from selfsteer.stages import rank as module
+from selfsteer.stages.inputs import stored_preferences
 from selfsteer.stages.rank import (
     Candidates,
+    Climb,
     RankAnswers,
     Tournament,
     best_and_worst,
@@ -106,6 +109,27 @@ def test_a_tournament_counts_the_comparisons_won() -> None:
 def test_what_could_not_be_read_is_no_lost_comparison() -> None:
     answers = [(BEE, "a?"), (BEE, "aa"), (BEE, "a")]
     assert Tournament(FakeJudge(longer)).score_all(answers) == [None, 1.0, 0.0]
+
+
+def test_a_climb_sets_the_champion_over_the_last_answer_beaten() -> None:
+    judge = FakeJudge(longer)
+    # aa beats a, bbbb beats aa, ccc loses; then owl: aaaa beats a
+    answers = [(BEE, "a"), (BEE, "aa"), (BEE, "bbbb"), (BEE, "ccc"), (OWL, "aaaa"), (OWL, "a")]
+    assert Climb(judge).score_all(answers) == [None, None, 1.0, 0.0, 1.0, 0.0]
+    assert judge.asked == 3 + 1
+    # aa only ties with bb, what beats aa last is aaa
+    assert Climb(judge).score_all([(BEE, t) for t in ("aa", "bb", "aaa")]) == [0.0, None, 1.0]
+
+
+def test_where_a_climb_beats_nobody_there_is_no_pair() -> None:
+    tied, unread = [(BEE, "a"), (BEE, "b")], [(OWL, "a"), (OWL, "b?")]
+    scores = Climb(FakeJudge(longer)).score_all([*tied, *unread])
+    assert scores == [0.5, 0.5, None, None]
+    for query, found, reason in ((BEE, scores[:2], "all_equal"), (OWL, scores[2:], "no_score")):
+        made = to_preference(Candidates(query, ("a", "b")), found)
+        assert isinstance(made, Dropped)
+        assert made.reason == reason
+    assert Climb(FakeJudge(longer)).score_all([]) == []
 
 
 def test_the_policy_judges_in_process_with_its_own_settings() -> None:
@@ -218,6 +242,20 @@ def test_queries_without_any_pair_end_the_run_and_say_why(
     with pytest.raises(ArtifactError, match="2 too_few_answers"):
         run.execute(stage(run.path, [make.query(id=f"q{i}") for i in range(2)], 2))
     assert [d.id for d in read_dropped(run / "ranked.dropped.jsonl")] == ["q0", "q1"]
+
+
+def test_the_stage_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch, FakeEngine(lambda r: "a" * (r.seed % 7 + 1)))
+    judge = FakeJudge(longer)
+    monkeypatch.setattr(module, "load_judge", lambda *args: judge)
+    run = RunFolder(tmp_path)
+    climbing = stage(run.path, [make.query(id=f"q{i}") for i in range(8)], 4, "chat:x")
+    run.execute(replace(climbing, order="climb"))
+    found = Stored(run / "ranked/candidates", Candidates.from_dict)
+    assert judge.asked == sum(len(c.answers) - 1 for c in found)
+    for c, pair in zip(found, stored_preferences(run / "ranked"), strict=True):
+        assert pair.chosen == max(c.answers, key=len)
+        assert len(pair.rejected) < len(pair.chosen)
 
 
 def test_the_sampling_model_has_left_memory_when_the_judge_comes(

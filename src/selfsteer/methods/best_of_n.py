@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from selfsteer.methods.plain import Ranked
+from selfsteer.methods.plain import RankedByJudge
 from selfsteer.recipe.sections import JudgeConfig, JudgedRanking
 
 
-class BestOfN(Ranked):
+class BestOfN(RankedByJudge):
     """n plain answers per query, ranked by a judge."""
 
     method: Literal["best-of-n"] = "best-of-n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from selfsteer.methods.base import Paired, Plan, plain_pair
-from selfsteer.recipe.sections import GrownQueries, JudgeConfig, Ranking, Training
+from selfsteer.recipe.sections import ComparedRanking, GrownQueries, JudgeConfig, Ranking, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.rank import RankAnswers
 
@@ -45,16 +45,6 @@ class Ranked(Plain):
     queries: GrownQueries
     ranking: Ranking = Ranking()
 
-    @property
-    def ranker(self) -> JudgeConfig | None:
-        """The judge that ranks; None: the policy itself."""
-        return None
-
-    @override
-    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
-        samples = self.ranking.samples
-        return plan(RankAnswers(plan.queries, policy, samples, self.ranker, self.sampling))
-
     @override
     def faults(self) -> Iterator[str]:
         """Settings under which there is nothing to rank, too."""
@@ -65,4 +55,38 @@ class Ranked(Plain):
             )
         if self.sampling.keep_unfinished:
             yield f"method {self.method} ranks finished answers; unset sampling.keep_unfinished"
+        yield from super().faults()
+
+
+class RankedByJudge(Ranked):
+    """A method whose n plain answers per query a judge ranks, or the policy as one."""
+
+    ranking: ComparedRanking = ComparedRanking()
+
+    @property
+    def ranker(self) -> JudgeConfig | None:
+        """The judge that ranks; None: the policy itself."""
+        return None
+
+    @override
+    def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
+        ranking = self.ranking
+        return plan(
+            RankAnswers(
+                plan.queries,
+                policy,
+                ranking.samples,
+                self.ranker,
+                self.sampling,
+                order=ranking.order,
+            )
+        )
+
+    @override
+    def faults(self) -> Iterator[str]:
+        if self.ranking.order == "climb" and self.ranker and not self.ranker.only_compares:
+            yield (
+                "ranking.order: climb is for judges that only compare, and judge "
+                f"{self.ranker.kind} scores each answer once; remove it"
+            )
         yield from super().faults()

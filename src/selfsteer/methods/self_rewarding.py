@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from selfsteer.methods.plain import Ranked
+from selfsteer.methods.plain import RankedByJudge
 
 
-class SelfRewarding(Ranked):
+class SelfRewarding(RankedByJudge):
     """n plain answers per query, ranked by the policy that wrote them."""
 
     method: Literal["self-rewarding"] = "self-rewarding"

@@ -703,6 +703,7 @@ class Filter(Section):
             yield "a filter that is not enabled has no other settings"
 
 
+Order = Literal["tournament", "climb"]
 JudgeKind = Literal["oracle", "checks", "chat", "reward", "principles", "human"]
 
 #: Those of them that ask a model.
@@ -787,6 +788,11 @@ class JudgeConfig(Section):
             }
         )
         yield from self.asked.conflicts("engine", named=True)
+
+    @property
+    def only_compares(self) -> bool:
+        """Whether it gives no answer a score of its own."""
+        return self.kind in ("chat", "human")
 
     @property
     def asked(self) -> EngineConfig:
@@ -1042,7 +1048,17 @@ class ContrastRanking(Ranking):
     clip: float = _f(0.2, "most nats by which a token counts (docs/methods.md)", gt=0)
 
 
-class JudgedRanking(Ranking):
+class ComparedRanking(Ranking):
+    """How plain answers are ranked by a judge; the best against the worst."""
+
+    order: Order = _f(
+        "tournament",
+        "of judges that only compare: tournament compares every two answers, climb each with the "
+        "best so far (after IPR, arXiv 2411.05875)",
+    )
+
+
+class JudgedRanking(ComparedRanking):
     """How plain answers are ranked; the best against the worst."""
 
     judge: JudgeConfig | None = _f(None, "judge that ranks them; null: the recipe's judge")

@@ -25,7 +25,7 @@ from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.stats import accuracy
-from selfsteer.recipe.sections import LOADED, JudgeConfig, Loading, Sampling
+from selfsteer.recipe.sections import LOADED, JudgeConfig, Loading, Order, Sampling
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult, read_dropped, run_shards
 from selfsteer.run.stage import Artifact, Stage
@@ -153,6 +153,46 @@ class Tournament:
         return [accuracy(said[i]) for i in range(len(answers))]
 
 
+class Climb:
+    """A judge that only compares, as one that scores: a champion meets one answer after another.
+
+    After IPR (arXiv 2411.05875), of which we know the abstract: n − 1 comparisons of n answers in
+    place of n (n − 1)/2. The champion scores 1, the last answer that it or an earlier one beat 0;
+    the others have no score, as they were not compared with all. Ties and inconsistent verdicts
+    beat nobody; where nobody is beaten, the answers of such verdicts score ½.
+    """
+
+    scale = "1 for the champion, 0 for the last answer that was beaten"
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.name = judge.name
+
+    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+        """See `Scorer.score_all`; answers to one query stand together.
+
+        All queries go one answer further at a time, so that a judge's batches are full.
+        """
+        scores: list[float | None] = [None] * len(answers)
+        groups = [list(g) for _, g in groupby(range(len(answers)), lambda i: answers[i][0].id)]
+        champions, beaten = [group[0] for group in groups], dict[int, int]()
+        for turn in range(1, max(map(len, groups), default=0)):
+            open_ = [n for n, group in enumerate(groups) if turn < len(group)]
+            meetings = [(n, champions[n], groups[n][turn]) for n in open_]
+            pairs = [Pair(answers[i][0], answers[i][1], answers[j][1]) for _, i, j in meetings]
+            for (n, i, j), judgement in zip(meetings, self.judge.compare_all(pairs), strict=True):
+                if judgement.verdict is Verdict.FIRST:
+                    beaten[n] = j
+                elif judgement.verdict is Verdict.SECOND:
+                    champions[n], beaten[n] = j, i
+                elif judgement.verdict is not Verdict.UNPARSEABLE:
+                    scores[i] = scores[j] = 0.5
+        for n, worst in beaten.items():
+            scores[groups[n][0] : groups[n][-1] + 1] = [None] * len(groups[n])
+            scores[champions[n]], scores[worst] = 1.0, 0.0
+        return scores
+
+
 def _meetings(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of places whose query is the same; answers to one query stand together.
 
@@ -163,11 +203,13 @@ def _meetings(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield from combinations(list(group), 2)
 
 
-def ranker(settings: JudgeConfig, folder: Path) -> Scorer:
-    """Who scores the answers to a query; a judge that only compares holds a tournament."""
+def ranker(settings: JudgeConfig, folder: Path, order: Order = "tournament") -> Scorer:
+    """Who scores the answers to a query; a judge that only compares does it in this order."""
     judge = load_judge(settings, folder)
     assert judge is not None
-    return judge if isinstance(judge, ScoringJudge) else Tournament(judge)
+    if isinstance(judge, ScoringJudge):
+        return judge
+    return Climb(judge) if order == "climb" else Tournament(judge)
 
 
 def policy_as_judge(policy: str, loading: Loading, batch_size: int) -> JudgeConfig:
@@ -215,6 +257,7 @@ class RankAnswers(Stage):
         clip: None: the policy is asked; a number: it is not, and `PrincipleContrast` with this
             clip scores answers to queries that hold principles.
         reward: the run's own reward model, which scores in the judge's place; None: none.
+        order: which answers a judge that only compares compares.
     """
 
     queries: Artifact
@@ -224,6 +267,7 @@ class RankAnswers(Stage):
     sampling: Sampling
     clip: float | None = None
     reward: Artifact | None = None
+    order: Order = "tournament"
 
     title = "ranked"
 
@@ -234,9 +278,11 @@ class RankAnswers(Stage):
         if self.clip is not None:
             scores = scoring(self.name, PrincipleContrast.read, self.samples * n)
             return Cost(n, answers=Counter(plain=self.samples * n), scores=scores)
-        compares = self.judge is None or self.judge.kind == "chat"
-        if compares and self.reward is None:  # who only compares holds a tournament
-            judged = self.samples * (self.samples - 1) // 2
+        compares = self.judge is None or self.judge.only_compares
+        if compares and self.reward is None:
+            judged -= 1
+            if self.order == "tournament":
+                judged = self.samples * judged // 2
         return Cost(n, answers=Counter(plain=self.samples * n), judged=judged * n)
 
     @override
@@ -262,7 +308,7 @@ class RankAnswers(Stage):
             settings = trained_judge(self.reward, sampling.batch_size)
         judge: Scorer
         if self.clip is None:
-            judge = ranker(settings, run / "judgements")
+            judge = ranker(settings, run / "judgements", self.order)
         else:
             judge = PrincipleContrast(policy, self.loading, clip=self.clip, folder=run / "scores")
         with progress_bar(f"{self.title}: ranking", len(found)) as bar:
