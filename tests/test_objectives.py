@@ -19,6 +19,7 @@ from selfsteer.objectives import (
     ContrastObjective,
     SteeringLoss,
     TokenObjective,
+    noise_margins,
     with_rest,
     wpo_weights,
 )
@@ -583,6 +584,32 @@ def test_the_margin_of_dlma_by_hand() -> None:
     both = replace(objective, weighting="dora")
     assert sorted(both.read) == sorted(LOGPS)
     assert Objective.named("pbaa", weighting="wpo").read == Objective.named("sso").read == ()
+
+
+def test_the_margin_of_noise_by_hand() -> None:
+    """4 tokens of two words of ½ each: Σp² = ½; σ 1 takes ½ · 4 · ½ = 1 nat off, σ 2 takes 4.
+
+    A response of sure words loses nothing, whatever its length.
+    """
+    lengths = {"plain/bad": vector(4, 7)}
+    for sigma, expected in ((1.0, 1.0), (2.0, 4.0)):
+        objective = Objective.named("pbaa", noise=sigma)
+        assert objective.read == ("plain/bad",)
+        found = objective.figures({}, lengths, vector(4 * 0.5, 7))
+        assert found["margins"].tolist() == [expected, 0.0]
+    both = replace(objective, margin=ContrastMargin())
+    of_bad = {name: vector(3, 3) for name in LOGPS}
+    found = both.figures(LOGPS, of_bad, vector(1, 2))
+    assert found["margins"].tolist() == pytest.approx([2.6 + 2 * 2, 8.0 + 2 * 1])
+    assert Objective.named("pbaa", base="ipo", noise=1.0).noise == 0.0
+
+
+def test_noise_on_logits_raises_the_log_sum_exp_by_the_trace_of_its_hessian() -> None:
+    logits = vector(0.3, -1.2, 2.0, 0.1)
+    curvature: Any = torch.autograd.functional.hessian(lambda z: z.logsumexp(0), logits)
+    collisions = (logits.softmax(0) ** 2).sum()
+    found = noise_margins(collisions, torch.ones(()), 0.3)
+    assert found.item() == pytest.approx(0.5 * 0.3**2 * curvature.trace().item())
 
 
 def test_the_loss_of_dlma_by_hand() -> None:

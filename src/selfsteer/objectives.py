@@ -32,6 +32,8 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 #: Bases whose log-probs are means per token (SimPO, ORPO, IPO), and those that need no reference.
 LENGTH_NORMALISED = frozenset({"ipo", "simpo", "orpo"})
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
+#: Bases of log-prob sums against a reference: a margin in nats of sums has a meaning there.
+SUMMED = frozenset({"sigmoid", "hinge"})
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,25 @@ def dora_weights(means: Mapping[str, Tensor]) -> Tensor:
     return (plain_good - good).sigmoid() + (plain_bad - bad).sigmoid()
 
 
+#: What `noise_margins` is about.
+REJECTED = "plain/bad"
+
+
+def noise_margins(collisions: Tensor, lengths: Tensor, sigma: float) -> Tensor:
+    """What noise on the reference's logits of rejected responses takes off the gap, (B,) nats.
+
+    Gaussian noise of deviation σ on every logit raises the log-sum-exp by ½σ²·(1 − Σ_v ref(v)²) on
+    average, to second order in σ (half of σ² times the trace of its Hessian), and lowers the
+    token's log-prob by that. After DNPO (arXiv 2502.05400), which trains the σ of each logit.
+
+    Args:
+        collisions: (B,), sums over the tokens of rejected responses of Σ_v ref(v)².
+        lengths: (B,), their tokens.
+        sigma: σ, in the unit of logits.
+    """
+    return 0.5 * sigma**2 * (lengths - collisions)
+
+
 @dataclass(frozen=True)
 class Objective:
     """A name, a base loss, terms, and v1's gate if the method has one."""
@@ -202,6 +223,8 @@ class Objective:
     weighting: str | None = None
     #: What the gap of each pair has to exceed; None: 0.
     margin: ContrastMargin | None = None
+    #: σ of the `noise_margins` that are added to it.
+    noise: float = 0.0
     #: Of the preferred response of every term, for bases with a reference; None: no bound.
     budget: Budget | None = None
 
@@ -222,22 +245,31 @@ class Objective:
     def read(self) -> tuple[str, ...]:
         """What the frozen start is asked about each pair before it is trained on."""
         dora = DORA_SEQUENCES if self.weighting == "dora" else ()
-        return tuple(dict.fromkeys((*dora, *(self.margin.read if self.margin else ()))))
+        margin = self.margin.read if self.margin else ()
+        return tuple(dict.fromkeys((*dora, *margin, *((REJECTED,) if self.noise else ()))))
 
     def figures(
-        self, sums: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
+        self,
+        sums: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor],
+        collisions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The ``weights`` and ``margins`` of pairs for `steering_loss`, (B,), as far as it has any.
 
         Args:
             sums: what it reads → (B,) log-prob sums under the frozen start, nats.
             lengths: the same → (B,) tokens.
+            collisions: see `noise_margins`; needed where there is noise.
         """
         found = {}
         if self.weighting == "dora":
             found["weights"] = dora_weights({n: sums[n] / lengths[n] for n in DORA_SEQUENCES})
         if self.margin is not None:
             found["margins"] = self.margin(sums)
+        if self.noise:
+            assert collisions is not None
+            noise = noise_margins(collisions, lengths[REJECTED], self.noise)
+            found["margins"] = found.get("margins", 0) + noise
         return found
 
     @classmethod
@@ -257,6 +289,7 @@ class Objective:
         simpo_margin: float = 0.5,
         ceiling: float | None = None,
         weighting: str | None = None,
+        noise: float = 0.0,
         budget: Mapping[str, float] | None = None,
     ) -> Self:
         """An objective of the papers; arguments it has no use for are ignored.
@@ -276,6 +309,7 @@ class Objective:
             simpo_margin: SimPO's margin γ. 0.5.
             ceiling: stops both implicit rewards at ±ceiling, for the sigmoid base.
             weighting: ``wpo`` or ``dora`` for objective ``pbaa``; the loss then needs weights.
+            noise: σ of `noise_margins`, for objective ``pbaa`` and the sigmoid and hinge bases.
             budget: the fields of a `Budget`, for bases with a reference.
 
         Raises:
@@ -297,6 +331,7 @@ class Objective:
             ("steer", steer, 0 <= steer < math.inf, "0 or above and finite"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "in [0, 0.5)"),
             ("ceiling", ceiling, ceiling is None or 0 < ceiling < math.inf, above),
+            ("noise", noise, 0 <= noise < math.inf, "0 or above and finite"),
             ("budget.weight", limit and limit.weight, limit is None or limit.weight > 0, above),
             (
                 "budget.slack",
@@ -328,6 +363,7 @@ class Objective:
             terms[name],
             Gate(alpha, detach_weight) if gated else None,
             weighting=weighting if name == "pbaa" else None,
+            noise=noise if name == "pbaa" and base in SUMMED else 0.0,
             budget=None if base in REFERENCE_FREE else limit,
         )
 
@@ -481,7 +517,7 @@ def steering_loss(
     base = objective.base
     if objective.weighting is not None and weights is None:
         raise ValueError(f"the weighting {objective.weighting} needs weights")
-    if objective.margin is not None and margins is None:
+    if (objective.margin is not None or objective.noise) and margins is None:
         raise ValueError(f"objective {objective.name} needs margins")
     if reference is None and base.needs_reference:
         raise ValueError(f"the {base.name} base needs reference log-probs")

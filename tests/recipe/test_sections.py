@@ -111,6 +111,8 @@ def test_overrides_that_cannot_be_applied() -> None:
             {"method": "spin", "training": {"weighting": "dora"}},
             "those of method spin are written without one; use wpo",
         ),
+        ({"training": {"noise": 1, "base": "ipo"}}, "training.noise has no effect"),
+        ({"training": {"noise": 1, "reference": "first"}}, "noise is on the iteration's start"),
         ({"method": "dlma", "training": {"base": "ipo"}}, "needs training.base sigmoid or hinge"),
         ({"training": {"base": "ipo", "ceiling": 2}}, "training.ceiling has no effect"),
         (

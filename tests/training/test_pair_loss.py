@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Budget, ContrastMargin, Objective
-from selfsteer.recipe.sections import Policy
+from selfsteer.recipe.sections import Loading, Policy, resolve_path
+from selfsteer.run.folder import RunFolder
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.figures import FigurePairs, stored_figures
 from selfsteer.stages.train import Train
 from selfsteer.training.preference import PreferenceTask
-from tests.make import make_checkpoint, recipe, stages_of
+from tests.make import make_checkpoint, recipe, stages_of, tiny_pairs, write_pairs
 from tests.training.test_trainer import make_examples
 
 
@@ -70,3 +74,27 @@ def test_a_step_pays_for_what_chosen_answers_lost(tmp_path: Path) -> None:
     assert extra == pytest.approx([2 * 0.03 * n for n in tokens], rel=1e-3)
     total, count = metrics["budget_loss"]
     assert float(total) / float(count) == pytest.approx(0.03 * sum(tokens) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_noise_takes_off_what_the_start_does_not_know(tmp_path: Path, layout: str) -> None:
+    source = resolve_path("package:selfsteer.testbed/checkpoint")
+    pairs = tiny_pairs(3, seed=0)
+    given = Artifact(write_pairs(tmp_path / "pairs.jsonl", pairs))
+    objective = Objective.named("pbaa", noise=0.6)
+    loading = Loading.model_validate({"device": "cpu", "layout": layout})
+    stage = FigurePairs(given, None, Artifact(Path(source)), objective, 512, loading=loading)
+    result = stage.run(RunFolder(tmp_path))
+    loaded = load_model(source, loading)
+    expected = {}
+    for pair in pairs:
+        s = loaded.chat.sequence(pair.to_triple(), "plain/bad")
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([[*s.prompt_ids, *s.response_ids]])).logits[0]
+        masses = logits[len(s.prompt_ids) - 1 : -1].double().softmax(-1)
+        unknown = 1 - (masses**2).sum(-1)
+        assert len(unknown) == len(s.response_ids)
+        expected[pair.id] = 0.5 * 0.6**2 * float(unknown.sum())
+    found = {id: f["margins"] for id, f in stored_figures(tmp_path / "figures.jsonl").items()}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert result.notes["margins"] == pytest.approx(sum(expected.values()) / 3, rel=1e-4)

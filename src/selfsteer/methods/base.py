@@ -263,7 +263,6 @@ class Aligning(Recipe):
         """
         figures = None
         if isinstance(objective, Objective) and objective.read:
-            assert principled is not None
             longest = settings.max_length
             figures = plan(FigurePairs(data, principled, policy, objective, longest))
         measured = settings.selection.points > 0

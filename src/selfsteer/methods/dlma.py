@@ -10,7 +10,7 @@ from typing import Literal
 from typing_extensions import override
 
 from selfsteer.methods.base import Plan, PrincipledPairs, plain_pair
-from selfsteer.objectives import LENGTH_NORMALISED, ContrastMargin
+from selfsteer.objectives import SUMMED, ContrastMargin
 from selfsteer.recipe.sections import Margin, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.sample import Sample
@@ -35,7 +35,7 @@ class DLMA(PrincipledPairs):
     @override
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.training.base in LENGTH_NORMALISED:
+        if self.training.base not in SUMMED:
             yield (
                 f"method {self.method} needs training.base sigmoid or hinge: its margin is of "
                 f"log-prob sums, and base {self.training.base} compares means"

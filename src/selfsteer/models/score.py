@@ -5,6 +5,7 @@ Shape legend: N sequences, T tokens, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from selfsteer.models.head import (
     sampled_positions,
     sampled_statistics,
     token_loss,
+    with_collisions,
 )
 from selfsteer.models.tree import TreeRow
 from selfsteer.terminal import warn
@@ -217,6 +219,7 @@ def score_sequences(
     batch_size: int = 8,
     pad_id: int = 0,
     advance: Callable[[int, int], None] = lambda items, tokens: None,
+    collisions: bool = False,
 ) -> list[Tensor]:
     """Per-token log-probs (CPU) of each response, in the order given.
 
@@ -227,6 +230,7 @@ def score_sequences(
         batch_size: sequences per forward.
         pad_id: any valid token id.
         advance: told the sequences and tokens of each finished batch.
+        collisions: give Σ_v π(v)² at each token in place of its log-prob.
 
     A batch that is too large for the GPU's memory is scored in halves.
     """
@@ -237,7 +241,9 @@ def score_sequences(
         chosen = todo.pop()
         part = [sequences[i] for i in chosen]
         try:
-            values = batch_logps(model, pack(part, layout, pad_id).to(device)).cpu()
+            with with_collisions() if collisions else nullcontext():
+                scores = batch_scores(model, pack(part, layout, pad_id).to(device))
+            values = scores.logps if scores.collisions is None else scores.collisions.exp()
         except torch.OutOfMemoryError:
             if len(chosen) == 1:
                 raise
@@ -246,7 +252,7 @@ def score_sequences(
             torch.cuda.empty_cache()
             continue
         lengths = [len(s.response_ids) for s in part]
-        for i, piece in zip(chosen, values.split(lengths), strict=True):
+        for i, piece in zip(chosen, values.cpu().split(lengths), strict=True):
             out[i] = piece
         advance(len(part), sum(map(len, part)))
     return [piece for piece in out if piece is not None]

@@ -18,7 +18,14 @@ from pydantic.fields import FieldInfo
 from typing_extensions import override
 
 from selfsteer.errors import ConfigError
-from selfsteer.objectives import REFERENCE_FREE, BaseName, Direction, ObjectiveName, Weighting
+from selfsteer.objectives import (
+    REFERENCE_FREE,
+    SUMMED,
+    BaseName,
+    Direction,
+    ObjectiveName,
+    Weighting,
+)
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -30,7 +37,7 @@ Layout = Literal["auto", "tree", "padded"]
 CONSTANTS = frozenset(
     [
         *("beta", "gamma", "alpha", "steer", "use_weight", "use_steer", "detach_weight"),
-        *("label_smoothing", "simpo_margin", "ceiling", "weighting", "budget"),
+        *("label_smoothing", "simpo_margin", "ceiling", "weighting", "noise", "budget"),
     ]
 )
 
@@ -46,6 +53,7 @@ def unused_arguments(
         "ceiling": base == "sigmoid",
         "budget": base not in REFERENCE_FREE,
         "weighting": objective == "pbaa",
+        "noise": objective == "pbaa" and base in SUMMED,
         "gamma": objective in get_args(GeneratorObjective),
         "use_weight": online,
         "use_steer": online,
@@ -957,6 +965,18 @@ class Training(PolicyTraining):
         "wpo: weight pairs by how likely the policy finds them (arXiv 2406.11827); dora: by how "
         "likely they were written without a principle (after arXiv 2504.05831)",
     )
+    noise: float = _f(
+        0.0,
+        "σ of noise on the reference's logits of rejected answers, as the margin that it comes to "
+        "(after DNPO, arXiv 2502.05400); sigmoid and hinge",
+        ge=0,
+    )
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.noise and self.reference == "first":
+            yield "noise is on the iteration's start; leave reference unset"
 
 
 class Margin(Section):

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from selfsteer.data.jsonl import batched, write_atomic
 from selfsteer.data.records import Dropped, Triple
-from selfsteer.objectives import Objective
+from selfsteer.objectives import REJECTED, Objective
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
@@ -17,13 +17,15 @@ from selfsteer.stages.inputs import stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from selfsteer.models.chat import EncodedSequence
     from selfsteer.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
 class FigurePairs(Stage):
-    """`steering_loss`'s weights and margins, from log-probs of the answers under their principles.
+    """`steering_loss`'s weights and margins, from what the start says of the answers.
 
     Dropped are pairs that do not fit the model's context beside a principle, or whose prompt leaves
     no room for a response, as ``prompt_too_long``. One line of the file::
@@ -32,14 +34,14 @@ class FigurePairs(Stage):
 
     Args:
         pairs: the preferences.
-        principled: records of the same ids with principles.
+        principled: records of the same ids with principles; None where none count.
         policy: the frozen start, whose log-probs count.
         objective: which of them, and what they come to.
         max_length: of the training, which cuts responses at the same tokens.
     """
 
     pairs: Artifact
-    principled: Artifact
+    principled: Artifact | None
     policy: Artifact
     objective: Objective
     max_length: int
@@ -58,7 +60,8 @@ class FigurePairs(Stage):
         from selfsteer.models.store import CHUNK, open_scores
 
         pairs, width = stored_pairs(self.pairs.path), len(self.objective.read)
-        principles = {t.id: t.principles for t in stored_triples(self.principled.path)}
+        records = stored_triples(self.principled.path) if self.principled else ()
+        principles = {t.id: t.principles for t in records}
         loaded = load_model(str(self.policy.path), self.loading)
         found: dict[str, dict[str, float]] = {}
         store = None
@@ -66,7 +69,7 @@ class FigurePairs(Stage):
             for number, part in enumerate(batched(pairs, CHUNK // width), 1):
                 asked = {}
                 for triple in part:
-                    own = replace(triple, principles=principles[triple.id])
+                    own = replace(triple, principles=principles.get(triple.id))
                     if sequences := self._sequences(loaded, own):
                         asked[triple.id] = sequences
                     else:
@@ -75,7 +78,7 @@ class FigurePairs(Stage):
                     flat = [s for sequences in asked.values() for s in sequences]
                     store = store or open_scores(run / "scores", loaded, flat)
                     values = store.score(loaded, flat, advance=bar.advance)
-                    figures = self._figures([(float(v.double().sum()), len(v)) for v in values])
+                    figures = self._figures(loaded, flat, values)
                     found.update(zip(asked, figures, strict=True))
                 # those dropped, or scored before
                 bar.advance(min(number * CHUNK // width, len(pairs)) * width - bar.done)
@@ -95,14 +98,32 @@ class FigurePairs(Stage):
         cut = [replace(s, response_ids=s.response_ids[:room]) for s in whole]
         return [] if limit is not None and max(map(len, cut)) > limit else cut
 
-    def _figures(self, scores: list[tuple[float, int]]) -> list[dict[str, float]]:
-        """Those of each pair, from sums and tokens of its sequences, one pair after the other."""
+    def _figures(
+        self,
+        loaded: "LoadedModel",
+        sequences: "list[EncodedSequence]",
+        logps: "list[Tensor]",
+    ) -> list[dict[str, float]]:
+        """Those of each pair, from what is read of it, one pair after the other."""
         import torch
 
-        names = self.objective.read
-        sums, tokens = torch.tensor(scores, dtype=torch.float64).view(-1, len(names), 2).unbind(-1)
-        by_name = [dict(zip(names, x.unbind(-1), strict=True)) for x in (sums, tokens)]
-        figures = self.objective.figures(*by_name)
+        from selfsteer.models.score import score_sequences
+
+        names, collisions = self.objective.read, None
+
+        def by_name(numbers: list[float]) -> "dict[str, Tensor]":
+            columns = torch.tensor(numbers, dtype=torch.float64).view(-1, len(names)).T
+            return dict(zip(names, columns, strict=True))
+
+        if self.objective.noise:
+            rejected = sequences[names.index(REJECTED) :: len(names)]
+            with loaded.evaluating():
+                squares = score_sequences(
+                    loaded.model, rejected, layout=loaded.layout, batch_size=32, collisions=True
+                )
+            collisions = torch.stack([v.double().sum() for v in squares])
+        sums, lengths = [float(v.double().sum()) for v in logps], [float(len(v)) for v in logps]
+        figures = self.objective.figures(by_name(sums), by_name(lengths), collisions)
         rows = zip(*(column.tolist() for column in figures.values()), strict=True)
         return [dict(zip(figures, row, strict=True)) for row in rows]
 
