@@ -94,6 +94,42 @@ def test_what_is_written_can_be_given_to_a_run(tmp_path: Path, here: Here) -> No
     assert notes["sources"] == {"fixed": 15, "fixed:default": 1}
 
 
+IMPROVED = (
+    *("sampling.max_new_tokens=64", "policy.threads=1", "queries.limit=24", "improve.steps=2"),
+    *("improve.confirm=8", "improve.max_new_tokens=48", "improve.tries=2"),
+)
+
+
+def improving(to: Path, *more: object, judge: str = "oracle") -> tuple[object, ...]:
+    asked = ("principles", "improve", QUERIES, "--model", TESTBED, "--judge", judge, "--to", to)
+    return (*asked, "--good", "Your response should be accurate.", "--bad", "Lie.", *more)
+
+
+def test_a_principle_is_improved_without_a_run(tmp_path: Path, here: Here) -> None:
+    """The tiny model cannot rewrite: the search goes on, and never ends below its start."""
+    to = tmp_path / "better.yaml"
+    ended = here(*improving(to, *IMPROVED))
+    assert ended.code == 0, ended.err
+    assert "rewritten: " in ended.out
+    report = json.loads((tmp_path / "better.yaml.report.json").read_text())
+    assert report["compared"] == 8
+    assert report["n_in"] == 2 * 4 + 8
+    assert report["ratings"]["best"] >= report["ratings"]["start"] > 0.5
+    assert sum(report["written"].values()) == 2
+    made = yaml.safe_load(to.read_text())
+    assert made == {"principles": {"mode": "fixed", "good": report["best"], "bad": "Lie."}}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["better.yaml", "better.yaml.report.json"]
+    assert "nothing to do" in here(*improving(to, *IMPROVED)).err
+    fails(here(*improving(to, *IMPROVED, "seed=3")), 2, "there already")
+    given = f"principles={json.dumps(made['principles'])}"
+    assert here(*until_principles(tmp_path, given)).code == 0
+    other = tmp_path / "other.yaml"
+    fails(here(*improving(other, *IMPROVED, "training.beta=1")), 2, "no effect", "improve")
+    chat = f"{{kind: chat, model: '{TESTBED}', max_new_tokens: 24}}"
+    fails(here(*improving(other, *IMPROVED, judge=chat)), 2, "rates none")
+    fails(here(*improving(other, *IMPROVED, "--writer", tmp_path / "none")), 3, "no model folder")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -1089,6 +1089,39 @@ class JudgedRanking(ComparedRanking):
             yield "human labels cannot rank answers that are sampled now"
 
 
+class Improvement(Section):
+    """A search for a better fixed good principle (after DRPO, arXiv 2411.08733)."""
+
+    good: str = _f(..., "the good principle to begin with, whole")
+    bad: str | None = _f(None, "the bad principle that goes with it; it stays as it is")
+    writer: WriterConfig | None = _f(
+        None, "model that rewrites principles, or an engine with its model; null: the policy"
+    )
+    steps: int = _f(20, "rounds of rating and rewriting (DRPO: 20)", ge=1)
+    queries_per_step: int = _f(4, "queries that principles are tried on in a step (DRPO: 1)", ge=1)
+    beam: int = _f(2, "paths kept after each step (DRPO: 2)", ge=1)
+    tries: int = _f(3, "new principles asked for per path (DRPO: 3)", ge=1)
+    good_enough: float | None = _f(
+        None, "mean rating from which on a principle is not rewritten (DRPO: 4.5 of 5); null: none"
+    )
+    confirm: int = _f(32, "queries aside, on which the start and the last beam are compared", ge=1)
+    temperature: float = _f(0.7, "temperature of the writer (DRPO: 0.2)", ge=0)
+    top_p: float = _f(0.95, "nucleus mass of the writer (DRPO)", gt=0, le=1)
+    max_new_tokens: int = _f(256, "tokens of a written principle", gt=0)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from holding(
+            {
+                "good must be a text": not self.good.strip(),
+                "good and bad are the same text": self.good == self.bad,
+                "tries: at temperature 0 all of them are the same answer": (
+                    self.temperature == 0 and self.tries > 1
+                ),
+            }
+        )
+
+
 class Evaluation(Section):
     """Base, baseline and aligned policy answer held-out queries; the judge compares."""
 

@@ -3,10 +3,11 @@
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +15,18 @@ from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, emit
 
+if TYPE_CHECKING:
+    from selfsteer.verbs.writing import Improving, Writing
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Catalogues of features, and the principles made from them.",
 )
-#: What `write` takes of a recipe.
-SECTIONS = ("seed", "policy", "queries", "principles")
+#: Arguments that `write` and `improve` share.
+Queries = Annotated[
+    str,
+    typer.Argument(help="prompts: JSONL, JSON, CSV, Parquet or the name of a Hugging Face dataset"),
+]
 
 
 @app.command("list")
@@ -98,12 +105,7 @@ def lint(
 
 @app.command()
 def write(
-    queries: Annotated[
-        str,
-        typer.Argument(
-            help="prompts: JSONL, JSON, CSV, Parquet or the name of a Hugging Face dataset"
-        ),
-    ],
+    queries: Queries,
     model: Annotated[
         str, typer.Option(help="model that writes them: folder, hub id or package:NAME")
     ],
@@ -118,8 +120,77 @@ def write(
 
     A recipe can use the result: principles.mode=fixed principles.path=FILE.
     """
-    report = _write(queries, model, to, settings or [])
+    from selfsteer.data.jsonl import read_jsonl
+    from selfsteer.verbs.writing import Writing
+
+    given = {"policy": {"model": model}, "queries": {"path": queries}}
+    report = _made(Writing, given, to, settings or [])
+    report["examples"] = [
+        {
+            "query": value["messages"][-1]["content"],
+            "good": value["principles"]["good"],
+            "bad": value["principles"]["bad"],
+        }
+        for _, value in itertools.islice(read_jsonl(to), 3)
+    ]
     emit(report, as_json, lambda _: _print_written(report, to))
+
+
+@app.command()
+def improve(
+    queries: Queries,
+    model: Annotated[str, typer.Option(help="model that answers: folder, hub id or package:NAME")],
+    good: Annotated[str, typer.Option(help="the good principle to begin with, whole")],
+    judge: Annotated[
+        str, typer.Option(help="rates answers: oracle, checks, reward:MODEL or a section")
+    ],
+    to: Annotated[Path, typer.Option(help="YAML file to write")],
+    bad: Annotated[
+        str | None, typer.Option(help="the bad principle that goes with it; it stays as it is")
+    ] = None,
+    writer: Annotated[
+        str | None, typer.Option(help="model that rewrites principles; default: --model")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="recipe settings as KEY=VALUE, such as improve.beam=3 seed=1"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Improve a fixed good principle without training; the same command resumes.
+
+    A beam search along the queries: a judge that scores rates answers, a model rewrites the
+    principle. The result is a section of a recipe: principles.mode=fixed.
+    """
+    from selfsteer.verbs.common import named_judge
+    from selfsteer.verbs.writing import Improving
+
+    given = {
+        "policy": {"model": model},
+        "queries": {"path": queries},
+        "improve": {"good": good, "bad": bad, "writer": writer},
+        "judge": named_judge(judge).model_dump(exclude_unset=True),
+    }
+    report = _made(Improving, given, to, settings or [])
+    emit(report, as_json, lambda _: _print_improved(report, to))
+
+
+def _print_improved(report: dict[str, Any], path: Path) -> None:
+    for step, tried in enumerate(report["path"], 1):
+        out.print(f"{step:>3}  {tried['rating']:.3f}  {tried['good']}", markup=False)
+    written = ", ".join(f"{n:,} {why}" for why, n in sorted(report["written"].items()))
+    out.print(f"\nrewritten: {written or 'nothing'}", markup=False)
+    ratings, gain = report["ratings"], report["gain"]
+    aside = f"{report['compared']:,} queries that were set aside ({report['scale']})"
+    if report["best"] == report["start"]:
+        out.print(f"no better principle: the start has {ratings['start']:.3f} on {aside}")
+    else:
+        mean, low, high = gain
+        bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+        text = f"{ratings['start']:.3f} → {ratings['best']:.3f}, {mean:+.3f}{bounds}, on {aside}"
+        out.print(text, markup=False)
+    setting = shlex.quote(f"principles.good={json.dumps(report['best'], ensure_ascii=False)}")
+    out.print(f"\n{setting}\n{path}", markup=False)
 
 
 def _print_written(report: dict[str, Any], path: Path) -> None:
@@ -133,18 +204,30 @@ def _print_written(report: dict[str, Any], path: Path) -> None:
     out.print(f"\n{report['n_out']:,} principles: {path}", markup=False)
 
 
-def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str, Any]:
-    from selfsteer.data.jsonl import read_jsonl, write_atomic
+def _made(
+    kind: "type[Writing | Improving]", given: dict[str, Any], to: Path, settings: list[str]
+) -> dict[str, Any]:
+    """Runs what a command plans in a folder beside ``to``, and keeps a report there.
+
+    Args:
+        kind: what it plans.
+        given: its settings.
+        to: the file to make.
+        settings: more of them, as KEY=VALUE.
+
+    Returns:
+        The report.
+    """
+    from selfsteer.data.jsonl import write_atomic
     from selfsteer.recipe.read import check_sections, merge, validate
     from selfsteer.run.execute import execute
     from selfsteer.run.folder import RunFolder
-    from selfsteer.verbs.writing import Writing
 
-    check_sections(settings, SECTIONS, "principles write")
+    sections = [name for name in kind.model_fields if name != "folder"]
+    check_sections(settings, sections, kind.verb)
     work, report = to.with_name(f"{to.name}.partial"), to.with_name(f"{to.name}.report.json")
-    given = {"folder": str(work), "policy": {"model": model}, "queries": {"path": queries}}
-    values = merge(given, settings)
-    writing = validate(Writing, values, "settings of principles write")
+    values = merge({**given, "folder": str(work)}, settings)
+    writing = validate(kind, values, f"settings of {kind.verb}")
     run, stages = RunFolder(work), writing.plan()
     last = stages[-1]
     if to.exists():
@@ -167,20 +250,12 @@ def _write(queries: str, model: str, to: Path, settings: list[str]) -> dict[str,
     found = {
         "fingerprint": last.fingerprint,
         "sha256": _sha256(made),
-        "model": model,
-        "queries": queries,
-        "principles": writing.principles.model_dump(),
+        "model": given["policy"]["model"],
+        "queries": given["queries"]["path"],
+        **writing.model_dump(mode="json", include=set(sections) - {"seed", "policy", "queries"}),
         "n_in": entry["n_in"],
         "n_out": entry["n_out"],
         **entry["notes"],
-        "examples": [
-            {
-                "query": value["messages"][-1]["content"],
-                "good": value["principles"]["good"],
-                "bad": value["principles"]["bad"],
-            }
-            for _, value in itertools.islice(read_jsonl(made), 3)
-        ],
     }
     write_atomic(report, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     made.replace(to)
