@@ -165,5 +165,6 @@ def test_settings_that_contradict_themselves_are_refused() -> None:
         ({"good": " "}, "must be a text"),
     ):
         with pytest.raises(ValueError, match=said):
-            Improvement(**{"good": "Go.", **wrong})
-    assert Improvement(good="Go.", writer="m").writer == WriterConfig(model="m")
+            Improvement.model_validate({"good": "Go.", **wrong})
+    made = Improvement.model_validate({"good": "Go.", "writer": "m"})
+    assert made.writer == WriterConfig(model="m")

@@ -115,7 +115,7 @@ def rewrite_prompt(path: Path, worst: Rated, scale: str) -> list[Message]:
             f"Instructions so far, each after the mean rating of its answers ({scale}):\n{shown}"
             f"\n\nA query:\n{worst.query.transcript}\n\nThe answer under the last instruction, "
             f"rated {worst.rating:.3g}:\n{worst.answer}\n\n"
-            "Write the improved instruction and nothing else.",
+            "Write the improved instruction in one to three sentences, and nothing else.",
         )
     ]
 

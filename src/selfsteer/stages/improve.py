@@ -113,7 +113,7 @@ def _scorer(settings: JudgeConfig, run: RunFolder | None) -> ScoringJudge:
     Raises:
         ConfigError: it compares answers and rates none.
     """
-    judge = load_judge(settings, run and run / "judgements")
+    judge = load_judge(settings, run / "judgements" if run else None)
     if not isinstance(judge, ScoringJudge):
         raise ConfigError(
             f"A judge of kind {settings.kind} compares answers and rates none, so it cannot tell "
