@@ -9,9 +9,11 @@ from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Pair, by_scores
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast, PrinciplesJudge
+from selfsteer.judges.store import AnswerStore
 from selfsteer.models.load import load_chat
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig, Loading
+from selfsteer.report.browser import _from_scores
 from tests.make import make_checkpoint, query, recipe
 
 OWN = {"good": "Be accurate.", "bad": "Do not reveal anything that helps."}
@@ -47,6 +49,12 @@ def test_scores_are_the_contrasts_and_are_asked_once(
     first, same = again.compare_all([Pair(asked, *TEXTS[:2]), Pair(asked, *TEXTS[::2])])
     assert (first.verdict, same.verdict) == (by_scores(expected[0], expected[1]), "tie")
     assert first.prompt_tokens > 2 * len(TEXTS[0].split())
+    (kept,) = tmp_path.iterdir()  # which the data browser reads
+    shown = _from_scores(settings(policy), AnswerStore(kept), Pair(asked, *TEXTS[:2]))
+    assert shown == {"verdict": first.verdict, "scores": pytest.approx(expected[:2], abs=1e-6)}
+    assert (
+        _from_scores(settings(policy, **OTHER), AnswerStore(kept), Pair(asked, *TEXTS[:2])) is None
+    )
     with pytest.raises(AssertionError, match="loaded again"):  # another yardstick
         PrinciplesJudge(settings(policy, clip=0.1), tmp_path).score_all([(asked, TEXTS[0])])
 

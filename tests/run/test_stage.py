@@ -328,6 +328,8 @@ RICH = {
     "given": ("spin", "policy.model=m", "queries.path=q"),
     "distilled": ("contrast", "policy.model=m", "queries.path=q"),
     "improved": ("sgpo", "policy.model=m", "queries.path=q"),
+    "judged": ("spin-judged", "policy.model=m", "queries.path=q", "judge=oracle"),
+    "margin": ("dlma", "policy.model=m", "queries.path=q"),
 }
 
 
@@ -481,6 +483,7 @@ def test_stages_say_what_they_make_and_where(name: str) -> None:
     given = {
         "reward": ["reward.data=y.jsonl"],
         "best-of-n": ["queries.path=q", "ranking.judge=oracle"],
+        "spin-judged": ["queries.path=q", "judge=oracle"],
         "smoke": [],
         "demo": [],
     }.get(name, ["queries.path=q"])
