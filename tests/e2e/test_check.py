@@ -44,7 +44,7 @@ def test_the_tiny_world_steers(tmp_path: Path, here: Here) -> None:
     assert {c["status"] for c in found.values()} <= {"ok", "warning"}
     assert list(found) == [
         *("recipe", "folder", "queries", "evaluation", "judge", "template", "model", "engine"),
-        *("layout", "disk", "principles", "budgets", "sampling", "steering", "time"),
+        *("layout", "disk", "principles", "budgets", "sampling", "steering", "ranking", "time"),
     ]
     steering = found["steering"]["figures"]
     assert steering["steers"] is True
@@ -52,6 +52,10 @@ def test_the_tiny_world_steers(tmp_path: Path, here: Here) -> None:
         assert 0.05 < steering["net_gap"][half][0] < 0.15
         assert steering["net_gap"][half][1] > 0.03
     assert steering["accuracy"][0] > 0.8
+    ranking = found["ranking"]["figures"]
+    assert ranking["decided"] <= ranking["pairs"] <= 40
+    assert 0.005 < ranking["spread"] < 0.2
+    assert ranking["agreement"][0] > 0.6
     assert sum(f["triples"] for f in steering["features"].values()) >= 2 * steering["triples"]
     assert found["queries"]["figures"] == {"queries": 64, "dropped": {"over_limit": 1262}}
     assert found["budgets"]["figures"]["context"] == 512
@@ -162,7 +166,7 @@ def test_one_look_shows_all_that_failed(tmp_path: Path, here: Here) -> None:
     assert ended.code == 2
     assert re.search(r"FAILED   queries .*none\.jsonl", ended.out)
     assert re.search(r"FAILED   template   There is no model folder '.*/nowhere'", ended.out)
-    assert "skipped  disk, principles, budgets, sampling, steering, time" in ended.out
+    assert "skipped  disk, principles, budgets, sampling, steering, ranking, time" in ended.out
     assert "needs queries and a model that answers" in ended.out
     assert look(here, tmp_path, "policy.model=./nowhere").code == 3
     assert look(here, tmp_path, "training.bta=1").code == 2

@@ -233,9 +233,8 @@ def rounds(
     recipe = make.recipe("pbaa", sampling={"max_new_tokens": 100})
     found = Checks(lambda line: None)
     nothing: Any = None
-    checks._steering(
-        found, recipe, nothing, probed, queries, queries, None, Path("none"), until=left
-    )
+    probe = checks.Probe(Path("none"))
+    checks._steering(found, recipe, nothing, probed, queries, queries, None, probe, until=left)
     return sizes, found
 
 

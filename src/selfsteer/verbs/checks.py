@@ -28,8 +28,9 @@ from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.load import load_judge
+from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality, steering, strangers
-from selfsteer.judges.stats import above, verdict_counts
+from selfsteer.judges.stats import above, mean_interval, verdict_counts
 from selfsteer.methods import Aligning, Principled
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
@@ -39,6 +40,7 @@ from selfsteer.models.store import scored
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import (
+    ContrastRanking,
     Loading,
     PrincipledHygiene,
     Queries,
@@ -52,7 +54,7 @@ from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.stages.sample import Sample, in_contexts, params_of
+from selfsteer.stages.sample import Sample, Wanted, in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import amount, size
@@ -169,18 +171,21 @@ def check(
     if chat is None or probed is None:
         needed = {"queries": chosen, "a model that answers": probed}
         missing = " and ".join(what for what, there in needed.items() if not there)
-        c.skip("disk principles budgets sampling steering time", missing)
+        c.skip("disk principles budgets sampling steering ranking time", missing)
     else:
         todo = total(stage.cost(Scale(len(queries), len(held_out))) for stage in stages)
         _disk(c, recipe, todo, probed)
         if isinstance(recipe, Principled):
             with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
-                rates = _steering(
-                    c, recipe, chat, probed, queries, chosen, judge, Path(scratch), until
-                )
+                probe = Probe(Path(scratch))
+                rates = _steering(c, recipe, chat, probed, queries, chosen, judge, probe, until)
+                if rates is None:
+                    c.skip("ranking", "answers")
+                else:
+                    _ranking(c, recipe, probed, judge, probe, until)
             _time(c, stages, todo, rates)
         else:
-            c.skip("principles budgets sampling steering time", "a method with principles")
+            c.skip("principles budgets sampling steering ranking time", "a method with principles")
     lines = {line.name: asdict(line) for line in c.lines}
     return {"recipe": recipe.name, "exit_code": c.exit_code, "checks": lines}
 
@@ -453,7 +458,7 @@ def _steering(
     queries: Sequence[Query],
     chosen: Sequence[Query],
     judge: Judge | None,
-    scratch: Path,
+    probe: Probe,
     until: float,
 ) -> Rates | None:
     """Principles, answers and figures of some queries; the rates where all went well.
@@ -462,7 +467,6 @@ def _steering(
     clear, all are asked, or the next round would end after ``until`` (of `time.monotonic`). The
     lines are those of the last round.
     """
-    probe = Probe(scratch)
     left, answer = until - time.monotonic(), recipe.sampling.max_new_tokens / probed.speed
     size = min(max(int(left / 2 / (answer * len(RESPONSES))), 2), PILOT, len(chosen))
     while True:
@@ -844,6 +848,92 @@ def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
         f"{lost} of {len(verdicts)} pairs are unparseable for the judge: they do not count.",
         lost > UNPARSEABLE * len(verdicts),
     )
+
+
+def _ranking(
+    c: Checks,
+    recipe: Principled,
+    probed: Probed,
+    judge: Judge | None,
+    probe: Probe,
+    until: float,
+) -> None:
+    """Whether the contrast of the principles ranks the policy's own answers; if there is time.
+
+    Two plain answers to each query, neither of which was written under a principle: how far the
+    contrast tells them apart, and how often a judge puts them in the same order.
+    """
+    if time.monotonic() + (probe.seconds["sampling"] + probe.seconds["scoring"]) / 2 > until:
+        c.skip("ranking", "more time (--minutes)")
+        return
+    with c.line("ranking") as line:
+        policy, s = resolve_path(recipe.policy.model), recipe.sampling
+        two = [Wanted("plain", "policy", number) for number in range(2)]
+        with Engines(None) as engines:
+            engine = engines.sampler(s.engine, policy, recipe.policy.loading, s.batch_size)
+            said = replace(in_contexts({}, s), wanted=two).answers(
+                probe.triples,
+                lambda source: engine,
+                params_of(s),
+                seed=derive_seed(recipe.seed, "check"),
+                store=probe.scratch / "answers",
+            )
+        pairs = [
+            Pair(
+                Query(t.id, t.messages, extra={"principles": t.principles.to_dict()}),
+                a.text,
+                b.text,
+            )
+            for t, (a, b) in zip(probe.triples, said, strict=True)
+            if t.principles and a.text and b.text and a.text != b.text
+        ]
+        clip = ContrastRanking().clip
+        loading = recipe.policy.loading.model_copy(update={"layout": probed.layout})
+        contrast = PrincipleContrast(policy, loading, clip=clip)
+        scores = contrast.score_all(
+            [(p.query, text) for p in pairs for text in (p.first, p.second)]
+        )
+        del contrast
+        both = [
+            (p, a - b)
+            for p, a, b in zip(pairs, scores[::2], scores[1::2], strict=True)
+            if a is not None and b is not None
+        ]
+        verdicts = [j.verdict for j in judge.compare_all([p for p, _ in both])] if judge else []
+        decided = [
+            (v, gap)
+            for v, (_, gap) in zip(verdicts, both, strict=False)
+            if v in (Verdict.FIRST, Verdict.SECOND)
+        ]
+        agreed = [float((v is Verdict.FIRST) == (gap > 0)) for v, gap in decided]
+        rng = np.random.default_rng(derive_seed(recipe.seed, "check/ranking"))
+        line.figures = {
+            "pairs": len(both),
+            "spread": float(np.mean([abs(gap) for _, gap in both])) if both else None,
+            "decided": len(decided),
+            "agreement": mean_interval(agreed, rng) if agreed else None,
+        }
+        if not both:
+            raise ArtifactError(
+                "The policy has one plain answer to every query, so there is nothing to rank. "
+                "Raise sampling.temperature."
+            )
+        line.found = (
+            f"the principles tell two plain answers apart by {line.figures['spread']:.3f} nats per "
+            f"token on {len(both)} queries"
+        )
+        if agreed:
+            line.found += (
+                f"; as the judge does in {interval(line.figures['agreement'], '.2f')} of "
+                f"{len(decided)} that it decides"
+            )
+            few = len(decided) < DECIDING
+            line.warn(
+                "That is not above chance: contrast, best-of-n-principles and dlma would learn "
+                "noise. Choose a method whose answers are written under the principles "
+                "(pbaa, sso).",
+                not few and not above(line.figures["agreement"], 0.5),
+            )
 
 
 def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -> None:
