@@ -44,6 +44,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "JudgeConfig": {"kind": "oracle"},
     "JudgedSet": {"style": "mt-bench", "questions": "q"},
     "OnlineQueries": {"path": "q"},
+    "Improvement": {"good": "g"},
     "Policy": {"model": "m"},
     "Queries": {"path": "q"},
     "RewardData": {"path": "p"},
