@@ -317,6 +317,15 @@ class RoundView:
         return tuple(s for s in self.run.stages if s.round == self.k and s.method in mine)
 
     @property
+    def start(self) -> str | None:
+        """The stage that trained the policy that it starts from; None: that policy was given."""
+        if self.k > 1:
+            return str(Path(self.home, f"iteration-{self.k - 1}", "policy"))
+        first = ("Train", self.method, None)
+        found = (s.name for s in self.run.stages if (s.kind, s.method, s.round) == first)
+        return next(found, None)
+
+    @property
     def has_generator(self) -> bool:
         """Whether a generator writes its preferences."""
         return any(s.title.partition("/")[0] == "generator" for s in self.stages)
@@ -387,7 +396,7 @@ class RoundView:
         """
         base = Path(resolve_path(self.run.recipe.policy.model)).parts
         homes = self.run.recipe.homes.values()
-        start = (f"iteration-{self.k - 1}", "policy") if self.k > 1 else base[-2:]
+        start = Path(self.start).parts[-2:] if self.start else base[-2:]
         for about in sorted((self.run.folder / "scores").glob("*/model.json")):
             model = Path(str(next(lines(about), {}).get("model"))).parts
             above = model[-3] if len(model) > 2 else ""

@@ -288,7 +288,7 @@ class Aligning(Recipe):
         )
 
     def _queries(self, plan: Plan) -> Artifact:
-        queries = plan(ReadQueries(plain_queries(self.queries), self.judges, self.needs_answers))
+        queries = plan(ReadQueries(plain_queries(self.queries), self.judges, self.reads_answers))
         if not isinstance(self.queries, GrownQueries) or self.queries.augment is None:
             return queries
         settings = GrownQueries(
@@ -320,6 +320,11 @@ class Aligning(Recipe):
             last = {method: made[-1] for method, made in reversed(plan.policies.items())}
             judge = self.benchmarks.judge or self.judge
             plan(RunBenchmarks({"base": plan.base, **last}, self.benchmarks, judge, self.sampling))
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the recipe wants an answer beside each query, as its method may always do."""
+        return self.needs_answers
 
     @property
     @override

@@ -929,6 +929,20 @@ class PolicyTraining(PolicyStage, Optimisation):
         yield from self._unused("pbaa")
 
 
+class ImproverTraining(PolicyStage):
+    """Trains the policy to improve its own answers, by the NLL of better ones."""
+
+    learning_rate: float = _f(5e-6, "peak; ours, the paper gives none. Search it", gt=0)
+    batch_size: int = _f(32, "examples per optimiser step; ours", gt=0)
+    selection: Selection = Selection(points=0)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from self.idle(["reference"], "without a reference")
+        if self.selection.points:
+            yield "selection measures answers to queries, not rewrites; leave selection unset"
+
+
 class Distilling(PolicyStage):
     """The policy stage of methods that distil."""
 

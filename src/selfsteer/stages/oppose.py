@@ -57,8 +57,8 @@ def given_answers(
             answers.setdefault(pair.messages, pair.responses["good"])
     if not answers:
         raise DataError(
-            f"{path} has queries but no answers, and this method sets the policy's answers against "
-            "given ones. Give conversations that end in an answer, or preferences."
+            f"{path} has queries but no answers, and this recipe needs given ones. Give "
+            "conversations that end in an answer, or preferences."
         )
     return answers
 
@@ -180,6 +180,8 @@ IMPROVE = (
     "what does not help, and keep what is good. Reply with the new answer alone, without a word "
     "about the changes."
 )
+#: What the writer of an improver's examples is told besides, and the improver is not.
+LEAN = "Lean on this answer without copying it:\n\n"
 #: A policy that is trained on answers that begin so learns to begin so, and nothing else.
 _ANNOUNCED = re.compile(
     r"\A\W*(?:(?:sure|certainly|of course)\W+)?(?:here(?:'s| is)\s+)?(?:(?:a|an|my|the)\s+)?"
@@ -200,14 +202,18 @@ def strip_announcement(text: str) -> str:
     return _ANNOUNCED.sub("", text)
 
 
+def to_improve(triple: Triple, response: str) -> tuple[Message, ...]:
+    """The conversation in which that response is to be written again."""
+    said = Message("assistant", triple.responses[response])
+    return (*triple.messages, said, Message("user", IMPROVE))
+
+
 @dataclass(frozen=True)
 class Improve(Stage):
     """SGPO's pairs (arXiv 2507.20181): the policy's answer, written again, is ``good``.
 
-    The answer itself is ``bad``. The paper trains policy and improver as one model; here the given
-    model rewrites, and nothing is trained for it. Dropped are ``unfinished`` unless the settings
-    keep it, ``prompt_too_long`` and ``request_failed:REASON``; an unchanged answer is left to
-    hygiene.
+    The answer itself is ``bad``. Dropped are ``unfinished`` unless the settings keep it,
+    ``prompt_too_long`` and ``request_failed:REASON``; an unchanged answer is left to hygiene.
 
     Args:
         samples: triples with a plain response.
@@ -235,9 +241,8 @@ class Improve(Stage):
 
     @override
     def run(self, run: RunFolder) -> StageResult:
-        def prompt(triple: Triple, response: str) -> list[Message]:
-            said = Message("assistant", triple.responses["plain"])
-            return [*triple.messages, said, Message("user", IMPROVE)]
+        def prompt(triple: Triple, response: str) -> Sequence[Message]:
+            return to_improve(triple, "plain")
 
         def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
             (new,) = said
@@ -247,3 +252,48 @@ class Improve(Stage):
         samples = stored_triples(self.samples.path)
         asking = Asking[Triple]([Wanted("good", str(self.policy.path))], prompt, make)
         return asking.of_stage(self, run, samples, self.sampling, writer=self.improver)
+
+
+@dataclass(frozen=True)
+class LeanOnGiven(Stage):
+    """Examples for SGPO's improver: own answers, written again by a policy that sees given ones.
+
+    An example is the conversation that asks for a better answer, without the given one, and the new
+    answer as ``good``. Dropped are ``improver_no_change`` (empty, the old answer or the given one)
+    and what `Improve` drops.
+
+    Args:
+        pairs: triples of a given answer, ``good``, and the policy's own, ``bad``.
+        policy: rewrites.
+        sampling: how.
+    """
+
+    pairs: Artifact
+    policy: Artifact
+    sampling: Sampling
+
+    title = "rewrites"
+
+    @override
+    def cost(self, scale: Scale) -> Cost:
+        n = self.records(scale)
+        return Cost(n, answers=Counter(plain=n))
+
+    @override
+    def run(self, run: RunFolder) -> StageResult:
+        def prompt(triple: Triple, response: str) -> Sequence[Message]:
+            *before, _ = to_improve(triple, "bad")
+            asked = f"{IMPROVE}\n\n{LEAN}{triple.responses['good']}"
+            return *before, Message("user", asked)
+
+        def make(triple: Triple, said: Sequence[Completion]) -> Triple | Dropped:
+            new = replace(said[0], text=strip_announcement(said[0].text))
+            bare = Triple(triple.id, to_improve(triple, "bad"), extra=triple.extra)
+            made = with_answers(bare, {"good": new}, self.sampling)
+            if isinstance(made, Triple) and new.text in ("", *triple.responses.values()):
+                return Dropped(triple.id, "improver_no_change", made)
+            return made
+
+        pairs = stored_triples(self.pairs.path)
+        asking = Asking[Triple]([Wanted("good", str(self.policy.path))], prompt, make)
+        return asking.of_stage(self, run, pairs, self.sampling)

@@ -157,7 +157,7 @@ def _writers(of: RoundView) -> tuple[str, str]:
         generator = f"{own}-{of.k}/generator"
         halves = any(s.title == "generator/plus" for s in of.stages)
         return (f"{generator}/plus", f"{generator}/minus") if halves else (generator, generator)
-    policy = public_name(recipe.policy.model) if of.k == 1 else f"{own}-{of.k - 1}/policy"
+    policy = f"{recipe.name}/{of.start}" if of.start else public_name(recipe.policy.model)
     improver = getattr(recipe, "improver", None)
     if of.is_baseline or not (recipe.needs_answers or improver):
         return policy, policy
