@@ -187,6 +187,7 @@ ROUNDS = {
     "contrast": ("principles", "samples", "teacher", "policy"),
     "distil": ("principles", "samples", "teacher", "policy"),
     "good-over-plain": ("principles", "samples", *TAIL),
+    "bad-to-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
     "best-of-n-principles": ("principles", "ranked", *TAIL),
     "rlcd": ("ranked", *TAIL),

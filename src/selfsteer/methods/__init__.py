@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+from selfsteer.methods.bad_to_plain import BadToPlain
 from selfsteer.methods.base import Aligning, Paired, Principled, Recipe
 from selfsteer.methods.best_of_n import BestOfN
 from selfsteer.methods.best_of_n_principles import BestOfNByPrinciples
@@ -30,6 +31,7 @@ AnyRecipe = (
     | ContrastDistillation
     | ContextDistillation
     | GoodOverPlain
+    | BadToPlain
     | BestOfN
     | BestOfNByPrinciples
     | RLCD

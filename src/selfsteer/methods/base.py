@@ -417,9 +417,9 @@ class Paired(Aligning):
         principled: Artifact | None = None,
         triples: Artifact | None = None,
         cleaned: bool = False,
-        rejected: str = "bad",
+        plain: float = 0.0,
     ) -> Artifact:
-        """Preferences of the good response over the bad, or another one, and their quality."""
+        """Preferences of the good response over the bad or plain one, and their quality."""
         catalogue = self.principles.catalogue if isinstance(self, Principled) else None
         pairs = plan(
             WritePairs(
@@ -429,7 +429,7 @@ class Paired(Aligning):
                 self.sampling.shard_size,
                 catalogue=catalogue,
                 cleaned=cleaned,
-                rejected=rejected,
+                plain=plain,
             )
         )
         plan(MeasureQuality(pairs, policy, self.judge, principled, triples))

@@ -35,7 +35,7 @@ class GoodOverPlain(PrincipledPairs):
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         asked = self.ask(plan, policy)
         samples = plan(Sample(asked, {"good": policy, "plain": policy}, self.sampling))
-        pairs = self.pairs(plan, samples, policy, rejected="plain")
+        pairs = self.pairs(plan, samples, policy, plain=1.0)
         # of a pair the good response is the chosen one, the bad one whatever was rejected
         pair = (Term("plain", "good", "bad", sft=NLL),)
         objective = replace(plain_pair(self.training), name=self.method, terms=pair)

@@ -380,7 +380,8 @@ class WritePairs(Stage):
         shard_size: pairs per shard.
         catalogue: see `FilterTriples`.
         cleaned: the samples are those of `FilterTriples`, with nothing left to drop.
-        rejected: which response the good one is preferred to.
+        plain: share of the queries whose plain response stands in for the bad one; picked by a hash
+            of seed and id, so that a larger share holds a smaller one.
     """
 
     samples: Artifact
@@ -389,7 +390,7 @@ class WritePairs(Stage):
     shard_size: int
     catalogue: str | None = field(default=None, metadata=BY_WORDS)
     cleaned: bool = False
-    rejected: str = "bad"
+    plain: float = 0.0
 
     title = "preferences"
     passes_on = True
@@ -398,7 +399,11 @@ class WritePairs(Stage):
     def run(self, run: RunFolder) -> StageResult:
         from selfsteer.models.load import load_chat
 
-        triples = stored_pairs(self.samples.path, self.rejected)
+        def rejected(query: str) -> str:
+            picked = derive_seed(self.seed, "rejected", query) < self.plain * 2**63
+            return "plain" if picked else "bad"
+
+        triples = stored_pairs(self.samples.path, rejected)
         kept: Records[Triple] = triples
         notes: dict[str, Any] = {}
         dropped: Iterable[Dropped] = ()

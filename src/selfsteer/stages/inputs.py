@@ -2,7 +2,7 @@
 
 import heapq
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,21 +59,24 @@ def stored_triples(path: Path) -> Stored[Triple]:
     return Stored(path, Triple.from_dict)
 
 
-def stored_pairs(path: Path, rejected: str = "bad") -> Stored[Triple]:
+def stored_pairs(
+    path: Path, rejected: Callable[[str], str] = lambda query: "bad"
+) -> Stored[Triple]:
     """Good and bad response of each query: of triples, or of preferences.
 
     Args:
         path: where they are.
-        rejected: the response of a triple that stands in for the bad one.
+        rejected: from a triple's id to the response that stands in for the bad one.
     """
 
     def pair(row: Mapping[str, Any]) -> Triple:
         if "chosen" in row:
             return Preference.from_dict(row).to_triple()
         triple = Triple.from_dict(row)
-        if rejected == "bad":
+        other = rejected(triple.id)
+        if other == "bad":
             return triple
-        names = {"good": "good", rejected: "bad"}
+        names = {"good": "good", other: "bad"}
         return replace(
             triple,
             responses={new: triple.responses[old] for old, new in names.items()},
