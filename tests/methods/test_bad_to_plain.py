@@ -56,3 +56,5 @@ def test_only_what_a_round_compares_is_sampled() -> None:
 def test_one_round_has_no_way_to_go() -> None:
     with pytest.raises(ConfigError, match="iterations"):
         load_recipe("bad-to-plain", [*SMALL, "iterations=1"])
+    with pytest.raises(ConfigError, match=r"bad-to-plain .* iterations"):
+        load_recipe("pbaa", [*SMALL, "baseline=bad-to-plain"])

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import pytest
+
+from selfsteer.errors import ConfigError
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.methods import load_recipe
 from selfsteer.run.execute import execute
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.inputs import stored_preferences, stored_queries, stored_triples
 from selfsteer.stages.rank import RankAnswers, trained_judge
+from selfsteer.stages.sample import Sample
 from selfsteer.view import RunView
 from tests.make import SMALL, stages_of
 
@@ -46,3 +50,15 @@ def test_one_reward_model_serves_all_rounds() -> None:
     other = stages_of(load_recipe("rlcd", [*SMALL, "iterations=2", "reward.epochs=2"]))
     ranked = "iteration-1/ranked"
     assert other[ranked].fingerprint != made[ranked].fingerprint
+
+
+def test_beside_a_baseline_there_is_one_reward_model_still() -> None:
+    """Whoever is the baseline; a second one is refused."""
+    made = stages_of(load_recipe("rlcd", [*SMALL, "baseline=pbaa"]))
+    assert list(made).count("train_reward") == 1
+    samples = made["baseline/iteration-1/samples"]
+    assert isinstance(samples, Sample)
+    assert samples.queries.maker == made["ranker/principles"]
+    assert "train_reward" in stages_of(load_recipe("pbaa", [*SMALL, "baseline=rlcd"]))
+    with pytest.raises(ConfigError, match="one reward model"):
+        load_recipe("pbaa", [*SMALL, "baseline=rlcd", "reward={}"]).plan()

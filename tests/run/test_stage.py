@@ -328,7 +328,7 @@ RICH = {
     "rank": ("best-of-n", "policy.model=m", "queries.path=q", "ranking.judge=oracle"),
     "given": ("spin", "policy.model=m", "queries.path=q"),
     "distilled": ("contrast", "policy.model=m", "queries.path=q"),
-    "improved": ("sgpo", "policy.model=m", "queries.path=q"),
+    "improved": ("sgpo", "policy.model=m", "queries.path=q", "improver_training={}"),
     "judged": ("spin-judged", "policy.model=m", "queries.path=q", "judge=oracle"),
     "margin": ("dlma", "policy.model=m", "queries.path=q"),
 }

@@ -74,7 +74,7 @@ class Plan:
         self.asked: list[Artifact] = []
         #: The newest preferences of the recipe's own method.
         self.pairs: Artifact | None = None
-        #: The reward model that ranks, where one is trained before the rounds.
+        #: The reward model that the run trains; there is one at most.
         self.reward: Artifact | None = None
         self.exhibit: Exhibit | None = None
         #: The queries of the run, once they are planned.
@@ -438,9 +438,9 @@ class Paired(Aligning):
 
     @override
     def after_rounds(self, plan: Plan) -> None:
-        if self.reward is not None:
+        if self.reward is not None and plan.reward is None:
             assert plan.pairs is not None
-            plan(reward_stage(self, self.reward, own=(self.method, plan.pairs)))
+            plan.reward = plan(reward_stage(self, self.reward, own=(self.method, plan.pairs)))
 
     @override
     def faults(self) -> Iterator[str]:
@@ -484,7 +484,7 @@ class Principled(Aligning):
             )
         alone = {"method", "baseline", "reward", "evaluation", "benchmarks"}
         given = self.model_dump(mode="json", exclude_unset=True, exclude=alone)
-        shared = known_settings(kind, given)
+        shared = known_settings(kind, {**given, "iterations": self.iterations})
         made = recipe_of({**laid_over(shared, own), "method": method}, where)
         assert isinstance(made, Principled)
         return made

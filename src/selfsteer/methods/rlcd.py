@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
+from selfsteer.errors import ConfigError
 from selfsteer.methods.base import Plan, Principled, reward_stage
 from selfsteer.methods.plain import Ranked
 from selfsteer.recipe.sections import Reward, Training
@@ -32,7 +33,16 @@ class RLCD(Principled, Ranked):
 
     @override
     def before_rounds(self, plan: Plan) -> Artifact:
-        """One reward model for all rounds, from the first policy's good and bad answers."""
+        """One reward model for all rounds, from the first policy's good and bad answers.
+
+        Raises:
+            ConfigError: the run trains another one already.
+        """
+        if plan.reward is not None:
+            raise ConfigError(
+                "A run holds one reward model, and method rlcd trains its own. Remove reward, or "
+                "take rlcd as the method and the other one as its baseline."
+            )
         policy = plan.base
         with plan.at(self.method, None, "ranker"):
             asked = self.ask(plan, policy)
@@ -44,10 +54,6 @@ class RLCD(Principled, Ranked):
         with plan.at(self.method, None, ""):
             plan.reward = plan(reward_stage(self, self.reward, own=(self.method, pairs)))
         return policy
-
-    @override
-    def after_rounds(self, plan: Plan) -> None:
-        """The reward model is there already."""
 
     @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:
