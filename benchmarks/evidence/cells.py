@@ -214,6 +214,13 @@ TABLES = (
         10,
     ),
     Table(
+        "sharpness",
+        "Better, or merely surer?",
+        ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles"),
+        (0,),
+        5,
+    ),
+    Table(
         "halves",
         "Table 3: halves of the generator's loss",
         ("pbaa", "sso-plus-only", "sso-minus-only", "sso"),
@@ -316,6 +323,17 @@ class Cell:
         if found is None or settings is None or found["settings"] != list(settings):
             return None
         return found
+
+
+#: Cells whose policies also answer greedily and at temperature 1.
+SHARP_CELLS = {
+    Cell(arm, base, seed)
+    for table in TABLES
+    if table.name == "sharpness"
+    for arm in table.arms
+    for base in table.bases
+    for seed in range(table.seeds)
+}
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -6,14 +6,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.digests import digest
+import numpy as np
+
+from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import Query, Triple
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import Request, SamplingParams
+from selfsteer.engines.load import Engines
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.models.chat import ChatFormat
+from selfsteer.models.load import load_model
+from selfsteer.models.score import score_sequences
 from selfsteer.objectives import ContrastObjective, Objective
 from selfsteer.principles import writer
+from selfsteer.recipe.sections import EngineConfig, Loading
 from selfsteer.testbed.world import CHECKPOINT
 
 
@@ -57,6 +65,61 @@ def figures(folder: Path) -> dict[str, Any]:
         "iterations": rounded(iterations),
         "compute": compute(folder, recipe),
         "seconds": {e["stage"]: round(e["seconds"], 1) for e in entries},
+    }
+
+
+#: Queries that are answered several times for the share of distinct answers, and how often.
+REPEATED, TIMES = 128, 4
+
+
+def sharpness(model: str, asked: Path, seed: int) -> dict[str, Any]:
+    """What tells a better policy from one that is merely surer of itself.
+
+    Args:
+        model: its folder.
+        asked: JSONL of the evaluation queries.
+        seed: of the samples.
+
+    Returns:
+        ``greedy`` and ``hot`` (temperature 1): the oracle's totals of each query in thousandths.
+        ``entropy``: nats per token, minus the mean log-prob of what is sampled at temperature 1.
+        ``distinct``: the share of different answers among `TIMES` at temperature 0.7.
+    """
+    queries = [Query.from_dict(row) for _, row in read_jsonl(asked)]
+    judge, loading = OracleJudge(), Loading()
+    found: dict[str, list[str]] = {}
+    plans = {
+        "greedy": (queries, 0.0, 1),
+        "hot": (queries, 1.0, 1),
+        "warm": (queries[:REPEATED], 0.7, TIMES),
+    }
+    with Engines(None) as engines:
+        engine = engines.sampler(EngineConfig(), model, loading, 256)
+        for name, (part, temperature, times) in plans.items():
+            requests = [
+                Request(f"{q.id}/{i}", q.messages, derive_seed(seed, name, q.id, i))
+                for q in part
+                for i in range(times)
+            ]
+            said = answers(engine, requests, SamplingParams(temperature, 1.0, 96))
+            found[name] = [said[r.id].text for r in requests]
+    loaded = load_model(model, loading, inference=True)
+    flat = [
+        loaded.chat.exchange(q.messages, text)
+        for q, text in zip(queries, found["hot"], strict=True)
+    ]
+    loaded.settle(flat)
+    with loaded.evaluating():
+        logps = score_sequences(loaded.model, flat, layout=loaded.layout, batch_size=32)
+    totals = {
+        name: [round(1000 * judge.score(q, t)) for q, t in zip(queries, found[name], strict=True)]
+        for name in ("greedy", "hot")
+    }
+    warm = [found["warm"][i : i + TIMES] for i in range(0, len(found["warm"]), TIMES)]
+    return {
+        **totals,
+        "entropy": -float(np.concatenate([np.asarray(v) for v in logps]).mean()),
+        "distinct": float(np.mean([len(set(texts)) / TIMES for texts in warm])),
     }
 
 

@@ -28,6 +28,8 @@ NOT_RUN = "not run"
 Found = dict[str, Any]
 #: A figure of a cell: one number per evaluation query, or a single one.
 Figure = Callable[[Found], Sequence[float]]
+#: A figure that only cells of some tables have; None where a cell does not.
+Rare = Callable[[Found], Sequence[float] | None]
 
 
 def score(found: Found) -> Sequence[float]:
@@ -66,11 +68,23 @@ def compute(found: Found) -> Sequence[float]:
     return [found["compute"]["all"]]
 
 
+def sharp(kind: str, scale: float, of: str = "sharpness") -> Rare:
+    """A figure of `measures.sharpness`, of the policy or of the base."""
+
+    def figure(found: Found) -> Sequence[float] | None:
+        if of not in found:
+            return None
+        value = found[of][kind]
+        return [scale * v for v in (value if isinstance(value, list) else [value])]
+
+    return figure
+
+
 #: (base, seed) → figures.
 Rows = dict[tuple[int, int], np.ndarray]
 
 
-def grid(arm: str, bases: Sequence[int], seeds: int, figure: Figure) -> Rows:
+def grid(arm: str, bases: Sequence[int], seeds: int, figure: Rare) -> Rows:
     """Figures of an arm's cells that are there; of the base itself for ``base``."""
     own = base_score if arm == "base" and figure is score else figure
     arms = [a for a in ARMS if Cell(a, 0, 0).trains_policy] if arm == "base" else [arm]
@@ -78,9 +92,10 @@ def grid(arm: str, bases: Sequence[int], seeds: int, figure: Figure) -> Rows:
     for base in bases:
         for seed in range(seeds):
             known = (Cell(a, base, seed).found() for a in arms)
-            found = next((f for f in known if f), None)
-            if found:
-                out[base, seed] = np.array(own(found))
+            values = (own(f) for f in known if f)
+            found = next((v for v in values if v is not None), None)
+            if found is not None:
+                out[base, seed] = np.array(found)
     return out
 
 
@@ -129,7 +144,7 @@ class Claim:
     paper: str
     #: the bases and seeds of this table
     table: str
-    figure: Figure = score
+    figure: Rare = score
     #: what we make of it, without figures: those are in the tables
     why: str = ""
 
@@ -232,6 +247,14 @@ CLAIMS = (
         why=WHY_CONTRAST,
     ),
     Claim(
+        "contrast distillation is above PBAA",
+        "contrast",
+        "pbaa",
+        "not in it",
+        "contrast",
+        why=WHY_CONTRAST,
+    ),
+    Claim(
         "contrast distillation is above annotated pairs",
         "contrast",
         "annotated",
@@ -245,6 +268,24 @@ CLAIMS = (
         "pbaa",
         "not in it",
         "contrast",
+        why=WHY_CONTRAST,
+    ),
+    Claim(
+        "greedily, contrast distillation is above SSO",
+        "contrast",
+        "sso",
+        "not in it",
+        "sharpness",
+        sharp("greedy", 0.1),
+        why=WHY_CONTRAST,
+    ),
+    Claim(
+        "greedily, contrast distillation is above annotated pairs",
+        "contrast",
+        "annotated",
+        "not in it",
+        "sharpness",
+        sharp("greedy", 0.1),
         why=WHY_CONTRAST,
     ),
     Claim("L+ alone is above PBAA", "sso-plus-only", "pbaa", "+4.1", "halves", why=WHY_HALVES),
@@ -410,7 +451,9 @@ def main_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def cell_text(arm: str, bases: Sequence[int], seeds: int, figure: Figure = score) -> str:
+def cell_text(
+    arm: str, bases: Sequence[int], seeds: int, figure: Rare = score, digits: int = 1
+) -> str:
     """Mean with its interval, and how many seeds it lacks."""
     rows = grid(arm, bases, seeds, figure)
     if not rows:
@@ -418,7 +461,7 @@ def cell_text(arm: str, bases: Sequence[int], seeds: int, figure: Figure = score
     if not next(iter(rows.values())).size:
         return "no pairs"
     missing = len(bases) * seeds - len(rows)
-    text = shown(crossed(rows, f"{arm}/{bases}"), 1)
+    text = shown(crossed(rows, f"{arm}/{bases}"), digits)
     return text + (f" ({missing} not run)" if missing else "")
 
 
@@ -433,6 +476,20 @@ def figures_table(table: Table, paper: dict[str, str] | None = None) -> str:
             row.append(cell_text(arm, table.bases, table.seeds, figure))
         rows = grid(arm, table.bases, table.seeds, compute)
         row.append(f"{np.mean(list(rows.values())):.2f}" if rows else NOT_RUN)
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def sharpness_table(table: Table) -> str:
+    """Scores at three temperatures, and how sure of itself a policy is; the base's row first."""
+    columns = ("T 0.7", "greedy", "T 1", "entropy, nats per token", "distinct of 4")
+    kinds = (("greedy", 0.1, 1), ("hot", 0.1, 1), ("entropy", 1.0, 3), ("distinct", 1.0, 2))
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for arm in ("base", *table.arms):
+        row = [arm, cell_text(arm, table.bases, table.seeds)]
+        of = "base_sharpness" if arm == "base" else "sharpness"
+        for kind, scale, digits in kinds:
+            row.append(cell_text(arm, table.bases, table.seeds, sharp(kind, scale, of), digits))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -570,6 +627,8 @@ def write() -> None:
         parts.append(f"## {table.title}" + (f"\n\n{note}" if note else ""))
         if table.name == "reward":
             parts.append(reward_table(table))
+        elif table.name == "sharpness":
+            parts.append(sharpness_table(table))
         elif table.name == "audit":
             parts.append(audit_table(table))
         else:
@@ -635,6 +694,11 @@ Two methods without papers of their own (docs/methods.md): contrast distillation
 principles, each with a search of its own, beside the main arms. The cells of the main arms are
 those of table 1, sampled by an earlier version of the engine: queries, principles' wording and
 settings are the same, random numbers are not.""",
+    "sharpness": """\
+A policy that is merely surer of itself makes fewer slips when it is sampled. Greedy answers have no
+slips of that kind, so a lead that is left there is quality. Entropy is minus the mean log-prob of
+what is sampled at temperature 1; distinct is the share of different answers among four at 0.7, over
+128 queries.""",
     "rivals": """\
 Other ways to make pairs, without principles, or to weigh them; as many queries
 (docs/methods.md). Self-rewarding and SGPO are not here: the tiny model can neither judge nor

@@ -14,8 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, STRONG_WRITER, Cell
-from measures import figures
+from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, SHARP_CELLS, STRONG_WRITER, Cell
+from measures import figures, rounded, sharpness
 
 from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, read_shards, write_atomic
@@ -23,7 +23,7 @@ from selfsteer.data.records import Preference, Query, Verdict
 from selfsteer.judges.base import Pair
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.principles import writer
-from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.recipe.sections import JudgeConfig, resolve_path
 from selfsteer.run.folder import versions
 from selfsteer.testbed.corpus import answer_example, choosable
 from selfsteer.testbed.questions import question
@@ -171,7 +171,17 @@ def train_policy(cell: Cell, runs: Path) -> dict[str, Any]:
     pairs = folder / "iteration-1" / "preferences"
     if pairs.exists() and not pairs_folder(cell, runs).exists():
         copy_whole(pairs, pairs_folder(cell, runs))
-    return figures(folder)
+    found = figures(folder)
+    if cell in SHARP_CELLS:
+        asked = folder / "evaluation" / "answers-base.jsonl"
+        (policy,) = folder.glob("iteration-*/policy")
+        found["sharpness"] = rounded(sharpness(str(policy), asked, cell.seed))
+        known = runs / "answers" / f"sharpness-base{cell.base}-seed{cell.seed}.json"
+        if not known.exists():
+            of_base = sharpness(resolve_path(base_model(cell.base, runs)), asked, cell.seed)
+            write_atomic(known, json.dumps(rounded(of_base)))
+        found["base_sharpness"] = json.loads(known.read_text("utf-8"))
+    return found
 
 
 def pairs_folder(cell: Cell, runs: Path) -> Path:

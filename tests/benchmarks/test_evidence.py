@@ -13,6 +13,7 @@ from selfsteer.methods import load_recipe
 from selfsteer.principles.fixed import read_fixed
 from selfsteer.stages.oppose import given_answers
 from selfsteer.testbed.questions import question
+from selfsteer.testbed.world import CHECKPOINT, QUERIES
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
 
@@ -145,6 +146,37 @@ def test_claims_are_paired_and_carry_the_sign_of_the_interval(evidence: Any, inv
     assert page.judged(claim)[2] == "**fails**"
     invented(cells.Cell("sso", 0, 0), [900, 900, 900, 900])
     assert page.judged(claim)[2] == "undecided"
+
+
+def test_greedy_scores_are_those_of_the_cells_that_have_them(evidence: Any, invented: Any) -> None:
+    cells, page, _ = evidence
+    searched(cells, invented)
+    claim = next(c for c in page.CLAIMS if c.text.startswith("greedily, contrast"))
+    for arm, greedy in (("contrast", 905), ("sso", 900)):
+        sharp = {"greedy": [greedy, greedy], "hot": [500, 700], "entropy": 0.125, "distinct": 0.75}
+        for seed in range(2):
+            invented(cells.Cell(arm, 0, seed), [800, 900], sharpness=sharp, base_sharpness=sharp)
+    invented(cells.Cell("sso", 0, 2), [800, 900])
+    invented(cells.Cell("contrast", 0, 2), [800, 900])
+    assert page.judged(claim) == ("+0.50 [+0.50, +0.50]", "2 of 2, p 0.50, 3 not run", "holds")
+    table = next(t for t in cells.TABLES if t.name == "sharpness")
+    rows = page.sharpness_table(table).splitlines()
+    cell = "90.5 [90.5, 90.5] (3 not run) | 60.0 [50.0, 70.0] (3 not run)"
+    assert any(row.startswith("| contrast |") and cell in row for row in rows)
+    assert "| 0.125 [0.125, 0.125] (3 not run) | 0.75 [0.75, 0.75] (3 not run) |" in rows[2]
+    assert "| annotated | not run |" in "\n".join(rows)
+
+
+def test_a_model_is_asked_greedily_and_warmly(evidence: Any, tmp_path: Path) -> None:
+    *_, running = evidence
+    asked = tmp_path / "asked.jsonl"
+    lines = QUERIES["final"].read_text("utf-8").splitlines(keepends=True)
+    asked.write_text("".join(lines[:3]), "utf-8")
+    found = running.sharpness(str(CHECKPOINT), asked, seed=0)
+    assert [len(found[kind]) for kind in ("greedy", "hot")] == [3, 3]
+    assert all(0 <= score <= 1000 for score in found["greedy"])
+    assert 0.02 < found["entropy"] < 1
+    assert 0.25 <= found["distinct"] <= 1
 
 
 def test_the_sign_test_is_exact_and_leaves_zeros_out(evidence: Any) -> None:
