@@ -196,6 +196,7 @@ def test_the_page_says_what_is_missing(
     cells, page, _ = evidence
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
     monkeypatch.setattr(page, "FIGURE", tmp_path / "figure3.png")
+    monkeypatch.setattr(page, "COMPUTE", tmp_path / "compute.png")
     searched(cells, invented)
     invented(cells.Cell("sso", 0, 0), [700, 800])
     page.write()
@@ -205,7 +206,8 @@ def test_the_page_says_what_is_missing(
     chosen = "training.learning_rate=1e-4, training.epochs=1, generator.gamma=0.3"
     assert f"| sso | {chosen} | 70.00 | yes |" in text
     assert "2026-01-02; invented" in text
-    assert (tmp_path / "figure3.png").stat().st_size > 5000
+    for name in ("figure3.png", "compute.png"):
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_the_committed_page_is_that_of_the_committed_cells(
@@ -214,6 +216,7 @@ def test_the_committed_page_is_that_of_the_committed_cells(
     _, page, _ = evidence
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
     monkeypatch.setattr(page, "FIGURE", tmp_path / "figure3.png")
+    monkeypatch.setattr(page, "COMPUTE", tmp_path / "compute.png")
     page.write()
     assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
 
