@@ -26,7 +26,7 @@ from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
-from selfsteer.methods import METHODS, AnyRecipe, recipe_of
+from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
 from selfsteer.recipe.read import choose, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.run.folder import RunFolder
@@ -304,6 +304,14 @@ class RoundView:
     def is_baseline(self) -> bool:
         """Whether it is of a baseline of the recipe."""
         return self.method != self.run.recipe.method
+
+    @cached_property
+    def recipe(self) -> Aligning:
+        """The recipe of its method: the run's own, or that of a baseline."""
+        own = self.run.recipe
+        assert isinstance(own, Aligning)  # others have no rounds
+        baselines = own.baselines if isinstance(own, Principled) else ()
+        return next((b for b in baselines if b.method == self.method), own)
 
     @property
     def home(self) -> str:

@@ -15,7 +15,7 @@ from selfsteer.run.folder import RunFolder
 from selfsteer.stages.figures import FigurePairs, stored_figures
 from selfsteer.stages.inputs import stored_preferences, stored_triples
 from selfsteer.view import RunView
-from tests.make import SMALL
+from tests.make import SMALL, stages_of
 from tests.methods.test_best_of_n_principles import whole_logps
 
 OWN = (
@@ -116,6 +116,18 @@ def test_pairs_without_room_are_counted_and_others_cut_as_in_training(
     }
     contrast = first["good/good"] - first["bad/good"] - first["good/bad"] + first["bad/bad"]
     assert found[fits[0]]["margins"] == pytest.approx(0.5 * contrast, abs=1e-4)
+
+
+def test_figures_are_computed_again_for_what_they_depend_on_alone() -> None:
+    def fingerprint(*more: str) -> str:
+        return stages_of(load_recipe("dlma", [*SMALL, *OWN, *more]))[
+            "iteration-1/figures"
+        ].fingerprint
+
+    same = ("training.beta=0.3", "training.base=hinge", "training.budget={}")
+    other = ("margin.bound=3", "training.noise=1", "training.weighting=wpo")
+    assert {fingerprint(setting) for setting in same} == {fingerprint()}
+    assert len({fingerprint(), *map(fingerprint, other)}) == 4
 
 
 def test_a_pair_without_figures_is_not_trained_on(tmp_path: Path) -> None:

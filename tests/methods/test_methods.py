@@ -11,7 +11,9 @@ import pytest
 
 import selfsteer
 from selfsteer.errors import ConfigError, SelfsteerError
+from selfsteer.formats.cards import model_card
 from selfsteer.methods import METHODS, load_recipe, recipe_of
+from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import known_keys, load_values, method_of, recipe_names
 from selfsteer.recipe.sections import Filter
@@ -22,6 +24,7 @@ from selfsteer.stages.rank import RankAnswers
 from selfsteer.stages.sample import Sample
 from selfsteer.stages.train import Train, TrainReward
 from selfsteer.verbs.run import run
+from selfsteer.view import RoundView, RunView
 from tests.make import recipe, smoke, stages_of
 
 NAMES = [method_of(m) for m in METHODS]
@@ -299,11 +302,36 @@ def test_several_baselines_have_settings_of_their_own() -> None:
         ("spin", "baseline spin cannot be used: .* spin is none"),
         ({"contrast": {"generator": {}}}, "generator has no effect with method contrast"),
         ({"pbaa": {"training": {"betta": 1}}}, "did you mean 'training.beta'"),
+        ({"pbaa": {"iterations": 2, "seed": 1}}, "iterations, seed would have no effect there"),
+        ({"pbaa": {"principles": {"mode": "picked"}}}, "principles would have no effect"),
+        ({"pbaa": {"policy": {"model": "x", "lora": {}}}}, "policy.model would have no effect"),
+        ({"pbaa": {"reward": {}}}, "reward would have no effect"),
+        ({"contrast": {"reward": {}}}, "reward has no effect with method contrast"),
+        ({"pbaa": {"policy": "x"}}, "baseline pbaa cannot be used: policy: "),
     ],
 )
 def test_a_baseline_that_cannot_be_run_is_refused(baseline: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         recipe(baseline=baseline)
+
+
+def test_a_baseline_may_have_its_own_reward_adapter_and_judge() -> None:
+    own = {"reward": {"epochs": 2}, "policy": {"lora": {"rank": 3}}, "judge": "oracle"}
+    found = stages_of(recipe(baseline={"rlcd": own}))
+    assert found["train_reward"].settings.epochs == 2  # type: ignore[attr-defined]
+    assert found["baseline/iteration-1/policy"].lora.rank == 3  # type: ignore[attr-defined]
+    assert found["baseline/iteration-1/quality"].judge.kind == "oracle"  # type: ignore[attr-defined]
+    assert found["iteration-1/policy"].lora is None  # type: ignore[attr-defined]
+
+
+def test_the_card_of_a_baseline_tells_its_own_settings(tmp_path: Path) -> None:
+    own = {"training": {"beta": 0.3}, "hygiene": {"export_unsafe": False}}
+    made = recipe("contrast", baseline={"pbaa": own}, training={"learning_rate": 0.5})
+    (tmp_path / "resolved.json").write_text(made.model_dump_json())
+    round_ = RoundView(RunView.open(tmp_path), "pbaa", 1, tmp_path)
+    assert "base sigmoid, beta 0.3, learning_rate 0.5" in model_card(round_)
+    assert isinstance(round_.recipe, PBAA)
+    assert not round_.recipe.hygiene.export_unsafe
 
 
 def writers(stage: Any) -> dict[str, str]:

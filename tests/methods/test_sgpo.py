@@ -82,6 +82,12 @@ def test_what_contradicts_the_training_is_refused(setting: str, said: str) -> No
         load_recipe("sgpo", [*OWN, "queries.path=q", setting])
 
 
+def test_answers_must_fit_into_the_improvers_training_too() -> None:
+    improver = {"max_length": 100}
+    with pytest.raises(ConfigError, match="max_new_tokens 200 is longer than max_length 100"):
+        made_recipe("sgpo", improver_training=improver, sampling={"max_new_tokens": 200})
+
+
 def test_given_answers_are_asked_for_only_then() -> None:
     assert not made_recipe("sgpo").reads_answers
     assert made_recipe("sgpo", improver_training={}).reads_answers

@@ -109,7 +109,11 @@ def test_overrides_that_cannot_be_applied() -> None:
         ),
         (
             {"method": "spin", "training": {"weighting": "dora"}},
-            "those of method spin are written without one; use wpo",
+            "method spin trains on answers that are written without one; use wpo",
+        ),
+        (
+            {"method": "bad-to-plain", "training": {"weighting": "dora"}},
+            "method bad-to-plain trains on answers that are written without one",
         ),
         ({"training": {"noise": 1, "base": "ipo"}}, "training.noise has no effect"),
         ({"training": {"noise": 1, "reference": "first"}}, "noise is on the iteration's start"),

@@ -2,15 +2,16 @@
 
 import re
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from selfsteer.report.figures import palette, svg_inline
+from selfsteer.report.figures import looks, palette, svg_inline
 from selfsteer.report.page import asset, environment, security_policy
 from selfsteer.report.tables import Sheet, show_cell
 
-MARKS = ("plain", "good", "bad", "base", "method-1", "method-2")
+MARKS = ("plain", "good", "bad", "base", "method-1", "method-2", "method-3")
 
 
 def tokens(scheme: int) -> dict[str, str]:
@@ -74,3 +75,10 @@ def test_cells() -> None:
     ]  # fmt: skip
     sheet = Sheet("", ("a", "b", "c"), [("x", 1, None), ("y", None, None)])
     assert [sheet.is_number(i) for i in range(3)] == [False, True, False]
+
+
+def test_no_two_methods_of_a_run_look_the_same() -> None:
+    run: Any = SimpleNamespace(methods=tuple("abcdefgh"))
+    found = looks(run)
+    assert list(found) == ["base", *"abcdefgh"]
+    assert len(set(found.values())) == 9

@@ -51,7 +51,7 @@ def dataset_card(
         left_out: what the run has and the data set has not, one sentence each.
         queries_license: of the prompts, as an identifier of the hub; None is unknown.
     """
-    recipe, method = _recipe(of), _method(of)
+    recipe, method = of.recipe, _method(of)
     sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
     data_files = [{"split": "train", "path": list(files)}]
     front = {
@@ -104,7 +104,7 @@ def dataset_card(
 
 def model_card(of: RoundView) -> str:
     """The card of the policy that a round trained."""
-    recipe, method = _recipe(of), _method(of)
+    recipe, method = of.recipe, _method(of)
     source = recipe.policy.model
     base, paired = public_name(source), issubclass(method, Paired)
     kind = ["preference", "dpo"] if paired else ["distillation"]
@@ -146,12 +146,6 @@ def model_card(of: RoundView) -> str:
     )
 
 
-def _recipe(of: RoundView) -> Aligning:
-    recipe = of.run.recipe
-    assert isinstance(recipe, Aligning)  # others have no rounds
-    return recipe
-
-
 def _method(of: RoundView) -> type[Aligning]:
     found = next(m for m in METHODS if method_of(m) == of.method)
     assert issubclass(found, Aligning)
@@ -174,7 +168,7 @@ def _license(given: str | None) -> dict[str, str]:
 
 
 def _how(of: RoundView, *about: tuple[str, str]) -> str:
-    recipe, method = _recipe(of), _method(of)
+    recipe, method = of.recipe, _method(of)
     grown = getattr(recipe.queries, "augment", None) is not None
     principles = []
     if issubclass(method, Principled) and isinstance(recipe, Principled):
@@ -247,7 +241,7 @@ def _judge(judge: JudgeConfig) -> str:
 def _quality(of: RoundView) -> str:
     if of.quality is None:
         return "Not measured."
-    figures, judge = of.quality.preferences, _recipe(of).judge
+    figures, judge = of.quality.preferences, of.recipe.judge
     accuracy = "not measured, since the run had no judge"
     if judge is not None and figures.accuracy is not None:
         accuracy = (
@@ -270,7 +264,8 @@ def _quality(of: RoundView) -> str:
 
 
 def _evaluation(of: RoundView) -> str:
-    found, label, judge = of.run.evaluation, f"{of.method}/iteration-{of.k}", _recipe(of).judge
+    found, label, run = of.run.evaluation, f"{of.method}/iteration-{of.k}", of.run.recipe
+    judge = run.judge if isinstance(run, Aligning) else None
     if found is None or label not in found.models:
         return "Not evaluated."
     rows = []

@@ -4,12 +4,14 @@ How the paper controls the gap between its two answers could not be read. Here a
 queries, larger with each round, takes the plain answer as the rejected one.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import override
 
 from selfsteer.methods.base import Plan, PrincipledPairs, plain_pair
+from selfsteer.methods.plain import written_plainly
 from selfsteer.recipe.sections import Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.sample import Sample
@@ -41,3 +43,8 @@ class BadToPlain(PrincipledPairs):
         principled = None if plain else asked
         pairs = self.pairs(plan, samples, policy, principled=principled, plain=plain)
         return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from written_plainly(self.method, self.training)

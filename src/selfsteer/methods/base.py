@@ -56,6 +56,14 @@ from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.stages.train import RewardSet, Train, TrainReward
 
+#: What a run has once, whatever its methods.
+COMMON = frozenset(
+    [
+        *("name", "runs_dir", "seed", "tracking", "iterations", "queries", "principles"),
+        *("baseline", "evaluation", "benchmarks"),
+    ]
+)
+
 
 class Plan:
     """The stages of a recipe, in the order they run; called with a stage it adds it.
@@ -481,6 +489,17 @@ class Principled(Aligning):
                 f"The {where} cannot be used: a baseline is another method that asks under "
                 f"principles, and {method} is "
                 + ("the recipe's own." if method == self.method else "none.")
+            )
+        idle = [name for name in own if name in COMMON]
+        if isinstance(policy := own.get("policy"), Mapping):
+            idle += [f"policy.{name}" for name in policy if name != "lora"]
+        # a reward model is the recipe's, unless the method itself needs one
+        if "reward" in own and issubclass(kind, Paired):
+            idle += [] if kind.model_fields["reward"].default else ["reward"]
+        if idle:
+            raise ConfigError(
+                f"The {where} cannot be used: {', '.join(idle)} would have no effect there, as the "
+                "recipe's own holds for all methods of a run; set it in the recipe or remove it."
             )
         alone = {"method", "baseline", "reward", "evaluation", "benchmarks"}
         given = self.model_dump(mode="json", exclude_unset=True, exclude=alone)

@@ -11,6 +11,15 @@ from selfsteer.run.stage import Artifact
 from selfsteer.stages.rank import RankAnswers
 
 
+def written_plainly(method: str, training: Training) -> Iterator[str]:
+    """The fault of a training that asks for principles where answers are written without one."""
+    if training.weighting == "dora":
+        yield (
+            "training.weighting dora asks under which principle an answer was written, and method "
+            f"{method} trains on answers that are written without one; use wpo"
+        )
+
+
 class Plain(Paired):
     """A method whose pairs are made of plain answers (docs/methods.md)."""
 
@@ -27,11 +36,7 @@ class Plain(Paired):
     @override
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.training.weighting == "dora":
-            yield (
-                "training.weighting dora asks under which principle an answer was written, and "
-                f"those of method {self.method} are written without one; use wpo"
-            )
+        yield from written_plainly(self.method, self.training)
 
     def learnt_from(self, plan: Plan, opposed: Artifact, policy: Artifact) -> Artifact:
         """The policy trained on what `opposed` planned."""

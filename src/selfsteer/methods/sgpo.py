@@ -71,6 +71,12 @@ class SGPO(Plain):
         samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
         return plan(Improve(samples, policy, self.improver, self.sampling))
 
+    @property
+    @override
+    def shortest(self) -> int:
+        own, improver = self.training, self.improver_training
+        return min(own.max_length, improver.max_length if improver else own.max_length)
+
     @override
     def engines(self) -> dict[str, EngineConfig]:
         return {} if self.improver is None else {"improver": self.improver}

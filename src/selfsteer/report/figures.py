@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
-from itertools import chain, cycle, product
+from itertools import cycle, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,13 +145,12 @@ class Look(NamedTuple):
 def looks(run: RunView) -> dict[str, Look]:
     """Of the base model and of the run's methods."""
     c = palette()
-    known = (
-        Look(c["base"], ":", "D"),
-        Look(c["method-1"], "-", "o"),
-        Look(c["method-2"], "--", "s"),
-        Look(c["method-3"], "-.", "^"),
+    # three colours, four lines, five marks: no two of sixty methods look the same
+    colors = cycle(c[f"method-{n}"] for n in (1, 2, 3))
+    of_methods = zip(
+        run.methods, colors, cycle(("-", "--", "-.", ":")), cycle("os^vP"), strict=False
     )
-    return dict(zip(("base", *run.methods), chain(known, cycle(known[1:])), strict=False))
+    return {"base": Look(c["base"], ":", "D")} | {name: Look(*look) for name, *look in of_methods}
 
 
 class Chart:

@@ -1,9 +1,9 @@
 """Pairs to the weight or margin that each is trained with, as the policy at the start has it."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -12,7 +12,7 @@ from selfsteer.data.records import Dropped, Triple
 from selfsteer.objectives import REJECTED, Objective
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
-from selfsteer.run.stage import Artifact, Stage
+from selfsteer.run.stage import Artifact, Stage, identity
 from selfsteer.stages.inputs import stored_pairs, stored_triples
 from selfsteer.terminal import progress_bar
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     from selfsteer.models.chat import EncodedSequence
     from selfsteer.models.load import LoadedModel
+
+
+def _asked_of(objective: Objective) -> Any:
+    """What of an objective the figures depend on; its base loss, for one, has no part in them."""
+    return identity([objective.weighting == "dora", objective.margin, objective.noise])
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class FigurePairs(Stage):
     pairs: Artifact
     principled: Artifact | None
     policy: Artifact
-    objective: Objective
+    objective: Objective = field(metadata={"identity": _asked_of})
     max_length: int
 
     title = "figures"

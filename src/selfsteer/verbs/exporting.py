@@ -10,7 +10,7 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
 from selfsteer.formats.cards import dataset_card, model_card, public_name
-from selfsteer.methods import Aligning, Paired, Principled
+from selfsteer.methods import Paired, Principled
 from selfsteer.recipe.sections import ContrastRanking, resolve_path
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features, names_safety
@@ -45,7 +45,7 @@ def export_round(
         records = of.principles
     if not isinstance(records, Stored):
         what = {"authors": "triples", "reward": "principles"}.get(fmt, "preferences")
-        if not isinstance(of.run.recipe, Principled if fmt == "reward" else Paired):
+        if not isinstance(of.recipe, Principled if fmt == "reward" else Paired):
             raise ConfigError(
                 f"{of.folder} holds no {what}: method {of.method} makes none. Export its policy "
                 "with --model."
@@ -83,7 +83,7 @@ def _export_reward(
     from selfsteer.models.load import load_chat
     from selfsteer.models.sources import checkpoint
 
-    recipe = of.run.recipe
+    recipe = of.recipe
     assert isinstance(recipe, Principled)
     loading = recipe.policy.loading
     loading = loading.model_copy(update={"date": loading.date or RunFolder(of.run.folder).day})
@@ -97,7 +97,7 @@ def _export_reward(
 
 
 def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str]]:
-    """What the run's recipe lets out, and what it does not, said.
+    """What the recipe lets out, and what it does not, said.
 
     The bad response to a query about Safety was written under a principle that asks for harm.
 
@@ -105,7 +105,7 @@ def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str
         ConfigError: the recipe keeps pairs about Safety, and some records do not say what their
             principles were about.
     """
-    recipe = of.run.recipe
+    recipe = of.recipe
     if not isinstance(recipe, Paired) or getattr(recipe.hygiene, "export_unsafe", True):
         return records, []
     safe = array("q", (i for i, record in enumerate(records) if not names_safety(record)))
@@ -150,8 +150,7 @@ def export_model(of: RoundView, folder: Path) -> Path:
 
 def _writers(of: RoundView) -> tuple[str, str]:
     """Names of the models that wrote the chosen and the rejected answers."""
-    recipe = of.run.recipe
-    assert isinstance(recipe, Aligning)  # others have no rounds
+    recipe = of.recipe
     own = str(Path(recipe.name, of.home, "iteration"))
     if of.has_generator:
         generator = f"{own}-{of.k}/generator"
@@ -159,7 +158,7 @@ def _writers(of: RoundView) -> tuple[str, str]:
         return (f"{generator}/plus", f"{generator}/minus") if halves else (generator, generator)
     policy = f"{recipe.name}/{of.start}" if of.start else public_name(recipe.policy.model)
     improver = getattr(recipe, "improver", None)
-    if of.is_baseline or not (recipe.needs_answers or improver):
+    if not (recipe.needs_answers or improver):
         return policy, policy
     given = f"given in {public_name(recipe.queries.path)}"
     if recipe.either_side:
