@@ -1,6 +1,8 @@
 """The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfsteer.data.records import Principles, Triple, Verdict
-from selfsteer.engines.base import Completion
+from selfsteer.data.records import Principles, Query, Triple, Verdict
+from selfsteer.engines.base import Completion, Request
 from selfsteer.errors import ArtifactError, DataError
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.quality import FEW, steering, strangers
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
 from selfsteer.verbs.check import conclusion
 from selfsteer.verbs.checks import Checks, Line
 from tests import make
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, Said, answer_with
 
 SEQUENCES = (
     "good/good",
@@ -207,6 +211,69 @@ def test_answers_without_an_end_count_where_a_method_learns_from_them(tmp_path: 
     probe = checks.Probe(tmp_path / "pbaa", [triple(i, "Safety") for i in range(2)])
     with pytest.raises(ArtifactError, match="0 of 2 triples left"):
         checks._sample(Line("sampling"), engine, make.recipe("pbaa"), probe)
+
+
+# -- what ranks the policy's own answers -----------------------------------------------------------
+
+
+def ranking(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    say: Callable[[Request], Said],
+    *,
+    left: float = 100,
+) -> tuple[Checks, list[str]]:
+    """Of four queries whose answers may have three words; the contrast likes short ones."""
+    scored = list[str]()
+
+    class Contrast:
+        def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+            assert all(q.extra["principles"]["good"] == f"Be fine {q.id}." for q, _ in answers)
+            scored.extend(text for _, text in answers)
+            return [-float(len(text)) for _, text in answers]
+
+    monkeypatch.setattr(checks, "PrincipleContrast", lambda *args, **more: Contrast())
+    answer_with(monkeypatch, FakeEngine(say))
+    rules = {"checks": [{"words": {"max": 3}}]}
+    triples = [replace(triple(i, "Safety"), extra=rules) for i in range(4)]
+    probe = checks.Probe(tmp_path, triples)
+    probe.seconds |= {"sampling": 10, "scoring": 10, "judging": 20}
+    found, probed = Checks(lambda line: None), checks.Probed(1, 4, None, "tree", speed=1000)
+    judge = ChecksJudge(JudgeConfig(kind="checks"))
+    until = time.monotonic() + left
+    checks._ranking(found, make.recipe("pbaa"), probed, judge, probe, until)
+    return found, scored
+
+
+def test_two_plain_answers_are_ranked_by_contrast_and_by_the_rules_of_their_query(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def say(request: Request) -> Said:
+        number, query = request.id.split("/")[1:]
+        text = "Nectar." if number == "0" else "It is nectar that it eats."
+        return (text, "length" if query == "q3" else "stop")
+
+    found, scored = ranking(monkeypatch, tmp_path, say)
+    (line,) = found.lines
+    assert line.figures["pairs"] == line.figures["decided"] == 3, "one is cut off"
+    assert line.figures["agreement"][0] == 1.0
+    assert line.figures["spread"] == len("It is nectar that it eats.") - len("Nectar.")
+    assert len(scored) == 6
+
+
+def test_a_policy_with_one_answer_to_a_query_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, _ = ranking(monkeypatch, tmp_path, lambda request: "Nectar.")
+    assert (found.lines[0].status, found.exit_code) == ("ok", 0)
+    assert found.lines[0].found.startswith("nothing to rank")
+
+
+def test_nothing_is_ranked_that_would_end_too_late(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, scored = ranking(monkeypatch, tmp_path, lambda request: request.id, left=25)
+    assert (found.lines[0].status, scored) == ("skipped", [])
 
 
 # -- how many queries ------------------------------------------------------------------------------

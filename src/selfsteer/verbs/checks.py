@@ -863,29 +863,32 @@ def _ranking(
     Two plain answers to each query, neither of which was written under a principle: how far the
     contrast tells them apart, and how often a judge puts them in the same order.
     """
-    if time.monotonic() + (probe.seconds["sampling"] + probe.seconds["scoring"]) / 2 > until:
+    spent = probe.seconds
+    if time.monotonic() + (spent["sampling"] + spent["scoring"]) / 2 + spent["judging"] > until:
         c.skip("ranking", "more time (--minutes)")
         return
     with c.line("ranking") as line:
         policy, s = resolve_path(recipe.policy.model), recipe.sampling
         two = [Wanted("plain", "policy", number) for number in range(2)]
         with Engines(None) as engines:
-            engine = engines.sampler(s.engine, policy, recipe.policy.loading, s.batch_size)
             said = replace(in_contexts({}, s), wanted=two).answers(
                 probe.triples,
-                lambda source: engine,
+                # held by nobody else: the contrast loads the policy once more
+                lambda source: engines.sampler(
+                    s.engine, policy, recipe.policy.loading, s.batch_size
+                ),
                 params_of(s),
                 seed=derive_seed(recipe.seed, "check"),
                 store=probe.scratch / "answers",
             )
         pairs = [
             Pair(
-                Query(t.id, t.messages, extra={"principles": t.principles.to_dict()}),
+                replace(t.query, extra={**t.extra, "principles": t.principles.to_dict()}),
                 a.text,
                 b.text,
             )
             for t, (a, b) in zip(probe.triples, said, strict=True)
-            if t.principles and a.text and b.text and a.text != b.text
+            if t.principles and not (fault(a) or fault(b)) and a.text != b.text
         ]
         clip = ContrastRanking().clip
         loading = recipe.policy.loading.model_copy(update={"layout": probed.layout})
@@ -914,10 +917,9 @@ def _ranking(
             "agreement": mean_interval(agreed, rng) if agreed else None,
         }
         if not both:
-            raise ArtifactError(
-                "The policy has one plain answer to every query, so there is nothing to rank. "
-                "Raise sampling.temperature."
-            )
+            # which is no fault: most methods rank nothing
+            line.found = "nothing to rank: no query has two finished plain answers that differ"
+            return
         line.found = (
             f"the principles tell two plain answers apart by {line.figures['spread']:.3f} nats per "
             f"token on {len(both)} queries"
