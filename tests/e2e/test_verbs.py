@@ -258,6 +258,13 @@ def test_chat_shows_each_model_in_each_context(smoke: Path, here: Here) -> None:
         assert said["contrast"]
 
 
+@pytest.mark.parametrize("number", ["nan", "1e39"])
+def test_chat_refuses_a_contrast_that_no_logits_bear(
+    tmp_path: Path, here: Here, number: str
+) -> None:
+    fails(here("chat", tmp_path, "--contrast", number), 2, "--contrast cannot be used")
+
+
 def test_show_prints_stages_quality_and_models(smoke: Path, here: Here) -> None:
     ended = here("show", smoke)
     assert ended.code == 0

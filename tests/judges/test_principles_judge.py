@@ -73,8 +73,9 @@ def test_a_pair_of_its_own_counts_before_the_querys(policy: str) -> None:
 
 
 def test_a_query_without_principles_is_refused_before_anything_is_asked(policy: str) -> None:
-    with pytest.raises(DataError, match=r"'bare' holds none. Give the judge a pair"):
-        PrinciplesJudge(settings(policy)).check([query(principles=OWN), query(id="bare")])
+    for bare in (query(id="bare"), query(id="bare", principles={"good": "Be kind."})):
+        with pytest.raises(DataError, match=r"'bare' holds none. Give the judge a pair"):
+            PrinciplesJudge(settings(policy)).check([query(principles=OWN), bare])
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,12 @@ def test_a_writer_sees_the_last_principles_the_ratings_and_the_worst_answer() ->
     ("text", "reason", "expected"),
     [
         (' "Be brief. Say "no"."\n', "stop", ('Be brief. Say "no".', "ok")),
+        ('Where you must, say "no"', "stop", ('Where you must, say "no"', "ok")),
         ("Be brief.", "length", ("", "unfinished")),
         ("", "prompt_too_long", ("", "prompt_too_long")),
         ("", "request_failed:timeout", ("", "request_failed:timeout")),
         ("''", "stop", ("", "empty")),
+        ('"', "stop", ("", "empty")),
         ("x" * 1201, "stop", ("", "too_long")),
         ("be KIND", "stop", ("", "unchanged")),
     ],

@@ -148,6 +148,17 @@ def test_a_judge_that_only_compares_is_refused(
         list(stage(RunFolder(tmp_path)).check())
 
 
+def test_fewer_steps_than_were_asked_for_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(monkeypatch, FakeEngine(told()))
+    for count, steps in ((10, 3), (9, 2)):
+        run = RunFolder(tmp_path / str(count))
+        assert len(stage(run, count=count).run(run).notes["path"]) == steps
+        said = f"{count} queries are enough for {steps} of 3 steps" in capsys.readouterr().err
+        assert said == (steps < 3)
+
+
 def test_too_few_queries_are_an_error(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(DataError, match=r"5 queries are too few: 4 are set aside"):

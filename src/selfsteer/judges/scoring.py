@@ -81,7 +81,7 @@ def principles_of(settings: JudgeConfig, query: Query) -> Mapping[str, Any]:
     if settings.good is not None:
         return {"good": settings.good, "bad": settings.bad}
     found = query.extra.get("principles")
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not {"good", "bad"} <= found.keys():
         raise DataError(
             f"judge principles: query {query.id!r} holds none. Give the judge a pair for every "
             "query (good and bad, docs/judges.md), or each row its principles: {good, bad}."

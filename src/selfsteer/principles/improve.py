@@ -133,7 +133,9 @@ def read_rewritten(text: str, finish_reason: str, path: Path) -> tuple[str, str]
     >>> read_rewritten("Be KIND.", "stop", Path(("Be kind.",)))
     ('', 'unchanged')
     """
-    new = text.strip().strip("\"'").strip()
+    new = text.strip()
+    if new[:1] == new[-1:] and new[:1] in "\"'":  # a mark at its end alone belongs to its last word
+        new = new[1:-1].strip()
     faults = {
         finish_reason: finish_reason not in ("stop", "length"),
         "unfinished": finish_reason == "length",

@@ -616,9 +616,14 @@ class PrincipledSampling(Sampling):
         0.0,
         "logits of good responses are pushed so many times as far from the bad context (Linear "
         "Alignment, arXiv 2401.11458: 3, from the plain one); 0: plain sampling",
+        ge=-100,
+        le=100,
     )
     contrast_bad: float = _f(
-        0.0, "logits of bad responses, likewise from the good context; -0.25: a milder bad one"
+        0.0,
+        "logits of bad responses, likewise from the good context; -0.25: a milder bad one",
+        ge=-100,
+        le=100,
     )
 
     @property

@@ -36,7 +36,7 @@ from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.principles import kept_system
 from selfsteer.stages.sample import check_sampler, check_writer, params_of, who_answers
-from selfsteer.terminal import progress_bar
+from selfsteer.terminal import progress_bar, warn
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def _taken(
             f"and each step takes {s.queries_per_step:,} (improve.queries_per_step). Give more "
             "queries, or lower one of these."
         )
+    if whole < s.steps:
+        warn(f"{len(queries):,} queries are enough for {whole:,} of {s.steps:,} steps")
     size = min(whole, s.steps) * s.queries_per_step
     return list(batched(rest[:size], s.queries_per_step)), aside
 

@@ -42,10 +42,14 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Ask base, generator and policy the same question; plain, good and bad side by side."""
+    from selfsteer.recipe.read import validate
+    from selfsteer.recipe.sections import PrincipledSampling
     from selfsteer.view import RunView
 
     if as_json and question is None:
         raise ConfigError("--json prints one answer; give the question with --question.")
+    if contrast is not None:
+        validate(PrincipledSampling, {"contrast": contrast}, "--contrast")
     named = tuple(f.strip() for f in features.split(",") if f.strip())
     talk = Chat(RunView.open(run), named, seed=seed, contrast=contrast)
     if question is not None:
