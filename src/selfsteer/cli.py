@@ -11,6 +11,7 @@ import typer.core
 
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.run import ranks
+from selfsteer.terminal import CONTROL
 from selfsteer.verbs import (
     audit,
     bench,
@@ -144,7 +145,7 @@ def main() -> None:
 def _fail(text: str, code: int, *, lost: bool = False) -> None:
     if not ranks.report_exit(text, code, lost=lost):
         where = f"rank {ranks.number()}: " if ranks.in_world() else ""
-        print(f"selfsteer: {where}{text}", file=sys.stderr)
+        print(f"selfsteer: {where}{text}".translate(CONTROL), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 #: C0 without tab and line feed, DEL, C1: what steers a terminal, as what can be read.
-_CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
+CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
 
 
 class Screen(Console):
@@ -34,7 +34,7 @@ class Screen(Console):
 
     def render_str(self, text: str, *args: Any, **kwargs: Any) -> Text:
         """See `rich.console.Console.render_str`, through which all plain strings pass."""
-        return super().render_str(text.translate(_CONTROL), *args, **kwargs)
+        return super().render_str(text.translate(CONTROL), *args, **kwargs)
 
 
 #: Results go to stdout, everything about the work itself to stderr.

@@ -307,7 +307,9 @@ def test_several_baselines_have_settings_of_their_own() -> None:
         ({"pbaa": {"policy": {"model": "x", "lora": {}}}}, "policy.model would have no effect"),
         ({"pbaa": {"reward": {}}}, "reward would have no effect"),
         ({"contrast": {"reward": {}}}, "reward has no effect with method contrast"),
-        ({"pbaa": {"policy": "x"}}, "baseline pbaa cannot be used: policy: "),
+        ({"pbaa": {"policy": "x"}}, "baseline pbaa cannot be used: policy is a section"),
+        ({"pbaa": None}, "it takes the name of a method, or several"),
+        (["pbaa", "contrast"], "it takes the name of a method, or several"),
     ],
 )
 def test_a_baseline_that_cannot_be_run_is_refused(baseline: Any, said: str) -> None:

@@ -123,6 +123,11 @@ def test_overrides_that_cannot_be_applied() -> None:
             {"method": "good-over-plain", "training": {"base": "ipo", "label_smoothing": 0.1}},
             "training.label_smoothing has no effect",
         ),
+        ({"sampling": {"contrast": 1e308}}, "contrast: input should be less than or equal to 100"),
+        (
+            {"sampling": {"contrast_bad": -0.5, "engine": "vllm"}},
+            "sampling.contrast_bad reads the logits of two contexts",
+        ),
         ({"iterations": 0}, "iterations: input should be greater than or equal to 1, found 0"),
     ],
 )
@@ -138,6 +143,16 @@ def test_all_faults_come_in_one_paragraph() -> None:
     assert "'sede' (did you mean 'seed'?)" in text
     assert "training.beta" in text
     assert "\n" not in text
+
+
+def test_a_fault_says_what_would_do() -> None:
+    given: dict[str, Any] = {"engine": "vllm", "training": {"budget": 3}, "judge": "reward"}
+    with pytest.raises(ConfigError) as caught:
+        recipe(**given)
+    text = str(caught.value)
+    assert "'engine' (did you mean 'sampling.engine'?)" in text
+    assert "training.budget is a section with settings of its own (weight, slack), found 3" in text
+    assert "a judge of kind reward needs a model: reward:MODEL" in text
 
 
 CONSTANTS = {
@@ -236,7 +251,7 @@ def test_a_recipe_that_yaml_cannot_make_is_refused(tmp_path: Path) -> None:
 
 def test_an_override_with_a_key_twice_is_no_section() -> None:
     twice = "principles={mode: picked, mode: generated}"
-    with pytest.raises(ConfigError, match=r"principles: input should be .*found '\{mode: picked"):
+    with pytest.raises(ConfigError, match=r"principles is a section .*found '\{mode: picked"):
         recipe_of(merge(MINIMAL, [twice]), "recipe")
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from typing_extensions import override
 
 from selfsteer.errors import ConfigError
@@ -467,6 +467,17 @@ class Principled(Aligning):
         description="another method to run on the same queries and principles, such as pbaa; or "
         "several, with settings of their own: {pbaa: {}, contrast: {training: {epochs: 2}}}",
     )
+
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        each = value.values() if isinstance(value, dict) else ()
+        if isinstance(value, list) or not all(isinstance(own, dict) for own in each):
+            raise ValueError(
+                "it takes the name of a method, or several with settings of their own, {} for "
+                "none: {pbaa: {}, contrast: {}}"
+            )
+        return value
 
     @cached_property
     def baselines(self) -> tuple["Principled", ...]:

@@ -220,7 +220,10 @@ def validate(
         return model.model_validate(values)
     except ValidationError as e:
         faults = [_fault(model, fault, family) for fault in e.errors()]
-        raise ConfigError(f"The {where} cannot be used: {'; '.join(faults)}.") from None
+        text = "; ".join(faults)
+        raise ConfigError(
+            f"The {where} cannot be used: {text}{'' if text.endswith('?') else '.'}"
+        ) from None
 
 
 def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) -> str:
@@ -238,6 +241,14 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
         return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
     if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):
         return f"{path} is missing"
+    if fault["type"] == "model_type":
+        below = [
+            key.removeprefix(f"{path}.") for key in known_keys(model) if key.startswith(f"{path}.")
+        ]
+        keys = ", ".join(key for key in below if "." not in key)
+        return (
+            f"{path} is a section with settings of its own ({keys}), found {fault['input']!r:.200}"
+        )
     message = fault["msg"].removeprefix("Value error, ")
     if not path:
         return message
@@ -275,8 +286,8 @@ def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
     *parents, last = (str(part) for part in loc if not isinstance(part, int))
     keys = [key.split(".") for key in known_keys(model)]
     siblings = {key[-1]: ".".join(key) for key in keys if key[:-1] == parents}
-    anywhere = {key[-1]: ".".join(key) for key in keys}
-    for names, cutoff in ((siblings, 0.5), (anywhere, 0.7)):
+    anywhere = {key[-1]: ".".join(key) for key in reversed(keys)}
+    for names, cutoff in ((anywhere, 1.0), (siblings, 0.5), (anywhere, 0.7)):
         if near := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
             return names[near[0]]
     return None

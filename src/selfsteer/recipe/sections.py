@@ -636,9 +636,10 @@ class PrincipledSampling(Sampling):
     def faults(self) -> Iterator[str]:
         kind = self.engine.answering.kind
         if self.ratios and kind != "transformers":
+            pushed = "contrast" if self.contrast else "contrast_bad"
             yield (
-                f"sampling.contrast reads the logits of two contexts at every token, and an engine "
-                f"of kind {kind} answers in text alone; set sampling.engine: transformers"
+                f"{pushed} reads the logits of two contexts at every token, and an engine of kind "
+                f"{kind} answers in text alone; set sampling.engine: transformers"
             )
 
 
@@ -782,7 +783,8 @@ class JudgeConfig(Section):
         yield from self.idle(foreign(self), f"with a judge of kind {self.kind}")
         yield from holding(
             {
-                f"a judge of kind {self.kind} needs a {name}": not getattr(self, name)
+                f"a judge of kind {self.kind} needs a {name}: "
+                f"{self.kind}:{name.upper()}": not getattr(self, name)
                 for name in ("model", "path")
                 if name not in foreign(self) and self.kind != "checks"
             }
@@ -818,7 +820,7 @@ class Schedule(Section):
 
     learning_rate: float = _f(5e-7, "peak learning rate (SSO v2, §4)", gt=0)
     batch_size: int = _f(..., "queries per optimiser step, over all ranks", gt=0)
-    epochs: float = _f(1, "passes over the data", gt=0)
+    epochs: float = _f(1, "passes over the data", gt=0, le=1000)
     warmup: float = _f(0.1, "share of the steps; cosine decay follows (SSO v2)", ge=0, lt=1)
     weight_decay: float = _f(0.1, "AdamW (SSO v2)", ge=0)
     adam_beta2: float = _f(0.95, "AdamW (SSO v2)", gt=0, lt=1)

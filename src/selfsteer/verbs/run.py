@@ -81,7 +81,7 @@ def _say_next(found: "RunView", until: str | None) -> None:
     if until is not None:
         say(f"next: selfsteer view {folder}, or the rest: selfsteer run {folder}")
         return
-    steps = [(f"view {folder}", "every triple in a browser")]
+    steps = [(f"view {folder}", "every answer in a browser")]
     if "policy" in models:
         say(f"\nthe aligned model: {models['policy']}   (from_pretrained and servers load it)")
         steps += [
