@@ -29,3 +29,8 @@ def init(
     asks = "queries" in model.model_fields
     data, verb = ("queries.path", "check") if asks else ("reward.data", "run")
     out.print(f"{path}: set policy.model and {data}, then: selfsteer {verb} {path}")
+    if recipe == "sso":
+        out.print(
+            "sso is the paper's method. With the weights at hand, --recipe contrast takes about a "
+            "third of the compute; docs/methods.md says which method is for whom."
+        )
