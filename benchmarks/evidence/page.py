@@ -163,9 +163,9 @@ errs. Here both answers are the policy's own and the judge is the one that score
 pairs lead in accuracy and in on-policyness: by the paper's own reasoning they must win. What SSO
 reaches without a label is most of what an annotator who never errs reaches."""
 WHY_CONTRAST = """\
-Answers are sampled at temperature 0.7, so a policy that is merely sharper scores higher: its slips
-are fewer. Contrast distillation sharpens, and how much of its lead that is, is not measured here.
-Other than pairs, it learns from every token of every answer, and needs no bad one to be written."""
+Other than pairs, contrast distillation learns from every token of every answer, and needs no bad
+one to be written. Its lead is left when answers are greedy, at about the entropy of SSO's policies,
+so it is not a matter of sharpness alone. At temperature 1 it is not left."""
 WHY_ACCURACY = """\
 What a half of the loss teaches under one principle carries over to the other (either half alone
 costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
@@ -391,6 +391,24 @@ def sign_test(differences: Sequence[float]) -> str:
     p = min(1.0, 2 * sum(math.comb(of, k) for k in range(extreme, of + 1)) / 2**of)
     chance = "p < 0.001" if p < 0.001 else f"p {p:.2f}" if p >= 0.1 else f"p {p:.3f}"
     return f"{above} of {len(differences)}, {chance}"
+
+
+def advice(judgements: dict[Claim, Judged]) -> str:
+    """Which method to use, and how sure that is."""
+    said = {claim.text: f"{ours} ({signs})" for claim, (ours, signs, _) in judgements.items()}
+    costs = {}
+    for arm in ("contrast", "pbaa", "sso"):
+        rows = grid(arm, (0,), 10, compute)
+        costs[arm] = f"{np.mean(list(rows.values())):.2f}" if rows else NOT_RUN
+    text = ADVICE.format(
+        sso=said["contrast distillation is above SSO"],
+        annotated=said["contrast distillation is above annotated pairs"],
+        greedy=said["greedily, contrast distillation is above SSO"],
+        pbaa=said["SSO is above PBAA"],
+        costs=costs,
+    )
+    found = text.replace("\n- ", "\0- ").replace("\n", " ").split("\0")
+    return "\n".join(map(_wrapped, found))
 
 
 def claims(judgements: dict[Claim, Judged]) -> str:
@@ -654,7 +672,7 @@ def write() -> None:
     """Writes the page."""
     main = TABLES[0]
     found = {claim: judged(claim) for claim in CLAIMS}
-    texts = {"claims": claims(found), "explanations": explanations(found)}
+    texts = {"claims": claims(found), "explanations": explanations(found), "advice": advice(found)}
     parts = [HEAD.format(made=made(), size=cells.SIZE, **texts)]
     parts.append(f"## {main.title}\n\n{MAIN_NOTE.format(control=cells.CONTROL_SIZE)}")
     parts.append(main_table(main))
@@ -685,11 +703,20 @@ def write() -> None:
     write_atomic(README, "\n\n".join(parts) + "\n")
 
 
+ADVICE = """\
+- **With the policy's weights at hand, take contrast distillation.** Its score less SSO's: {sso};
+greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs {costs[contrast]}
+million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
+- **If you want pairs, take SSO, or PBAA at a third of the cost.** SSO's score less PBAA's: {pbaa}.
+- **How sure is that?** On this world, as sure as the intervals say. On a real model there is
+[one seed](../real/README.md), so measure on yours: `selfsteer check` says what can work."""
 HEAD = """\
 # The evidence, in miniature
 
 Made by `python benchmarks/evidence/run.py` from the JSON files in `cells/`; do not edit.
 {made}
+
+{advice}
 
 What the papers measured with 7B and 8B models and chat judges is measured here on the tiny world,
 with a model of one million parameters and an exact judge. Only signs and orders can be compared.
