@@ -7,6 +7,7 @@ taken, their principles, all samples and the order of training; the evaluation q
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,17 @@ SHARP_CELLS = {
 
 def read(path: Path) -> dict[str, Any] | None:
     """The JSON of a cell; None if it is not there."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _read(path: Path, modified_ns: int, size: int) -> dict[str, Any]:
+    """A page reads each cell for every claim and table that it is in."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
 
 
 def trials(family: str) -> list[Cell]:

@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,20 @@ def crossed(rows: Rows, name: str) -> Interval:
     if size == 1 and all(len(d) == 1 for d in data.values()):
         return value, None, None
     rng = np.random.default_rng(derive_seed("evidence", name))
-    # how often each query and each seed is drawn, as shares
-    queries = rng.multinomial(size, [1 / size] * size, RESAMPLES) / size
+    queries = drawn(size)
     found = np.zeros(RESAMPLES)
     for d in data.values():
         seeds = rng.multinomial(len(d), [1 / len(d)] * len(d), RESAMPLES) / len(d)
         found += ((seeds @ d) * queries).sum(axis=1) / len(data)
     low, high = np.quantile(found, [0.025, 0.975])
     return value, float(low), float(high)
+
+
+@cache
+def drawn(size: int) -> np.ndarray:
+    """(resamples, size): how often each query is drawn, as shares; the same for all figures."""
+    rng = np.random.default_rng(derive_seed("evidence", "queries", size))
+    return rng.multinomial(size, [1 / size] * size, RESAMPLES) / size
 
 
 def shown(value: Interval, digits: int = 1, sign: bool = False) -> str:

@@ -91,7 +91,7 @@ def asked(path: Path) -> Queries:
 def recipe_for(method: str, settings: Sequence[str], beside: Iterable[str]) -> Aligning:
     """The recipe with this method; settings that the method does not have are left out."""
     values = merge(load_values("smollm2"), [*settings, f"method={method}"])
-    if "pbaa" not in beside:
+    if method == "pbaa" or "pbaa" not in beside:
         values["baseline"] = None
     kind = choose(METHODS, values, "recipe")
     known = {name: value for name, value in values.items() if name in kind.model_fields}

@@ -302,7 +302,7 @@ def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
     rivals = {"best-of-n", "self-rewarding", "sgpo", "spin", "wpo"}
     own = {"demo", "pbaa", "reward", "smoke", "sso", "sso-online"}
     assert own | rivals <= set(recipe_names())
-    more = {"best-of-n": ["ranking.judge.model=m"]}
+    more = {"best-of-n": ["ranking.judge.model=m"], "spin-judged": ["judge.model=m"]}
     for name in recipe_names():
         data = "reward.data=x.jsonl" if name == "reward" else "queries.path=x.jsonl"
         recipe = load_recipe(name, [f"policy.model={TESTBED}", data, *more.get(name, [])])
