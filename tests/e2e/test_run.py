@@ -118,9 +118,9 @@ def test_until_stops_behind_the_stage_and_the_rest_follows(tmp_path: Path, here:
 @pytest.mark.parametrize(
     ("stage", "seconds"),
     [
-        ("iteration-1/principles", 0.3),
+        pytest.param("iteration-1/principles", 0.3, marks=pytest.mark.slow),
         ("iteration-1/triples", 0.6),
-        ("iteration-1/generator", 0.4),
+        pytest.param("iteration-1/generator", 0.4, marks=pytest.mark.slow),
         ("iteration-1/policy", 0.3),
     ],
 )

@@ -31,6 +31,7 @@ def figures(path: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_a_policy_killed_between_candidates_is_chosen_alike(tmp_path: Path, here: Here) -> None:
     pbaa = [a for a in ARGS if not a.startswith("generator")]
     args = ("run", "smoke", f"runs_dir={tmp_path}", "method=pbaa", "generator=null", *pbaa)
