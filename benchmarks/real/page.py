@@ -123,9 +123,9 @@ def config_tables(results: Results) -> list[str]:
     if any(trained.values()):
         rows = [[m, *(_mean(f, *path) for path in PAIRS.values())] for m, f in trained.items() if f]
         out.append("Pairs that the policy was trained on:\n\n" + table(("method", *PAIRS), rows))
-    timed = {m: [r for r in f if "seconds" in r] for m, f in results.items()}
+    timed = {m: [r for r in f if r.get("seconds")] for m, f in results.items()}
     if any(timed.values()):
-        out.append("Seconds:\n\n" + _seconds(timed))
+        out.append("Seconds, taken beside other work:\n\n" + _seconds(timed))
     return out
 
 
@@ -183,7 +183,6 @@ def write(results: Path) -> Path:
         parts.append(
             f"Seeds: {', '.join(map(str, seeds))}."
             + (f" Not run yet: {', '.join(missing)}." if missing else "")
-            + " Seconds were taken beside other work."
         )
         own = {m: " ".join(r.get("given", ())) for m, f in found.items() for r in f}
         differing = [f"{m} with {given}" for m, given in own.items() if given]
