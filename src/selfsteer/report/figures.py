@@ -452,7 +452,7 @@ def funnel(run: RunView) -> Drawing:
     for y, s in enumerate(steps):
         bars = chart.axes[0].barh(y, s.n_out, 0.5, color=c["method-1" if s.method else "plain"])
         chart.mark(bars[0])
-        # queries that nobody wanted would dwarf the rest; they are only named
+        # queries over the limit would dwarf the rest; they are only named
         lost = sum(n for reason, n in s.dropped.items() if reason != "over_limit")
         if lost:
             chart.axes[0].barh(y, lost, 0.5, left=s.n_out, hatch="////", **hatched)

@@ -180,7 +180,7 @@ IMPROVE = (
     "what does not help, and keep what is good. Reply with the new answer alone, without a word "
     "about the changes."
 )
-#: What the writer of an improver's examples is told besides, and the improver is not.
+#: Only the writer of an improver's examples reads this, not the improver itself.
 LEAN = "Lean on this answer without copying it:\n\n"
 #: A policy that is trained on answers that begin so learns to begin so, and nothing else.
 _ANNOUNCED = re.compile(

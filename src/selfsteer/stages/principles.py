@@ -264,7 +264,7 @@ class Author:
                 asked,
                 SamplingParams(s.temperature, s.top_p, s.max_new_tokens),
                 store=store.with_name(f"{store.name}.{kind}.jsonl"),
-                # nobody knew before how many retries there would be
+                # the number of retries is not known in advance
                 advance=lambda items, tokens: bar.advance(items * (kind != TRIES[1]), tokens),
             )
             return {i: [found[f"{i}/{k}"] for k in range(count)] for i in prompts}

@@ -159,7 +159,7 @@ class Climb:
     After IPR (arXiv 2411.05875), of which we know the abstract: n − 1 comparisons of n answers in
     place of n (n − 1)/2. The champion scores 1, the last answer that it or an earlier one beat 0;
     the others have no score, as they were not compared with all. Ties and inconsistent verdicts
-    beat nobody; where nobody is beaten, the answers of such verdicts score ½.
+    beat no answer; where no answer is beaten, those with such verdicts score ½.
     """
 
     scale = "1 for the champion, 0 for the last answer that was beaten"

@@ -873,7 +873,7 @@ def _ranking(
         with Engines(None) as engines:
             said = replace(in_contexts({}, s), wanted=two).answers(
                 probe.triples,
-                # held by nobody else: the contrast loads the policy once more
+                # in no variable: the contrast loads the policy again, and one copy is enough
                 lambda source: engines.sampler(
                     s.engine, policy, recipe.policy.loading, s.batch_size
                 ),
