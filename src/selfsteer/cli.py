@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from selfsteer import stopping
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.run import ranks
 from selfsteer.terminal import CONTROL
@@ -73,7 +74,7 @@ app = typer.Typer(
     "in a browser.",
     epilog="Results go to stdout, everything else to stderr. --json prints results for programs; "
     "NO_COLOR=1 turns colours off. Exit codes: 0 done; 2 usage, recipe or data; 3 model, engine, "
-    "disk or a run in use; 130 interrupted.",
+    "disk or a run in use; 130 interrupted (143 by SIGTERM).",
 )
 
 for panel, verbs in PANELS.items():
@@ -110,7 +111,7 @@ def main() -> None:
     """Entry point; every expected failure is one paragraph and an exit code.
 
     0 done or nothing to do; 2 usage, config, data; 3 artifact, engine, numerics, disk, lock;
-    130 interrupted.
+    130 interrupted, 143 by SIGTERM.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -118,13 +119,18 @@ def main() -> None:
     # threads that spin while they wait made a busy machine up to seven times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ranks.enter()
+    if not ranks.in_world():  # a rank is stopped by its launcher, which tells it from a failure
+        stopping.listen()
     try:
         app()
     except SelfsteerError as e:
         _fail(str(e), e.exit_code)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            _fail("interrupted; finished work is kept, and the same command resumes", 130)
+            _fail(
+                "interrupted; finished work is kept, and the same command resumes",
+                stopping.exit_code(),
+            )
         raise
     except RuntimeError as e:
         if ranks.is_loss(e):

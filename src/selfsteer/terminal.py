@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from selfsteer import stopping
+
 #: C0 without tab and line feed, DEL, C1: what steers a terminal, as what can be read.
 CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
 
@@ -144,6 +146,7 @@ class Bar:
 
     def advance(self, items: int, tokens: int = 0) -> None:
         """Adds finished items and the tokens they cost."""
+        stopping.if_asked()
         self.done += items
         self.tokens += tokens
         now = time.monotonic()

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import yaml
 
+from selfsteer import stopping
 from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
@@ -156,6 +157,7 @@ def execute(
                     call(stage.name, stage.fingerprint)
                 begin = time.monotonic()
                 result = run.execute(stage)
+                stopping.if_asked()
                 _free_memory()
                 say(f"  {summary_line(result)}; {duration(time.monotonic() - begin)}")
         if until is None:
