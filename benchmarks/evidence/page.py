@@ -177,6 +177,9 @@ WHY_ACCURACY = """\
 What a half of the loss teaches under one principle carries over to the other (either half alone
 costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
 and some are no worse than the chosen one. Settings were searched by the policy's score alone."""
+WHY_UNEVEN = """\
+Where some features are seldom good under any principle, methods that only choose between whole
+answers have less to choose from."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -296,6 +299,39 @@ CLAIMS = (
         "sharpness",
         sharp("greedy", 0.1),
         why=WHY_CONTRAST,
+    ),
+    Claim(
+        "on the harder world, SSO is above PBAA",
+        "sso",
+        "pbaa",
+        "not in it",
+        "uneven",
+        why=WHY_UNEVEN,
+    ),
+    Claim(
+        "on the harder world, contrast distillation is above SSO",
+        "contrast",
+        "sso",
+        "not in it",
+        "uneven",
+        why=WHY_UNEVEN,
+    ),
+    Claim(
+        "on the harder world, greedily, contrast distillation is above SSO",
+        "contrast",
+        "sso",
+        "not in it",
+        "uneven",
+        sharp("greedy", 0.1),
+        why=WHY_UNEVEN,
+    ),
+    Claim(
+        "on the harder world, contrast distillation is above annotated pairs",
+        "contrast",
+        "annotated",
+        "not in it",
+        "uneven",
+        why=WHY_UNEVEN,
     ),
     Claim("L+ alone is above PBAA", "sso-plus-only", "pbaa", "+4.1", "halves", why=WHY_HALVES),
     Claim("L- alone is above PBAA", "sso-minus-only", "pbaa", "+2.5", "halves", why=WHY_HALVES),
@@ -692,6 +728,8 @@ def write() -> None:
             parts.append(reward_table(table))
         elif table.name == "sharpness":
             parts.append(sharpness_table(table))
+        elif table.name == "uneven":
+            parts += [figures_table(table), sharpness_table(table)]
         elif table.name == "audit":
             parts.append(audit_table(table))
         else:
@@ -774,6 +812,12 @@ A policy that is merely surer of itself makes fewer slips when it is sampled. Gr
 slips of that kind, so a lead that is left there is quality. Entropy is minus the mean log-prob of
 what is sampled at temperature 1; distinct is the share of different answers among four at 0.7, over
 128 queries.""",
+    "uneven": """\
+The same questions and the same oracle, and another base model (`selfsteer testbed build --uneven`):
+some features of an answer are good less often than others, in plain answers from 46 % of the time
+down to 16 %, and under every principle in the same proportion; answers to one task differ in
+length. On the tiny world the greedy answers of every good method come out near its ceiling, here
+they do not. Settings are those found on the tiny world; nothing was searched here.""",
     "rivals": """\
 Other ways to make pairs, without principles, or to weigh them; as many queries
 (docs/methods.md). Self-rewarding and SGPO are not here: the tiny model can neither judge nor

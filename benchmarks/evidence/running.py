@@ -14,7 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cells import ANNOTATED, ARMS, COMMON, PBAA, REWARD_JUDGE, SHARP_CELLS, STRONG_WRITER, Cell
+from cells import (
+    ANNOTATED,
+    ARMS,
+    COMMON,
+    PBAA,
+    REWARD_JUDGE,
+    SHARP_CELLS,
+    STRONG_WRITER,
+    UNEVEN,
+    Cell,
+)
 from measures import figures, rounded, sharpness
 
 from selfsteer.data.digests import derive_seed, digest
@@ -50,15 +60,14 @@ def selfsteer(*words: str, log: Path) -> None:
 
 
 def base_model(base: int, runs: Path) -> str:
-    """The checkpoint of a base: the shipped one, or one built from scratch with another seed."""
+    """The checkpoint of a base: the shipped one, or one built with another seed or world."""
     if base == 0:
         return "package:selfsteer.testbed/checkpoint"
     folder = runs / "models" / f"base-{base}"
     with MAKING[base,]:
         if not (folder / "testbed.json").exists():
-            selfsteer(
-                "testbed", "build", str(folder), f"--seed={base}", log=runs / "logs" / "models.log"
-            )
+            of = (f"--seed={base % UNEVEN}", *(["--uneven"] if base >= UNEVEN else []))
+            selfsteer("testbed", "build", str(folder), *of, log=runs / "logs" / "models.log")
     return str(folder)
 
 

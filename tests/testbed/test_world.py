@@ -103,12 +103,13 @@ def test_features_are_catalogue_names_in_order_with_concision_last():
 # ------------------------------------------------------------------------------ responses
 
 
+@pytest.mark.parametrize("terse", [0.0, 1.0])
 @pytest.mark.parametrize("task", k.TASK_FEATURES)
-def test_the_oracle_reads_back_the_levels_of_every_response(task):
+def test_the_oracle_reads_back_the_levels_of_every_response(task, terse):
     rng = random.Random(1)
     for question in by_task(task):
         levels = {f: rng.choice(k.LEVELS) for f in question.features}
-        response = world.respond(question, levels, rng)
+        response = world.respond(question, levels, rng, terse=terse)
         found = score(question.text, response)
         assert found.unparsed == 0, response
         assert found.features == {f: k.LEVEL_SCORES[v] for f, v in levels.items()}, response
@@ -174,6 +175,35 @@ def test_training_principles_mostly_name_two_applicable_features():
     assert shares[3, 3] / count == pytest.approx(0.03, abs=0.015)
     appended = sum("Concision" in d for d in drawn)
     assert appended / count == pytest.approx(0.2, abs=0.03)
+
+
+def test_terse_responses_leave_out_what_does_not_count():
+    question = world.question("What does the bee eat?")
+    levels = {"Engagement": "flaw", "Concision": "good", "Accuracy": "good", "Helpfulness": "flaw"}
+    said = world.respond(question, levels, random.Random(0), terse=1.0)
+    assert said == "The bee eats nectar."
+    levels = {**levels, "Engagement": "good", "Concision": "flaw", "Helpfulness": "odd"}
+    said = world.respond(question, levels, random.Random(0), terse=1.0)
+    assert said.count(".") + said.count("!") == 4
+
+
+def test_in_the_uneven_world_features_are_good_less_often_in_the_same_proportion():
+    question = by_task("compare")[0]  # the sixth task: Logicality keeps 0.75, then 0.5, 0.35 and 1
+    for context, good in (("plain", 0.46), ("good", 0.78), ("bad", 0.14)):
+        rng = random.Random(0)
+        named = question.features
+        drawn = [draw_levels(question, context, named, rng, uneven=True) for _ in range(4_000)]
+        for feature, share in zip(question.features, (0.75, 0.5, 0.35, 1.0), strict=True):
+            found = Counter(levels[feature] for levels in drawn)
+            assert found["good"] / 4_000 == pytest.approx(good * share, abs=0.03)
+
+
+def test_the_uneven_corpus_is_another_one_on_the_same_questions():
+    even, uneven = (list(world.corpus(300, 3, uneven=u)) for u in (False, True))
+    assert [e.messages for e in uneven if e.kind == "plain"]
+    assert even != uneven
+    training = {q.text for q in world.questions("train")}
+    assert all(e.messages[-1].content in training for e in uneven if e.kind == "plain")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,13 @@ PER_TASK = 60
 
 
 def build(
-    output: Path, *, examples: int = 64_000, seed: int = 0, lr: float = 3e-3, threads: int = 1
+    output: Path,
+    *,
+    examples: int = 64_000,
+    seed: int = 0,
+    lr: float = 3e-3,
+    threads: int = 1,
+    uneven: bool = False,
 ) -> dict[str, Any]:
     """Trains the testbed model from scratch, measures it, and puts it in place in one step.
 
@@ -108,6 +114,7 @@ def build(
         seed: of the examples, their order, the weights and the samples measured.
         lr: peak learning rate of AdamW, after warm-up, with cosine decay.
         threads: CPU threads.
+        uneven: of the harder world (`corpus.corpus`).
 
     Returns:
         What ``testbed.json`` says: fingerprint, build arguments, measured figures.
@@ -117,11 +124,12 @@ def build(
     """
     output, began = Path(output).absolute(), time.monotonic()
     arguments = {"examples": examples, "seed": seed, "lr": lr, "threads": threads}
+    arguments |= {"uneven": True} if uneven else {}
     torch.set_num_threads(threads)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
         draft = Path(work) / "draft"
-        trained = train(draft, examples=examples, seed=seed, lr=lr)
+        trained = train(draft, examples=examples, seed=seed, lr=lr, uneven=uneven)
         trained["seconds"] = round(time.monotonic() - began)
         # the folder is measured, not the model in memory: bfloat16 rounds the weights
         measured = measure(draft, seed=seed)
@@ -169,10 +177,12 @@ class _Bar(TrainerCallback):
         self.bar.advance(1)
 
 
-def train(folder: Path, *, examples: int, seed: int, lr: float) -> dict[str, Any]:
+def train(
+    folder: Path, *, examples: int, seed: int, lr: float, uneven: bool = False
+) -> dict[str, Any]:
     """Trains tokenizer and model, saves both into the folder, and says how big it all was."""
     set_seed(seed)
-    data = list(world.corpus(examples, seed))
+    data = list(world.corpus(examples, seed, uneven=uneven))
     tokenizer = train_tokenizer(data[:TOKENIZER_EXAMPLES])
     batches = in_batches(encode(ChatFormat(tokenizer), data), random.Random(seed))
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id

@@ -25,6 +25,12 @@ PLAIN_ODDS = (0.46, 0.52, 0.02)
 NAMED_ODDS = {"good": (0.78, 0.20, 0.02), "bad": (0.14, 0.26, 0.60)}
 OTHER_ODDS = {"good": (0.50, 0.48, 0.02), "bad": (0.40, 0.52, 0.08)}
 
+#: The uneven world: of what the odds say, how much is left of a feature's being good, in every
+#: context; each feature of each task has one of these, and what it loses is an ordinary flaw.
+UNEVEN_SHARES = (1.0, 0.75, 0.5, 0.35)
+#: The uneven world: how often a sentence that adds nothing to the score is left out.
+UNEVEN_TERSE = 0.5
+
 #: How often a principle names one applicable feature, all three, or one applicable and one other;
 #: otherwise it names two applicable ones.
 ONE_FEATURE, THREE_FEATURES, ONE_AND_OTHER = 0.03, 0.03, 0.20
@@ -46,8 +52,15 @@ class Example:
     response: str
 
 
-def corpus(count: int, seed: int) -> Iterator[Example]:
-    """Yields training examples; the same arguments always give the same ones."""
+def corpus(count: int, seed: int, *, uneven: bool = False) -> Iterator[Example]:
+    """Yields training examples; the same arguments always give the same ones.
+
+    Args:
+        count: how many.
+        seed: of all that is drawn.
+        uneven: a harder world on the same questions, in which some features are good less often
+            than others in every context, and answers of one task differ in length.
+    """
     rng = random.Random(seed)
     by_task: dict[str, list[Question]] = {task: [] for task in k.TASK_FEATURES}
     for question in questions("train"):
@@ -61,7 +74,7 @@ def corpus(count: int, seed: int) -> Iterator[Example]:
         elif kind == "meta":
             yield rng.choice(_META)(question, rng)
         else:
-            yield answer_example(question, kind, rng)
+            yield answer_example(question, kind, rng, uneven=uneven)
 
 
 def as_query(question: Question) -> Query:
@@ -91,7 +104,12 @@ def principle_features(question: Question, rng: random.Random) -> tuple[str, ...
 
 
 def draw_levels(
-    question: Question, context: str, named: tuple[str, ...], rng: random.Random
+    question: Question,
+    context: str,
+    named: tuple[str, ...],
+    rng: random.Random,
+    *,
+    uneven: bool = False,
 ) -> dict[str, str]:
     """A level for each feature of the question, as likely as the context makes it."""
     levels = {}
@@ -100,17 +118,30 @@ def draw_levels(
             odds = PLAIN_ODDS
         else:
             odds = (NAMED_ODDS if feature in named else OTHER_ODDS)[context]
+        if uneven:
+            good, flaw, odd = odds
+            left = good * share_left(question.task, feature)
+            odds = (left, flaw + good - left, odd)
         (levels[feature],) = rng.choices(k.LEVELS, odds)
     return levels
 
 
-def answer_example(question: Question, context: str, rng: random.Random) -> Example:
+def share_left(task: str, feature: str) -> float:
+    """One of `UNEVEN_SHARES`; the features of a task have different ones."""
+    place = k.TASK_FEATURES[task].index(feature) + list(k.TASK_FEATURES).index(task)
+    return UNEVEN_SHARES[place % len(UNEVEN_SHARES)]
+
+
+def answer_example(
+    question: Question, context: str, rng: random.Random, *, uneven: bool = False
+) -> Example:
     """The question in a context, with a response of the quality that the context makes likely."""
     named = () if context == "plain" else principle_features(question, rng)
     principles = writer.picked(named) if named else None
     messages = context_messages(as_query(question).messages, principles, context)
-    levels = draw_levels(question, context, named, rng)
-    return Example(context, tuple(messages), respond(question, levels, rng))
+    levels = draw_levels(question, context, named, rng, uneven=uneven)
+    terse = UNEVEN_TERSE if uneven else 0.0
+    return Example(context, tuple(messages), respond(question, levels, rng, terse=terse))
 
 
 def _feature_example(question: Question, rng: random.Random) -> Example:

@@ -22,24 +22,36 @@ from selfsteer.testbed.questions import (
     stable_number,
 )
 
+#: Tasks whose responses end with a closer.
+CLOSING_TASKS = ("fact", "steps", "unsafe")
+
 #: Feature: ``good``, ``flaw`` or ``odd``.
 Levels = Mapping[str, str]
 
 
-def respond(question: Question, levels: Levels, rng: random.Random) -> str:
+def respond(question: Question, levels: Levels, rng: random.Random, *, terse: float = 0.0) -> str:
     """A response in which each feature of the question has the given level.
 
     Args:
         question: what is asked.
         levels: a level for every one of the question's features.
         rng: chooses among wordings of the same level.
+        terse: how often a sentence is left out without which the levels are the same.
     """
+
+    def spoken(sentences: list[str]) -> list[str]:
+        return [] if terse and rng.random() < terse else sentences
+
     sentences = []
     if "Engagement" in levels:
-        sentences.append(rng.choice(openers(question.task)[levels["Engagement"]]))
-    sentences.append(rng.choice(k.LEADS[levels["Concision"]]))
-    sentences += _BODIES[question.task](question, levels, rng)
-    return " ".join(sentences)
+        opener = [rng.choice(openers(question.task)[levels["Engagement"]])]
+        sentences += spoken(opener) if levels["Engagement"] == "flaw" else opener
+    lead = [rng.choice(k.LEADS[levels["Concision"]])]
+    sentences += spoken(lead) if levels["Concision"] == "good" else lead
+    body = _BODIES[question.task](question, levels, rng)
+    if question.task in CLOSING_TASKS and levels["Helpfulness"] == "flaw":
+        body = [*body[:-1], *spoken(body[-1:])]
+    return " ".join([*sentences, *body])
 
 
 def openers(task: str) -> Mapping[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from selfsteer.testbed import knowledge as k
-from selfsteer.testbed.grammar import openers, recipe
+from selfsteer.testbed.grammar import CLOSING_TASKS, openers, recipe
 from selfsteer.testbed.questions import (
     FACTS,
     KIND,
@@ -70,7 +70,6 @@ _CLOSER_LEVELS = _levels(k.CLOSERS)
 _STYLE_LEVELS = _levels(k.STYLES)
 _OPENER_LEVELS = {task: _levels(openers(task)) for task in k.TASK_FEATURES}
 _ALL_OPENERS = {text: level for pool in _OPENER_LEVELS.values() for text, level in pool.items()}
-_TASKS_WITH_CLOSER = ("fact", "steps", "unsafe")
 
 
 @dataclass
@@ -108,7 +107,7 @@ def _sort(asked: Question, response: str) -> _Sorted:
             out.leads.append(_LEAD_LEVELS[text])
         elif text in _ALL_OPENERS and "Engagement" in asked.features:
             out.openers.append(text)
-        elif text in _CLOSER_LEVELS and asked.task in _TASKS_WITH_CLOSER:
+        elif text in _CLOSER_LEVELS and asked.task in CLOSING_TASKS:
             out.closers.append(_CLOSER_LEVELS[text])
         else:
             out.body.append(text)

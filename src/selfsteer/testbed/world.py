@@ -67,7 +67,7 @@ def fingerprint() -> str:
 
 def _constants(module: object) -> dict[str, object]:
     found = {name: value for name, value in vars(module).items() if name.isupper()}
-    return {name: value for name, value in found.items() if not name.startswith("_")}
+    return {name: value for name, value in found.items() if not name.startswith(("_", "UNEVEN_"))}
 
 
 def _sample(task: str) -> list[object]:
