@@ -3,6 +3,22 @@
 A message is one paragraph: what was found, why it cannot work, what to do.
 """
 
+from collections.abc import Iterable
+
+#: Records that a message names; a batch is rarely larger.
+NAMED = 32
+
+
+def named(records: Iterable[str]) -> str:
+    """Which records an error is about, each once.
+
+    >>> named(["q1", "q2", "q1"])
+    'the records q1, q2'
+    """
+    ids = list(dict.fromkeys(records))
+    more = f" and {len(ids) - NAMED:,} more" if len(ids) > NAMED else ""
+    return f"the records {', '.join(ids[:NAMED])}{more}"
+
 
 class SelfsteerError(Exception):
     """Base of all errors raised on purpose; the CLI prints it without a traceback."""
@@ -31,4 +47,4 @@ class EngineError(SelfsteerError, RuntimeError):
 
 
 class NumericsError(SelfsteerError, ArithmeticError):
-    """Training produced a number that is not finite."""
+    """A model made a number that is not finite, in training, scoring, teaching or sampling."""

@@ -521,7 +521,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
         return gradient * math.nan if len(lines) >= 2 else gradient
 
     next(loaded.model.parameters()).register_hook(poison)
-    with pytest.raises(NumericsError, match="gradient became nan at step 3"):
+    with pytest.raises(NumericsError, match="gradient became nan at step 3 on the records t"):
         run(
             loaded,
             objective,
@@ -745,3 +745,50 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     largest, mean = differences(*states)
     assert largest < 2e-5
     assert mean < 2e-7
+
+
+def test_a_gradient_whose_norm_overflows_ends_the_training(
+    load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    """Each gradient is finite; clipping to norm 1 would make zeros of them and go on."""
+    loaded, objective = load("llama"), Objective.named("pbaa")
+    examples = make_examples(loaded, objective, 4)
+    lines: list[dict[str, float]] = []
+    loaded.model.get_input_embeddings().weight.register_hook(
+        lambda g: torch.full_like(g, 1e30) if lines else g
+    )
+    with pytest.raises(NumericsError, match="grad_norm became inf at step 2 on the records t"):
+        run(
+            loaded,
+            objective,
+            examples,
+            tmp_path / "m",
+            settings=settings(save_every_steps=1, batch_size=2),
+            on_log=lines.append,
+        )
+    assert len(lines) == 1
+    assert [p.name for p in complete_checkpoints(tmp_path / "m.partial")] == ["checkpoint-1"]
+
+
+def test_weights_that_overflow_are_not_a_checkpoint(
+    load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    loaded, objective = load("llama"), Objective.named("pbaa")
+    examples = make_examples(loaded, objective, 6)
+    lines: list[dict[str, float]] = []
+
+    def overflow(line: dict[str, float]) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            next(loaded.model.parameters()).data.view(-1)[0] = math.inf
+
+    with pytest.raises(NumericsError, match=r"1 of the .* became NaN or infinite at step 2 on the"):
+        run(
+            loaded,
+            objective,
+            examples,
+            tmp_path / "m",
+            settings=settings(save_every_steps=1, batch_size=2),
+            on_log=overflow,
+        )
+    assert [p.name for p in complete_checkpoints(tmp_path / "m.partial")] == ["checkpoint-1"]

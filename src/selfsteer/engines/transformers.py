@@ -33,6 +33,8 @@ from selfsteer.engines.base import (
     stop_ids,
 )
 from selfsteer.engines.cache import can_share, roomy_cache
+from selfsteer.errors import NumericsError, named
+from selfsteer.models.finite import ADVICE
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import keeps_part
 
@@ -64,12 +66,26 @@ class Batch(NamedTuple):
         owner_R: the request that each row belongs to; ascending among either kind.
         ratio_B: of each request's contrast; 0 without one.
         numbers_BT: the random stream of each request.
+        ids: of the requests.
     """
 
     prompts: Sequence[Ids]
     owner_R: Tensor
     ratio_B: Tensor
     numbers_BT: Tensor
+    ids: Sequence[str]
+
+    def check(self, logits_RV: Tensor, rows: Tensor) -> None:
+        """Refuses logits that no token can be drawn from.
+
+        Raises:
+            NumericsError: names the requests.
+        """
+        # NaN and +inf pass through a maximum, and -inf is one where no token is left
+        bad_R = ~logits_RV.amax(dim=-1).isfinite()
+        if bool(bad_R.any()):
+            whose = named(self.ids[i] for i in rows[bad_R].tolist())
+            raise NumericsError(f"The logits became NaN or infinite on {whose}. {ADVICE}")
 
 
 class TransformersEngine:
@@ -86,7 +102,11 @@ class TransformersEngine:
         sampling: SamplingParams,
         advance: Advance = no_news,
     ) -> Iterator[Completion]:
-        """See `Engine.generate`; texts are stripped of surrounding white space."""
+        """See `Engine.generate`; texts are stripped of surrounding white space.
+
+        Raises:
+            NumericsError: the model's logits are NaN or infinite; names the requests.
+        """
         for batch in cut(requests, self.batch_size):
             found = self._answer(batch, sampling)
             advance(len(found), sum(c.completion_tokens for c in found))
@@ -131,6 +151,7 @@ class TransformersEngine:
             torch.tensor([*range(len(requests)), *pushed], device=device),
             torch.tensor([r.contrast.ratio if r.contrast else 0.0 for r in requests]).to(device),
             streams([r.seed for r in requests], sampling.max_new_tokens).to(device),
+            [r.id for r in requests],
         )
         simple = not getattr(model, "_is_stateful", False) and roomy_cache(model.config) is not None
         decode = self._shrinking_batch if simple else self._whole_batch
@@ -154,6 +175,7 @@ class TransformersEngine:
         for step in range(budget):
             at = length_B1 - 1 + step
             logits = self._logits(token.unsqueeze(1), mask[:, : width + step], at, cache)
+            batch.check(logits, rows)
             token = next_tokens(
                 logits, rows, batch.ratio_B, sampling, batch.numbers_BT[rows[:answering], step]
             )
@@ -234,6 +256,7 @@ class TransformersEngine:
 
         def only_the_drawn(so_far: Tensor, logits_RV: Tensor) -> Tensor:
             step = so_far.shape[1] - width
+            batch.check(logits_RV, batch.owner_R)
             token_R = next_tokens(
                 logits_RV, batch.owner_R, batch.ratio_B, sampling, numbers_BT[:, step]
             )

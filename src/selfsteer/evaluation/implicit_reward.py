@@ -8,6 +8,7 @@ length of y.
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ class ImplicitReward:
         sums, made = [], []
         for source in sources:
             loaded = load_model(source, self.policy, inference=True)
-            made.append([loaded.chat.exchange(q.messages, text) for q, text in answers])
+            made.append(
+                [replace(loaded.chat.exchange(q.messages, t), record=q.id) for q, t in answers]
+            )
             if made[0] != made[-1]:
                 raise ConfigError(
                     f"{self.reference} and {self.policy.model} make different tokens of the same "

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from selfsteer.data.records import Query
-from selfsteer.errors import NumericsError
+from selfsteer.errors import NumericsError, named
 from selfsteer.judges.scoring import ScoringModel
 from selfsteer.judges.store import Advance
 from selfsteer.models.load import LoadedModel, check_reward, load_reward
@@ -46,16 +46,19 @@ class RewardJudge(ScoringModel):
         size = self.settings.batch_size if loaded.model.config.pad_token_id is not None else 1
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            scores |= zip(rows, _forward(loaded, [ids[i] for i in rows]), strict=True)
+            records = [answers[i][0].id for i in rows]
+            scores |= zip(rows, _forward(loaded, [ids[i] for i in rows], records), strict=True)
             advance(len(rows), sum(len(ids[i]) for i in rows))
         return [{"score": scores.get(i), "tokens": len(s)} for i, s in enumerate(ids)]
 
 
-def _forward(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[float]:
+def _forward(
+    loaded: LoadedModel, rows: Sequence[tuple[int, ...]], records: Sequence[str]
+) -> list[float]:
     """One score per row of token ids, padded on the right.
 
     Raises:
-        NumericsError: a score is not finite.
+        NumericsError: a score is not finite; names the records.
     """
     import torch
 
@@ -66,9 +69,9 @@ def _forward(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[float
     with torch.no_grad(), loaded.precision():
         logits = loaded.model(input_ids=ids, attention_mask=mask).logits
     scores = [float(x) for x in logits[:, 0]]
-    if not all(map(math.isfinite, scores)):
+    if bad := [r for s, r in zip(scores, records, strict=True) if not math.isfinite(s)]:
         raise NumericsError(
-            f"The reward model {loaded.source} gave a score that is not finite. Try judge.dtype: "
-            "float32."
+            f"The reward model {loaded.source} gave a score that is not finite on {named(bad)}. "
+            "Try judge.dtype: float32."
         )
     return scores

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
 from os.path import commonprefix
@@ -49,6 +49,8 @@ class EncodedSequence:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    #: Id of the record that it was made of, which errors name; equal ids of tokens stay equal.
+    record: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -466,7 +468,7 @@ class ChatFormat:
                 f"triple {triple.id}: {name} has no response token"
                 + (f" within {max_length} tokens" if max_length is not None else "")
             )
-        return EncodedSequence(prompt, answer)
+        return EncodedSequence(prompt, answer, triple.id)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -334,6 +334,4 @@ def _probe(sequences: Sequence[EncodedSequence], prompts: int = 3) -> list[Encod
     for s in sequences[:10_000]:
         by_prompt.setdefault(s.prompt_ids, []).append(s)
     trees = sorted(by_prompt.values(), key=len, reverse=True)[:prompts]
-    return [
-        EncodedSequence(s.prompt_ids, s.response_ids[:64]) for members in trees for s in members[:4]
-    ]
+    return [replace(s, response_ids=s.response_ids[:64]) for members in trees for s in members[:4]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, NumericsError
 from selfsteer.models import tree
+from selfsteer.models.finite import broken_weight
 
 if TYPE_CHECKING:
     from selfsteer.models.chat import ChatFormat
@@ -80,6 +81,9 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     Adapters are written to ``adapter/`` in it, and merged. Weights are stored in the precision they
     were trained to compute in. generation_config says ``do_sample``: servers answer greedily
     without it, whatever the temperature.
+
+    Raises:
+        NumericsError: a weight is NaN, infinite, or too large for the precision.
     """
     plain = model
     if hasattr(model, "merge_and_unload"):
@@ -94,11 +98,21 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
         else v
         for k, v in _stored(plain)
     }
+    learnt = {n for n, _ in plain.named_parameters(remove_duplicate=False)}
+    _refuse_broken(((k, v) for k, v in state.items() if k in learnt), dtype)
     plain.save_pretrained(folder, state_dict=state)
     plain.config.use_cache = True  # the Trainer switched it off
     plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
     plain.config.save_pretrained(folder)
     save_tokenizer(chat.tokenizer, folder)
+
+
+def _refuse_broken(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    if broken := broken_weight(weights):
+        raise NumericsError(
+            f"{broken} are NaN or infinite as {dtype}; the model was not saved. Train with "
+            "policy.dtype: bfloat16 or float32, or lower the learning rate."
+        )
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -128,6 +142,7 @@ def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
+    _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
     model.save_pretrained(folder, state_dict=dict(_stored(model)))
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
     if not getattr(model, "is_quantized", False):

@@ -16,6 +16,7 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import ConfigError
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.models.finite import check_values
 from selfsteer.models.head import (
     TokenScores,
     log_collisions,
@@ -146,6 +147,7 @@ def settle_layout(
     Raises:
         ConfigError: ``tree`` on a model that cannot take it or scores otherwise in it, or an
             unknown layout.
+        NumericsError: a log-prob of the probe is not finite.
     """
     if layout not in ("auto", "tree", "padded"):
         raise ConfigError(f"unknown layout {layout!r}; layouts are auto, tree and padded")
@@ -178,7 +180,9 @@ def tree_difference(model: Any, probe: Sequence[EncodedSequence]) -> float:
     """Largest difference of a token's log-prob between the two layouts; infinite on failure."""
     device, installed = next(model.parameters()).device, tree.is_installed(model)
     # each alone: side by side, prompts of unlike lengths would be projected to the vocabulary
-    expected = torch.cat([batch_logps(model, pad([s], 0).to(device)) for s in probe])
+    alone = [batch_logps(model, pad([s], 0).to(device)) for s in probe]
+    check_values(alone, [s.record for s in probe], f"The log-probs of {type(model).__name__}")
+    expected = torch.cat(alone)
     tree.install(model)
     try:
         found = batch_logps(model, tree.plant(probe).to(device))
@@ -233,6 +237,9 @@ def score_sequences(
         collisions: give Σ_v π(v)² at each token in place of its log-prob.
 
     A batch that is too large for the GPU's memory is scored in halves.
+
+    Raises:
+        NumericsError: a value is not finite; names the records.
     """
     device = next(model.parameters()).device
     out: list[Tensor | None] = [None] * len(sequences)
@@ -252,7 +259,10 @@ def score_sequences(
             torch.cuda.empty_cache()
             continue
         lengths = [len(s.response_ids) for s in part]
-        for i, piece in zip(chosen, values.cpu().split(lengths), strict=True):
+        pieces = values.cpu().split(lengths)
+        what = "collision probabilities" if collisions else "log-probs"
+        check_values(pieces, [s.record for s in part], f"The {what} of {type(model).__name__}")
+        for i, piece in zip(chosen, pieces, strict=True):
             out[i] = piece
         advance(len(part), sum(map(len, part)))
     return [piece for piece in out if piece is not None]

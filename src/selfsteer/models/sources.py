@@ -41,6 +41,7 @@ from selfsteer.data.digests import (
 )
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.finite import broken_weight
 from selfsteer.models.save import save_tokenizer
 from selfsteer.recipe.sections import Loading
 from selfsteer.terminal import say
@@ -321,15 +322,11 @@ def check_finite(model: Any, source: str) -> None:
     Raises:
         ArtifactError: names the first tensor that holds NaN or an infinity.
     """
-    for name, weight in model.named_parameters():
-        # one number tells of a tensor, and nothing is made of its size; a sum may overflow, too
-        if weight.is_floating_point() and not weight.detach().sum(dtype=torch.float32).isfinite():
-            bad = int((~weight.detach().isfinite()).sum())
-            if bad:
-                raise ArtifactError(
-                    f"{source}: {bad:,} of the {weight.numel():,} weights in {name} are NaN or "
-                    "infinite. The checkpoint is damaged, or its training diverged; use another."
-                )
+    if broken := broken_weight(model.named_parameters()):
+        raise ArtifactError(
+            f"{source}: {broken} are NaN or infinite. The checkpoint is damaged, or its training "
+            "diverged; use another."
+        )
 
 
 def load_config(source: str, settings: Loading) -> Any:

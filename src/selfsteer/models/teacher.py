@@ -25,6 +25,7 @@ from torch import Tensor
 
 from selfsteer.errors import ArtifactError
 from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.finite import check_values
 from selfsteer.models.head import chunk_rows, head_logits, wide
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import pad
@@ -113,6 +114,9 @@ class Teacher:
 
         Beside them ``covered``, (T,): the least mass that the entries of a token cover.
         ``advance`` receives the number of answers that each forward read.
+
+        Raises:
+            NumericsError: a target is not finite; names the record.
         """
         parts: dict[int, dict[str, Tensor]] = {}
         with self.loaded.evaluating():
@@ -134,8 +138,12 @@ class Teacher:
         sizes = [len(answer[0].response_ids) for answer in group]
         of_answers = hidden.split([n * contexts for n in sizes])
         said = batch.target.split([n * contexts for n in sizes])
-        for own, ids, size in zip(of_answers, said, sizes, strict=True):
-            yield self._targets(own.view(contexts, size, -1), ids[:size])
+        records = [answer[0].record for answer in group]
+        for own, ids, size, record in zip(of_answers, said, sizes, records, strict=True):
+            found = self._targets(own.view(contexts, size, -1), ids[:size])
+            numbers = torch.cat([found[name] for name in ("logq", "reward", "covered")])
+            check_values([numbers], [record], f"Targets of the teacher {self.loaded.source}")
+            yield found
 
     @cached_property
     def _decoder(self) -> Any:

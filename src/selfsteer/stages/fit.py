@@ -13,7 +13,6 @@ from selfsteer.data.records import Triple
 from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.judges.load import load_judge
-from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import scored
 from selfsteer.objectives import Objective, TokenObjective
@@ -177,7 +176,7 @@ def encode(
             dropped.append(Dropped(triple.id, "prompt_too_long", triple))
             continue
         cut = {
-            n: EncodedSequence(s.prompt_ids, s.response_ids[: max_length - len(s.prompt_ids)])
+            n: replace(s, response_ids=s.response_ids[: max_length - len(s.prompt_ids)])
             for n, s in whole.items()
         }
         truncated += len({n.partition("/")[2] for n in whole if len(cut[n]) < len(whole[n])})

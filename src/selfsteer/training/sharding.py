@@ -48,6 +48,11 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def own_part(value: Tensor) -> Tensor:
+    """A tensor itself, or the part of it that this rank holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 @contextmanager
 def whole(model: Any) -> Iterator[None]:
     """While this lasts every rank holds all weights, and a forward asks no other rank.

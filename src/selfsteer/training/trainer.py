@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from selfsteer.data.jsonl import disk_errors, write_atomic
-from selfsteer.errors import ConfigError, EngineError, NumericsError
+from selfsteer.errors import ConfigError, EngineError, NumericsError, named
+from selfsteer.models.finite import broken_weight
 from selfsteer.models.save import add_lora, disable_dropout, save_model
 from selfsteer.run import ranks
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
 from selfsteer.training.batches import StepSampler, fill_rows
-from selfsteer.training.sharding import check_sharded, full, shard_on_cpu, whole
+from selfsteer.training.sharding import check_sharded, full, own_part, shard_on_cpu, whole
 
 if TYPE_CHECKING:
     from selfsteer.models.load import LoadedModel
@@ -124,6 +125,8 @@ class RowTrainer(Trainer):
         self.keep_checkpoints, self.on_log = keep_checkpoints, on_log
         self.steps = math.ceil(math.ceil(len(task.examples) / budget.queries) * settings.epochs)
         self._metrics: Metrics = {}
+        #: Of the examples that the last step took.
+        self.step_ids: list[str] = []
         args = TrainingArguments(
             output_dir=str(work),
             seed=seed,
@@ -180,6 +183,7 @@ class RowTrainer(Trainer):
         check_sharded(model)
         model.train()
         examples: list[Any] = inputs["examples"]
+        self.step_ids = [e.id for e in examples]
         costs = self.task.costs(examples)
         while True:
             rows = fill_rows(
@@ -208,7 +212,10 @@ class RowTrainer(Trainer):
                 # a rank without work in this row still walks through the model with the others
                 chosen = [examples[i] for i in row or [0]]
                 losses, found = self.task.loss(model, chosen)
-                self._check_finite(losses, chosen)
+                fine = torch.isfinite(losses).tolist()
+                bad = [e.id for e, is_fine in zip(chosen, fine, strict=True) if not is_fine]
+                if bad:
+                    raise self.diverged(f"The loss became {losses.mean().item()}", bad)
                 share = 1.0 if row else 0.0
                 part = losses.sum() / len(examples) * share
                 # the ranks' gradients are averaged, their shares of the loss must be added
@@ -219,17 +226,20 @@ class RowTrainer(Trainer):
         # what the Trainer logs is averaged over the ranks as well
         return loss * self.args.world_size, metrics
 
-    def _check_finite(self, losses: Tensor, examples: Sequence[Any]) -> None:
-        fine = torch.isfinite(losses)
-        if not fine.all():
-            broken = [
-                e.id for e, is_fine in zip(examples, fine.tolist(), strict=True) if not is_fine
-            ]
-            raise NumericsError(
-                f"The loss became {losses.mean().item()} at step {self.state.global_step + 1} on "
-                f"the records {', '.join(broken[:8])}. Checkpoints from before are kept. Lower the "
-                "learning rate, or remove these records."
-            )
+    def diverged(self, what: str, records: Iterable[str] = (), *, done: bool = False) -> Exception:
+        """The error of a number that is not finite.
+
+        Args:
+            what: which.
+            records: whose; nothing: all of the step.
+            done: whether the step has been counted already.
+        """
+        step = self.state.global_step + (not done)
+        return NumericsError(
+            f"{what} at step {step} on {named(records or self.step_ids)}. Checkpoints from before "
+            "are kept. Lower the learning rate, set policy.dtype: float32 if it is another, or "
+            "remove these records."
+        )
 
     def _halve(self, tokens: int, longest: int, error: Exception) -> None:
         alone = self.args.world_size == 1
@@ -258,11 +268,18 @@ class RowTrainer(Trainer):
             for name, (total, count) in zip(names, values.tolist(), strict=True):
                 logs[name] = total / count
             self._metrics.clear()
+            # gradients whose norm overflows are clipped to nothing: no later check sees them
+            for name, value in logs.items():
+                if not math.isfinite(value):
+                    raise self.diverged(f"{name} became {value}", done=True)
             if is_main_process():
                 self.on_log({"step": self.state.global_step, **logs})
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        learnt = ((n, own_part(p)) for n, p in model.named_parameters() if p.requires_grad)
+        if broken := broken_weight(learnt):
+            raise self.diverged(f"{broken} became NaN or infinite", done=True)
         super()._save_checkpoint(model, trial)
         ranks.barrier()  # each has written its part
         if self.args.should_save:
@@ -288,17 +305,15 @@ def discard_checkpoint(folder: Path) -> None:
 class _Watch(TrainerCallback):
     """Each step: no gradient that is not finite reaches the weights, the bar moves, `OnStep`."""
 
-    def __init__(self, label: str, bar: Any, on_step: OnStep | None) -> None:
-        self.label, self.bar, self.on_step = label, bar, on_step
+    def __init__(self, trainer: RowTrainer, label: str, bar: Any, on_step: OnStep | None) -> None:
+        self.trainer, self.label, self.bar, self.on_step = trainer, label, bar, on_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         norm = full(torch.nn.utils.get_total_norm(grads))
         if not torch.isfinite(norm):
-            raise NumericsError(
-                f"The gradient became {norm.item()} at step {state.global_step + 1}, though the "
-                "loss is finite. Checkpoints from before are kept. Lower the learning rate, or "
-                "compute in float32."
+            raise self.trainer.diverged(
+                f"The loss is finite, but the gradient became {norm.item()}"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -344,7 +359,8 @@ def train(
         The last log line.
 
     Raises:
-        NumericsError: a loss or a gradient is not finite.
+        NumericsError: a loss, a gradient, a metric or a weight is not finite; names the records
+            of the step. Complete checkpoints stay.
         ConfigError: the checkpoint to resume was made with another sharding.
     """
     work = work_folder(output)
@@ -387,7 +403,7 @@ def train(
     if not (on_step and on_step.stopped and done >= on_step.stopped):
         with progress_bar(label, trainer.steps) as bar, disk_errors(work):
             bar.skip(done)
-            trainer.add_callback(_Watch(label, bar, on_step))
+            trainer.add_callback(_Watch(trainer, label, bar, on_step))
             trainer.train(resume_from_checkpoint=checkpoint)
         history = trainer.state.log_history
     with whole(model):
