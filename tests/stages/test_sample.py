@@ -180,6 +180,27 @@ def test_a_killed_stage_ends_like_an_undisturbed_one(
     assert len(asked_twice) < (batch_size or 1)
 
 
+def test_answers_that_say_nothing_are_noticed_once_and_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All good answers are the same; a resumed stage knows it from its shards."""
+    engine = answer_with(monkeypatch, FakeEngine(told_or_refused))
+    run = RunFolder(tmp_path)
+    result = stage(run, 20).run(run)
+    (text,) = result.notes["warnings"]
+    assert text.startswith('100% of 20 good answers to different queries are the same text ("I am')
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("are the same text") == 1
+    assert "triples: 100% of 16 good answers" in said, "before the last shard"
+    assert len(engine.asked) == 60, "nothing is sampled for it"
+    assert stage(run, 20).run(run).notes == result.notes
+    assert len(engine.asked) == 60
+
+
+def told_or_refused(request: Request) -> Said:
+    return "I am sorry, but I cannot say." if request.id.startswith("good") else request.id
+
+
 def test_a_limit_takes_a_subset_that_does_not_depend_on_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

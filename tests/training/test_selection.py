@@ -1,7 +1,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +564,37 @@ def test_rows_of_one_and_of_eight_choose_alike(
     for a, b in zip(found[0].candidates, found[1].candidates, strict=True):
         assert a.wins == b.wins
         assert a.drift["plain"].kl == pytest.approx(b.drift["plain"].kl, abs=1e-4)
+
+
+def test_a_step_whose_answers_say_nothing_is_noticed_when_it_is_measured(
+    load: Callable[..., LoadedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 16 answers 8 go in circles, from the second measured step on."""
+    loaded = load("llama")
+    fine = [{"text": f"Fish {i}.", "reason": "stop"} for i in range(16)]
+    circles = [
+        {"text": "fish " * 40, "reason": "length"} if i % 2 else a for i, a in enumerate(fine)
+    ]
+    drift = {"plain": asdict(CALM)}
+    figures = {"drift": drift, "wins": {}, "on_policyness": None}
+    said = iter([fine, fine, circles, circles])
+    monkeypatch.setattr(Selector, "_answers", lambda *a: {"plain": next(said)})
+    monkeypatch.setattr(Selector, "_figures", lambda *a: dict(figures))
+    selector = make_selector(loaded, [], judge=None)
+    selector.begin(loaded.model, tmp_path, 3)
+    for step in (1, 2, 3):
+        selector._record(step)
+    assert selector.collapse().startswith('step 2: 50% of 16 plain answers go in circles ("fish f')
+    assert " ".join(capsys.readouterr().err.split()).count("go in circles") == 1
+    selector._records[0]["answers"]["plain"] = circles
+    assert selector.collapse() == "", "the start's own way"
+    for step, record in selector._records.items():
+        record["answers"]["plain"] = fine
+        record["drift"] = {"plain": {"tokens": 10.0 + 10 * step}}
+    assert selector.collapse().startswith("plain answers get ever longer: 10, 20, 30, 40 tokens")
 
 
 def test_losing_and_inaccurate_models_are_said_to_be_so(tmp_path: Path) -> None:

@@ -109,7 +109,12 @@ def _samples(run: RunView) -> list[Preference]:
 def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> dict[str, Any]:
     """All that both forms of the report show."""
     sheets = {
-        "result": [tables.results(run), tables.models(run), *tables.benchmarks(run)],
+        "result": [
+            tables.results(run),
+            tables.models(run),
+            *tables.benchmarks(run),
+            tables.warnings(run),
+        ],
         "data": [
             tables.quality(run),
             tables.verdicts(run),

@@ -68,8 +68,8 @@ def print_show(run: RunView) -> None:
     for stage in run.stages:
         for line in _remarks(stage.notes):
             out.print(f"{stage.name}: {line}", markup=False)
-        for text in stage.notes.get("selection", {}).get("warnings", ()):
-            out.print(escape(f"warning: {text}"), style="yellow")
+    for name, text in tables.warnings(run).rows:
+        out.print(escape(f"warning: {name}: {text}"), style="yellow")
     for table in (tables.quality, tables.verdicts, tables.lengths, tables.tokens):
         table(run).print()
     if run.models:

@@ -241,6 +241,17 @@ def tokens(run: RunView) -> Sheet:
     return Sheet("Answers that are trained on as other tokens than were sampled", columns, rows)
 
 
+def warnings(run: RunView) -> Sheet:
+    """What stages warned of that is not over when they are; empty where nothing was."""
+    rows = [
+        (stage.name, text)
+        for stage in run.stages
+        for of in (stage.notes, stage.notes.get("selection", {}))
+        for text in of.get("warnings", ())
+    ]
+    return Sheet("Warnings", ("stage", "what was seen"), rows)
+
+
 def stages(run: RunView) -> Sheet:
     """Every stage with its counts."""
     rows = [

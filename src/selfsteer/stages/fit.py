@@ -92,7 +92,7 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     if selector and is_main_process():
         say(f"  {selector.sentence()}")
         for text in selector.warnings():
-            warn(text)
+            warn(f"{stage.title}: {text}")
         # beside the model, whose folder is digested whole
         report = json.dumps(selector.report(), indent=1) + "\n"
         write_atomic(run / f"{stage.name}.selection.json", report)
@@ -105,6 +105,8 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
             "seconds": round(selector.seconds, 3),
             "share": round(selector.seconds / (time.monotonic() - began), 3),
         }
+        if text := selector.collapse():
+            result.notes["warnings"] = [text]
     return with_drops(stage, run, result, dropped)
 
 

@@ -25,6 +25,7 @@ from selfsteer.engines.base import (
     SamplingParams,
     no_news,
 )
+from selfsteer.engines.collapse import Said, collapsed, signs
 from selfsteer.engines.load import Engines, check_engine
 from selfsteer.errors import ConfigError
 from selfsteer.principles.contexts import OPPOSITE, context_messages
@@ -40,7 +41,7 @@ from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import Share, stored_triples, subset
-from selfsteer.terminal import progress_bar
+from selfsteer.terminal import progress_bar, warn
 
 R = TypeVar("R", Query, Triple)
 
@@ -121,7 +122,7 @@ class Asking(Generic[R]):
         seed: int,
         label: str,
     ) -> StageResult:
-        """Writes what is made of all records.
+        """Writes what is made of all records; warns once where the answers say nothing.
 
         Args:
             records: in a fixed order.
@@ -132,6 +133,12 @@ class Asking(Generic[R]):
             label: of the progress bar.
         """
         params, each, sampled = params_of(sampling), len(self.wanted), Counter[str]()
+        warned = False
+
+        def noticed() -> str:
+            # where unfinished answers are kept, to be cut off is no fault
+            return collapsed(sampled, unfinished_count=not sampling.keep_unfinished)
+
         with progress_bar(label, len(records) * each) as bar:
 
             def work(shard: int, part: Sequence[R]) -> list[Record]:
@@ -139,7 +146,13 @@ class Asking(Generic[R]):
                 found = self.answers(
                     part, engine, params, seed=seed, store=store, advance=bar.advance
                 )
+                nonlocal warned
                 sampled.update(tokens_kept(answer for row in found for answer in row))
+                for response in dict.fromkeys(w.response for w in self.wanted):
+                    sampled.update(signs(response, self._said(response, found)))
+                if not warned and (text := noticed()):  # while there is time to stop
+                    warned = True
+                    warn(f"{label}: {text}")
                 return list(map(self.make, part, found))
 
             result = run_shards(
@@ -150,6 +163,10 @@ class Asking(Generic[R]):
                 lambda n: bar.skip(n * each),
                 sampled,
             )
+        if text := noticed():
+            result.notes["warnings"] = [text]
+            if not warned:
+                warn(f"{label}: {text}")
         if known := sampled["answers"]:
             result.notes["sampled"] = {
                 "answers": known,
@@ -157,6 +174,12 @@ class Asking(Generic[R]):
                 "special_tokens": sampled["special_tokens"] / known,
             }
         return result
+
+    def _said(self, response: str, found: Iterable[Sequence[Completion]]) -> Iterator[list[Said]]:
+        """The answers of this name to each record, as far as there are any."""
+        for row in found:
+            named = [c for w, c in zip(self.wanted, row, strict=True) if w.response == response]
+            yield [Said(c.text, c.finish_reason == "length") for c in named if not c.missing]
 
     def of_stage(
         self,

@@ -5,6 +5,7 @@ The rule is `training.selection.choose`. What is measured and what it costs: doc
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
+from selfsteer.engines.collapse import Said, collapsed, growing, signs
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Pair
@@ -38,7 +40,7 @@ from selfsteer.models.score import score_sequences
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import Selection
 from selfsteer.run import ranks
-from selfsteer.terminal import interval, is_main_process, progress_bar
+from selfsteer.terminal import interval, is_main_process, progress_bar, warn
 from selfsteer.training.select import (
     Candidate,
     Drift,
@@ -118,6 +120,7 @@ class Selector:
         #: The step at which drift ended the training early.
         self.stopped: int | None = None
         self._records: dict[int, dict[str, Any]] = {}
+        self._warned = False
 
     # -- OnStep ----------------------------------------------------------------------------------
 
@@ -230,7 +233,30 @@ class Selector:
             "its data is less accurate than the starting policy's own; lower the learning rate, or "
             "see what method pbaa gives": not self.is_policy and beats(start.wins, chosen.wins),
         }
-        return [f"{self.label}: {text}" for text, applies in faults.items() if applies][:1]
+        return [text for text, applies in faults.items() if applies][:1]
+
+    def collapse(self) -> str:
+        """How the answers of a step say less than the start's; empty where those of none do.
+
+        A fault that the start has as well is no news of the training.
+        """
+        records = [record for _, record in sorted(self._records.items())]
+        if collapsed(self._signs(records[0])):
+            return ""
+        for record in records[1:]:
+            if text := collapsed(self._signs(record)):
+                return f"step {record['step']}: {text}"
+        for context in self.contexts:
+            if text := growing([r["drift"][context]["tokens"] for r in records]):
+                return f"{context} {text}"
+        return ""
+
+    def _signs(self, record: Mapping[str, Any]) -> Counter[str]:
+        found = Counter[str]()
+        for context in self.contexts:
+            said = ([Said(a["text"], a["reason"] == "length")] for a in record["answers"][context])
+            found.update(signs(context, said))
+        return found
 
     def _candidate(self, step: int) -> Candidate:
         record = self._records[step]
@@ -271,6 +297,9 @@ class Selector:
         record["seconds"] = round(time.monotonic() - begin, 3)
         self.seconds += record["seconds"]
         self._records[step] = record
+        if not self._warned and (text := self.collapse()):
+            self._warned = True
+            warn(f"{self.label}: {text}")
         keep = self._weights(self.chosen.step) if step else None
         if keep == self._weights(step):
             # a whole model is saved in its computing precision anyway, adapters are merged before
