@@ -16,6 +16,7 @@ ROOT = Path(selfsteer.__file__).parent
 #: From the top down; a room may import from itself and from those before it.
 ROOMS = (
     "errors",
+    "stopping",
     "terminal",
     "objectives",
     "recipe",

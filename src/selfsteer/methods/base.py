@@ -47,6 +47,7 @@ from selfsteer.recipe.sections import (
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.augment import GrowQueries
 from selfsteer.stages.benchmark import RunBenchmarks
+from selfsteer.stages.contrasting import KeepContrasting
 from selfsteer.stages.evaluate import Evaluate, Exhibit
 from selfsteer.stages.figures import FigurePairs
 from selfsteer.stages.filter import WritePairs
@@ -579,6 +580,31 @@ class PrincipledPairs(Principled, Paired):
         "(https://arxiv.org/abs/2410.17131))"
     )
     bad_on_purpose: ClassVar[bool] = True
+
+    @override
+    def pairs(
+        self,
+        plan: Plan,
+        samples: Artifact,
+        policy: Artifact,
+        *,
+        principled: Artifact | None = None,
+        triples: Artifact | None = None,
+        cleaned: bool = False,
+        plain: float = 0.0,
+    ) -> Artifact:
+        """As `Paired.pairs`, of what the principles confirm where hygiene asks for that."""
+        if (least := self.hygiene.min_contrast) is not None:
+            samples = plan(KeepContrasting(samples, policy, least))
+        return super().pairs(
+            plan,
+            samples,
+            policy,
+            principled=principled,
+            triples=triples,
+            cleaned=cleaned,
+            plain=plain,
+        )
 
     @override
     def faults(self) -> Iterator[str]:

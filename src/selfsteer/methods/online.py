@@ -1,5 +1,6 @@
 """SSO v1, the online way: the policy trains on its own triples, iteration after iteration."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -43,3 +44,12 @@ class SSOOnline(PrincipledPairs):
         )
         self.pairs(plan, kept, policy, principled=asked, triples=kept, cleaned=True)
         return self.train(plan, kept, policy, named("sso-online", self.training), self.training)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.hygiene.min_contrast is not None:
+            yield (
+                "hygiene.min_contrast sorts out pairs, and method sso-online trains on triples; "
+                "set filter instead"
+            )

@@ -674,6 +674,11 @@ class PrincipledHygiene(Hygiene):
         "export pairs whose principles name Safety; their rejected text was written to harm",
         costs_only=True,
     )
+    min_contrast: float | None = _f(
+        None,
+        "least lead of the good response over the other one when the principles rank them, nats "
+        "per token (docs/judges.md); 0: the order must be confirmed; null: off",
+    )
 
 
 class Bound(Section):

@@ -1,0 +1,100 @@
+"""Only pairs whose order the principles confirm are left, and every other one is counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.data.jsonl import dump_lines
+from selfsteer.errors import ConfigError
+from selfsteer.run.execute import execute
+from selfsteer.run.folder import RunFolder, read_dropped
+from selfsteer.run.stage import Artifact, Where
+from selfsteer.stages import contrasting
+from selfsteer.stages.contrasting import KeepContrasting
+from selfsteer.stages.inputs import stored_triples
+from tests.make import SMALL, load_recipe, recipe, stages_of, triple
+
+#: What the ranker says of each text.
+SCORES = {"sure": 0.15, "same": 0.05, "worse": -0.1, "long": None}
+
+
+class Ranker:
+    """In `PrincipleContrast`'s place; checks that queries come with their own principles."""
+
+    def __init__(self, *args: Any, **more: Any) -> None: ...
+
+    def score_all(self, answers: Any) -> list[float | None]:
+        assert all(
+            query.extra["principles"]["good"] == f"Be fine {query.id}." for query, _ in answers
+        )
+        return [SCORES[text] for _, text in answers]
+
+
+TRIPLES = (
+    triple("right", "Accuracy", good="sure", bad="worse", plain="long"),
+    triple("wrong", "Accuracy", good="worse", bad="sure", plain="same"),
+    triple("tie", "Accuracy", good="same", bad="same", plain="worse"),
+    triple("cut", "Accuracy", good="sure", bad="long", plain="worse"),
+    triple("no-bad", "Accuracy", good="sure", plain="worse"),
+)
+
+
+@pytest.mark.parametrize(
+    ("least", "left"),
+    [(0.0, ["right", "tie", "no-bad"]), (0.25, ["right", "no-bad"]), (-1.0, None)],
+)
+def test_what_the_principles_confirm_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, left: list[str] | None
+) -> None:
+    monkeypatch.setattr(contrasting, "PrincipleContrast", Ranker)
+    monkeypatch.setattr(contrasting, "TOGETHER", 2)
+    (tmp_path / "triples.jsonl").write_text(dump_lines(TRIPLES), "utf-8")
+    stage = KeepContrasting(
+        Artifact(tmp_path / "triples.jsonl"), Artifact(tmp_path), least, where=Where("pbaa", 1, "r")
+    )
+    run = RunFolder(tmp_path / "run")
+    result = stage.run(run)
+    found = [t.id for t in stored_triples(run / stage.outputs[0])]
+    assert found == (left or ["right", "wrong", "tie", "no-bad"])
+    assert result.n_in == 5 == result.n_out + result.dropped.total()
+    assert result.dropped["prompt_too_long"] == 1
+    assert result.notes == {"lead": pytest.approx((0.25 - 0.25 + 0 + 0.25) / 4), "leads": 0.5}
+    dropped = {d.id: d.reason for d in read_dropped(run / f"{stage.name}.dropped.jsonl")}
+    assert dropped["cut"] == "prompt_too_long"
+    low = {id for id, why in dropped.items() if why == "low_contrast"}
+    assert low == {"right", "wrong", "tie", "no-bad"} - set(found)
+
+
+@pytest.mark.parametrize("method", ["pbaa", "sso", "good-over-plain", "dlma", "bad-to-plain"])
+def test_it_stands_before_the_pairs_where_it_is_asked_for(method: str) -> None:
+    plain = stages_of(recipe(method))
+    asked = stages_of(recipe(method, hygiene={"min_contrast": 0}))
+    assert (
+        [n for n in asked if n not in plain]
+        == [n for n in asked if n.endswith("/contrasting")]
+        != []
+    )
+    pairs = asked["iteration-1/preferences"]
+    assert pairs.read.maker is asked["iteration-1/contrasting"]
+    assert pairs.texts == plain["iteration-1/preferences"].texts
+
+
+def test_a_method_that_trains_on_triples_refuses_it() -> None:
+    with pytest.raises(
+        ConfigError, match="sorts out pairs, and method sso-online trains on triples"
+    ):
+        recipe("sso-online", hygiene={"min_contrast": 0})
+
+
+def test_the_real_ranker_confirms_most_of_the_tiny_worlds_pairs(tmp_path: Path) -> None:
+    given = load_recipe(
+        "pbaa", [*SMALL, f"runs_dir={tmp_path}", "hygiene.min_contrast=0", "evaluation=null"]
+    )
+    execute(given, {}, until="preferences")
+    run = RunFolder(given.folder)
+    (finish,) = (
+        e for e in run.ledger() if e["stage"].endswith("contrasting") and e["event"] == "finish"
+    )
+    assert finish["n_in"] == finish["n_out"] + sum(finish["dropped"].values()) > 4
+    assert finish["notes"]["leads"] > 0.6
