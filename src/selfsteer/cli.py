@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from selfsteer import stopping
-from selfsteer.errors import ConfigError, SelfsteerError
+from selfsteer.errors import ConfigError, SelfsteerError, short
 from selfsteer.run import ranks
 from selfsteer.terminal import CONTROL
 from selfsteer.verbs import (
@@ -144,7 +144,11 @@ def main() -> None:
         )
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG:
-            _fail(f"the name is too long for the file system: {str(e.filename)[:60]}…", 2)
+            longest = max(str(e.filename).split("/"), key=len)
+            _fail(
+                f"the name {short(longest)} is too long for the file system. Choose a shorter one.",
+                2,
+            )
         _fail(f"{e.strerror or e}: {e.filename}. Fix this, then run the same command again.", 3)
 
 

@@ -4,6 +4,8 @@ A message is one paragraph: what was found, why it cannot work, what to do.
 """
 
 from collections.abc import Iterable
+from itertools import islice
+from typing import Any
 
 #: Records that a message names; a batch is rarely larger.
 NAMED = 32
@@ -18,6 +20,29 @@ def named(records: Iterable[str]) -> str:
     ids = list(dict.fromkeys(records))
     more = f" and {len(ids) - NAMED:,} more" if len(ids) > NAMED else ""
     return f"the records {', '.join(ids[:NAMED])}{more}"
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A value as it may stand in a message: at most so many characters."""
+    return clip(repr(value), most)
+
+
+def clip(text: str, most: int = 80) -> str:
+    """A text as it may stand in a message without quotes: short, and on one line."""
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def listed(names: Iterable[Any], most: int = 12) -> str:
+    """Names as they may stand in a message: so many of them at most."""
+    found = [clip(str(name), 40) for name in islice(names, most + 1)]
+    return ", ".join(found[:most]) + " …" * (len(found) > most) or "(none)"
+
+
+def some(faults: Iterable[str], most: int = 12) -> str:
+    """What is wrong with a text: so many of its faults at most."""
+    found = list(islice(faults, most + 1))
+    return "; ".join(found[:most]) + "; and more" * (len(found) > most)
 
 
 class SelfsteerError(Exception):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 
 if TYPE_CHECKING:  # whoever has tensors has torch; recipes and plans read this module without it
     from torch import Tensor
@@ -321,7 +321,9 @@ class Objective:
             ("weighting", weighting or WEIGHTINGS[0], WEIGHTINGS),
         ):
             if given not in known:
-                raise ConfigError(f"Unknown {label} {given!r}; choose from {', '.join(known)}.")
+                raise ConfigError(
+                    f"Unknown {label} {short(given)}; choose from {', '.join(known)}."
+                )
         limit = None if budget is None else Budget(**budget)
         above = "above 0 and finite"
         for label, value, holds, bounds in (

@@ -29,7 +29,8 @@ from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
 from selfsteer.recipe.read import choose, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
-from selfsteer.run.folder import RunFolder
+from selfsteer.recipe.texts import ENDLESS, is_endless
+from selfsteer.run.folder import RunFolder, check_files
 from selfsteer.run.progress import progress_of
 
 T = TypeVar("T")
@@ -165,7 +166,7 @@ class Answer(NamedTuple):
 def lines(source: Path | bytes) -> Iterator[dict[str, Any]]:
     """JSON objects of a log; a line that is none, or not whole yet, is left out."""
     if isinstance(source, Path):
-        source = source.read_bytes() if source.exists() else b""
+        source = source.read_bytes() if source.is_file() else b""
     for line in source.split(b"\n"):
         try:
             value = json.loads(line)
@@ -183,6 +184,8 @@ def _read(kind: type[T], path: Path) -> T | None:
     """
     if not path.exists():
         return None
+    if is_endless(path):
+        raise ArtifactError(f"{path} {ENDLESS}.")
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except ValidationError as e:
@@ -436,6 +439,7 @@ class RunView:
                 f"{folder} is not a run folder: it has no resolved.json. Give the folder that "
                 "'selfsteer run' wrote, for example runs/demo."
             )
+        check_files(folder)
         values = _read(dict[str, Any], resolved) or {}
         where = f"recipe of {folder}"
         model = choose(METHODS, values, where)
@@ -593,8 +597,8 @@ class RunView:
     # -- files ------------------------------------------------------------------------------------
 
     def owns(self, path: Path) -> bool:
-        """Whether a file is the run's own; what a link brings in from elsewhere is not shown."""
-        return path.resolve().is_relative_to(self.folder.resolve())
+        """Whether a file is the run's own; no pipe, and nothing that a link brings in."""
+        return path.resolve().is_relative_to(self.folder.resolve()) and not is_endless(path)
 
     def shards(self, folder: Path) -> list[Path]:
         """Finished shards of a folder, in order; a link that leads out of the run is left out."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from selfsteer.data import files
 from selfsteer.data.files import HubName, read_rows
 from selfsteer.data.queries import load_queries, queries_digest
 from selfsteer.data.reading import import_records
@@ -260,6 +261,19 @@ def test_a_list_with_limits_exceeded_is_an_error(tmp_path: Path, text: str) -> N
     path.write_text(text)
     with pytest.raises(DataError, match="cannot be read as JSON: "):
         load_queries(Queries(path=str(path)))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.txt.gz", "x.csv.gz"])
+@pytest.mark.parametrize("text", [b"\0", b" ", b'["', b'{"prompt": "', b"[\n[", b"{\n"])
+def test_a_packed_line_without_an_end_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes
+) -> None:
+    monkeypatch.setattr(files, "LONGEST", 1000)
+    monkeypatch.setattr(files, "PIECE", 100)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text + b"a" * 5000))
+    with pytest.raises(DataError, match=r"longer than 1,000 characters|field larger than"):
+        list(read_rows(path))
 
 
 def test_pipes_and_devices_are_refused_before_they_are_read(tmp_path: Path) -> None:

@@ -277,7 +277,13 @@ def test_what_an_http_error_means() -> None:
     assert kind(401) == ("http_401", False, True)
     assert kind(404, "no such model") == ("http_404", False, True)
     assert kind(422) == ("http_422", False, False)
-    assert kind(400, "maximum context length is 64 tokens") == (PROMPT_TOO_LONG, False, False)
+    for said in (
+        "maximum context length is 64 tokens",
+        "'max_tokens' or 'max_completion_tokens' is too large: 9. The maximum context length is 8",
+        "`inputs` tokens + `max_new_tokens` must be <= 64",
+        "Prompt is too long",
+    ):
+        assert kind(400, said) == (PROMPT_TOO_LONG, False, False)
 
 
 def test_a_prompt_that_the_server_calls_too_long(server: Server, engine: Make) -> None:
@@ -311,6 +317,60 @@ def test_a_server_that_ignores_the_temperature_is_an_error(server: Server, engin
         ask(engine(), SAMPLED, 0)
     assert len(server.asked) == PROBE_REQUESTS
     assert len(ask(engine(), GREEDY, 0)) == 12, "greedy is what was asked for"
+
+
+def test_a_server_that_keeps_its_thoughts_to_itself_is_asked_again_with_the_whole_budget(
+    server: Server, engine: Make
+) -> None:
+    def thinks(body: dict[str, Any]) -> str:
+        return say(body) if body["max_tokens"] > 32 else ""
+
+    server.answer = thinks
+    assert len(ask(engine(), SAMPLED, 0)) == 12
+    assert len(server.asked) == 2 * PROBE_REQUESTS + 12
+    server.answer = lambda body: ""
+    with pytest.raises(EngineError, match=r"without a word within 64 tokens: it may think"):
+        ask(engine(), SAMPLED, 0)
+
+
+# -- what a server calls the budget ----------------------------------------------------------------
+
+OTHER_NAME = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+
+def test_a_server_that_wants_the_budget_under_its_new_name_gets_it(
+    server: Server, engine: Make
+) -> None:
+    refused = status(400, OTHER_NAME)
+    server.always = lambda h: "max_tokens" in h.body and refused(h)
+    one = engine(concurrency=1, retries=0)
+    assert {c.finish_reason for c in ask(one, GREEDY, 0)} == {"stop"}
+    new, old = (
+        [name in b for b in server.asked] for name in ("max_completion_tokens", "max_tokens")
+    )
+    assert old == [True] + [False] * 12, "it is remembered"
+    assert new == [False] + [True] * 12
+    assert {b.get("max_completion_tokens", 64) for b in server.asked} == {64}
+    one.check()
+
+
+def test_a_server_that_refuses_every_name_of_the_budget_stops(server: Server, engine: Make) -> None:
+    server.always = status(400, OTHER_NAME)
+    with pytest.raises(EngineError, match="refuses one request after the other"):
+        ask(engine(), GREEDY, 0)
+
+
+def test_a_budget_that_a_server_refuses_is_named(server: Server, engine: Make) -> None:
+    server.always = status(400, "max_tokens is too large: 64. This model supports at most 32.")
+    with pytest.raises(EngineError, match=r"answers of up to 64 tokens .*Lower max_new_tokens"):
+        ask(engine(concurrency=1), GREEDY, 0)
+    assert len(server.asked) == 1
+
+
+def test_requests_that_are_refused_are_no_dead_server(server: Server, engine: Make) -> None:
+    server.always = status(400, "temperature must be 1")
+    with pytest.raises(EngineError, match=r"refuses one request after .* temperature must be 1"):
+        ask(engine(), GREEDY, 0)
 
 
 def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_path: Path) -> None:

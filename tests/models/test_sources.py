@@ -252,6 +252,13 @@ def test_adapters_that_cannot_be_added_say_what_helps(
     resized = make_adapter(tmp_path / "resized", larger, modules_to_save=["embed_tokens"])
     with pytest.raises(ArtifactError, match="resize_token_embeddings"):
         merge_adapter(resized, tmp_path / "merged", CPU, str(checkpoints["llama"]))
+    wide = make_adapter(tmp_path / "wide", checkpoints["llama"], r=4)
+    config = json.loads((wide / "adapter_config.json").read_text())
+    (wide / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(ArtifactError, match=r"another model than .*, which --base names"):
+        merge_adapter(wide, tmp_path / "merged", CPU, str(checkpoints["llama"]))
+    with pytest.raises(ArtifactError, match=r"trained on: selfsteer merge --base MODEL"):
+        merge_adapter(wide, tmp_path / "merged", CPU, None)
 
 
 # -- GGUF --------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Self
 
-from selfsteer.data.jsonl import parse, readable, shallow, short
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.data.jsonl import parse, readable, shallow
+from selfsteer.errors import ConfigError, DataError, listed, short
+from selfsteer.recipe.texts import BEGINNINGS
 
 Row = Mapping[str, Any]
 Columns = Callable[[Sequence[str]], Sequence[str]]
@@ -31,6 +32,10 @@ TEXTS = {"prompt", "instruction", "chosen", "rejected", "completion", "response"
 
 #: Characters of a JSON list that are decoded together.
 PIECE = 1 << 20
+
+#: Bytes of a line, characters of a JSON text that is no list: what is longer is no data of ours,
+#: and a small packed file can hold a line that fills the memory.
+LONGEST = 1 << 28
 
 #: Rows of which one must have a column that is to be renamed.
 HEAD = 100
@@ -92,7 +97,7 @@ def read_rows(
 def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[str, None]) -> Rows:
     if twice := [name for name, n in Counter(new.values()).items() if n > 1]:
         raise ConfigError(
-            f"More than one column of {source} would be called {twice[0]!r}; keep one."
+            f"More than one column of {source} would be called {short(twice[0])}; keep one."
         )
     rest = iter(rows)
     head = list(islice(rest, HEAD))  # a table's header is known once a row is read
@@ -101,14 +106,14 @@ def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[st
     for old in new:
         if old not in names:
             raise ConfigError(
-                f"There is no column {old!r} to rename in {source}; it has "
-                f"{', '.join(map(repr, names)) or 'no rows'}."
+                f"There is no column {short(old)} to rename in {source}; it has "
+                f"{listed(map(repr, names)) if names else 'no rows'}."
             )
     for old, name in new.items():
         if name in names and name not in new:
             raise ConfigError(
-                f"{source} has a column {name!r} already, so {old!r} cannot be called that. "
-                f"Rename both, for example {name}=other_{name}."
+                f"{source} has a column {short(name)} already, so {short(old)} cannot be called "
+                f"that. Rename both, for example {name}=other_{name}."
             )
     for where, row in chain(head, rest):
         if not isinstance(row, DataError):
@@ -147,19 +152,6 @@ def _file(path: Path, columns: Columns) -> Rows:
 
 # -- files of lines ------------------------------------------------------------------------------
 
-#: How files begin that are no text, with what to do about it.
-_BEGINNINGS = {
-    b"\xff\xfe": "is UTF-16 text. Convert it, for example with iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "is UTF-16 text. Convert it, for example with iconv -f UTF-16 -t UTF-8",
-    b"PK\x03\x04": "is a zip archive. Unpack it",
-    b"BZh": "is packed by bzip2. Unpack it, or pack it by gzip or zstd",
-    b"\xfd7zXZ": "is packed by xz. Unpack it, or pack it by gzip or zstd",
-    b"PAR1": "is a Parquet file. Give it a name that ends in .parquet",
-    b"version https://git-lfs": (
-        "is a Git LFS pointer, not the data. Fetch the data with `git lfs pull`"
-    ),
-}
-
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
@@ -167,7 +159,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     with readable(path), open(path, "rb") as file:
         begins = file.read(32)
         file.seek(0)
-        for beginning, what in _BEGINNINGS.items():
+        for beginning, what in BEGINNINGS.items():
             if begins.startswith(beginning):
                 raise DataError(f"{path} {what}.")
         try:
@@ -199,10 +191,19 @@ def _text(path: Path, **how: Any) -> Iterator[IO[str]]:
 def _lines(path: Path, read: Callable[[str], Any]) -> Rows:
     """What ``read`` makes of each line that is not blank; a line ends at a line feed alone."""
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
+            if len(line) == LONGEST:
+                raise _endless(f"{path}, line {number},")
             if line.strip():
                 row = _row(lambda line: read(line.decode("utf-8-sig")), line)
                 yield f"{path}, line {number}", row
+
+
+def _endless(what: str) -> DataError:
+    return DataError(
+        f"{what} is longer than {LONGEST:,} characters, so it is no data of ours. Is it the right "
+        "file?"
+    )
 
 
 def _row(read: Callable[[Any], Any], raw: Any) -> Row | DataError:
@@ -245,7 +246,7 @@ def _parquet(path: Path, columns: Columns) -> Rows:
 
 
 def _csv(path: Path, columns: Columns) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 kB is shorter than a long prompt
+    csv.field_size_limit(LONGEST)  # the default of 128 kB is shorter than a long prompt
     try:
         with _text(path, newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
@@ -253,7 +254,9 @@ def _csv(path: Path, columns: Columns) -> Rows:
             wanted = list(columns(names))
             twice = [n for n, count in Counter(names).items() if n in wanted and count > 1]
             if twice:
-                raise DataError(f"{path} has more than one column called {twice[0]!r}; keep one.")
+                raise DataError(
+                    f"{path} has more than one column called {short(twice[0])}; keep one."
+                )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -275,17 +278,27 @@ def _without_nulls(row: Row) -> Row:
 def _is_jsonl(path: Path) -> bool:
     """Whether each line is a value; otherwise the file is one list, or one object over lines."""
     with _text(path, errors="replace") as file:
-        while (first := file.read(1)).isspace():
-            pass
-        if first != "[":  # a list may be one long line
-            first = (first + file.readline()).strip()
-    if first in ("[", "{"):
+        head = file.read(PIECE).lstrip()
+        if head.startswith("["):  # a list may be one long line
+            return False
+        if "\n" not in head:
+            head += next(_pieces(file, path), "")
+    first = head.partition("\n")[0].strip()
+    if first == "{":
         return False
     try:
         json.loads(first or "null")
     except (ValueError, RecursionError):
         return _kind(path) != ".json"
     return True
+
+
+def _pieces(file: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a text."""
+    for line in iter(partial(file.readline, LONGEST), ""):
+        if len(line) == LONGEST:
+            raise _endless(f"A line of {path}")
+        yield line
 
 
 def _json(path: Path) -> Rows:
@@ -304,7 +317,10 @@ def _broken(path: Path, e: Exception) -> DataError:
         return DataError(f"{path} cannot be read as JSON: {e}.")
     try:
         with _text(path) as file:
-            json.loads(file.read())  # what is decoded in pieces does not know its line
+            text = file.read(LONGEST)  # what is decoded in pieces does not know its line
+        if len(text) == LONGEST:
+            return DataError(f"{path} is not JSON ({e.msg}).")
+        json.loads(text)
     except (ValueError, RecursionError) as whole:
         e = whole if isinstance(whole, json.JSONDecodeError) else e
     return DataError(
@@ -320,7 +336,10 @@ def _entries(path: Path) -> Iterator[Any]:
     with _text(path) as file:
         text = file.read(PIECE).lstrip()
         if len(text) < PIECE or not text.startswith("["):
-            value = json.loads(text + file.read())
+            text += file.read(LONGEST)
+            if len(text) >= LONGEST:
+                raise _endless(str(path))
+            value = json.loads(text)
             yield from value if isinstance(value, list) else [value]
             return
         place, comma = 1, ""  # before the first entry stands nothing, before each other a comma
@@ -336,6 +355,8 @@ def _entries(path: Path) -> Iterator[Any]:
                     raise json.JSONDecodeError("no comma, or one too many", text, gap.end())
                 entry, place = decode(text, gap.end())
             except json.JSONDecodeError:
+                if len(text) - place >= LONGEST:
+                    raise _endless(f"An entry of {path}") from None
                 more = file.read(max(PIECE, len(text) - place))
                 if not more:
                     raise
@@ -374,7 +395,9 @@ class HubName:
             raise DataError(f"There is no file {text}.")
         named = match[3] or match[4]
         if named and split and named != split:
-            raise ConfigError(f"{text} names another split than the setting {split!r}; keep one.")
+            raise ConfigError(
+                f"{text} names another split than the setting {short(split)}; keep one."
+            )
         return cls(repo, match[2] or None, named or split or "train", match[5])
 
     def __str__(self) -> str:
@@ -413,6 +436,6 @@ def _dataset(name: HubName) -> Rows:
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DataError(
-            f"There is no file {name.repo!r}, and as a data set on the hub it cannot be loaded: "
-            f"{reason}."
+            f"There is no file {short(name.repo)}, and as a data set on the hub it cannot be "
+            f"loaded: {reason}."
         ) from e

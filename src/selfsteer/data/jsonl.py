@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from selfsteer.errors import ArtifactError, DataError
+from selfsteer.errors import ArtifactError, DataError, short
+from selfsteer.recipe.texts import ENDLESS, is_endless, unfit
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -43,12 +44,6 @@ class Records(Protocol[T_co]):
     def __iter__(self) -> Iterator[T_co]:
         """One after the other, in the same order each time."""
         ...
-
-
-def short(value: Any) -> str:
-    """A value as it may stand in a message: at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -144,12 +139,12 @@ def readable(path: Path) -> Iterator[None]:
     Pipes and devices are refused: they may never end, and cannot be read a second time.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise DataError(
-                f"{path} is a pipe or a device, not a file. Save what it holds as a file."
-            )
+        if is_endless(path):
+            raise DataError(f"{path} {ENDLESS}.")
         yield
     except UnicodeDecodeError as e:
+        if reason := unfit(path):
+            raise DataError(f"{path} {reason}.") from None
         raise DataError(
             f"{path} is not UTF-8 text ({e.reason} at byte {e.start}). Convert it to UTF-8, for "
             "example with iconv."

@@ -21,7 +21,7 @@ from selfsteer.data.jsonl import Spool, dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Dropped, Query
 from selfsteer.data.shapes import asked, asked_columns, unfolded
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ConfigError, DataError, short
 from selfsteer.recipe.sections import Queries, resolve_path
 from selfsteer.terminal import progress_bar
 
@@ -67,8 +67,8 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
     split = settings.split if "split" in settings.model_fields_set else None
     if "split" in settings.model_fields_set and not streamed:
         raise ConfigError(
-            f"split {settings.split!r} has no effect: {settings.path} is not a datasets name but a "
-            "file or folder, all of which is read. Remove it."
+            f"split {short(settings.split)} has no effect: {settings.path} is not a datasets name "
+            "but a file or folder, all of which is read. Remove it."
         )
     out_of_bounds = bounds(settings.min_chars, settings.max_chars, settings.scripts)
     duplicates = Duplicates()
@@ -88,7 +88,7 @@ def load_queries(settings: Queries, folder: Path | None = None) -> Loaded:
             drops.add(reason, query.id, query.to_dict())
             continue
         if query.id in numbers:
-            said = f"the id {query.id!r} is already that of another query"
+            said = f"the id {short(query.id)} is already that of another query"
             drops.add("repeated_id", where, query.to_dict(), said)
             continue
         numbers[query.id] = len(found)

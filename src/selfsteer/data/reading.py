@@ -19,7 +19,7 @@ from selfsteer.data.shapes import (
     record,
     unfolded,
 )
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, short
 from selfsteer.terminal import progress_bar, warn
 
 T = TypeVar("T")
@@ -197,7 +197,7 @@ def import_records(
         )
     drops.warn_if_most(source, n_in)
     left_out = [
-        f"{n:,} of {n_in:,} records: the key {key!r} is left out."
+        f"{n:,} of {n_in:,} records: the key {short(key)} is left out."
         for key, n in sorted(lost.items())
     ]
     records = _with_distinct_ids(found, folder)

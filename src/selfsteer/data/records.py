@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
-from selfsteer.data.jsonl import Record, short
-from selfsteer.errors import DataError
+from selfsteer.data.jsonl import Record
+from selfsteer.errors import DataError, listed, short
 
 #: Raised when the shape of a line changes; part of every stage's fingerprint.
 SCHEMA_VERSION = 1
@@ -187,7 +187,7 @@ class Query:
         if len(given) != 1:
             raise DataError(
                 f"a query needs exactly one of 'prompt' and 'messages', found the keys "
-                f"{', '.join(map(str, value)) or '(none)'}"
+                f"{listed(value)}"
             )
         (content,) = given.values()
         turns = [{"role": "user", "content": content}] if isinstance(content, str) else content

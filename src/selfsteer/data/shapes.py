@@ -36,9 +36,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from selfsteer.data.files import Row, Rows, Unusable
-from selfsteer.data.jsonl import dump_line, short
+from selfsteer.data.jsonl import dump_line
 from selfsteer.data.records import RULES, Preference, Principles, Query, Triple, answer_text
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, listed, short
 
 Record = Triple | Preference | Query
 
@@ -80,7 +80,10 @@ def several(row: Row) -> Sequence[Row]:
     if given.get("instances") and "instruction" in given:
         return _instances(given)
     if isinstance(given.get("questions"), list) and "trait" in given:
-        asked = [*given.pop("questions"), *(given.pop("additional_questions", None) or ())]
+        more = given.pop("additional_questions", None) or []
+        if not isinstance(more, list):
+            raise DataError(f"additional_questions must be a list, found {short(more)}")
+        asked = [*given.pop("questions"), *more]
         return [{**given, "prompt": question} for question in asked] or [row]
     if _is_tree(row):
         return [{"id": given.get("message_tree_id"), "prompt": row["prompt"]["text"]}]
@@ -215,8 +218,7 @@ def _own_turns(row: Row) -> Any:
         return turns
     if not _ANSWERED & row.keys():
         raise DataError(
-            "a query needs exactly one of 'prompt' and 'messages', found the keys "
-            f"{', '.join(map(str, row))}"
+            f"a query needs exactly one of 'prompt' and 'messages', found the keys {listed(row)}"
         )
     # UltraChat: the conversation goes on after the prompt, and its next turn is the answer
     goes_on = _is_conversation(messages) and messages[: len(turns)] == turns
@@ -321,7 +323,7 @@ def asked(row: Row) -> Asked:
     if form is None:
         raise Unusable(
             "unknown_shape",
-            f"no known shape of record, its keys are {', '.join(row) or '(none)'}; give "
+            f"no known shape of record, its keys are {listed(row)}; give "
             "'prompt' (text or chat) or 'messages' (chat), 'instruction' (Alpaca), or "
             "'conversations' (ShareGPT), or rename a column",
         )
@@ -446,9 +448,7 @@ def record(row: Row, *, release: bool = False) -> Read:
     query, answer, form = asked(row)
     others = {"prompt", "conversations", "instruction"} & row.keys() - form.reads
     if others and form is not PAIRED:
-        raise Unusable(
-            "unknown_shape", f"more than one kind of record: its keys are {', '.join(row)}"
-        )
+        raise Unusable("unknown_shape", f"more than one kind of record: its keys are {listed(row)}")
     reads = form.reads | _EVERYWHERE
     made: Record
     if row.keys() >= _PAIR:

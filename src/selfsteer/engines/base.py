@@ -197,7 +197,7 @@ class ProbedEngine:
                 "token. Ask an engine of kind transformers."
             )
         if sampling.temperature > 0 and not self._probed:
-            self._probe(sampling.temperature)
+            self._probe(sampling)
             self._probed = True
         yield from self._answer(requests, sampling, advance)
 
@@ -206,18 +206,36 @@ class ProbedEngine:
     ) -> Iterator[Completion]:
         raise NotImplementedError
 
-    def _probe(self, temperature: float) -> None:
+    def _probe(self, sampling: SamplingParams) -> None:
+        budgets = sorted({PROBE_TOKENS, max(PROBE_TOKENS, sampling.max_new_tokens)})
+        for budget in budgets:  # thoughts that a server keeps to itself may take more than a few
+            hot = SamplingParams(max(sampling.temperature, 1.0), 1.0, budget)
+            if self._samples(hot):
+                return
+        raise EngineError(
+            f"{self.who} answers without a word within {budgets[-1]:,} tokens: it may think, and "
+            "show nothing of it. Raise max_new_tokens, or turn thinking off "
+            "(policy.chat_template_kwargs, or the engine's extra_body)."
+        )
+
+    def _samples(self, hot: SamplingParams) -> bool:
+        """Whether it sees that the engine samples; False where no answer has a word.
+
+        Raises:
+            EngineError: the temperature is ignored.
+        """
         asked = [
             Request(f"{i}/{seed}", (Message("user", text),), seed)
             for i, text in enumerate(PROBES)
             for seed in (1, 2)
         ]
-        hot = SamplingParams(max(temperature, 1.0), 1.0, PROBE_TOKENS)
-        texts: dict[str, list[str]] = {}
+        texts, silent = dict[str, list[str]](), False
         for answer in self._answer(asked, hot, no_news):
             if answer.finish_reason in ("stop", "length"):
                 said = answer.reasoning + answer.text
-                texts.setdefault(answer.id.partition("/")[0], []).append(said)
+                silent |= not said
+                if said:
+                    texts.setdefault(answer.id.partition("/")[0], []).append(said)
         pairs = [pair for pair in texts.values() if len(pair) == 2]
         if pairs and all(first == second for first, second in pairs):
             raise EngineError(
@@ -225,3 +243,4 @@ class ProbedEngine:
                 "seeds, got the same answers twice, so good, bad and plain answers would hardly "
                 f"differ. {self.remedy}"
             )
+        return bool(pairs) or not silent

@@ -13,7 +13,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Self
 
-from selfsteer.errors import ConfigError, EngineError
+from selfsteer.errors import ConfigError, EngineError, short
 from selfsteer.terminal import progress_bar, say
 
 #: Seconds between two looks at a server that is starting.
@@ -58,10 +58,13 @@ def check_command(launch: str) -> None:
     try:
         program = shlex.split(launch)[0]
     except ValueError as e:
-        raise ConfigError(f"launch cannot be read as a command ({e}): {launch!r}.") from None
+        raise ConfigError(
+            f"launch cannot be read as a command ({e}): {short(launch, 200)}."
+        ) from None
     if shutil.which(program) is None:
         raise ConfigError(
-            f"launch starts {program!r}, which is not a program here. Install it, or give its path."
+            f"launch starts {short(program, 200)}, which is not a program here. Install it, or "
+            "give its path."
         )
 
 

@@ -9,10 +9,11 @@ stage to drop and count; several in a row stop the stage.
 """
 
 import asyncio
-import itertools
 import json
+import math
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ConfigError, EngineError
+from selfsteer.errors import ConfigError, EngineError, clip
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.reasoning import bare_thoughts, split
 from selfsteer.recipe.sections import EngineSettings
@@ -53,6 +54,19 @@ DEAD_AFTER = 5
 
 #: Longest wait of our own, and the longest that a server may ask for, in seconds.
 LONGEST_BACKOFF, LONGEST_PAUSE = 60.0, 3600.0
+
+#: What servers may call the budget of an answer; the old name is the one that more of them know.
+BUDGET, NEW_BUDGET = "max_tokens", "max_completion_tokens"
+
+#: How servers say that prompt and answer, or the prompt alone, are too long for the model.
+TOO_LONG = re.compile(
+    "context.(length|size|window)|prompt is too long|input token count"
+    r"|inputs.? (must have less than|tokens \+)",
+    re.IGNORECASE,
+)
+
+#: Reason of a request whose budget the server refuses.
+NO_SUCH_BUDGET = "budget_refused"
 
 #: Of waits; a generator of its own, so that no result depends on how often one was needed.
 JITTER = random.Random()
@@ -71,6 +85,7 @@ class Fault(Exception):
         again: whether another try may help.
         stop: whether no request at all can succeed.
         pause: seconds that the server asks all requests to wait.
+        renamed: whether the server wants the budget under its new name.
     """
 
     reason: str
@@ -78,6 +93,7 @@ class Fault(Exception):
     again: bool = True
     stop: bool = False
     pause: float | None = None
+    renamed: bool = False
 
 
 class Reply(NamedTuple):
@@ -138,21 +154,27 @@ def status_fault(status: int, said: str, code: str | None, headers: Mapping[str,
         return Fault(reason, text, again=False, stop=True)
     if status in (408, 409, 429) or status >= 500:
         return Fault(reason, text, pause=retry_after(headers))
-    too_long = "context length", "context size", "context window", "context_length_exceeded"
-    if any(words in f"{said} {code}" for words in too_long):
-        reason = PROMPT_TOO_LONG
+    if TOO_LONG.search(f"{said} {code}"):
+        return Fault(PROMPT_TOO_LONG, text, again=False)
+    if status in (400, 422) and BUDGET in said and NEW_BUDGET in said:
+        return Fault(reason, text, again=False, renamed=True)
+    if status in (400, 422) and (BUDGET in said or NEW_BUDGET in said):
+        return Fault(NO_SUCH_BUDGET, text, again=False, stop=True)
     return Fault(reason, text, again=False)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait: a number, or a date (RFC 9110, §10.2.3)."""
     value = headers.get("retry-after", "")
-    with suppress(ValueError):
-        return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
-    with suppress(ValueError):
-        return max(float(value), 0.0)
-    with suppress(ValueError):
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    readers: Sequence[Callable[[], float]] = (
+        lambda: float(headers.get("retry-after-ms", "")) / 1000,
+        lambda: float(value),
+        lambda: parsedate_to_datetime(value).timestamp() - time.time(),
+    )
+    for read in readers:
+        with suppress(ValueError, OverflowError):
+            if not math.isnan(found := read()):
+                return max(found, 0.0)
     return None
 
 
@@ -205,6 +227,7 @@ class OpenAIEngine(ProbedEngine):
         )
         self.who = f"The server at {base_url}"
         self._failed_in_a_row, self._not_before = 0, 0.0
+        self._budget = BUDGET
         # in a thread of its own, so that requests go on while answers are used, also in notebooks
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -245,7 +268,8 @@ class OpenAIEngine(ProbedEngine):
         except openai.APIStatusError as e:
             if e.status_code in (401, 403):
                 raise self._refused(f"{e.status_code}: {e.message}") from None
-            if names:  # not every server lists its models
+            if names and not status_fault(e.status_code, e.message, e.code, {}).renamed:
+                # not every server lists its models
                 raise ConfigError(
                     f"{self.base_url} does not serve {self.model!r} but {', '.join(names[:5])}"
                     f"{' …' if len(names) > 5 else ''} ({self._hidden(e.message)}). Set model to "
@@ -325,15 +349,26 @@ class OpenAIEngine(ProbedEngine):
             "model": self.model,
             "messages": [m.to_dict() for m in messages],
             "seed": request.seed & 0x7FFFFFFF,  # 31 bits: some servers keep a seed in an int32
-            "max_tokens": sampling.max_new_tokens,
+            self._budget: sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        for tries in itertools.count():
+        tries = 0
+        while True:
             try:
                 reply = await self._try(body, tokens + sampling.max_new_tokens)
                 break
             except Fault as fault:
+                if fault.renamed and BUDGET in body:
+                    self._budget = NEW_BUDGET  # of all requests from now on
+                    body[NEW_BUDGET] = body.pop(BUDGET)
+                    continue
+                if fault.reason == NO_SUCH_BUDGET:
+                    raise EngineError(
+                        f"{self.who} refuses answers of up to {sampling.max_new_tokens:,} tokens "
+                        f"({self._hidden(fault.said)}). Lower max_new_tokens of what asks it, such "
+                        "as sampling or principles, then run the same command again."
+                    ) from None
                 if fault.stop:
                     raise self._refused(fault.said) from None
                 if self._server is not None:
@@ -342,9 +377,10 @@ class OpenAIEngine(ProbedEngine):
                     return self._failed(name, fault, tries)
                 await self._wait(fault, tries)
                 self.usage.counts["retried"] += 1
+                tries += 1
         self._failed_in_a_row = 0
         if reply.finish_reason not in ("stop", "length"):
-            reason = f"{REQUEST_FAILED}:{reply.finish_reason}"
+            reason = f"{REQUEST_FAILED}:{clip(reply.finish_reason, 40)}"
             reply = reply._replace(text="", finish_reason=reason, reasoning="")
             self.usage.counts[reply.finish_reason] += 1
         return Completion(name, *reply)
@@ -430,6 +466,13 @@ class OpenAIEngine(ProbedEngine):
             log = ""
             if self._server is not None:
                 self._server.failed, log = True, f" (its log: {self._server.log})"
+            if not fault.again:
+                raise EngineError(
+                    f"{self.who} refuses one request after the other, the last one for this: "
+                    f"{self._hidden(fault.said)}. Finished answers are kept; change what it "
+                    "objects to (its engine's extra_body, the temperature, the queries), then run "
+                    "the same command again."
+                )
             raise EngineError(
                 f"{self.who} gave no usable answer to several requests in a row, "
                 f"the last one {what}. Finished answers are kept; check the server{log}, then run "

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.records import Message
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.reasoning import UNFINISHED_REASONING, opened
 from selfsteer.recipe.sections import Benchmarks, HarnessTask, resolve_path
 from selfsteer.terminal import progress_bar, say
@@ -69,7 +69,7 @@ def check_tasks(settings: Benchmarks) -> None:
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(
                 f"benchmarks.tasks: neither lm-evaluation-harness {version('lm_eval')} nor the "
-                f"task folders have a task {task.name!r}.{hint}"
+                f"task folders have a task {short(task.name)}.{hint}"
             )
         if entry.kind.name == "TAG":
             members = sorted(entry.tags)

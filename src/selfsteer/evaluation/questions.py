@@ -20,7 +20,7 @@ from selfsteer.data.reading import read
 from selfsteer.data.records import Message, Query, content_id
 from selfsteer.data.shapes import asked, several
 from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, short
 from selfsteer.recipe.sections import JudgedSet, resolve_path
 
 _IDS = ("id", "question_id", "uid")
@@ -89,7 +89,9 @@ def read_questions(settings: JudgedSet, limit: int | None = None) -> list[Questi
                 "answer. Use style mt-bench, or give one turn."
             )
         if question.id in found:
-            raise DataError(f"{where}: the id {question.id!r} is there twice. Make ids unique.")
+            raise DataError(
+                f"{where}: the id {short(question.id)} is there twice. Make ids unique."
+            )
         found[question.id] = question
     if not found:
         raise DataError(f"{settings.questions} holds no question.")
@@ -113,10 +115,12 @@ def _question(row: Mapping[str, Any]) -> Question:
         start = asked(parts[0]).query.messages
     category, difficulty, reference = map(row.get, ("category", "difficulty", "reference"))
     if difficulty is not None and not _is_number(difficulty):
-        raise DataError(f"difficulty must be a number, found {difficulty!r}")
+        raise DataError(f"difficulty must be a number, found {short(difficulty)}")
     references = reference if isinstance(reference, list) else [reference]
     if not all(r is None or isinstance(r, str) or _is_number(r) for r in references):
-        raise DataError(f"reference must be a text, or a list of one per turn, found {reference!r}")
+        raise DataError(
+            f"reference must be a text, or a list of one per turn, found {short(reference)}"
+        )
     return Question(
         _given_id(row) or content_id([*start, *(Message("user", t) for t in later)]),
         start,
@@ -160,7 +164,7 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
             continue
         if found.setdefault(key, answer) != answer:
             raise DataError(
-                f"{where} answers question {key!r} differently from an earlier line. Keep the "
+                f"{where} answers question {short(key)} differently from an earlier line. Keep the "
                 "answers of one model."
             )
     if not found:

@@ -26,7 +26,7 @@ from selfsteer.data.files import Rows, Unusable
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Query
 from selfsteer.data.shapes import asked, unfolded
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, short
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.stats import Interval, proportion_interval
 
@@ -120,7 +120,7 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
     found = value[-1].get("content") if is_chat else value
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise DataError(f"{name} must be a text, texts or a conversation, found {value!r:.80}")
+        raise DataError(f"{name} must be a text, texts or a conversation, found {short(value)}")
     return tuple(texts)
 
 

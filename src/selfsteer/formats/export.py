@@ -17,7 +17,7 @@ from typing import Any
 
 from selfsteer.data.jsonl import Records, at, batched, dump_line, write_atomic
 from selfsteer.data.records import Message, Preference, Triple
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ConfigError, DataError, short
 from selfsteer.models.reasoning import marked
 from selfsteer.principles.contexts import context_messages
 from selfsteer.terminal import progress_bar
@@ -262,7 +262,9 @@ def export(
         DataError: nothing to export, or a ``dataset_info.json`` that cannot be added to.
     """
     if fmt not in FORMATS:
-        raise ConfigError(f"Unknown format {fmt!r}; choose one of {', '.join(FORMATS)} or reward.")
+        raise ConfigError(
+            f"Unknown format {short(fmt)}; choose one of {', '.join(FORMATS)} or reward."
+        )
     form, n_in = FORMATS[fmt], len(records)
     taken: Iterable[Any] = records
     count, left_out = n_in, []
@@ -303,7 +305,7 @@ def _noted(records: Iterable[Any], form: Format, lost: Counter[str], count: int)
         for record in records:
             lost.update(what for what, has in form.losses if has(record))
             lost.update(
-                f"the key {key!r} is left out: the format has no place for it"
+                f"the key {short(key)} is left out: the format has no place for it"
                 for key in record.extra
                 if key not in form.keeps
             )
@@ -346,7 +348,7 @@ def _write_llama_factory(
     data, info = folder / f"{name}.json", folder / "dataset_info.json"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or data == info:
         raise ConfigError(
-            f"A data set cannot be called {name!r}: the name is that of a file and a key of "
+            f"A data set cannot be called {short(name)}: the name is that of a file and a key of "
             "dataset_info.json. Use letters, digits, '-', '_' and '.'."
         )
     entries = {}

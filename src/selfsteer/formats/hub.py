@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 
 #: Not published: hidden files, among them what an interrupted write leaves.
 _HIDDEN = [".*", "*/.*"]
@@ -45,7 +45,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ConfigError(f"{repo!r} is not the name of a hub repository: {e}") from None
+        raise ConfigError(f"{short(repo)} is not the name of a hub repository: {e}") from None
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; give one that `selfsteer export` wrote.")
     if (folder / "resolved.json").exists():
@@ -54,6 +54,13 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
             f"{folder} --format parquet --to DIR, or --model --to DIR."
         )
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    home = folder.resolve()
+    for path in paths:
+        if not (folder / path).resolve().is_relative_to(home):
+            raise ConfigError(
+                f"{folder / path} is a link that leads out of the folder, and what it leads to may "
+                "not be meant for others. Put the file itself there, or remove the link."
+            )
     names = filter_repo_objects(map(str, paths), ignore_patterns=_HIDDEN)
     shown = [(name, (folder / name).stat().st_size) for name in names]
     if not shown:

@@ -17,7 +17,7 @@ from io import StringIO
 from typing import Any
 
 from selfsteer.data.records import Query
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ConfigError, DataError, short
 from selfsteer.judges.base import Judgement, Pair, by_scores
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.rules import Check, read_checks
@@ -60,7 +60,7 @@ class ChecksJudge:
         if bare:
             raise DataError(
                 f"judge checks: {len(bare):,} of {len(queries):,} queries have no rule, the first "
-                f"is {bare[0]!r}. Give them 'checks' or 'instruction_id_list', or name a "
+                f"is {short(bare[0])}. Give them 'checks' or 'instruction_id_list', or name a "
                 "catalogue whose features have checks: judge: checks:FILE (docs/judges.md)."
             )
 
@@ -140,14 +140,14 @@ class IFEval:
         for name, given in zip(ids, kwargs or (), strict=True):
             if name not in self._known:
                 raise DataError(
-                    f"{where} has {name!r}, which is none of IFEval's {len(self._known)} "
+                    f"{where} has {short(name)}, which is none of IFEval's {len(self._known)} "
                     f"instructions.{did_you_mean(name, self._known)}"
                 )
             needed = {*self._known[name](name).get_instruction_args_keys()} - {"prompt"}
             if lacking := sorted(needed - {k for k, v in given.items() if v}):
                 raise DataError(
-                    f"{where} has {name!r}, and its kwargs lack {', '.join(lacking)}: the checker "
-                    "would draw a value anew for every answer. Give one."
+                    f"{where} has {short(name)}, and its kwargs lack {', '.join(lacking)}: the "
+                    "checker would draw a value anew for every answer. Give one."
                 )
         asked = self._utils.InputExample(0, list(ids), query.text, kwargs)
         try:
@@ -160,7 +160,9 @@ class IFEval:
                 "With a connection: python -m nltk.downloader punkt_tab."
             ) from None
         except (TypeError, ValueError, AttributeError) as e:
-            raise DataError(f"{where}: kwargs {kwargs!r} do not fit {', '.join(ids)} ({e}).") from e
+            raise DataError(
+                f"{where}: kwargs {short(kwargs)} do not fit {', '.join(ids)} ({e})."
+            ) from e
         return list(zip(ids, found.follow_instruction_list, strict=True))
 
 

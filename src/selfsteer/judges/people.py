@@ -8,7 +8,7 @@ from typing import Any
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Query, Verdict
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ConfigError, DataError, short
 from selfsteer.judges.base import Judgement, Pair
 
 
@@ -90,7 +90,7 @@ def _label(value: dict[str, Any]) -> tuple[tuple[str, str], str | None]:
     if isinstance(first, str) and isinstance(second, str):
         if verdict not in ("first", "second", "tie", None):
             raise DataError(
-                f"is not a label: its verdict {verdict!r} is not first, second, tie or null."
+                f"is not a label: its verdict {short(verdict)} is not first, second, tie or null."
             )
         if verdict in ("first", "second") and first == second:
             raise DataError("prefers one of two equal responses.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from selfsteer.data.digests import digest
 from selfsteer.data.records import Query
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, short
 from selfsteer.judges.base import Judgement, Pair, by_scores, judge_source
 from selfsteer.judges.store import Advance, AnswerStore
 from selfsteer.recipe.sections import JudgeConfig
@@ -83,7 +83,7 @@ def principles_of(settings: JudgeConfig, query: Query) -> Mapping[str, Any]:
     found = query.extra.get("principles")
     if not isinstance(found, Mapping) or not {"good", "bad"} <= found.keys():
         raise DataError(
-            f"judge principles: query {query.id!r} holds none. Give the judge a pair for every "
-            "query (good and bad, docs/judges.md), or each row its principles: {good, bad}."
+            f"judge principles: query {short(query.id)} holds none. Give the judge a pair for "
+            "every query (good and bad, docs/judges.md), or each row its principles: {good, bad}."
         )
     return found

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 from typing_extensions import override
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.read import choose, known_settings, laid_over
 from selfsteer.recipe.sections import (
@@ -64,6 +64,10 @@ COMMON = frozenset(
         *("baseline", "evaluation", "benchmarks"),
     ]
 )
+
+
+#: Characters of a run's name; file systems allow 255 bytes.
+LONGEST_NAME = 240
 
 
 class Plan:
@@ -168,7 +172,12 @@ class Recipe(Section):
     @override
     def faults(self) -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            yield f"name must be a plain folder name, found {self.name!r}"
+            yield f"name must be a plain folder name, found {short(self.name)}"
+        if len(self.name) > LONGEST_NAME:
+            yield (
+                f"name has {len(self.name):,} characters, of which file systems take about "
+                f"{LONGEST_NAME} in a folder's name"
+            )
 
 
 class Aligning(Recipe):
@@ -455,7 +464,7 @@ class Paired(Aligning):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if self.reward and self.method in {d.label for d in self.reward.data}:
-            yield f"a set of reward.data is called {self.method!r}, as the run's own"
+            yield f"a set of reward.data is called {short(self.method)}, as the run's own"
 
 
 class Principled(Aligning):

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
+from operator import mod, mul
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from selfsteer.data.records import Message, Triple
-from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError, short
 from selfsteer.models.reasoning import MARKS, answer_at, bare_thoughts, opened, split
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import did_you_mean
@@ -130,7 +131,11 @@ class ChatFormat:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._text = self.tokenizer.get_chat_template()
-        self._template = _compile_jinja_template(self._text)
+        # its environment, and not yet with this text: compiling computes what is constant
+        environment: Any = _compile_jinja_template("").environment
+        environment.intercepted_binops = frozenset(_LIMITED)
+        environment.call_binop = _limited
+        self._template = environment.from_string(self._text)
         #: The variables that settings may give, and whether it writes today's date.
         self.variables, self.writes_date = read_template(self._text, self._template.environment)
 
@@ -138,8 +143,8 @@ class ChatFormat:
         for name in self.kwargs.keys() - self.variables:
             reads = ", ".join(sorted(self.variables)) or "no variable"
             raise ConfigError(
-                f"chat_template_kwargs: the chat template of {self.source} reads no {name!r}, so "
-                f"it would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
+                f"chat_template_kwargs: the chat template of {self.source} reads no {short(name)}, "
+                f"so it would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
             )
 
     @cached_property
@@ -281,7 +286,7 @@ class ChatFormat:
         turns[-1] |= thoughts
         given = {**self.tokenizer.special_tokens_map, **self.kwargs}
         day = date.fromisoformat(self.day)
-        return str(
+        made = str(
             self._template.render(
                 messages=turns,
                 tools=None,
@@ -291,6 +296,8 @@ class ChatFormat:
                 **given,
             )
         )
+        made.encode()  # half a surrogate pair is no text
+        return made
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -469,6 +476,44 @@ class ChatFormat:
                 + (f" within {max_length} tokens" if max_length is not None else "")
             )
         return EncodedSequence(prompt, answer, triple.id)
+
+
+#: Operators of templates with which one step can fill the memory, or never end.
+_LIMITED: dict[str, Callable[[Any, Any], Any]] = {"*": mul, "**": pow, "%": mod}
+
+#: The width and the precision of a format such as ``%-20s``.
+_WIDTHS = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
+
+#: Characters or items that one operation may make; bits of a number.
+_MOST_MADE, _MOST_BITS = 1_000_000, 10_000
+
+
+def _limited(context: Any, operator: str, left: Any, right: Any) -> Any:
+    """An operator of `_LIMITED` within bounds.
+
+    Raises:
+        OverflowError: it would make too much.
+    """
+    whole = isinstance(left, int) and isinstance(right, int)
+    made, most = 0, _MOST_MADE
+    if operator == "%" and isinstance(left, str):
+        widths = [width for both in _WIDTHS.findall(left) for width in both if width]
+        made = sum(most + 1 if width == "*" else int(width) for width in widths)
+    elif operator == "**" and whole:
+        made, most = left.bit_length() * max(right, 0), _MOST_BITS
+    elif operator == "*" and whole:
+        made, most = left.bit_length() + right.bit_length(), _MOST_BITS
+    elif operator == "*":
+        made = max(
+            (len(a) * b for a, b in ((left, right), (right, left)) if _repeats(a, b)), default=0
+        )
+    if made > most:
+        raise OverflowError(f"its {operator} makes more than {most:,} at once")
+    return _LIMITED[operator](left, right)
+
+
+def _repeats(a: Any, b: Any) -> bool:
+    return isinstance(a, str | list | tuple) and isinstance(b, int)
 
 
 @lru_cache(maxsize=64)

@@ -51,7 +51,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
             f"{adapter} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM "
             "can be added to a base."
         )
-    base = base or adapter_base(adapter)
+    given, base = base, base or adapter_base(adapter)
     if not base:
         raise ArtifactError(
             f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
@@ -81,7 +81,8 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
     except (RuntimeError, ValueError, KeyError, UserWarning) as e:
         first = " ".join(str(e).split())[:300]
         raise ArtifactError(
-            f"The adapters in {adapter} do not fit {base}: {first} {_advice(str(e), base)}"
+            f"The adapters in {adapter} do not fit {base}: {first} "
+            f"{_advice(str(e), base, given=given is not None)}"
         ) from e
     check_finite(plain, str(adapter))
     partial = output.with_name(f"{output.name}.partial")
@@ -104,18 +105,26 @@ def _tokenizer(adapter: Path, base: str, settings: Loading) -> Any:
     return found
 
 
-def _advice(said: str, base: str) -> str:
-    """What helps, by how peft says that adapters and base do not go together."""
+def _advice(said: str, base: str, *, given: bool) -> str:
+    """What helps, by how peft says that adapters and base do not go together.
+
+    Args:
+        said: by peft.
+        base: that was used.
+        given: whether it was named with ``--base``, not by the adapters.
+    """
     if "tie_word_embeddings" in said or "tied" in said:
         return (
             f"{base} uses one matrix for its input and its output tokens, and the adapters change "
-            "only one of the two uses. Save the base untied (tie_word_embeddings: false) and give "
-            "that with --base."
+            "only one of the two uses. Save the base untied (tie_word_embeddings: false) and merge "
+            "them with that: selfsteer merge --base FOLDER."
         )
     if "size mismatch" in said and ("embed" in said or "lm_head" in said):
         return (
             f"They were trained with a larger or smaller vocabulary than that of {base}. Resize "
-            "its embeddings as their training did (resize_token_embeddings), save it, and give "
-            "that with --base."
+            "its embeddings as their training did (resize_token_embeddings), save it, and "
+            "merge them with that: selfsteer merge --base FOLDER."
         )
-    return "Give the model that they were trained on with --base."
+    if given:
+        return f"They were trained on another model than {base}, which --base names."
+    return "Merge them with the model that they were trained on: selfsteer merge --base MODEL."

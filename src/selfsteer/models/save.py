@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ConfigError, NumericsError
+from selfsteer.errors import ConfigError, NumericsError, short
 from selfsteer.models import tree
 from selfsteer.models.finite import broken_weight
 
@@ -68,7 +68,7 @@ def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
         raise ConfigError(f"lora.targets does not fit {type(model).__name__}: {e}") from e
     if tree.is_installed(model) and hasattr(model.get_output_embeddings(), "base_layer"):
         raise ConfigError(
-            f"lora.targets {lora.targets!r} includes the output projection of "
+            f"lora.targets {short(lora.targets)} includes the output projection of "
             f"{type(model).__name__}, which the tree layout reads as plain weights: the adapter "
             "would never be used. Leave it out, or set layout: padded."
         )

@@ -40,10 +40,11 @@ from selfsteer.data.digests import (
     split_revision,
 )
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.finite import broken_weight
 from selfsteer.models.save import save_tokenizer
 from selfsteer.recipe.sections import Loading
+from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.terminal import say
 
 #: Bytes that most file systems allow in a name.
@@ -66,6 +67,8 @@ def check_source(source: str) -> None:
     path = Path(source)
     if any(len(os.fsencode(part)) > NAME_MAX for part in path.parts):
         raise ArtifactError(f"{source[:60]}… is too long for the name of a model or a file.")
+    if is_endless(path):
+        raise ArtifactError(f"{source} {ENDLESS}.")
     if path.is_dir():
         if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
             raise ArtifactError(
@@ -80,9 +83,11 @@ def check_source(source: str) -> None:
                     "of a Hugging Face checkpoint."
                 )
     elif source.lower().endswith(".gguf"):
-        raise ArtifactError(f"There is no file {source!r}.")
+        raise ArtifactError(f"There is no file {short(source, 200)}.")
     elif not is_hub_id(source):
-        raise ArtifactError(f"There is no model folder {source!r}, and it is not a hub id.")
+        raise ArtifactError(
+            f"There is no model folder {short(source, 200)}, and it is not a hub id."
+        )
 
 
 def checkpoint(source: str, settings: Loading) -> str:

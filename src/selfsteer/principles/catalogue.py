@@ -16,10 +16,11 @@ import yaml
 from pydantic import AfterValidator, ValidationError, model_validator
 from pydantic import Field as Bounded
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, clip, short, some
 from selfsteer.principles.rules import Check
 from selfsteer.recipe.read import read_yaml
 from selfsteer.recipe.sections import PrinciplesConfig, Section, resolve_path
+from selfsteer.recipe.texts import unfit
 
 #: The recipe's `concision` is the probability of this feature.
 CONCISION = "Concision"
@@ -71,20 +72,20 @@ class Catalogue(Section):
     def _consistent(self) -> Self:
         if self.opening.count("{adjectives}") != 1:
             raise ValueError(
-                f"the opening must hold {{adjectives}} once, found {self.opening!r}; for example "
-                "'Your response should be {adjectives}.'"
+                f"the opening must hold {{adjectives}} once, found {short(self.opening, 200)}; for "
+                "example 'Your response should be {adjectives}.'"
             )
         sentences = ("opening", "conjunction", "closing")
         missing = [n for n in sentences if n not in self.model_fields_set]
         if self.language != "English" and missing:
             raise ValueError(
-                f"the language is {self.language} but {', '.join(missing)} would stay English; "
-                f"write them in {self.language}"
+                f"the language is {clip(self.language)} but {', '.join(missing)} would stay "
+                f"English; write them in {clip(self.language)}"
             )
         names = [f.name for f in self.features]
         for i, name in enumerate(names):
             if name.casefold() in (n.casefold() for n in names[:i]):
-                raise ValueError(f"two features are called {name!r}; rename or merge them")
+                raise ValueError(f"two features are called {short(name)}; rename or merge them")
         self.ordered(tuple(self.appended))
         if not self.choosable:
             raise ValueError(
@@ -123,7 +124,7 @@ class Catalogue(Section):
             near = difflib.get_close_matches(name, list(self.by_name), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"Unknown feature {name!r}; the catalogue has {', '.join(self.by_name)}.{hint}"
+                f"Unknown feature {short(name)}; the catalogue has {', '.join(self.by_name)}.{hint}"
             )
         return self.by_name[name]
 
@@ -192,12 +193,16 @@ def read(text: str) -> tuple[Catalogue | None, list[Finding], Mapping[str, int]]
         each feature begins.
     """
     try:
+        value = read_yaml(text)  # first: it is the one with limits
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = read_yaml(text)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        return None, [Finding(line, "file", f"cannot be read: {' '.join(str(e).split())}")], {}
+        return (
+            None,
+            [Finding(line, "file", f"cannot be read: {clip(' '.join(str(e).split()), 300)}")],
+            {},
+        )
     if root is None or not isinstance(value, dict):
         return None, [Finding(1, "file", "must be a mapping with a list of features")], {}
     lines = dict(_lines(root, ()))
@@ -223,8 +228,8 @@ def _names(value: Mapping[str, Any]) -> dict[int, str]:
 
 def _where(loc: tuple[Any, ...], names: Mapping[int, str]) -> str:
     if loc[:1] == ("features",) and len(loc) > 1:
-        return ".".join(map(str, (names.get(loc[1], f"feature {loc[1] + 1}"), *loc[2:])))
-    return ".".join(map(str, loc)) or "catalogue"
+        loc = (names.get(loc[1], f"feature {loc[1] + 1}"), *loc[2:])
+    return clip(".".join(map(str, loc))) or "catalogue"
 
 
 def _problem(fault: Any) -> str:
@@ -240,7 +245,7 @@ def _problem(fault: Any) -> str:
     if fault["type"] == "value_error":
         return str(message)
     hint = "; put texts in quotes" if fault["type"] == "string_type" else ""
-    return f"{message[0].lower()}{message[1:]}, found {fault['input']!r}{hint}"
+    return f"{message[0].lower()}{message[1:]}, found {short(fault['input'], 200)}{hint}"
 
 
 def _lines(node: yaml.Node, loc: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
@@ -263,8 +268,11 @@ def catalogue_text(path: str | None) -> str:
         ConfigError: there is no such file.
     """
     path = path or "package:selfsteer/catalogue.yaml"
+    file = Path(resolve_path(path))
+    if wrong := unfit(file):
+        raise ConfigError(f"The catalogue {path} {wrong}.")
     try:
-        return Path(resolve_path(path)).read_text("utf-8")
+        return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"The catalogue {path} cannot be read: {reason}.") from None
@@ -280,7 +288,7 @@ def load_catalogue(path: str | None) -> Catalogue:
         return BUILT_IN
     found, findings, _ = read(catalogue_text(path))
     if found is None:
-        raise ConfigError(f"The catalogue {path} cannot be used: {'; '.join(map(str, findings))}.")
+        raise ConfigError(f"The catalogue {path} cannot be used: {some(map(str, findings))}.")
     return found
 
 

@@ -7,7 +7,7 @@ from selfsteer.data.files import read_rows
 from selfsteer.data.jsonl import Records
 from selfsteer.data.reading import read
 from selfsteer.data.records import Principles, Query, Triple, rules
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, listed, short
 from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
 
 
@@ -35,7 +35,7 @@ class Fixed:
             first = next(query.id for query in queries if query.id not in self._found)
             raise DataError(
                 f"{self._path} has no principles for {len(queries) - used:,} of {len(queries):,} "
-                f"queries, the first is {first!r}. Add them, or set principles.good and "
+                f"queries, the first is {short(first)}. Add them, or set principles.good and "
                 "principles.bad for the ids it lacks."
             )
         return len(self._found) - used
@@ -57,7 +57,7 @@ def read_fixed(path: str) -> dict[str, Principles]:
     found: dict[str, Principles] = {}
     for where, (identity, principles) in read(read_rows(resolve_path(path)), _principles):
         if identity in found:
-            raise DataError(f"{where} is the second one with the id {identity!r}; keep one.")
+            raise DataError(f"{where} is the second one with the id {short(identity)}; keep one.")
         found[identity] = principles
     return found
 
@@ -66,14 +66,13 @@ def _principles(row: Mapping[str, Any]) -> tuple[str, Principles]:
     identity, value = row.get("id"), row.get("principles")
     if not isinstance(identity, str) or not isinstance(value, dict):
         raise DataError(
-            f"it needs 'id' and 'principles', found the keys {', '.join(row) or '(none)'}. Write "
+            f"it needs 'id' and 'principles', found the keys {listed(row)}. Write "
             '{"id": "…", "principles": {"good": "…", "bad": "…"}}'
         )
     # the system prompt is that of the run's own policy
     if not {"good", "bad"} <= value.keys() <= {"good", "bad", "features", "system"}:
         raise DataError(
-            "principles have 'good', 'bad' and perhaps 'features', found "
-            f"{', '.join(value) or '(none)'}"
+            f"principles have 'good', 'bad' and perhaps 'features', found {listed(value)}"
         )
     if value["good"] == value["bad"]:
         raise DataError("both principles are the same text")

@@ -1,7 +1,6 @@
 """Settings as users write them: YAML, shipped recipes, ``KEY=VALUE``; faults in words."""
 
 import difflib
-import errno
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -11,8 +10,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, clip, short, some
 from selfsteer.recipe.sections import Section, did_you_mean, twice
+from selfsteer.recipe.texts import unfit
 
 #: Values that a YAML text may hold, keys included.
 NODES = 100_000
@@ -33,14 +33,14 @@ def recipe_text(name_or_path: str) -> str:
     if name_or_path in recipe_names():
         return (files("selfsteer") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
     path = Path(name_or_path)
+    if wrong := unfit(path):
+        raise ConfigError(f"The recipe {name_or_path} {wrong}.")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is not a regular file")
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"There is no recipe {name_or_path!r}: it is not a shipped one "
+            f"There is no recipe {short(name_or_path, 200)}: it is not a shipped one "
             f"({', '.join(recipe_names())}) and as a file: {reason}."
             f"{did_you_mean(name_or_path, recipe_names())}"
         ) from None
@@ -83,7 +83,7 @@ class Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if (key := twice(keys)) is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is there twice", node.start_mark
+                None, None, f"the key {short(key)} is there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -111,11 +111,11 @@ def load_values(name_or_path: str) -> dict[str, Any]:
     try:
         values = read_yaml(recipe_text(name_or_path))
     except yaml.YAMLError as e:
-        reason = " ".join(str(e).split())
+        reason = clip(" ".join(str(e).split()), 300)
         raise ConfigError(f"The recipe {name_or_path} cannot be read: {reason}.") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"The recipe {name_or_path} must be a mapping of settings, found {values!r:.200}."
+            f"The recipe {name_or_path} must be a mapping of settings, found {short(values, 200)}."
         )
     return values
 
@@ -130,13 +130,15 @@ def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"An override must look like key=value, found {override!r}.")
+            raise ConfigError(f"An override must look like key=value, found {short(override)}.")
         *parents, last = key.split(".")
         node: Any = out
         for parent in parents:
             child = {} if node.get(parent) is None else node[parent]
             if not isinstance(child, dict):
-                raise ConfigError(f"{override!r}: {parent} is a plain value, not a section.")
+                raise ConfigError(
+                    f"{short(override)}: {clip(parent)} is a plain value, not a section."
+                )
             node[parent] = node = dict(child)
         try:
             value = read_yaml(text)
@@ -176,10 +178,10 @@ def check_sections(settings: Iterable[str], sections: Collection[str], verb: str
     for setting in settings:
         key = setting.partition("=")[0]
         if key in ("policy.model", "queries.path"):
-            raise ConfigError(f"{setting!r} repeats an argument of {verb}; leave it out.")
+            raise ConfigError(f"{short(setting)} repeats an argument of {verb}; leave it out.")
         if key.partition(".")[0] not in sections:
             raise ConfigError(
-                f"{setting!r} has no effect here: of a recipe's settings, {verb} takes "
+                f"{short(setting)} has no effect here: of a recipe's settings, {verb} takes "
                 f"{', '.join(sections)}."
             )
 
@@ -192,10 +194,10 @@ def choose(family: Sequence[type[S]], values: Mapping[str, Any], where: str) -> 
     """
     by_name = {method_of(model): model for model in family}
     name = values.get("method", method_of(family[0]))
-    if name in by_name:
+    if isinstance(name, str) and name in by_name:
         return by_name[name]
     raise ConfigError(
-        f"The {where} cannot be used: unknown method {name!r}; methods are "
+        f"The {where} cannot be used: unknown method {short(name)}; methods are "
         f"{', '.join(by_name)}.{did_you_mean(name, by_name)}"
     )
 
@@ -220,14 +222,14 @@ def validate(
         return model.model_validate(values)
     except ValidationError as e:
         faults = [_fault(model, fault, family) for fault in e.errors()]
-        text = "; ".join(faults)
+        text = some(faults)
         raise ConfigError(
             f"The {where} cannot be used: {text}{'' if text.endswith('?') else '.'}"
         ) from None
 
 
 def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) -> str:
-    path = ".".join(str(p) for p in fault["loc"])
+    path = clip(".".join(str(p) for p in fault["loc"]))
     if fault["type"] == "extra_forbidden":
         others = [method_of(m) for m in family if path in known_keys(m)]
         if others:
@@ -236,9 +238,9 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
                 f"of {', '.join(others)})"
             )
         if ":" in str(fault["loc"][-1]):
-            return f"unknown key {path!r} (YAML needs a space after a colon: {{key: value}})"
+            return f"unknown key {short(path)} (YAML needs a space after a colon: {{key: value}})"
         near = _nearest(model, fault["loc"])
-        return f"unknown key {path!r}" + (f" (did you mean {near!r}?)" if near else "")
+        return f"unknown key {short(path)}" + (f" (did you mean {near!r}?)" if near else "")
     if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] is None):
         return f"{path} is missing"
     if fault["type"] == "model_type":
@@ -247,7 +249,8 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
         ]
         keys = ", ".join(key for key in below if "." not in key)
         return (
-            f"{path} is a section with settings of its own ({keys}), found {fault['input']!r:.200}"
+            f"{path} is a section with settings of its own ({keys}), found "
+            f"{short(fault['input'], 200)}"
         )
     message = fault["msg"].removeprefix("Value error, ")
     if not path:
@@ -256,7 +259,7 @@ def _fault(model: type[Section], fault: Any, family: Sequence[type[Section]]) ->
         # the section says what is wrong with it, often beginning with the setting's name
         setting = message.split()[0].rstrip(":") in fault["input"]
         return f"{path}.{message}" if setting else f"{path}: {message}"
-    return f"{path}: {message[0].lower()}{message[1:]}, found {fault['input']!r:.200}"
+    return f"{path}: {message[0].lower()}{message[1:]}, found {short(fault['input'], 200)}"
 
 
 def known_keys(model: type[Section]) -> list[str]:

@@ -7,6 +7,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 
 import datetime
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.fields import FieldInfo
 from typing_extensions import override
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 from selfsteer.objectives import (
     REFERENCE_FREE,
     SUMMED,
@@ -81,6 +82,10 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
+#: Settings that let a model's author run code here.
+PERMISSIONS = ("trust_remote_code", "allow_pickle")
+
+
 class Section(BaseModel):
     """Base of all recipe sections: strict keys, frozen values, finite numbers."""
 
@@ -110,6 +115,15 @@ class Section(BaseModel):
     def faults(self) -> Iterator[str]:
         """What contradicts itself, and settings that have no effect beside the others."""
         yield from ()
+
+    @property
+    def permits(self) -> set[str]:
+        """Which of a model's risks are taken: ``trust_remote_code``, ``allow_pickle``."""
+        given = [getattr(self, name) for name in type(self).model_fields]
+        many = (v if isinstance(v, tuple) else (v,) for v in given)
+        below = (v for some in many for v in some if isinstance(v, Section))
+        own = {name for name in PERMISSIONS if getattr(self, name, False) is True}
+        return own.union(*(section.permits for section in below))
 
     def with_models(self, named: Callable[[str], str]) -> Self:
         """A copy with other names for its models, and for those of the sections in it.
@@ -244,11 +258,20 @@ _TAKEN = (
         "max_logprobs",
     }, "sets"),
     ("extra_body", {
-        "model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream",
-        "chat_template_kwargs",
+        "model", "messages", "seed", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+        "n", "stream", "chat_template_kwargs",
     }, "sends"),
 )
 # fmt: on
+
+
+#: Names under which secrets are passed.
+_SECRET = re.compile(
+    r"((api|auth|access|hf)[-_]?)?(key|token|secret|password|authorization)", re.IGNORECASE
+)
+_SECRET_OPTION = re.compile(
+    r"(--?|\b)(api|auth|access|hf)[-_]?(key|token|secret)\b|--?(password|secret)", re.IGNORECASE
+)
 
 
 class EngineSettings(Section):
@@ -340,8 +363,10 @@ class EngineSettings(Section):
             ".launch_timeout has no effect without launch; remove it": (
                 openai and not launched and "launch_timeout" in changed
             ),
-            f".launch has no place for {{model}}: {launch!r}": openai and "{model}" not in launch,
-            f".launch has no place for {{port}}: {launch!r}": openai and "{port}" not in launch,
+            f".launch has no place for {{model}}: {short(launch, 200)}": openai
+            and "{model}" not in launch,
+            f".launch has no place for {{port}}: {short(launch, 200)}": openai
+            and "{port}" not in launch,
             ".model has no effect with launch: the stage names the model": (
                 openai and launched and self.model is not None and not named
             ),
@@ -352,8 +377,16 @@ class EngineSettings(Section):
                 openai and (url.scheme not in ("http", "https") or not url.hostname)
             ),
             ".base_url must hold no secret; see api_key_env": (
-                openai and bool(url.password or url.query)
+                openai and bool(url.username or url.password or url.query)
             ),
+            # a recipe is written into the run folder, and shown by reports
+            ".launch must hold no secret: a server on this machine needs no key": (
+                openai and bool(_SECRET_OPTION.search(launch))
+            ),
+            **{
+                f".extra_body.{name} must hold no secret; see api_key_env": openai
+                for name in sorted(filter(_SECRET.fullmatch, self.extra_body))
+            },
             **{
                 f".{key}.{name} is what the engine itself {what}; remove it": True
                 for key, own, what in _TAKEN
@@ -493,7 +526,7 @@ class Queries(Section):
         for script in (s for s in self.scripts or () if s not in SCRIPTS):
             near = difflib.get_close_matches(script.title(), SCRIPTS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            yield f"unknown script {script!r}{hint}; known are {', '.join(SCRIPTS)}"
+            yield f"unknown script {short(script)}{hint}; known are {', '.join(SCRIPTS)}"
         if not self.against and not self._grows():
             yield from self.idle(["ngram"], "without 'against' or 'augment'")
 
@@ -1077,7 +1110,7 @@ class Reward(Schedule):
         yield from holding(
             {
                 sizes: self.batch_size % self.forward_pairs != 0,
-                f"two sets of data are called {label!r}; give each a name": label is not None,
+                f"two sets of data are called {short(label)}; give each a name": label is not None,
             }
         )
 
@@ -1225,7 +1258,7 @@ class Benchmarks(Section):
         yield from holding(
             {
                 "it names neither tasks nor judged sets": not names,
-                f"two benchmarks are called {name!r}; give one a label": name is not None,
+                f"two benchmarks are called {short(name)}; give one a label": name is not None,
             }
         )
         if not self.tasks:
@@ -1305,13 +1338,15 @@ def resolve_path(value: str) -> str:
     top, *rest = module.split(".")
     spec = find_spec(top) if top.isidentifier() else None
     if spec is None:
-        raise ConfigError(f"{value!r}: there is no package {top!r} here. Install it first.")
+        raise ConfigError(
+            f"{short(value, 200)}: there is no package {short(top)} here. Install it first."
+        )
     if spec.submodule_search_locations is None:
         raise ConfigError(
-            f"{value!r}: {top} is a module without a folder. Give package:PACKAGE/PATH."
+            f"{short(value, 200)}: {top} is a module without a folder. Give package:PACKAGE/PATH."
         )
     paths = [Path(folder, *rest, inside) for folder in spec.submodule_search_locations]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
-        raise ConfigError(f"{value!r} names nothing in the installed package.")
+        raise ConfigError(f"{short(value, 200)} names nothing in the installed package.")
     return str(path)

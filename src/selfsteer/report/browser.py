@@ -28,7 +28,7 @@ from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import batched, dump_line
 from selfsteer.data.records import RESPONSES, Preference, Triple
 from selfsteer.engines.base import Advance, no_news
-from selfsteer.errors import ArtifactError, DataError, SelfsteerError
+from selfsteer.errors import ArtifactError, DataError, SelfsteerError, short
 from selfsteer.judges.base import Pair, ScoringJudge, by_scores
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
@@ -400,7 +400,7 @@ class Index:
             DataError: an unknown order.
         """
         if wanted.sort and wanted.sort not in SORTS:
-            raise DataError(f"rows are sorted by {', '.join(SORTS)}, not by {wanted.sort!r}.")
+            raise DataError(f"rows are sorted by {', '.join(SORTS)}, not by {short(wanted.sort)}.")
         dropped = wanted.fate == "dropped"
         asked = {
             f"fate NOT IN ('{KEPT}', '{PENDING}', ?)": wanted.fate if dropped else "",
@@ -486,7 +486,7 @@ def main(run: str, name: str) -> None:
     """Makes one index; prints ``done total`` lines."""
     found = next((s for s in RunView.open(Path(run)).sampled if s.name == name), None)
     if found is None:
-        raise ArtifactError(f"{run} has no triples called {name!r}.")
+        raise ArtifactError(f"{run} has no triples called {short(name)}.")
     done, total = 0, sum(path.read_bytes().count(b"\n") for path in found.shards)
 
     def advance(items: int, tokens: int) -> None:

@@ -40,7 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfsteer.data.digests import digest
-from selfsteer.errors import ConfigError, SelfsteerError
+from selfsteer.errors import ConfigError, SelfsteerError, short
 from selfsteer.report import live
 from selfsteer.report.browser import Index, Wanted, index_file
 from selfsteer.report.page import asset, finite, render
@@ -266,7 +266,7 @@ class Pages:
             ((name, path),) = runs.items()
             return name, path
         if name not in runs:
-            raise HTTPException(404, f"There is no run {name!r} in {self.root.name}.")
+            raise HTTPException(404, f"There is no run {short(name)} in {self.root.name}.")
         return name, runs[name]
 
     def rows(self, request: Request) -> Sampled:
@@ -280,7 +280,7 @@ class Pages:
         for found in RunView.open(path).sampled:
             if name in (found.name, ""):
                 return found
-        raise HTTPException(404, f"There are no triples {name!r} yet." if name else NO_TRIPLES)
+        raise HTTPException(404, f"There are no triples {short(name)} yet." if name else NO_TRIPLES)
 
     def index(self, rows: Sampled) -> tuple[Index | None, dict[str, Any] | None]:
         """The newest index of a set, perhaps of an earlier state, and how far the next one is.
@@ -378,7 +378,7 @@ class Pages:
             return Figures({"building": building or {"done": 0, "total": 0}})
         number = index.number(identity)
         if number is None:
-            raise HTTPException(404, f"There is no triple {identity!r} here, or not yet.")
+            raise HTTPException(404, f"There is no triple {short(identity)} here, or not yet.")
         return Figures(next(index.records([number])))
 
     def api_export(self, request: Request) -> Response:

@@ -19,7 +19,7 @@ import yaml
 from selfsteer import stopping
 from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse
 from selfsteer.run.progress import reported
@@ -95,7 +95,7 @@ def select(stages: list[Stage], until: str | None) -> list[Stage]:
         if until in (stage.name, stage.name.partition("/")[2], stage.name.rpartition("/")[2]):
             return stages[: i + 1]
     names = list(dict.fromkeys(s.title for s in stages))
-    raise ConfigError(f"There is no stage {until!r}; stages are {', '.join(names)}.")
+    raise ConfigError(f"There is no stage {short(until)}; stages are {', '.join(names)}.")
 
 
 def execute(

@@ -33,8 +33,9 @@ from selfsteer.data.jsonl import (
     write_atomic,
 )
 from selfsteer.data.records import Dropped
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.chat import DAY
+from selfsteer.recipe.texts import ENDLESS, is_endless
 
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
@@ -98,6 +99,17 @@ class Drops:
             self._partial.unlink(missing_ok=True)
 
 
+def check_files(folder: Path) -> None:
+    """Refuses a run folder in which a pipe or a device has the place of a file.
+
+    Raises:
+        ArtifactError: names it.
+    """
+    with suppress(OSError):
+        for path in filter(is_endless, folder.iterdir()):
+            raise ArtifactError(f"{path} {ENDLESS}.")
+
+
 class RunFolder:
     """One run's folder; made on first use, locked while a process works in it."""
 
@@ -139,6 +151,7 @@ class RunFolder:
         Raises:
             ArtifactError: another process works in it; says which.
         """
+        check_files(self.path)
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self / "lock").touch()
@@ -155,6 +168,7 @@ class RunFolder:
         Raises:
             ArtifactError: another process works in the folder; says which.
         """
+        check_files(self.path)
         with suppress(OSError), self._held("r", fcntl.LOCK_SH):
             pass
 
@@ -259,6 +273,8 @@ class RunFolder:
             "outputs": list(stage.files),
         }
         begin = {"event": "begin", **known, "time": time.time(), "versions": versions()}
+        if permits := stage.permits:
+            begin["permits"] = sorted(permits)
         self.append("ledger.jsonl", begin)
         start = time.monotonic()
         result = stage.run(self)
@@ -294,6 +310,12 @@ class RunFolder:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for entry in entries:
             for output in (o for o in entry["outputs"] if (self / o).exists()):
+                if not (self / output).resolve().is_relative_to(self.path.resolve()):
+                    raise ArtifactError(
+                        f"The ledger of {self.path} names {short(output)}, which is not in the run "
+                        "folder. It was changed by hand or by another program: move the run folder "
+                        "away and run the recipe again."
+                    )
                 target, n = self / "superseded" / stamp / output, 1
                 while target.exists():
                     n += 1

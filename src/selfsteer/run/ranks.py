@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
-from selfsteer.errors import ConfigError, EngineError
+from selfsteer.errors import ConfigError, EngineError, short
 from selfsteer.terminal import is_main_process
 
 #: Set by `launch` for its ranks: the process id of the one that started them.
@@ -230,7 +230,7 @@ def profile_path(profile: str) -> Path:
     if Path(profile).is_file():
         return Path(profile)
     names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-    raise ConfigError(f"There is no profile {profile!r}; shipped are {names}, or give a file.")
+    raise ConfigError(f"There is no profile {short(profile)}; shipped are {names}, or give a file.")
 
 
 def _failure(failure: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from selfsteer.recipe.sections import (
     Loading,
     PrinciplesConfig,
     Queries,
+    Section,
     mark,
     resolve_path,
 )
@@ -132,6 +133,12 @@ class Stage(ABC):
         """All that it may leave in the run folder."""
         left = (p.format(name=self.name) for p in self.leaves)
         return (*self.outputs, *left, f"{self.name}.dropped.jsonl")
+
+    @property
+    def permits(self) -> set[str]:
+        """What it lets the authors of its models do; see `Section.permits`."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return set[str]().union(*(v.permits for v in values if isinstance(v, Section)))
 
     @property
     def read(self) -> Artifact | None:

@@ -11,7 +11,7 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Triple, content_id
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, short
 from selfsteer.evaluation.reward_quality import ScoredPair, reward_quality
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
@@ -77,8 +77,8 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
         return result
     if settings.margin and not any(p.margin for p in pairs):
         raise DataError(
-            f"reward.margin is {settings.margin!r}, but no pair to train on has a number other "
-            "than 0 under that key. Name the right key, or remove reward.margin."
+            f"reward.margin is {short(settings.margin)}, but no pair to train on has a number "
+            "other than 0 under that key. Name the right key, or remove reward.margin."
         )
     chat, output = loaded.chat, run / stage.outputs[0]
     # rows of so many pairs, however long they are

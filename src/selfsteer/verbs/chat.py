@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, DataError
 from selfsteer.terminal import err, out
 from selfsteer.verbs.common import AsJson, aligning, emit
 
@@ -68,7 +68,10 @@ def chat(
         line = sys.stdin.readline().strip()
         if not line:
             return
-        print_answers(talk.answers(line))
+        try:
+            print_answers(talk.answers(line))
+        except DataError as e:
+            err.print(str(e), markup=False)
 
 
 class Chat:
@@ -113,11 +116,15 @@ class Chat:
         }
 
     def answers(self, question: str) -> dict[str, dict[str, "Completion"]]:
-        """Model → context, or ``contrast`` → what it says."""
+        """Model → context, or ``contrast`` → what it says.
+
+        Raises:
+            DataError: the question is too long for the model in every context.
+        """
         from selfsteer.data.digests import derive_seed
         from selfsteer.data.records import Message
         from selfsteer.engines.answers import answers
-        from selfsteer.engines.base import Contrast, Request
+        from selfsteer.engines.base import PROMPT_TOO_LONG, Contrast, Request
         from selfsteer.principles.contexts import CONTEXTS, context_messages
 
         messages = (Message("user", question),)
@@ -128,16 +135,29 @@ class Chat:
             seed = derive_seed(self.seed, "chat", "contrast")
             asked.append(Request("contrast", said["good"], seed, pushed))
         self.seed += 1
-        return {name: answers(engine, asked, self.params) for name, engine in self.engines.items()}
+        found = {n: answers(engine, asked, self.params) for n, engine in self.engines.items()}
+        every = [answer for of in found.values() for answer in of.values()]
+        if all(answer.finish_reason == PROMPT_TOO_LONG for answer in every):
+            raise DataError(
+                f"The question is too long: it has {min(a.prompt_tokens for a in every):,} tokens, "
+                f"the run's sampling.max_new_tokens {self.params.max_new_tokens:,} come after it, "
+                "and both must fit into the model's context. Ask something shorter."
+            )
+        return found
 
 
 def print_answers(answers: Mapping[str, Mapping[str, "Completion"]]) -> None:
-    """A row per model, a column per context; thoughts are dimmed."""
+    """A row per model, a column per context; thoughts are dimmed, as is why there is no answer."""
     table = Table(show_lines=True)
     table.add_column("")
     for context in next(iter(answers.values())):
         table.add_column(context, ratio=1)
     for name, said in answers.items():
-        cells = (Text.assemble((a.reasoning, "dim"), a.text) for a in said.values())
+        cells = (
+            Text.assemble(
+                (a.reasoning, "dim"), a.text, (f"({a.missing})" if a.missing else "", "dim")
+            )
+            for a in said.values()
+        )
         table.add_row(name, *cells)
     out.print(table)

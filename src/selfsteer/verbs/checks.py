@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import short
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError
+from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError, short
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast

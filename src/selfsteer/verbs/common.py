@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 from selfsteer.run import ranks
 from selfsteer.terminal import out
 
@@ -66,7 +66,9 @@ def renamed(columns: list[str] | None) -> dict[str, str]:
     pairs = [text.partition("=")[::2] for text in columns or ()]
     for pair in pairs:
         if not all(pair):
-            raise ConfigError(f"--column takes OLD=NEW, found {'='.join(filter(None, pair))!r}.")
+            raise ConfigError(
+                f"--column takes OLD=NEW, found {short('='.join(filter(None, pair)))}."
+            )
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ConfigError("--column gives one column two names; keep one.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Query
-from selfsteer.errors import ArtifactError, DataError
+from selfsteer.errors import ArtifactError, DataError, short
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import by_group, known_interval, verdict_counts, worth, worths
@@ -171,7 +171,7 @@ def query_classes(queries: Sequence[Query], by: str | None) -> tuple[str, list[s
         if any(key in q.extra for q in queries):
             return key, [str(q.extra.get(key, "none")) for q in queries]
     if by:
-        raise DataError(f"No evaluation query has a field {by!r} beside its messages.")
+        raise DataError(f"No evaluation query has a field {short(by)} beside its messages.")
     lengths = np.array([len(q.text) for q in queries])
     low, high = np.quantile(lengths, [1 / 3, 2 / 3])
     names = np.where(lengths <= low, "short", np.where(lengths <= high, "medium", "long"))

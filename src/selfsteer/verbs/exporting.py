@@ -136,6 +136,11 @@ def export_model(of: RoundView, folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; choose another, or move it away.")
     files = sorted(p for p in policy.iterdir() if p.is_file())
+    if foreign := [p for p in files if not of.run.owns(p)]:
+        raise ArtifactError(
+            f"{foreign[0]} is a link that leads out of the run folder, and what it leads to may "
+            "not be meant for others. Put the file itself there."
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder), progress_bar("copy", len(files)) as bar:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 from selfsteer.terminal import duration, out, table, warn
 from selfsteer.verbs.common import AsJson, aligning, emit, size
 
@@ -66,7 +66,7 @@ def plan(
     from selfsteer.verbs import planning
 
     if gpu not in planning.GPUS:
-        raise ConfigError(f"Unknown GPU {gpu!r}; choose one of {', '.join(planning.GPUS)}.")
+        raise ConfigError(f"Unknown GPU {short(gpu)}; choose one of {', '.join(planning.GPUS)}.")
     shape = planning.shape_of(
         resolve_path(checked.policy.model),
         params=params,

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge, read_yaml
 from selfsteer.recipe.sections import Selection
@@ -38,7 +38,8 @@ def axes_of(settings: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
         values = [read_yaml(part) for part in text.split(",")]
         if not equals or len(values) < 2 or None in values or key in axes:
             raise ConfigError(
-                f"An axis must look like generator.gamma=0.1,1 and stand once, found {setting!r}."
+                f"An axis must look like generator.gamma=0.1,1 and stand once, found "
+                f"{short(setting)}."
             )
         axes[key] = values
     stages = {key.partition(".")[0] for key in axes}

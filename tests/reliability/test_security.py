@@ -1,0 +1,318 @@
+"""What hostile models, templates, data, servers and run folders cannot do: docs/security.md."""
+
+import ast
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import selfsteer
+from selfsteer.data.files import read_rows
+from selfsteer.data.records import Message
+from selfsteer.engines.openai import Fault, read_reply
+from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.formats.export import export
+from selfsteer.formats.hub import plan_upload
+from selfsteer.models.chat import ChatFormat
+from selfsteer.models.store import NOT_WHOLE, read_chunk
+from selfsteer.principles import catalogue
+from selfsteer.recipe.read import read_yaml
+from selfsteer.run.folder import RunFolder
+from selfsteer.stages.queries import ReadQueries
+from selfsteer.verbs.exporting import export_model
+from selfsteer.view import RunView
+from tests.make import entry, recipe, tiny_pairs
+from tests.reliability.fuzz import TURNS, tokenizer
+
+SOURCES = [
+    path
+    for folder in (Path(selfsteer.__file__).parent, Path(__file__).parents[2] / "benchmarks")
+    for path in sorted(folder.rglob("*.py"))
+]
+
+
+class Bomb:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.fixture(autouse=True)
+def unpickled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A `Bomb` that goes off leaves a folder; none may."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not Path("unpickled").exists()
+
+
+# -- the sources -----------------------------------------------------------------------------------
+
+
+def risky(tree: ast.AST) -> Iterator[str]:
+    """Calls that run code, or start a shell, by what they are given."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+            if {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"} & set(names):
+                yield f"line {node.lineno} imports {names}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if called in ("eval", "exec", "os.system", "os.popen", "yaml.unsafe_load"):
+            yield f"line {node.lineno} calls {called}"
+        if called == "torch.load" and given.get("weights_only") != "True":
+            yield f"line {node.lineno} unpickles"
+        if called == "yaml.load" and given.get("Loader") not in ("Loader", "yaml.SafeLoader"):
+            yield f"line {node.lineno} loads YAML by another loader"
+        for name in ("shell", "allow_pickle", "trust_remote_code"):
+            if given.get(name, "False") not in ("False", f"settings.{name}", f"loading.{name}"):
+                yield f"line {node.lineno}: {name}={given[name]}"
+        if given.get("verify") == "False":
+            yield f"line {node.lineno} checks no certificate"
+
+
+def test_no_source_unpickles_or_starts_a_shell() -> None:
+    found = {
+        str(path): faults
+        for path in SOURCES
+        if (faults := list(risky(ast.parse(path.read_text("utf-8")))))
+    }
+    allowed = {"verbs/merge.py", "verbs/rewardbench.py"}  # options of that name, off by default
+    assert not {p for p in found if not p.endswith(tuple(allowed))}, found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "subprocess.run('x', shell=True)",
+        "yaml.load(t, Loader=yaml.Loader)",
+        "eval(text)",
+        "kind.from_pretrained(name, trust_remote_code=True)",
+        "client(verify=False)",
+    ],
+)
+def test_a_risky_source_is_found(source: str) -> None:
+    assert list(risky(ast.parse(source)))
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_stored_log_probs_are_not_unpickled(tmp_path: Path) -> None:
+    path, bomb = tmp_path / "scores-00000-0.npz", np.array([Bomb()], dtype=object)
+    np.savez(path, keys=bomb, lengths=bomb, values=bomb)
+    with pytest.raises(NOT_WHOLE):
+        read_chunk(path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(NOT_WHOLE):
+        read_chunk(path)
+
+
+def test_nothing_of_a_model_runs_unless_it_is_asked_for() -> None:
+    policy = recipe().policy
+    assert not policy.trust_remote_code
+    assert not policy.allow_pickle
+    assert recipe(judge={"kind": "reward", "model": "a/b"}).judge.trust_remote_code is False
+
+
+def test_the_ledger_says_what_a_model_was_allowed(tmp_path: Path) -> None:
+    queries = tmp_path / "q.jsonl"
+    queries.write_text('{"prompt": "Why?"}\n')
+    for name, policy in (("bold", {"trust_remote_code": True}), ("safe", {})):
+        made = recipe(queries={"path": str(queries)}, policy={"model": "m", **policy})
+        stage = next(s for s in made.plan() if isinstance(s, ReadQueries))
+        run = RunFolder(tmp_path / name)
+        with run.locked():
+            run.execute(stage)
+        begin = json.loads((run / "ledger.jsonl").read_text().splitlines()[0])
+        assert begin.get("permits", []) == list(policy)
+    own = recipe(judge={"kind": "reward", "model": "a/b", "allow_pickle": True})
+    assert {"allow_pickle"} in [s.permits for s in own.plan()]
+
+
+# -- chat templates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.mkdir('unpickled') }}",
+        "{{ messages.append(1) }}",
+        "{{ self._TemplateReference__context }}{{ namespace.__init__.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_a_template_reaches_nothing_of_the_program(text: str) -> None:
+    names = tokenizer()
+    names.chat_template = TURNS[0] + text
+    with pytest.raises(ArtifactError, match="chat template of the model"):
+        _ = ChatFormat(names).end_of_turn
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** 999999999 }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ [1] * 999999999 }}",
+        "{{ 999999999 * 'a' }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%.999999999f' % 1 }}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    ],
+)
+def test_a_template_that_works_without_an_end_is_stopped(text: str) -> None:
+    names = tokenizer()
+    names.chat_template = TURNS[0] + text
+    with pytest.raises(ArtifactError, match="chat template of the model"):
+        ChatFormat(names)
+
+
+def test_a_template_may_calculate() -> None:
+    names = tokenizer()
+    names.chat_template = (
+        TURNS[0] + "{{ '%-3s|%5.1f' % ('a', 2) }}{{ '=' * 3 }}{{ 2 * 3 ** 2 % 5 }}"
+    )
+    said = ChatFormat(names).prompt_text([Message("user", "Hi")])
+    assert said.endswith("a  |  2.0===3")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.mkdir [unpickled]",
+        "a: !!python/name:os.system",
+        "!!python/module:os",
+        "a: !include /etc/passwd",
+    ],
+)
+def test_yaml_makes_plain_values_only(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        read_yaml(text)
+    found, findings, _ = catalogue.read(text)
+    assert found is None
+    assert findings
+
+
+def test_an_archive_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"PK\x03\x04../../rows.jsonl")
+    with pytest.raises(DataError, match=r"is a zip archive\. Unpack it"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", "dataset_info"])
+def test_an_export_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be called"):
+        export(tiny_pairs(2, 0, faults=0), "llama-factory", tmp_path / "out", name)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# -- servers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"base_url": "http://me@host/v1", "model": "m"},
+        {"base_url": "http://me:sk-secret@host/v1", "model": "m"},
+        {"base_url": "http://host/v1?key=sk-secret", "model": "m"},
+        {"base_url": "http://host/v1", "model": "m", "extra_body": {"api_key": "sk-secret"}},
+        {"base_url": "http://host/v1", "model": "m", "extra_body": {"Authorization": "sk-secret"}},
+        {"launch": "vllm serve {model} --port {port} --api-key sk-secret"},
+        {"launch": "env HF_TOKEN=sk-secret vllm serve {model} --port {port}"},
+    ],
+)
+def test_a_recipe_that_holds_a_secret_is_refused_and_not_quoted(engine: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must hold no secret") as caught:
+        recipe(sampling={"engine": {"kind": "openai", **engine}})
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_what_is_no_secret_is_none() -> None:
+    body = {"top_k": 5, "max_thinking_tokens": 64, "tokenizer": "x", "keys": 1}
+    launch = "vllm serve {model} --port {port} --max-num-batched-tokens 8 --tokenizer x"
+    assert recipe(sampling={"engine": {"kind": "openai", "launch": launch, "extra_body": body}})
+
+
+def test_a_reply_may_hold_no_half_characters_and_no_tools() -> None:
+    with pytest.raises(Fault):
+        read_reply(b'{"choices": [{"message": {"content": "\\ud800"}}]}')
+
+
+# -- run folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "iteration-1" / "policy").mkdir(parents=True)
+    given = recipe()
+    (folder / "resolved.json").write_text(given.model_dump_json())
+    (folder / "iteration-1" / "policy" / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_model_with_a_link_out_of_the_run_is_not_exported(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("sk-secret")
+    (run / "iteration-1" / "policy" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtifactError, match=r"notes\.txt is a link that leads out"):
+        export_model(RunView.open(run).round(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_link_out_of_it_is_not_pushed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("sk-secret")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("{}\n")
+    assert plan_upload(folder, "me/data", private=True).files == [("train.jsonl", 3)]
+    (folder / "own.jsonl").symlink_to("train.jsonl")
+    assert len(plan_upload(folder, "me/data", private=True).files) == 2
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match=r"notes\.txt is a link that leads out"):
+        plan_upload(folder, "me/data", private=True)
+
+
+@pytest.mark.parametrize("output", ["../elsewhere", "{tmp}/elsewhere", "link/elsewhere"])
+def test_a_ledger_moves_nothing_outside_of_its_run(run: Path, tmp_path: Path, output: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (run / "link").symlink_to(tmp_path)
+    named = entry("finish", "queries", "ReadQueries", outputs=[output.format(tmp=tmp_path)])
+    with pytest.raises(ArtifactError, match="which is not in the run folder"):
+        RunFolder(run).supersede([named])
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+# -- the page of what holds ------------------------------------------------------------------------
+
+
+def test_every_line_of_the_page_names_a_test_that_is_there() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "security.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| (can|cannot) ", line)]
+    assert len(rows) > 20
+    for row in rows:
+        name, file = re.search(r"`(test_\w+)` \(`(\w+)`\)", row).groups()  # type: ignore[union-attr]
+        (path,) = (root / "tests").rglob(f"{file}.py")
+        assert f"def {name}(" in path.read_text("utf-8"), row
