@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a file of tests is one worker's, so that what it prepares is prepared once
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo real soak test test-real test-vllm check fmt bench docs clean setup
+.PHONY: audit-deps demo real soak test test-real test-vllm check fmt bench docs clean setup
 
 demo: $(VENV)/.ready
 	$(BIN)/selfsteer run demo
@@ -36,6 +36,12 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+# Known vulnerabilities of the pinned versions; the index must have PyPI's JSON interface.
+audit-deps: constraints.txt
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 fmt: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -27,7 +27,7 @@ from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
-from selfsteer.recipe.read import choose, subsections
+from selfsteer.recipe.read import choose, method_of, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.run.folder import RunFolder, check_files
@@ -443,7 +443,7 @@ class RunView:
         values = _read(dict[str, Any], resolved) or {}
         where = f"recipe of {folder}"
         model = choose(METHODS, values, where)
-        recipe = recipe_of({**_asked(model, values), "method": values["method"]}, where)
+        recipe = recipe_of({**_asked(model, values), "method": method_of(model)}, where)
         return cls(folder, recipe, tuple(_stages(folder)))
 
     # -- what it consists of ----------------------------------------------------------------------

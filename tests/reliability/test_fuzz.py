@@ -105,8 +105,11 @@ def test_a_row_stands_for_one_row_or_several(row: dict[str, Any]) -> None:
         check_message(str(e))
 
 
+SAYINGS = [*"AB[]{}:.\n*_ ", "verdict", "is", "better", "the", "\u2028"]
+
+
 @fewer
-@given(st.text(st.sampled_from([*"AB[]{}:.\n*_ ", "verdict", "is", "better", "the", "\u2028"])))
+@given(st.lists(st.sampled_from(SAYINGS)).map("".join))
 def test_a_verdict_is_read_or_there_is_a_reason(text: str) -> None:
     verdict, reason = reading.extract_verdict(text)
     assert bool(reason) == (verdict.value == "unparseable")

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import yaml
 import selfsteer
 from selfsteer.data.files import read_rows
 from selfsteer.data.records import Message
+from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.openai import Fault, read_reply
-from selfsteer.errors import ArtifactError, ConfigError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError
 from selfsteer.formats.export import export
 from selfsteer.formats.hub import plan_upload
 from selfsteer.models.chat import ChatFormat
@@ -56,6 +58,12 @@ def unpickled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 # -- the sources -----------------------------------------------------------------------------------
 
 
+#: Without one of these words a source need not be looked at.
+RISKY = re.compile(
+    "pickle|load|eval|exec|shell|remote_code|verify|popen|system|marshal|joblib|dill"
+)
+
+
 def risky(tree: ast.AST) -> Iterator[str]:
     """Calls that run code, or start a shell, by what they are given."""
     for node in ast.walk(tree):
@@ -84,7 +92,8 @@ def test_no_source_unpickles_or_starts_a_shell() -> None:
     found = {
         str(path): faults
         for path in SOURCES
-        if (faults := list(risky(ast.parse(path.read_text("utf-8")))))
+        if RISKY.search(text := path.read_text("utf-8"))
+        and (faults := list(risky(ast.parse(text))))
     }
     allowed = {"verbs/merge.py", "verbs/rewardbench.py"}  # options of that name, off by default
     assert not {p for p in found if not p.endswith(tuple(allowed))}, found
@@ -255,7 +264,18 @@ def test_what_is_no_secret_is_none() -> None:
     assert recipe(sampling={"engine": {"kind": "openai", "launch": launch, "extra_body": body}})
 
 
-def test_a_reply_may_hold_no_half_characters_and_no_tools() -> None:
+def test_a_launched_server_gets_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("OTHER", "passed on")
+    shows = f"{sys.executable} -S -c 'import os; print(os.environ)' {{model}} {{port}}"
+    log = tmp_path / "log"
+    with LaunchedServer(shows, "m", log, "OPENAI_API_KEY") as server, pytest.raises(EngineError):
+        server.wait(30)
+    assert "passed on" in log.read_text()
+    assert "sk-secret" not in log.read_text()
+
+
+def test_a_reply_holds_no_half_characters() -> None:
     with pytest.raises(Fault):
         read_reply(b'{"choices": [{"message": {"content": "\\ud800"}}]}')
 
@@ -314,5 +334,5 @@ def test_every_line_of_the_page_names_a_test_that_is_there() -> None:
     assert len(rows) > 20
     for row in rows:
         name, file = re.search(r"`(test_\w+)` \(`(\w+)`\)", row).groups()  # type: ignore[union-attr]
-        (path,) = (root / "tests").rglob(f"{file}.py")
-        assert f"def {name}(" in path.read_text("utf-8"), row
+        files = list((root / "tests").rglob(f"{file}.py"))
+        assert any(f"def {name}(" in path.read_text("utf-8") for path in files), row

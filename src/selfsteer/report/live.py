@@ -6,9 +6,12 @@ Another process may be writing the files: what is cut short is left out, never a
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.records import Triple
+from selfsteer.errors import DataError
 from selfsteer.recipe.read import load_values
 from selfsteer.report.tables import about, sentence
 from selfsteer.view import RunView, StageView, is_finite, lines
@@ -89,11 +92,11 @@ def last_samples(run: RunView) -> dict[str, Any] | None:
     with open(path, "rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
         triples = list(lines(file.read()))[-SAMPLES:]
-    kept = [
-        {"id": t["id"], "query": t["messages"][-1]["content"], "responses": t["responses"]}
-        for t in triples
-        if {"id", "messages", "responses"} <= set(t)
-    ]
+    kept = []
+    for value in triples:
+        with suppress(DataError):  # the index says which lines cannot be read
+            t = Triple.from_dict(value)
+            kept.append({"id": t.id, "query": t.query.text, "responses": dict(t.responses)})
     return {"set": name, "time": modified, "triples": kept}
 
 
