@@ -26,12 +26,14 @@ from selfsteer.verbs import (
     judge,
     merge,
     plan,
+    preview,
     principles,
     push,
     queries,
     report,
     rewardbench,
     run,
+    schema,
     show,
     sweep,
     testbed,
@@ -42,9 +44,9 @@ from selfsteer.verbs import (
 #: Verbs by what they are for, in the order of the help. A verb is a module: it has a function of
 #: its own name, or an ``app`` of several verbs.
 PANELS = {
-    "Align a model": (init, check, plan, run, sweep, train, merge),
+    "Align a model": (init, check, preview, plan, run, sweep, train, merge),
     "Look at it": (view, report, show, compare, chat, judge, audit),
-    "Data and principles": (queries, principles, import_, export, push),
+    "Data and principles": (queries, principles, import_, export, push, schema),
     "Measure": (benchmark, rewardbench, bench, testbed),
 }
 

@@ -232,9 +232,9 @@ def test_init_writes_a_recipe_that_only_lacks_what_is_the_users(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.yaml"
-    ended = here("init", path)
-    assert ended.code == 0
-    assert "--recipe contrast" in ended.out
+    ended = here("init", path, "--pairs", "--hardware", 80)
+    assert ended.code == 0, ended.err
+    assert "set policy.model, queries.path in it" in ended.out
     text = path.read_text()
     assert "# β of the base loss" in text
     assert yaml.safe_load(text)["method"] == "sso"

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
+from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.principles.catalogue import (
     BUILT_IN,
     Catalogue,
@@ -14,7 +16,7 @@ from selfsteer.principles.catalogue import (
     load_catalogue,
 )
 from selfsteer.principles.lint import lint
-from selfsteer.recipe.sections import PrinciplesConfig
+from selfsteer.recipe.sections import CATALOGUES, JudgeConfig, PrinciplesConfig
 
 MINE: dict[str, Any] = {
     "domain": "support of a telephone company",
@@ -230,3 +232,32 @@ def test_a_tag_that_does_not_fit_is_a_finding() -> None:
 )
 def test_a_sentence_ends_as_its_script_does(good: str) -> None:
     assert lint(changed(1, good=good)) == []
+
+
+@pytest.mark.parametrize("name", CATALOGUES)
+def test_a_shipped_catalogue_is_known_by_its_name_and_clean(name: str) -> None:
+    assert lint(catalogue_text(name)) == []
+    found = load_catalogue(name)
+    settings = PrinciplesConfig(catalogue=name)
+    assert catalogue_of(settings).features == found.features
+    assert PrinciplesConfig.model_validate(settings.model_dump(exclude_unset=True)) == settings
+    for feature in found.features:  # the halves differ in the feature, and not in their length
+        shorter, longer = sorted((len(feature.good), len(feature.bad)))
+        assert longer <= 1.6 * shorter, feature.name
+
+
+def test_shipped_catalogues_are_these_and_a_slip_of_the_pen_finds_them() -> None:
+    assert CATALOGUES == ("careful-assistant", "house-style", "support-desk")
+    with pytest.raises(ConfigError, match="Did you mean house-style"):
+        load_catalogue("house-stile")
+
+
+def test_the_house_style_judges_by_its_name() -> None:
+    judge = ChecksJudge(JudgeConfig.model_validate("checks:house-style"))
+    query = Query.from_dict({"prompt": "Where do bees sleep?"})
+    plain = "They sleep in the hive, for about six hours."
+    gushing = "Great question! Bees sleep:\n\n* in the hive!\n* in **flowers**!"
+    assert judge.score_all([(query, plain)]) == [1.0]
+    (score,) = judge.score_all([(query, gushing)])
+    assert score is not None
+    assert score < 0.5

@@ -13,10 +13,11 @@ from selfsteer.recipe.read import (
     commented_yaml,
     descriptions,
     known_keys,
+    load_values,
     merge,
     method_of,
     read_yaml,
-    recipe_text,
+    recipe_names,
     validate,
 )
 from selfsteer.recipe.sections import Loading, Section, TrainConfig, resolve_path, unused_arguments
@@ -226,12 +227,15 @@ def test_every_setting_is_described(model: type[Section]) -> None:
 
 
 def test_comments_do_not_change_a_recipe() -> None:
-    import yaml
-
-    text = recipe_text("sso")
-    commented = commented_yaml(text, descriptions(SSO))
-    assert yaml.safe_load(commented) == yaml.safe_load(text)
+    for name in recipe_names():
+        values = load_values(name)
+        comments = {**descriptions(SSO), "queries.path": "a long reason. " * 20}
+        commented = commented_yaml(values, comments)
+        assert read_yaml(commented) == values
+        assert max(map(len, commented.splitlines())) <= 120
+    commented = commented_yaml(load_values("sso"), comments)
     assert "  gamma: 0.1  # γ, weight of the NLL" in commented
+    assert "  # a long reason. a long reason." in commented
 
 
 def test_a_date_is_a_text_and_what_yaml_cannot_make_is_one_too() -> None:

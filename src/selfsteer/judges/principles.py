@@ -18,6 +18,8 @@ from selfsteer.judges.store import Advance
 from selfsteer.recipe.sections import Loading
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from selfsteer.models.chat import EncodedSequence
 
 
@@ -61,6 +63,17 @@ class PrincipleContrast:
 
     def score(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> list[float | None]:
         """`score_all` of what `encoded` made."""
+        return [None if gap is None else self.mean(gap) for gap in self.gaps(pairs)]
+
+    def mean(self, gap: "Tensor") -> float:
+        """The score of an answer from the gaps of its tokens, (R,) nats."""
+        return float(gap.clamp(-self.clip, self.clip).double().mean())
+
+    def gaps(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> "list[Tensor | None]":
+        """Gaps log π(y_t|x+) − log π(y_t|x-) of each token of each answer, (R,) nats, not clipped.
+
+        None where an answer does not fit the model's context beside a principle.
+        """
         from selfsteer.models.score import score_sequences
         from selfsteer.models.store import scored
 
@@ -75,11 +88,7 @@ class PrincipleContrast:
                 layout = self.loaded.layout
                 found = score_sequences(self.loaded.model, flat, layout=layout, batch_size=32)
         values = iter(found)
-        gaps = (next(values) - next(values) if fit else None for fit in fits)
-        return [
-            None if gap is None else float(gap.clamp(-self.clip, self.clip).double().mean())
-            for gap in gaps
-        ]
+        return [next(values) - next(values) if fit else None for fit in fits]
 
 
 class PrinciplesJudge(ScoringModel):

@@ -19,7 +19,14 @@ from pydantic import Field as Bounded
 from selfsteer.errors import ConfigError, clip, short, some
 from selfsteer.principles.rules import Check
 from selfsteer.recipe.read import read_yaml
-from selfsteer.recipe.sections import PrinciplesConfig, Section, resolve_path
+from selfsteer.recipe.sections import (
+    CATALOGUES,
+    PrinciplesConfig,
+    Section,
+    catalogue_path,
+    did_you_mean,
+    resolve_path,
+)
 from selfsteer.recipe.texts import unfit
 
 #: The recipe's `concision` is the probability of this feature.
@@ -48,7 +55,7 @@ class Feature(Section):
     bad_adjective: Words
     good: Words
     bad: Words
-    weight: float = Bounded(1.0, gt=0)
+    weight: float = Bounded(default=1.0, gt=0)
     checks: tuple[Check, ...] = ()
 
 
@@ -262,12 +269,12 @@ def _lines(node: yaml.Node, loc: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, .
 
 
 def catalogue_text(path: str | None) -> str:
-    """The YAML of a catalogue file; None is the built-in one.
+    """The YAML of a catalogue: a file or a shipped one; None is the built-in one.
 
     Raises:
         ConfigError: there is no such file.
     """
-    path = path or "package:selfsteer/catalogue.yaml"
+    path = catalogue_path(path) if path else "package:selfsteer/catalogue.yaml"
     file = Path(resolve_path(path))
     if wrong := unfit(file):
         raise ConfigError(f"The catalogue {path} {wrong}.")
@@ -275,7 +282,9 @@ def catalogue_text(path: str | None) -> str:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"The catalogue {path} cannot be read: {reason}.") from None
+        near = did_you_mean(path, CATALOGUES)
+        shipped = f" Shipped ones are {', '.join(CATALOGUES)}.{near}" if "." not in path else ""
+        raise ConfigError(f"The catalogue {path} cannot be read: {reason}.{shipped}") from None
 
 
 def load_catalogue(path: str | None) -> Catalogue:

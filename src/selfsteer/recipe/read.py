@@ -1,8 +1,9 @@
 """Settings as users write them: YAML, shipped recipes, ``KEY=VALUE``; faults in words."""
 
 import difflib
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -16,6 +17,9 @@ from selfsteer.recipe.texts import unfit
 
 #: Values that a YAML text may hold, keys included.
 NODES = 100_000
+
+#: Columns of a recipe that is written.
+WIDTH = 100
 
 
 def recipe_names() -> list[str]:
@@ -296,20 +300,38 @@ def _nearest(model: type[Section], loc: tuple[Any, ...]) -> str | None:
     return None
 
 
-def commented_yaml(recipe_yaml: str, descriptions: Mapping[str, str]) -> str:
-    """A recipe text with each known key's description after it."""
-    lines: list[str] = []
-    parents: list[str] = []
-    for line in recipe_yaml.splitlines():
-        match = re.match(r"( *)([a-z_0-9]+):(.*)$", line)
-        if not match:
-            lines.append(line)
-            continue
-        depth = len(match[1]) // 2
-        parents[depth:] = [match[2]]
-        text = descriptions.get(".".join(parents))
-        lines.append(f"{line}  # {text}" if text and "#" not in line else line)
-    return "\n".join(lines) + "\n"
+def commented_yaml(values: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    """Settings as YAML, each with the comment on its dotted key, beside it or above.
+
+    >>> print(commented_yaml({"training": {"beta": 0.1}}, {"training.beta": "β"}), end="")
+    training:
+      beta: 0.1  # β
+    """
+    return "".join(f"{line}\n" for line in _commented(values, comments, ()))
+
+
+def _commented(
+    values: Mapping[str, Any], comments: Mapping[str, str], parents: tuple[str, ...]
+) -> Iterator[str]:
+    indent = "  " * len(parents)
+    for name, value in values.items():
+        key = (*parents, name)
+        below = value if isinstance(value, Mapping) and value else None
+        said = "" if below or value is None else f" {_flow(value)}"
+        line, comment = f"{indent}{name}:{said}", comments.get(".".join(key), "")
+        if comment and len(line) + len(comment) + 4 > WIDTH:
+            mark = f"{indent}# "
+            yield from textwrap.wrap(comment, WIDTH, initial_indent=mark, subsequent_indent=mark)
+        elif comment:
+            line += f"  # {comment}"
+        yield line
+        yield from _commented(below, comments, key) if below else ()
+
+
+def _flow(value: Any) -> str:
+    """A value on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return str(text).removesuffix("...\n").strip()
 
 
 def descriptions(model: type[Section], prefix: str = "") -> dict[str, str]:

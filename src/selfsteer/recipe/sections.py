@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from typing_extensions import override
 
 from selfsteer.errors import ConfigError, short
@@ -99,12 +109,23 @@ class Section(BaseModel):
 
     #: The setting that a plain value stands for: ``engine: vllm`` is ``engine: {kind: vllm}``.
     short: ClassVar[str | None] = None
+    #: Whether a text of another kind stands for the whole section.
+    spelled: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
     def _spelled_out(cls, value: Any) -> Any:
         plain = cls.short is not None and isinstance(value, str | bool)
         return {cls.short: value} if plain else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The section, or the plain value that stands for it."""
+        found = handler(core_schema)
+        plain = {"type": ["string", "boolean"]} if cls.short else {"type": "string"}
+        return {"anyOf": [found, plain]} if cls.short or cls.spelled else found
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -549,6 +570,20 @@ class OnlineQueries(GrownQueries):
     per_iteration: int | None = _f(None, "new queries per iteration; null: an equal share", gt=0)
 
 
+#: Catalogues that come with the program, as recipes name them.
+CATALOGUES = tuple(
+    sorted(path.stem for path in (Path(__file__).parents[1] / "catalogues").glob("*.yaml"))
+)
+
+
+def catalogue_path(name: str) -> str:
+    """The path of a catalogue: that of a shipped one by its name, any other as it is."""
+    return f"package:selfsteer/catalogues/{name}.yaml" if name in CATALOGUES else name
+
+
+CataloguePath = Annotated[str, AfterValidator(catalogue_path)]
+
+
 class PrinciplesConfig(Section):
     """How principles are made."""
 
@@ -556,7 +591,9 @@ class PrinciplesConfig(Section):
         "generated",
         "picked: the catalogue's text; generated: written by a model for each query; fixed: yours",
     )
-    catalogue: str | None = _f(None, "YAML file of your own features; null: the built-in one")
+    catalogue: CataloguePath | None = _f(
+        None, f"YAML file of your own features, or {', '.join(CATALOGUES)}; null: the built-in one"
+    )
     features: Literal["model", "random", "none"] = _f(
         "model",
         "who names a query's features; missing ones are drawn at random; none: no adjectives",
@@ -770,9 +807,9 @@ class JudgeConfig(Section):
     )
     model: str | None = _f(None, "as policy.model", kind=OF_MODELS, content="model")
     engine: EngineConfig = _f(EngineConfig(), "what answers, as in sampling.engine", kind="chat")
-    path: str | None = _f(
+    path: CataloguePath | None = _f(
         None,
-        "human: JSONL of labels; checks: YAML catalogue whose features have checks; null: those of "
+        "human: JSONL of labels; checks: catalogue whose features have checks; null: those of "
         "the queries alone",
         kind="human, checks",
         content="file",
@@ -797,6 +834,8 @@ class JudgeConfig(Section):
     trust_remote_code: bool = _f(False, "as policy.trust_remote_code", kind=OF_MODELS)
     allow_pickle: bool = _f(False, "as policy.allow_pickle", kind=OF_MODELS)
     chat_template_kwargs: dict[str, Any] = _f({}, "as policy.chat_template_kwargs", kind=OF_MODELS)
+
+    spelled: ClassVar[bool] = True
 
     @property
     def loading(self) -> Loading:
@@ -1095,6 +1134,19 @@ class Reward(Schedule):
     forward_pairs: int = _f(8, "pairs per forward pass; divides batch_size", gt=0)
     center: float = _f(0.0, "pulls scores to mean 0; 0.01 is usual (arXiv 2312.09244, eq. 2)", ge=0)
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """One set of data may stand without a list."""
+        found = handler(core_schema)
+        handler.resolve_ref_schema(found)["properties"]["data"]["type"] = [
+            "array",
+            "object",
+            "string",
+        ]
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _one_set(cls, value: Any) -> Any:
@@ -1181,6 +1233,25 @@ class Improvement(Section):
         )
 
 
+class RulesConfig(Section):
+    """Who writes the bad counterparts of given rules, and how."""
+
+    writer: WriterConfig = _f(..., "model that writes, or an engine with its model")
+    domain: str | None = _f(None, "the catalogue's domain, as writers of principles are told it")
+    tries: int = _f(4, "answers asked for per rule; the first that can be used is", ge=1)
+    temperature: float = _f(0.7, "temperature of the writer", ge=0)
+    top_p: float = _f(0.9, "nucleus mass of the writer", gt=0, le=1)
+    max_new_tokens: int = _f(256, "tokens of an answer", gt=0)
+
+    @override
+    def faults(self) -> Iterator[str]:
+        if self.temperature == 0 and self.tries > 1:
+            yield "tries: at temperature 0 all of them are the same answer"
+        yield from self.writer.conflicts("writer", named=True)
+        if self.writer.model is None:
+            yield "writer.model is missing"
+
+
 class Evaluation(Section):
     """Base, baseline and aligned policy answer held-out queries; the judge compares."""
 
@@ -1216,6 +1287,8 @@ class JudgedSet(Section):
         content="file",
     )
     label: str | None = _f(None, "name of its column; null: the questions' file name")
+
+    spelled: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod

@@ -1,12 +1,13 @@
 """``selfsteer check``: its lines, tables and last sentence; the checks are in `checks`."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from selfsteer.terminal import interval, out, table
+from selfsteer.terminal import interval, out, say, table
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def check(
 
     figures = checks.check(checked, queries, minutes, (lambda line: None) if as_json else tell)
     emit(figures, as_json, lambda _: out.print(f"\n{conclusion(figures)}"))
+    if not as_json and figures["exit_code"] == 0:
+        say(f"see it: {shlex.join(['selfsteer', 'preview', recipe, *(overrides or [])])}")
     raise typer.Exit(figures["exit_code"])
 
 

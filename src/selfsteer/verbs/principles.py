@@ -5,6 +5,7 @@ import itertools
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, emit
 
 if TYPE_CHECKING:
-    from selfsteer.verbs.writing import Improving, Writing
+    from selfsteer.verbs.writing import Importing, Improving, Writing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,20 +33,23 @@ Queries = Annotated[
 @app.command("list")
 def list_(
     file: Annotated[
-        Path | None, typer.Argument(help="catalogue in YAML; default: the built-in one")
+        str | None,
+        typer.Argument(help="catalogue in YAML or a shipped one; default: the built-in one"),
     ] = None,
     as_yaml: Annotated[
         bool, typer.Option("--yaml", help="print the file itself, to start your own from")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List a catalogue's features."""
+    """List a catalogue's features.
+
+    Shipped, beside the built-in one: house-style, support-desk, careful-assistant.
+    """
     from selfsteer.principles.catalogue import catalogue_text, load_catalogue
 
-    path = str(file) if file else None
-    catalogue = load_catalogue(path)
+    catalogue = load_catalogue(file)
     if as_yaml:
-        typer.echo(catalogue_text(path), nl=False)
+        typer.echo(catalogue_text(file), nl=False)
         return
     emit(catalogue.model_dump(mode="json"), as_json, _print_catalogue)
 
@@ -73,7 +77,8 @@ def _print_catalogue(catalogue: dict[str, Any]) -> None:
 def show(
     feature: Annotated[str, typer.Argument(help="one feature, or several separated by commas")],
     catalogue: Annotated[
-        Path | None, typer.Option(help="catalogue in YAML; default: the built-in one")
+        str | None,
+        typer.Option(help="catalogue in YAML or a shipped one; default: the built-in one"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +87,7 @@ def show(
     from selfsteer.principles.writer import picked
 
     names = tuple(n.strip() for n in feature.split(",") if n.strip())
-    found = picked(names, load_catalogue(str(catalogue) if catalogue else None))
+    found = picked(names, load_catalogue(catalogue))
     text = f"good: {found.good}\nbad:  {found.bad}"
     emit(found.to_dict(), as_json, lambda _: out.print(text, markup=False))
 
@@ -175,6 +180,78 @@ def improve(
     emit(report, as_json, lambda _: _print_improved(report, to))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[
+        Path, typer.Argument(help="rules: text with one per line, a Markdown list, JSONL of traits")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="model that writes the bad counterparts: folder, hub id, package:NAME"),
+    ],
+    to: Annotated[Path, typer.Option(help="catalogue to write, in YAML")],
+    server: Annotated[
+        str | None, typer.Option(help="address of a server, up to /v1, that has the model")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings as KEY=VALUE, such as rules.tries=8 seed=1"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a catalogue from written rules: a model writes the bad counterpart of each.
+
+    Your rules stay as they are, word for word; traits in the first person become rules. The same
+    command resumes. Read the result before you train on it.
+    """
+    report = import_rules(file, model, to, server=server, settings=settings or [])
+    emit(report, as_json, lambda _: _print_imported(report, to))
+
+
+def import_rules(
+    file: Path,
+    model: str,
+    to: Path,
+    *,
+    server: str | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes a catalogue of the rules of a file; returns the report on it.
+
+    Args:
+        file: the rules.
+        model: that writes the bad counterparts.
+        to: the catalogue.
+        server: where the model is served; None: in process.
+        settings: more of them, as KEY=VALUE.
+
+    Raises:
+        DataError: no rule, or no answer that can be used.
+    """
+    from selfsteer.verbs.writing import Importing
+
+    writer = {"kind": "openai", "base_url": server, "model": model} if server else {"model": model}
+    given = {"path": str(file), "rules": {"writer": writer}}
+    return _made(Importing, given, to, list(settings))
+
+
+def _print_imported(report: dict[str, Any], path: Path) -> None:
+    from selfsteer.principles.catalogue import load_catalogue
+
+    for feature in load_catalogue(str(path)).features:
+        text = f"{feature.name}\n  good: {feature.good}\n  bad:  {feature.bad}"
+        out.print(text, markup=False)
+    counts = ", ".join(f"{n:,} {what}" for what, n in report["outcomes"].items())
+    out.print(f"\nanswers of the writer: {counts}", markup=False)
+    lost = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
+    gone = f", dropped: {lost}" if lost else ""
+    out.print(f"{report['n_in']:,} lines, {report['n_out']:,} features{gone}", markup=False)
+    for finding in report["findings"]:
+        out.print(finding, style="yellow", markup=False)
+    say("read every bad rule: it must differ from the good one in that one point only")
+    out.print(f"{path}   (principles.catalogue={path} principles.concision=null)", markup=False)
+
+
 def _print_improved(report: dict[str, Any], path: Path) -> None:
     for step, tried in enumerate(report["path"], 1):
         out.print(f"{step:>3}  {tried['rating']:.3f}  {tried['good']}", markup=False)
@@ -205,7 +282,10 @@ def _print_written(report: dict[str, Any], path: Path) -> None:
 
 
 def _made(
-    kind: "type[Writing | Improving]", given: dict[str, Any], to: Path, settings: list[str]
+    kind: "type[Writing | Improving | Importing]",
+    given: dict[str, Any],
+    to: Path,
+    settings: list[str],
 ) -> dict[str, Any]:
     """Runs what a command plans in a folder beside ``to``, and keeps a report there.
 
@@ -223,7 +303,7 @@ def _made(
     from selfsteer.run.execute import execute
     from selfsteer.run.folder import RunFolder
 
-    sections = [name for name in kind.model_fields if name != "folder"]
+    sections = [name for name in kind.model_fields if name not in ("folder", "path")]
     check_sections(settings, sections, kind.verb)
     work, report = to.with_name(f"{to.name}.partial"), to.with_name(f"{to.name}.report.json")
     values = merge({**given, "folder": str(work)}, settings)
@@ -250,17 +330,24 @@ def _made(
     found = {
         "fingerprint": last.fingerprint,
         "sha256": _sha256(made),
-        "model": given["policy"]["model"],
-        "queries": given["queries"]["path"],
+        **_origin(given),
         **writing.model_dump(mode="json", include=set(sections) - {"seed", "policy", "queries"}),
         "n_in": entry["n_in"],
         "n_out": entry["n_out"],
+        "dropped": entry["dropped"],
         **entry["notes"],
     }
     write_atomic(report, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     made.replace(to)
     shutil.rmtree(work)
     return found
+
+
+def _origin(given: dict[str, Any]) -> dict[str, str]:
+    """Model and file of what was made."""
+    if "path" in given:
+        return {"model": given["rules"]["writer"]["model"], "rules_file": given["path"]}
+    return {"model": given["policy"]["model"], "queries": given["queries"]["path"]}
 
 
 def _sha256(path: Path) -> str:

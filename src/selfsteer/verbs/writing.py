@@ -16,12 +16,14 @@ from selfsteer.recipe.sections import (
     Policy,
     PrinciplesConfig,
     Queries,
+    RulesConfig,
     Sampling,
     Section,
     resolve_path,
 )
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.improve import ImprovePrinciple
+from selfsteer.stages.oppose_rules import OpposeRules
 from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.queries import ReadQueries
 
@@ -70,6 +72,26 @@ class Writing(Principled):
     @override
     def stage(self, queries: Artifact, policy: Artifact) -> Stage:
         return WritePrinciples(queries, policy, self.principles, EngineConfig())
+
+
+class Importing(Section):
+    """Settings of ``selfsteer principles import``."""
+
+    folder: Path
+    seed: int = Field(0, description="seed of everything", ge=0, lt=2**31)
+    path: str
+    rules: RulesConfig
+
+    verb: ClassVar[str] = "principles import"
+
+    @property
+    def tracking(self) -> tuple[str, ...]:
+        """No tracker follows it."""
+        return ()
+
+    def plan(self) -> list[Stage]:
+        """One stage: the rules to a catalogue."""
+        return [OpposeRules(Artifact(Path(self.path)), self.rules, seed=self.seed)]
 
 
 class Improving(Principled):

@@ -1,0 +1,312 @@
+"""A few queries through a recipe's own stages, up to the first training, in a temporary folder."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from selfsteer.data.jsonl import read_jsonl, read_shards
+from selfsteer.data.records import RESPONSES, Principles, Query
+from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.judges.base import Pair, ScoringJudge
+from selfsteer.judges.load import load_judge
+from selfsteer.judges.principles import PrincipleContrast
+from selfsteer.methods import Aligning, Principled
+from selfsteer.recipe.sections import ContrastRanking, resolve_path
+from selfsteer.run.execute import execute
+from selfsteer.run.folder import by_reason, read_dropped
+from selfsteer.run.stage import Stage
+from selfsteer.stages.train import Train, TrainReward
+from selfsteer.view import RunView
+
+if TYPE_CHECKING:
+    from selfsteer.models.chat import ChatFormat
+
+Recipe = TypeVar("Recipe", bound=Aligning)
+
+
+@dataclass
+class Answer:
+    """One answer to a query.
+
+    ``score`` is the judge's. ``contrast`` is the mean over its tokens of how much likelier the good
+    principle makes them than the bad one, in nats, and ``pieces`` are those tokens one by one.
+    """
+
+    name: str
+    text: str
+    finished: bool = True
+    score: float | None = None
+    contrast: float | None = None
+    pieces: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """What became of a query: ``dropped`` is the reason and the stage; None: it is kept."""
+
+    query: Query
+    principles: Principles | None = None
+    answers: dict[str, Answer] = field(default_factory=dict)
+    verdict: str | None = None
+    dropped: str | None = None
+
+
+@dataclass
+class Preview:
+    """The queries, and what is to be known of all of them."""
+
+    rows: list[Row]
+    #: What would be trained on.
+    kept_as: str
+    judge: str | None
+    scale: str | None
+    notes: list[str]
+
+    @property
+    def coloured(self) -> bool:
+        """Whether any token has a figure."""
+        return any(a.pieces for row in self.rows for a in row.answers.values())
+
+    @property
+    def summary(self) -> str:
+        """``5 queries: 4 kept as pairs, 1 dropped (1 unfinished in triples)``."""
+        lost = Counter(row.dropped for row in self.rows if row.dropped)
+        gone = f", {lost.total()} would be dropped ({by_reason(lost)})" if lost else ""
+        kept = len(self.rows) - lost.total()
+        return f"{len(self.rows)} queries: {kept} kept as {self.kept_as}{gone}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        rows = [
+            {
+                **row.query.to_dict(),
+                "principles": row.principles and row.principles.to_dict(),
+                "answers": [asdict(a) for a in row.answers.values()],
+                "verdict": row.verdict,
+                "dropped": row.dropped,
+            }
+            for row in self.rows
+        ]
+        about = {"judge": self.judge, "scale": self.scale, "notes": self.notes}
+        return {"summary": self.summary, **about, "queries": rows}
+
+
+def preview(recipe: Aligning, given: Mapping[str, Any], count: int, folder: Path) -> Preview:
+    """Runs the stages before the first training on a few queries, and gathers what they made.
+
+    Args:
+        recipe: checked and complete.
+        given: its settings as the user gave them.
+        count: queries.
+        folder: a temporary one.
+
+    Raises:
+        ConfigError: the recipe trains before anything is asked.
+    """
+    small = lessened(recipe, count, folder)
+    stages = before_training(small.plan())
+    if len(stages) < 2:
+        raise ConfigError(
+            f"Method {recipe.method} trains a model before it asks one, so there is nothing to "
+            "preview; set improver_training: null for that."
+        )
+    notes = _notes(recipe, small, stages)
+    try:
+        execute(small, given, until=stages[-1].name)
+        rows = list(gathered(RunView.open(small.folder)).values())
+    except ArtifactError as e:
+        if not (small.folder / "resolved.json").exists():
+            raise
+        rows = list(gathered(RunView.open(small.folder)).values())
+        if not all(row.dropped for row in rows):
+            raise
+        notes.append(str(e))
+    made = Preview(rows, _kept_as(stages), None, None, notes)
+    _judge(recipe, made)
+    if isinstance(recipe, Principled):
+        _contrast(recipe, made.rows)
+    return made
+
+
+def lessened(recipe: Recipe, count: int, folder: Path) -> Recipe:
+    """The recipe with so many queries in its first round, and nothing after its rounds."""
+    shares = [s.share for s in recipe.plan() if getattr(s, "share", None) is not None]  # type: ignore[attr-defined]
+    sliced = any(share.size is None for share in shares)
+    few: dict[str, Any] = {"limit": count * recipe.iterations if sliced else count}
+    if hasattr(recipe.queries, "augment"):
+        few["augment"] = None
+    changed = {
+        "runs_dir": str(folder),
+        "queries": recipe.queries.model_copy(update=few),
+        "evaluation": None,
+        "benchmarks": None,
+        "tracking": (),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def before_training(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages before the first one that trains."""
+    out = []
+    for stage in stages:
+        if isinstance(stage, Train | TrainReward):
+            break
+        out.append(stage)
+    return out
+
+
+def _kept_as(stages: Iterable[Stage]) -> str:
+    kinds = {type(stage).__name__ for stage in stages}
+    if "Teach" in kinds:
+        return "answers whose every token is trained on"
+    return "pairs" if "WritePairs" in kinds else "triples for the generator"
+
+
+def _notes(recipe: Aligning, small: Aligning, stages: list[Stage]) -> list[str]:
+    """What differs from the real run."""
+    trained = next((s for s in small.plan() if isinstance(s, Train | TrainReward)), None)
+    found = []
+    if trained is not None and trained.title != "policy":
+        found.append(
+            f"Shown is what {trained.title} would be trained on. The policy's pairs come after "
+            "that training."
+        )
+    if getattr(recipe.queries, "augment", None) is not None:
+        found.append("queries.augment is left out: these are given queries.")
+    if getattr(recipe, "filter", None) is not None or recipe.method == "sso-online":
+        found.append("Bounds of the filter that are means over all triples are means over these.")
+    return found
+
+
+# -- what the stages made --------------------------------------------------------------------------
+
+
+def gathered(view: RunView) -> dict[str, Row]:
+    """Query id → what is known of it, from the files of a run's first round."""
+    rows: dict[str, Row] = {}
+    for value in _lines(view.folder / "queries.jsonl"):
+        query = Query.from_dict(value)
+        rows[query.id] = Row(query)
+    first = next(iter(view.rounds), None)
+    if first is not None:
+        for triple in first.principles:
+            rows[triple.id].principles = triple.principles
+        if len(first.principles):  # a share of the queries
+            asked = {t.id for t in first.principles}
+            rows = {i: row for i, row in rows.items() if i in asked}
+    for stage in view.stages:
+        made = view.folder / stage.outputs[0]
+        if stage.kind == "RankAnswers":
+            for value in _lines(made / "candidates"):
+                _take(rows, value["id"], value)
+        if stage.kind in ("Sample", "RankAnswers", "WritePairs"):
+            for value in _lines(made):
+                _take(rows, value["id"], value)
+        for dropped in read_dropped(stage.dropped_file):
+            if dropped.id in rows and stage.kind != "ReadQueries":
+                record = dropped.record if isinstance(dropped.record, Mapping) else {}
+                _take(rows, dropped.id, record)
+                rows[dropped.id].dropped = f"{dropped.reason} in {stage.title}"
+    for row in rows.values():
+        first = [name for name in RESPONSES if name in row.answers]
+        row.answers = {name: row.answers[name] for name in dict.fromkeys([*first, *row.answers])}
+    return rows
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        yield from read_shards(path)
+    elif path.exists():
+        yield from (value for _, value in read_jsonl(path))
+
+
+def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any]) -> None:
+    """Takes over the answers of a triple, of candidates, or of a pair of none that is known yet."""
+    answers = rows[identity].answers
+    reasons = record.get("finish_reasons") or {}
+    named = dict(record.get("responses") or {})
+    named |= {f"answer {i}": text for i, text in enumerate(record.get("answers") or (), 1)}
+    for name, text in named.items():
+        if text is not None:
+            answers[name] = Answer(name, text, reasons.get(name) != "length")
+    for side in ("chosen", "rejected"):
+        turns = record.get(side)
+        if not turns:
+            continue
+        text = turns if isinstance(turns, str) else turns[-1]["content"]
+        same = next((a for a in answers.values() if a.text == text), None)
+        if same is None and answers:  # a lead-in was cut off
+            continue
+        if same is None:
+            answers[side] = Answer(side, text)
+        elif same.name.startswith("answer"):
+            same.name = f"{same.name}, {side}"
+    for answer, score in zip(answers.values(), record.get("scores") or (), strict=False):
+        answer.score = score
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def _judge(recipe: Aligning, made: Preview) -> None:
+    """Scores by the recipe's judge; a judge that only compares compares good with bad."""
+    if recipe.judge is None or recipe.judge.kind == "human":
+        return
+    judge = load_judge(recipe.judge)
+    assert judge is not None
+    made.judge = judge.name
+    if isinstance(judge, ScoringJudge):
+        made.scale = judge.scale
+        every = [(row.query, a) for row in made.rows for a in row.answers.values()]
+        scores = judge.score_all([(query, a.text) for query, a in every])
+        for (_, answer), score in zip(every, scores, strict=True):
+            answer.score = score
+        return
+    both = [r for r in made.rows if {"good", "bad"} <= r.answers.keys()]
+    pairs = [Pair(r.query, r.answers["good"].text, r.answers["bad"].text) for r in both]
+    names = {"first": "the good one is better", "second": "the bad one is better"}
+    for row, said in zip(both, judge.compare_all(pairs), strict=True):
+        row.verdict = names.get(said.verdict, str(said.verdict))
+
+
+def _contrast(recipe: Aligning, rows: Iterable[Row]) -> None:
+    """Which tokens of each answer the good principle makes likelier than the bad one."""
+    every = [(row, a) for row in rows if row.principles for a in row.answers.values() if a.text]
+    if not every:
+        return
+    clip = ContrastRanking().clip
+    policy = PrincipleContrast(resolve_path(recipe.policy.model), recipe.policy.loading, clip=clip)
+    asked = []
+    for row, answer in every:
+        assert row.principles
+        extra = {**row.query.extra, "principles": row.principles.to_dict()}
+        asked.append((Query(row.query.id, row.query.messages, extra), answer.text))
+    encoded = policy.encoded(asked)
+    for (_, answer), pair, gap in zip(every, encoded, policy.gaps(encoded), strict=True):
+        if gap is not None:
+            answer.contrast = policy.mean(gap)
+            answer.pieces = pieces(policy.loaded.chat, pair[0].response_ids, gap.tolist())
+
+
+def pieces(
+    chat: "ChatFormat", ids: tuple[int, ...], values: list[float]
+) -> list[tuple[str, float]]:
+    """Tokens as the text that each adds, with its value; those that share a character are added up.
+
+    What adds no text, as the token that ends the turn, is left out.
+    """
+    out: list[tuple[str, float]] = []
+    held = ""
+    total, start = 0.0, 0
+    for i, value in enumerate(values):
+        before = chat.tokenizer.decode(ids[max(start - 1, 0) : start], skip_special_tokens=True)
+        text = chat.tokenizer.decode(ids[max(start - 1, 0) : i + 1], skip_special_tokens=True)
+        held, total = text[len(before) :], total + value
+        if "\ufffd" in held and i + 1 < len(values):
+            continue
+        if held:
+            out.append((held, total))
+        total, start = 0.0, i + 1
+    return out

@@ -1,0 +1,54 @@
+"""``selfsteer preview``: a few queries through the recipe's own stages, and nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.support import Here, fails
+from tests.make import SMALL
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("contrast", ["plain"]), ("pbaa", ["good", "bad"]), ("sso", ["good", "bad", "plain"])],
+)
+def test_a_method_shows_its_answers_and_what_would_be_dropped(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, method: str, names: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["sampling.max_new_tokens=24", "judge=oracle"]  # where hardly an answer ends
+    ended = here("preview", method, *SMALL, *given, "-n", 2, "--to", "page", "--json")
+    assert ended.code == 0, ended.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "page"]
+    found = json.loads(ended.out)
+    assert len(found["queries"]) == 2
+    for row in found["queries"]:
+        assert sorted(a["name"] for a in row["answers"]) == sorted(names)
+        assert row["principles"]["good"] != row["principles"]["bad"]
+        for answer in row["answers"]:
+            assert answer["score"] is not None
+            assert "".join(text for text, _ in answer["pieces"]) == answer["text"]
+            assert len(answer["pieces"]) > 5
+    lost = {row["dropped"] for row in found["queries"]} - {None}
+    if method == "contrast":
+        assert not lost
+        assert found["summary"] == "2 queries: 2 kept as answers whose every token is trained on"
+    else:
+        assert lost == {f"unfinished in {'triples' if method == 'sso' else 'samples'}"}
+    page = (tmp_path / "page" / "preview.html").read_text()
+    assert found["queries"][0]["messages"][0]["content"] in page
+    assert 'style="background: color-mix' in page
+
+
+def test_ranked_answers_stand_with_their_scores(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["ranking={samples: 3, judge: oracle}", *(s for s in SMALL if "principles" not in s)]
+    ended = here("preview", "best-of-n", *given, "-n", 3, "--to", "page")
+    assert ended.code == 0, ended.err
+    assert "answer 1" in ended.out
+    assert ", chosen  score" in ended.out
+    assert "3 queries: " in ended.out
+    fails(here("preview", "reward", "policy.model=m", "reward.data=d"), 2, "has neither")
