@@ -84,6 +84,9 @@ FEATURE = Feature(
         ("", "request_failed:500", "request_failed:500"),
         ("I cannot.", "stop", "one_sided"),
         ("Bad: Be brief.\nName: A", "stop", "identical"),
+        ("Bad: Dismiss the reader coldly before the joke.", "stop", "leaks_example"),
+        ("Bad: Ramble on.\nName: B\nGood adjective: warm\nBad adjective: cold", "stop",
+         "leaks_example"),
         ("Bad: Ramble on.", "stop", "no_name"),
         ("Bad: Ramble on.\nName: Brevity\nGood adjective: brief", "stop", "no_adjectives"),
         ("Bad: Ramble on.\nName: B\nGood adjective: brief\nBad adjective: brief", "stop",
@@ -101,6 +104,8 @@ def test_a_trait_becomes_a_rule_and_its_own_words_are_not_the_good_one() -> None
     text = rule_answer(FEATURE, with_good=True)
     assert read_feature(trait, text, "stop") == FEATURE
     assert read_feature(trait, text.partition("\n")[2], "stop") == "one_sided"
+    own = text.replace("Ramble on.", "I ramble on.")
+    assert read_feature(trait, own, "stop") == "first_person"
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -153,6 +158,8 @@ def test_where_no_answer_is_of_use_it_says_why(
     file = told(tmp_path / "rules.txt", TEXT)
     with pytest.raises(DataError, match="8 one_sided"):
         import_rules(file, "writer", tmp_path / "rules.yaml")
+    answer_with(monkeypatch, FakeEngine(opposite))  # another model is not refused
+    assert import_rules(file, "another", tmp_path / "rules.yaml")["n_out"] == 2
 
 
 def test_the_partial_work_of_a_kill_is_used(

@@ -333,6 +333,7 @@ RICH = {
     "distilled": ("contrast", "policy.model=m", "queries.path=q"),
     "improved": ("sgpo", "policy.model=m", "queries.path=q", "improver_training={}"),
     "judged": ("spin-judged", "policy.model=m", "queries.path=q", "judge=oracle"),
+    "contrasting": ("pbaa", "policy.model=m", "queries.path=q", "hygiene.min_contrast=0"),
     "margin": ("dlma", "policy.model=m", "queries.path=q"),
 }
 

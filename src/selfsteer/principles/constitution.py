@@ -18,11 +18,14 @@ from typing import Any
 
 import yaml
 
+from selfsteer.data.curate import ngrams
+from selfsteer.data.curate import words as split
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Dropped, Message
 from selfsteer.errors import DataError
 from selfsteer.principles.catalogue import Catalogue, Feature
 from selfsteer.principles.writer import MAX_GUIDELINE_CHARS, Outcome, contrast
+from selfsteer.recipe.texts import unfit
 
 _ITEM = re.compile(r"^(\s*)(?:[-*+•]|\d+[.)])\s+(?=\S)")
 _TRAIT = re.compile(r"\b(?:I|I'm|I'd|I'll|I've|my|me|myself)\b")
@@ -59,6 +62,8 @@ def read_rules(path: Path) -> tuple[list[Rule], list[Dropped]]:
     Raises:
         DataError: the file cannot be read, or holds no rule.
     """
+    if wrong := unfit(path):
+        raise DataError(f"The rules {path} {wrong}.")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -119,19 +124,26 @@ def _of_text(text: str) -> Iterator[tuple[Rule, str | None]]:
 
 # -- the writer ------------------------------------------------------------------------------------
 
-_EXAMPLES = (
-    (
-        Rule("", "Answer in the language of the question."),
-        Feature(
-            name="Language",
-            good_adjective="matching in language",
-            bad_adjective="foreign",
-            good="Answer in the language of the question.",
-            bad="Answer in another language than that of the question.",
-        ),
+#: Worked examples, shown as turns of the conversation: rules, then traits.
+_RULES = (
+    Feature(
+        name="Language",
+        good_adjective="matching in language",
+        bad_adjective="foreign",
+        good="Answer in the language of the question.",
+        bad="Answer in another language than that of the question.",
     ),
+    Feature(
+        name="Warmth",
+        good_adjective="warm",
+        bad_adjective="cold",
+        good="Greet the reader warmly before the answer.",
+        bad="Dismiss the reader coldly before the answer.",
+    ),
+)
+_TRAITS = (
     (
-        Rule("", "I am curious, and I like to ask people about their work."),
+        "I am curious, and I like to ask people about their work.",
         Feature(
             name="Curiosity",
             good_adjective="curious",
@@ -140,17 +152,34 @@ _EXAMPLES = (
             bad="Show boredom and never ask people about their work.",
         ),
     ),
+    (
+        "When somebody is angry with me, I stay calm and listen.",
+        Feature(
+            name="Calm",
+            good_adjective="calm",
+            bad_adjective="irritable",
+            good="Stay calm and listen when somebody is angry.",
+            bad="Snap back and interrupt when somebody is angry.",
+        ),
+    ),
 )
+
+_SHOWN = (*_RULES, *(feature for _, feature in _TRAITS))
+#: Words in a row that an answer does not share with an example by chance.
+COPIED = 5
+_RUNS = {run for f in _SHOWN for t in (f.good, f.bad) for run in ngrams(split(t), COPIED)}
 
 
 def rule_prompt(rule: Rule) -> list[Message]:
-    """Asks for the opposite of a rule, a name and two adjectives, after a worked example."""
-    shown, feature = _EXAMPLES[rule.is_trait]
-    return [
-        Message("user", _asked(shown)),
-        Message("assistant", rule_answer(feature, with_good=rule.is_trait)),
-        Message("user", _asked(rule)),
-    ]
+    """Asks for the opposite of a rule, a name and two adjectives, after worked examples."""
+    shown = _TRAITS if rule.is_trait else [(f.good, f) for f in _RULES]
+    turns = []
+    for text, feature in shown:
+        turns += [
+            Message("user", _asked(Rule("", text))),
+            Message("assistant", rule_answer(feature, with_good=rule.is_trait)),
+        ]
+    return [*turns, Message("user", _asked(rule))]
 
 
 def _asked(rule: Rule) -> str:
@@ -183,6 +212,7 @@ def rule_answer(feature: Feature, *, with_good: bool) -> str:
 class Unwritten(StrEnum):
     """Why a writer's answer makes no feature, beside the reasons of `Outcome`."""
 
+    FIRST_PERSON = "first_person"
     NO_NAME = "no_name"
     NO_ADJECTIVES = "no_adjectives"
 
@@ -209,8 +239,12 @@ def read_feature(rule: Rule, text: str, finish_reason: str) -> Feature | str:
         return str(Outcome.ONE_SIDED if good or bad else Outcome.NO_SECTIONS)
     if max(len(good), len(bad)) > MAX_GUIDELINE_CHARS:
         return str(Outcome.TOO_LONG)
+    if any(_copied(text) for text in (good, bad) if text != rule.text):
+        return str(Outcome.LEAKS_EXAMPLE)
     if (outcome := contrast(good, bad)) is not Outcome.OK:
         return str(outcome)
+    if rule.is_trait and any(map(_TRAIT.search, (good, bad))):
+        return str(Unwritten.FIRST_PERSON)
     name = found.get("name", "").rstrip(".")
     if not name or len(name.split()) > 3:
         return str(Unwritten.NO_NAME)
@@ -218,6 +252,8 @@ def read_feature(rule: Rule, text: str, finish_reason: str) -> Feature | str:
     if not all(words) or len(set(words)) < 2 or max(len(w.split()) for w in words) > 4:
         return str(Unwritten.NO_ADJECTIVES)
     first, second = words
+    if any(words == [f.good_adjective, f.bad_adjective] for f in _SHOWN):
+        return str(Outcome.LEAKS_EXAMPLE)
     return Feature(
         name=name[:1].upper() + name[1:],
         good_adjective=first,
@@ -225,6 +261,11 @@ def read_feature(rule: Rule, text: str, finish_reason: str) -> Feature | str:
         good=good,
         bad=bad,
     )
+
+
+def _copied(text: str) -> bool:
+    """Whether it has a run of words of a worked example."""
+    return not _RUNS.isdisjoint(ngrams(split(text), COPIED))
 
 
 def _sentence(text: str) -> str:

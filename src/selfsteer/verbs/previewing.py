@@ -210,8 +210,8 @@ def gathered(view: RunView) -> dict[str, Row]:
                 _take(rows, dropped.id, record)
                 rows[dropped.id].dropped = f"{dropped.reason} in {stage.title}"
     for row in rows.values():
-        first = [name for name in RESPONSES if name in row.answers]
-        row.answers = {name: row.answers[name] for name in dict.fromkeys([*first, *row.answers])}
+        order = [name for name in RESPONSES if name in row.answers]
+        row.answers = {name: row.answers[name] for name in dict.fromkeys([*order, *row.answers])}
     return rows
 
 

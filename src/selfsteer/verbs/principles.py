@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, DataError
 from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, emit
 
@@ -232,7 +232,11 @@ def import_rules(
 
     writer = {"kind": "openai", "base_url": server, "model": model} if server else {"model": model}
     given = {"path": str(file), "rules": {"writer": writer}}
-    return _made(Importing, given, to, list(settings))
+    try:
+        return _made(Importing, given, to, list(settings))
+    except DataError:  # its answers are of no use to another try
+        shutil.rmtree(to.with_name(f"{to.name}.partial"), ignore_errors=True)
+        raise
 
 
 def _print_imported(report: dict[str, Any], path: Path) -> None:
