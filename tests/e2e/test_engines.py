@@ -55,6 +55,7 @@ def replicas_of(pid: int) -> list[int]:
     return sorted(int(r[0]) for r in rows if "Replica" in r[2] and below(int(r[0])))
 
 
+@pytest.mark.slow
 def test_replicas_answer_as_one_process_does_and_a_killed_one_costs_nothing(tmp_path: Path) -> None:
     plain = spawn(*arguments(tmp_path, "plain"), "--until", "preferences")
     assert plain.returncode == 0, plain.stderr

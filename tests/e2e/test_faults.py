@@ -254,6 +254,7 @@ def have(*modules: str) -> bool:
     return all(importlib.util.find_spec(m) for m in modules)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not have("fastapi", "uvicorn"), reason="transformers serve needs fastapi and uvicorn"
 )

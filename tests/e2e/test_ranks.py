@@ -143,6 +143,7 @@ def test_sharded_ranks_select_like_one_and_go_on_after_a_death(
     assert not list(two.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_ranks_end_with_one_of_them_and_with_their_launcher(tmp_path: Path) -> None:
     for whose in ("rank", "launcher"):
         args = ("run", "smoke", f"runs_dir={tmp_path}", f"name={whose}", "--nproc", "2")
@@ -157,6 +158,7 @@ def test_ranks_end_with_one_of_them_and_with_their_launcher(tmp_path: Path) -> N
             fails(Ended(running.returncode, "", err), 3, "rank 1 was killed by signal SIGKILL")
 
 
+@pytest.mark.slow
 def test_sharded_adapters_are_saved_and_merged(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "triples.jsonl"
     path.write_text("".join(json.dumps(triple(i)) + "\n" for i in range(8)))
@@ -180,6 +182,7 @@ def test_sharded_adapters_are_saved_and_merged(tmp_path: Path, here: Here) -> No
         torch.testing.assert_close(merged[name], saved[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_rank_is_the_runs(tmp_path: Path) -> None:
     path = tmp_path / "triples.jsonl"
     path.write_text("".join(json.dumps(triple(i)) + "\n" for i in range(6)))
