@@ -327,6 +327,11 @@ class RoundView:
         mine = (self.method, None)
         return tuple(s for s in self.run.stages if s.round == self.k and s.method in mine)
 
+    @cached_property
+    def before(self) -> tuple[StageView, ...]:
+        """The stages of its method that no round has, such as what a reward model was made of."""
+        return tuple(s for s in self.run.stages if s.round is None and s.method == self.method)
+
     @property
     def start(self) -> str | None:
         """The stage that trained the policy that it starts from; None: that policy was given."""
@@ -358,8 +363,9 @@ class RoundView:
 
     @property
     def principles(self) -> Records[Triple]:
-        """The queries of the round with their principles."""
-        return self._stored(self.run.folder / f"iteration-{self.k}" / "principles.jsonl", Triple)
+        """The queries of the round with their principles, or those that hold for all rounds."""
+        written = [s for s in (*self.before, *self.stages) if s.kind == "WritePrinciples"]
+        return self._stored(self.run.folder / written[-1].outputs[0], Triple) if written else ()
 
     @property
     def triples(self) -> Records[Triple]:
@@ -384,15 +390,16 @@ class RoundView:
 
     @property
     def sampled(self) -> list[Sampled]:
-        """What its stages sampled, in their order."""
+        """What its stages sampled, in their order; the first round has what came before it, too."""
         out = []
-        for i, stage in enumerate(self.stages):
+        stages = (*self.before, *self.stages) if self.k == 1 else self.stages
+        for i, stage in enumerate(stages):
             if stage.kind != "Sample":
                 continue
             shards = self.run.shards(self.run.folder / stage.outputs[0])
             takers = []
-            for later in self.stages[i + 1 :]:
-                if later.kind in ("Sample", "Train", "MeasureQuality"):
+            for later in stages[i + 1 :]:
+                if later.kind in ("Sample", "Train", "TrainReward", "MeasureQuality"):
                     break
                 takers.append(later)
             if shards:

@@ -49,11 +49,13 @@ def test_an_audit_asks_every_model_once_and_counts_what_the_oracle_says(
 
 
 def test_a_model_against_itself_has_changed_in_nothing(tmp_path: Path, here: Here) -> None:
+    """Judged by the principles that the audit writes for the queries."""
     prompts = tmp_path / "prompts.jsonl"
     names = ("Peru", "Chile", "Japan", "Kenya", "France", "Egypt", "Canada", "India")
     prompts.write_text("".join(f'{{"prompt": "What is the capital of {x}?"}}\n' for x in names))
     ended = here(
-        *("audit", TESTBED, "--base", TESTBED, "--queries", prompts, "--judge", "oracle"),
+        *("audit", TESTBED, "--base", TESTBED, "--queries", prompts),
+        *("--judge", f"{{kind: principles, model: '{TESTBED}'}}"),
         *("--to", tmp_path / "out", "--set", "sampling.max_new_tokens=48"),
         *("--set", "principles.mode=picked", "--set", "principles.max_new_tokens=48"),
     )

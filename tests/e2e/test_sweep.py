@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from selfsteer.errors import ConfigError
-from selfsteer.verbs.sweeping import axes_of, cells_of
+from selfsteer.verbs.sweeping import axes_of, cells_of, shown_value
 from tests.e2e.support import Here, fails, finished
 from tests.e2e.test_selection import ARGS
 
@@ -64,6 +64,9 @@ def test_a_grid_larger_than_the_budget_is_thinned_the_same_way_each_time() -> No
     assert part == cells_of(axes, 3, 0)
     assert [c for c in whole if c in part] == part
     assert part != cells_of(axes, 3, 1)
-    for bad in (["generator.gamma=1"], ["generator.gamma=1,"], ["generator.gamma=1,2"] * 2):
+    axes, _ = axes_of(["training.ceiling=null,0.5"])
+    assert cells_of(axes, 9, 0) == [{"training.ceiling": None}, {"training.ceiling": 0.5}]
+    assert list(map(shown_value, axes["training.ceiling"])) == ["null", "0.5"]
+    for bad in (["generator.gamma=1"], ["generator.gamma=1, "], ["generator.gamma=1,2"] * 2):
         with pytest.raises(ConfigError, match="An axis must look like"):
             axes_of(bad)

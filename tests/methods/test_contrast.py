@@ -1,6 +1,7 @@
 """The whole method on the tiny world: what it learns from, what it resumes, what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from selfsteer.formats.cards import model_card
 from selfsteer.methods import load_recipe
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
+from selfsteer.run.stage import Artifact
 from selfsteer.stages import teach
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.teach import taught
 from selfsteer.verbs.exporting import export_round
 from selfsteer.verbs.judge import judge
 from selfsteer.view import RunView
-from tests.make import SMALL
+from tests.make import SMALL, write_jsonl
 
 OWN = (
     "queries.limit=12",
@@ -91,6 +93,25 @@ def test_targets_of_other_answers_are_made_again(
     again = taught(made.folder / "iteration-1/teacher")
     assert again.keys() == whole.keys()
     assert sorted({len(load_file(x.path)["tokens"]) for x in again.values()}) == [5, 7]
+
+
+def test_the_teacher_has_the_bits_of_the_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: what would be loaded is looked at."""
+    asked: dict[str, Any] = {}
+
+    def load(source: str, loading: Any, **given: Any) -> Any:
+        asked.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfsteer.models.load.load_model", load)
+    made = recipe(tmp_path, "policy.lora={rank: 4, bits: 4}")
+    teacher = next(s for s in made.plan() if s.title == "teacher")
+    answers = write_jsonl(tmp_path / "samples.jsonl", {"id": "q", "prompt": "Hi", "responses": {}})
+    with pytest.raises(KeyboardInterrupt):
+        replace(teacher, answers=Artifact(answers)).run(RunFolder(tmp_path))
+    assert asked == {"inference": True, "bits": 4}
 
 
 def test_what_leaves_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) -> None:

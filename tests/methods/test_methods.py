@@ -11,7 +11,7 @@ import pytest
 
 import selfsteer
 from selfsteer.errors import ConfigError, SelfsteerError
-from selfsteer.formats.cards import model_card
+from selfsteer.formats.cards import compared, model_card
 from selfsteer.methods import METHODS, load_recipe, recipe_of
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.sso import SSO
@@ -127,6 +127,31 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 def test_a_colon_without_its_space_is_pointed_out() -> None:
     with pytest.raises(ConfigError, match=r"'queries.limit:9' \(YAML needs a space after a colon"):
         load_recipe("demo", ["queries={path: q, limit:9}"])
+
+
+# -- cards -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "said"),
+    [
+        ("pbaa", {}, "No person compared the answers."),
+        ("self-rewarding", {}, "No person compared the answers."),
+        (
+            "best-of-n",
+            {"ranking": {"judge": "reward:some/model"}},
+            "The judge was the model some/model (reward). No person compared these answers, but",
+        ),
+        (
+            "best-of-n",
+            {"judge": "oracle"},
+            "The judge was the testbed's oracle; no person compared the answers.",
+        ),
+        ("spin-judged", {"judge": "chat:some/model"}, "The judge was the model some/model (chat)."),
+    ],
+)
+def test_cards_say_who_compared(method: str, sections: dict[str, Any], said: str) -> None:
+    assert compared(recipe(method, **sections)).startswith(said)
 
 
 # -- nobody else asks for a method by name ---------------------------------------------------------

@@ -7,11 +7,13 @@ import pytest
 from selfsteer.errors import ConfigError
 from selfsteer.judges.reward import RewardJudge
 from selfsteer.methods import load_recipe
+from selfsteer.report.browser import Index, build
 from selfsteer.run.execute import execute
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.inputs import stored_preferences, stored_queries, stored_triples
 from selfsteer.stages.rank import RankAnswers, trained_judge
 from selfsteer.stages.sample import Sample
+from selfsteer.verbs.exporting import export_round
 from selfsteer.view import RunView
 from tests.make import SMALL, stages_of
 
@@ -23,6 +25,18 @@ def test_plain_answers_are_ranked_by_the_models_own_reward_model(tmp_path: Path)
     execute(recipe, {"name": "given"}, until="iteration-1/ranked")
     view = RunView.open(recipe.folder)
     assert view.reward is not None
+    # its principles hold for all rounds, and what they were followed by is shown with the first
+    of = view.round()
+    assert [t.id for t in of.principles] == [
+        t.id for t in stored_triples(recipe.folder / "ranker/principles.jsonl")
+    ]
+    (sampled,) = of.sampled
+    assert (sampled.name, [s.kind for s in sampled.takers]) == ("ranker/samples", ["FilterTriples"])
+    index = Index(build(sampled))
+    assert index.about["of"] == 8
+    assert all(r["triple"]["principles"]["good"] for r in index.records([1, 2]))
+    written = export_round(of, "reward", tmp_path / "reward")
+    assert written.count == 8
     pairs = {t.id: t.responses for t in stored_triples(recipe.folder / "ranker/filtered.jsonl")}
     assert view.reward.sources["rlcd"]["read"] == len(pairs)
     made = stages_of(recipe)

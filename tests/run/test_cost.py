@@ -81,6 +81,15 @@ def test_the_cost_of_other_ways(tmp_path: Path) -> None:
     assert cost.trained == 3 * (2 * 10 + 2 * 10) + 4 * 2 * 10
 
 
+def test_noise_reads_the_rejected_answers_once_more(tmp_path: Path) -> None:
+    """Its collisions are no log-probs, so nothing that was scored before saves the forward."""
+    plain = ("method=pbaa", "baseline=null", "generator=null", "evaluation=null")
+    without = planned(smoke(tmp_path, *plain), 10)
+    assert planned(smoke(tmp_path, *plain, "training.noise=0.5"), 10).forwards == (
+        without.forwards + 10
+    )
+
+
 def test_the_cost_is_that_of_the_grown_query_set(tmp_path: Path) -> None:
     grown = planned(smoke(tmp_path, "queries.augment.to=40", "evaluation=null"), 10)
     assert grown.unknown == ("augment",)

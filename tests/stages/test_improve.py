@@ -1,6 +1,7 @@
 """The search as a stage: what is asked, what is kept, and what a killed search asks again."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from selfsteer.engines.base import Request
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Judge
+from selfsteer.principles.improve import Rated
 from selfsteer.recipe.sections import Improvement, JudgeConfig, Sampling, WriterConfig
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import Artifact
@@ -137,6 +139,29 @@ def test_answers_without_a_rating_are_counted(
     answer_with(monkeypatch, FakeEngine(lambda request: ("", "request_failed:timeout")))
     with pytest.raises(DataError, match=r"could be rated .*request_failed:timeout"):
         stage(RunFolder(tmp_path / "b")).run(RunFolder(tmp_path / "b"))
+
+
+def test_a_finalist_without_ratings_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the queries set aside only the start and one other can be rated."""
+    said = {"A": 2.0, "B": None, "Go.": 1.0}
+
+    def rate(self: Any, queries: Any, texts: Sequence[str]) -> dict[str, list[Rated]]:
+        return {t: [Rated(q, "y", r) for q in queries] if (r := said[t]) else [] for t in texts}
+
+    run = RunFolder(tmp_path)
+    search = object.__new__(improve._Search)
+    search.seed, search.judge = 0, ScoringFake()
+    search.written, search.unrated = Counter(), Counter(no_score=4)
+    monkeypatch.setattr(improve._Search, "rate", rate)
+    queries = list(improve.stored_queries(stage(run).queries.path))[:4]
+    found = search.compare(queries, ["Go.", "B", "A"])
+    assert (found["best"], found["compared"], found["left_out"]) == ("A", 4, ["B"])
+    assert "1 of 3 principles are left out" in " ".join(capsys.readouterr().err.split())
+    said["Go."] = None
+    with pytest.raises(DataError, match=r"could be rated .*no_score"):
+        search.compare(queries, ["Go.", "B", "A"])
 
 
 def test_a_judge_that_only_compares_is_refused(

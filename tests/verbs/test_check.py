@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfsteer.data.records import Principles, Query, Triple, Verdict
+from selfsteer.data.records import Principles, Triple, Verdict
 from selfsteer.engines.base import Completion, Request
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.checks import ChecksJudge
@@ -227,10 +227,19 @@ def ranking(
     scored = list[str]()
 
     class Contrast:
-        def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-            assert all(q.extra["principles"]["good"] == f"Be fine {q.id}." for q, _ in answers)
-            scored.extend(text for _, text in answers)
-            return [-float(len(text)) for _, text in answers]
+        read = ("good/plain", "bad/plain")
+        loaded = chat = property(lambda self: self)
+
+        def sequence(self, triple: Triple, name: str) -> Triple:
+            assert triple.principles is not None
+            assert triple.principles.good == f"Be fine {triple.id}."
+            assert triple.finished("plain") == (triple.id != "q3"), "no end of turn where none was"
+            return triple
+
+        def score(self, pairs: Sequence[Sequence[Triple]]) -> list[float | None]:
+            assert all(first is second for first, second in pairs)
+            scored.extend(triple.responses["plain"] for triple, _ in pairs)
+            return [-float(len(triple.responses["plain"])) for triple, _ in pairs]
 
     monkeypatch.setattr(checks, "PrincipleContrast", lambda *args, **more: Contrast())
     answer_with(monkeypatch, FakeEngine(say))
@@ -251,11 +260,15 @@ def test_two_plain_answers_are_ranked_by_contrast_and_by_the_rules_of_their_quer
     def say(request: Request) -> Said:
         number, query = request.id.split("/")[1:]
         text = "Nectar." if number == "0" else "It is nectar that it eats."
+        if query == "q2" and number == "0":
+            text = ""
         return (text, "length" if query == "q3" else "stop")
 
     found, scored = ranking(monkeypatch, tmp_path, say)
     (line,) = found.lines
-    assert line.figures["pairs"] == line.figures["decided"] == 3, "one is cut off"
+    assert line.figures["pairs"] == line.figures["decided"] == 3, "one is empty"
+    assert (line.figures["answers"], line.figures["cut_off"]) == (6, 2)
+    assert "on 3 queries (2 of the 6 answers are cut off); as the judge does" in line.found
     assert line.figures["agreement"][0] == 1.0
     assert line.figures["spread"] == len("It is nectar that it eats.") - len("Nectar.")
     assert len(scored) == 6

@@ -64,6 +64,7 @@ def dataset_card(
     licence = queries_license or "unknown, check before you publish"
     given = method.needs_answers and not method.either_side
     answers = "rejected answers" if given else "answers"
+    order = "a judge's opinion" if recipe.ranker else "assumed, not judged"
     features, risks = "", "A rejected answer can be good, and a chosen one wrong."
     if issubclass(method, Principled):
         features = " `features`, if it is there: what the principles were about."
@@ -77,7 +78,7 @@ def dataset_card(
         front,
         f"# {recipe.name}: {count:,} preferences without annotators",
         f"Each record is a prompt with a chosen and a rejected answer. {method.pair}. "
-        "No person compared the answers.",
+        f"{compared(recipe)}",
         "## How it was made",
         _how(
             of,
@@ -96,7 +97,7 @@ def dataset_card(
         f"Queries: {licence}. The {answers} are a model's, and its own terms apply to them.",
         "## Intended use",
         "Training with DPO and kin, training reward models, and research on automated alignment. "
-        "Not for evaluation: the order of each pair is assumed, not judged (see Quality).",
+        f"Not for evaluation: the order of each pair is {order} (see Quality).",
         "## Risks",
         f"{risks} Nothing was removed for personal data or safety beyond the drops above.",
     )
@@ -122,7 +123,7 @@ def model_card(of: RoundView) -> str:
     return _page(
         front,
         f"# {recipe.name}",
-        f"{base}, trained on {method.learnt}. {method.pair}. No person compared answers.",
+        f"{base}, trained on {method.learnt}. {method.pair}. {compared(recipe)}",
         "## How it was made",
         _how(
             of,
@@ -232,8 +233,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def compared(recipe: Aligning) -> str:
+    """Who said which answer is the better one."""
+    judge = recipe.ranker
+    if judge is None:
+        return "No person compared the answers."
+    if judge.kind in ("chat", "reward"):
+        return (
+            f"The judge was the model {_judge(judge)}. No person compared these answers, but that "
+            "model may have learnt from people's comparisons of others."
+        )
+    return f"The judge was {_judge(judge)}; no person compared the answers."
+
+
 def _judge(judge: JudgeConfig) -> str:
     named = {"oracle": "the testbed's oracle", "checks": "exact rules", "human": "human labels"}
+    named["principles"] = "the contrast of the principles"
     own = f"{public_name(judge.model)} ({judge.kind})" if judge.model else judge.kind
     return named.get(judge.kind, own)
 

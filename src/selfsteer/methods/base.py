@@ -217,6 +217,11 @@ class Aligning(Recipe):
     #: Whether the rejected answers were asked to be bad.
     bad_on_purpose: ClassVar[bool] = False
 
+    @property
+    def ranker(self) -> JudgeConfig | None:
+        """The judge that says which answer is chosen; None: no judge of the recipe does."""
+        return None
+
     @abstractmethod
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:
         """Plans one round.

@@ -52,7 +52,9 @@ class Distilled(Principled):
         # in every direction the targets are the same
         wanted = replace(objective, direction="reverse")
         much = kept.model_copy(update={"direction": "reverse"})
-        teacher = plan(Teach(answers, plan.reference(self.training, policy), wanted, much))
+        start, lora = plan.reference(self.training, policy), self.policy.lora
+        # the policy that learns from it begins as these very weights
+        teacher = plan(Teach(answers, start, wanted, much, lora.bits if lora else None))
         return self.train(plan, answers, policy, objective, self.training, teacher=teacher)
 
 

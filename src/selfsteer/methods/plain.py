@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from selfsteer.methods.base import Paired, Plan, plain_pair
-from selfsteer.recipe.sections import ComparedRanking, GrownQueries, JudgeConfig, Ranking, Training
+from selfsteer.recipe.sections import ComparedRanking, GrownQueries, Ranking, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.rank import RankAnswers
 
@@ -67,11 +67,6 @@ class RankedByJudge(Ranked):
     """A method whose n plain answers per query a judge ranks, or the policy as one."""
 
     ranking: ComparedRanking = ComparedRanking()
-
-    @property
-    def ranker(self) -> JudgeConfig | None:
-        """The judge that ranks; None: the policy itself."""
-        return None
 
     @override
     def opposed(self, plan: Plan, policy: Artifact) -> Artifact:

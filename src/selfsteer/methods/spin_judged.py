@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from selfsteer.methods.base import Plan
 from selfsteer.methods.spin import Given
+from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.inputs import Share
 from selfsteer.stages.oppose import Relabel
@@ -25,6 +26,11 @@ class JudgedSPIN(Given):
         "is the chosen one"
     )
     either_side: ClassVar[bool] = True
+
+    @property
+    @override
+    def ranker(self) -> JudgeConfig | None:
+        return self.judge
 
     @override
     def opposed(self, plan: Plan, policy: Artifact, share: Share | None = None) -> Artifact:

@@ -57,7 +57,10 @@ class FigurePairs(Stage):
     @override
     def cost(self, scale: Scale) -> Cost:
         n = self.records(scale)
-        return Cost(records=n, scores=scoring(self.pairs.texts, self.objective.read, n))
+        scores = scoring(self.pairs.texts, self.objective.read, n)
+        if self.objective.noise:  # collisions are no log-probs: no store has them
+            scores |= scoring(f"{self.name}: collisions", [REJECTED], n)
+        return Cost(records=n, scores=scores)
 
     @override
     def run(self, run: RunFolder) -> StageResult:

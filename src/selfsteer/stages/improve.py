@@ -31,7 +31,7 @@ from selfsteer.recipe.sections import (
     WriterConfig,
 )
 from selfsteer.run.cost import Cost, Scale
-from selfsteer.run.folder import RunFolder, StageResult
+from selfsteer.run.folder import RunFolder, StageResult, by_reason
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.principles import kept_system
@@ -213,12 +213,24 @@ class _Search:
     def compare(self, queries: Sequence[Query], texts: Sequence[str]) -> dict[str, Any]:
         """The best of these on queries that the search has not seen; the start is the first.
 
+        A principle with ratings on less than half of the start's queries is left out: compared on
+        what it has, it would take most of the others' ratings away.
+
         Raises:
-            DataError: no query has a rating under all of them.
+            DataError: the start has no rating, or no query one under all that are compared.
         """
         found = {
             t: {r.query.id: r.rating for r in own} for t, own in self.rate(queries, texts).items()
         }
+        known = found[texts[0]].keys()
+        left_out = [t for t in texts if known and 2 * len(found[t].keys() & known) < len(known)]
+        if left_out:
+            warn(
+                f"{len(left_out)} of {len(texts)} principles are left out of the comparison: most "
+                f"of their answers could not be rated ({by_reason(self.unrated)})"
+            )
+        texts = [t for t in texts if t not in left_out]
+        found = {t: found[t] for t in texts}
         both = [q.id for q in queries if all(q.id in own for own in found.values())]
         if not both:
             raise DataError(
@@ -234,6 +246,7 @@ class _Search:
             "start": start,
             "best": best,
             "compared": len(both),
+            "left_out": left_out,
             "ratings": {"start": means[start], "best": means[best]},
             "gain": known_interval(gains, rng),
             "written": dict(self.written),

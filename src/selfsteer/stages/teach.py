@@ -42,12 +42,15 @@ class Teach(Stage):
         teacher: the frozen start.
         objective: what target.
         settings: how much of it is kept.
+        bits: of the teacher's quantised weights, those of the policy under its adapters; None: it
+            is not quantised.
     """
 
     answers: Artifact
     teacher: Artifact
     objective: TokenObjective
     settings: Distillation
+    bits: int | None = None
 
     title = "teacher"
 
@@ -62,7 +65,8 @@ class Teach(Stage):
         from selfsteer.models.teacher import Teacher
 
         triples = stored_triples(self.answers.path)
-        loaded = load_model(str(self.teacher.path), self.loading, inference=True)
+        source = str(self.teacher.path)
+        loaded = load_model(source, self.loading, inference=True, bits=self.bits)
         s, sums, n_out = self.settings, Counter[str](), 0
         teacher = Teacher(loaded, self.objective, s.top_k, s.coverage)
         with run.drops(self.name) as drops, progress_bar("teacher", len(triples)) as bar:

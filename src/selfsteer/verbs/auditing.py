@@ -158,7 +158,14 @@ def run_audit(s: Subjects) -> dict[str, Any]:
         raise DataError(f"No query is left to compare: {dict(dropped)}.")
     said = {
         label: [
-            replace(t, responses={c: found[f"{t.id}/{c}"].text for c in CONTEXTS}) for t in probes
+            replace(
+                t,
+                responses={c: found[f"{t.id}/{c}"].text for c in CONTEXTS},
+                extra={**t.extra, "principles": t.principles.to_dict()}
+                if t.principles
+                else t.extra,
+            )
+            for t in probes
         ]
         for label, found in answers.items()
     }
@@ -203,7 +210,8 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     found = load_queries(s.queries)
     order = sorted(found.queries, key=lambda q: derive_seed(s.seed, "audit", q.id))[: s.limit]
     order.sort(key=lambda q: q.id)
-    if judge is not None:
+    # what judges by principles gets those that are written here
+    if judge is not None and not (s.judge and s.judge.kind == "principles"):
         judge.check(order)
     base = resolve_path(s.models["base"])
     made_of = [model_digest(base), _loading(s), [q.to_dict() for q in order]]

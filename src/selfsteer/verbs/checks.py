@@ -880,27 +880,34 @@ def _ranking(
                 seed=derive_seed(recipe.seed, "check"),
                 store=probe.scratch / "answers",
             )
-        pairs = [
-            Pair(
-                replace(t.query, extra={**t.extra, "principles": t.principles.to_dict()}),
-                a.text,
-                b.text,
-            )
+        # the contrast reads every token that there is, of answers without an end as well
+        usable = [
+            (t, a, b)
             for t, (a, b) in zip(probe.triples, said, strict=True)
-            if t.principles and not (fault(a) or fault(b)) and a.text != b.text
+            if t.principles
+            and not {fault(a), fault(b)} - {None, "unfinished"}
+            and a.text.strip()
+            and b.text.strip()
+            and a.text != b.text
         ]
         clip = ContrastRanking().clip
         loading = recipe.policy.loading.model_copy(update={"layout": probed.layout})
         contrast = PrincipleContrast(policy, loading, clip=clip)
-        scores = contrast.score_all(
-            [(p.query, text) for p in pairs for text in (p.first, p.second)]
+        answered = [
+            replace(t, responses={"plain": c.text}, finish_reasons={"plain": c.finish_reason})
+            for t, *two_answers in usable
+            for c in two_answers
+        ]
+        scores = contrast.score(
+            [[contrast.loaded.chat.sequence(t, name) for name in contrast.read] for t in answered]
         )
         del contrast
         both = [
-            (p, a - b)
-            for p, a, b in zip(pairs, scores[::2], scores[1::2], strict=True)
-            if a is not None and b is not None
+            (Pair(replace(t.query, extra=_with_principles(t)), a.text, b.text), first - second)
+            for (t, a, b), first, second in zip(usable, scores[::2], scores[1::2], strict=True)
+            if first is not None and second is not None
         ]
+        cut_off = sum(c.finish_reason == "length" for _, *ended in usable for c in ended)
         verdicts = [j.verdict for j in judge.compare_all([p for p, _ in both])] if judge else []
         decided = [
             (v, gap)
@@ -911,18 +918,22 @@ def _ranking(
         rng = np.random.default_rng(derive_seed(recipe.seed, "check/ranking"))
         line.figures = {
             "pairs": len(both),
+            "answers": 2 * len(usable),
+            "cut_off": cut_off,
             "spread": float(np.mean([abs(gap) for _, gap in both])) if both else None,
             "decided": len(decided),
             "agreement": mean_interval(agreed, rng) if agreed else None,
         }
         if not both:
             # which is no fault: most methods rank nothing
-            line.found = "nothing to rank: no query has two finished plain answers that differ"
+            line.found = "nothing to rank: no query has two plain answers that differ"
             return
         line.found = (
             f"the principles tell two plain answers apart by {line.figures['spread']:.3f} nats per "
             f"token on {len(both)} queries"
         )
+        if cut_off:
+            line.found += f" ({cut_off} of the {2 * len(usable)} answers are cut off)"
         if agreed:
             line.found += (
                 f"; as the judge does in {interval(line.figures['agreement'], '.2f')} of "
@@ -935,6 +946,12 @@ def _ranking(
                 "(pbaa, sso).",
                 not few and not above(line.figures["agreement"], 0.5),
             )
+
+
+def _with_principles(triple: Triple) -> dict[str, Any]:
+    """What a query holds whose answers a judge may compare by its principles."""
+    assert triple.principles
+    return {**triple.extra, "principles": triple.principles.to_dict()}
 
 
 def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -> None:

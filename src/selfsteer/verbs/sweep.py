@@ -46,15 +46,19 @@ def sweep(
 
 
 def _print(report: dict[str, Any], command: str) -> None:
+    from selfsteer.verbs import sweeping
+
     rows = _rows(report)
     out.print(table(list(rows[0]), (row.values() for row in rows), words=len(rows[0])))
     best = report["cells"][report["best"]]["settings"]
-    chosen = " ".join(f"{k}={v}" for k, v in best.items())
+    chosen = " ".join(f"{k}={sweeping.shown_value(v)}" for k, v in best.items())
     out.print(f"next: {command} {chosen}", markup=False)
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """A row per cell, as text: its settings, the step kept, and what the model of it does."""
+    from selfsteer.verbs import sweeping
+
     rows = []
     for number, cell in enumerate(report["cells"]):
         kept, policyness = cell["kept"], cell["kept"]["on_policyness"]
@@ -62,7 +66,10 @@ def _rows(report: dict[str, Any]) -> list[dict[str, str]]:
         rows.append(
             {
                 "": "best" if number == report["best"] else "",
-                **{k.rpartition(".")[2]: str(v) for k, v in cell["settings"].items()},
+                **{
+                    k.rpartition(".")[2]: sweeping.shown_value(v)
+                    for k, v in cell["settings"].items()
+                },
                 "step": f"{kept['step']} of {cell['steps']}",
                 cell["measure"] or "wins": "{:.3f} [{:.2f}, {:.2f}]".format(*wins) if wins else "",
                 "on-policy": f"{policyness['rejected']:.3f}" if policyness else "",

@@ -35,8 +35,9 @@ def axes_of(settings: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
     axes: dict[str, list[Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        values = [read_yaml(part) for part in text.split(",")]
-        if not equals or len(values) < 2 or None in values or key in axes:
+        parts = text.split(",")
+        values = [read_yaml(part) for part in parts]
+        if not equals or len(values) < 2 or not all(map(str.strip, parts)) or key in axes:
             raise ConfigError(
                 f"An axis must look like generator.gamma=0.1,1 and stand once, found "
                 f"{short(setting)}."
@@ -49,6 +50,11 @@ def axes_of(settings: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
             f"that were trained on the same data. Found {', '.join(axes) or 'none'}."
         )
     return axes, "generator" if stages == {"generator"} else "policy"
+
+
+def shown_value(value: Any) -> str:
+    """A value as a setting takes it."""
+    return "null" if value is None else str(value)
 
 
 def cells_of(axes: dict[str, list[Any]], budget: int, seed: int) -> list[dict[str, Any]]:
@@ -99,9 +105,10 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
     cells = cells_of(axes, budget, recipe.seed)
     found = []
     for number, cell in enumerate(cells, 1):
-        shown = " ".join(f"{k}={v}" for k, v in cell.items())
+        shown = " ".join(f"{k}={shown_value(v)}" for k, v in cell.items())
         say(f"sweep: cell {number} of {len(cells)}: {shown}", "bold")
-        name = "cell-" + "-".join(f"{k.rpartition('.')[2]}-{v}" for k, v in cell.items())
+        named = (f"{k.rpartition('.')[2]}-{shown_value(v)}" for k, v in cell.items())
+        name = f"cell-{'-'.join(named)}"
         if not (folder / name).exists():
             copy = folder / f"{name}.partial"
             shutil.rmtree(copy, ignore_errors=True)
