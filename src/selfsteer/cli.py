@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from selfsteer import stopping
-from selfsteer.errors import ConfigError, SelfsteerError, short
+from selfsteer.errors import ConfigError, SelfsteerError, clip, short
 from selfsteer.run import ranks
 from selfsteer.terminal import CONTROL
 from selfsteer.verbs import (
@@ -151,7 +151,8 @@ def main() -> None:
                 f"the name {short(longest)} is too long for the file system. Choose a shorter one.",
                 2,
             )
-        _fail(f"{e.strerror or e}: {e.filename}. Fix this, then run the same command again.", 3)
+        what = f"{e.strerror or e}" + (f": {clip(str(e.filename), 300)}" if e.filename else "")
+        _fail(f"{what}. Fix this, then run the same command again.", 3)
 
 
 def _fail(text: str, code: int, *, lost: bool = False) -> None:

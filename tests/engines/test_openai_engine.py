@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -219,6 +220,19 @@ def test_a_request_that_fails_for_good_says_why(name: str, server: Server, engin
     assert found[7] == Completion("q7", "", f"{REQUEST_FAILED}:{name}", 0, 0)
     assert (one.usage.counts["requests"], one.usage.counts["retried"]) == (11 + 3, 2)
     assert as_stored(one.usage.counts)["failed"] == {f"request_failed:{name}": 1}
+
+
+def test_a_reply_without_an_end_is_given_up(
+    server: Server,
+    engine: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("selfsteer.engines.openai.LONGEST_REPLY", 1000)
+    server.faults = {2: sends(b'{"choices": ' + b" " * 5000)}
+    found = ask(engine(retries=0, concurrency=1), GREEDY, 0)
+    assert Counter(c.finish_reason for c in found) == {"stop": 11, "request_failed:long_reply": 1}
+    assert "it is longer than 1,000 bytes" in capsys.readouterr().err
 
 
 def test_a_dead_server_stops_the_stage(server: Server, engine: Make) -> None:

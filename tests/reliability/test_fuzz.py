@@ -61,7 +61,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- properties ------------------------------------------------------------------------------------
 
 fewer = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

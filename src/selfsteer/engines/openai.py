@@ -16,7 +16,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +54,9 @@ DEAD_AFTER = 5
 
 #: Longest wait of our own, and the longest that a server may ask for, in seconds.
 LONGEST_BACKOFF, LONGEST_PAUSE = 60.0, 3600.0
+
+#: Bytes of a reply at most: a thousand times what the longest answers take.
+LONGEST_REPLY = 64 << 20
 
 #: What servers may call the budget of an answer; the old name is the one that more of them know.
 BUDGET, NEW_BUDGET = "max_tokens", "max_completion_tokens"
@@ -222,8 +225,12 @@ class OpenAIEngine(ProbedEngine):
             base_url=base_url,
             max_retries=0,
             timeout=settings.timeout,
-            # a proxy would look for its own loopback
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not here),
+            http_client=openai.DefaultAsyncHttpxClient(
+                trust_env=not here,  # a proxy would look for its own loopback
+                event_hooks={"response": [_bound]},
+            ),
+            # what is packed could be longer than it looks
+            default_headers={"Accept-Encoding": "identity"},
         )
         self.who = f"The server at {base_url}"
         self._failed_in_a_row, self._not_before = 0, 0.0
@@ -491,6 +498,28 @@ class OpenAIEngine(ProbedEngine):
     def _hidden(self, text: str) -> str:
         """The text without the key: servers quote what they refuse."""
         return text.replace(self._key, "[key]") if self._key else text
+
+
+async def _bound(response: Any) -> None:
+    """Makes a reply that is longer than `LONGEST_REPLY` a `Fault`."""
+    stream, read = response.stream, 0
+
+    class Bounded(type(stream)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            nonlocal read
+            async for chunk in stream:
+                read += len(chunk)
+                if read > LONGEST_REPLY:
+                    raise Fault("long_reply", f"it is longer than {LONGEST_REPLY:,} bytes")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    response.stream = Bounded()
 
 
 def _cause(error: BaseException) -> str:
