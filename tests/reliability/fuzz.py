@@ -231,6 +231,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "message_tree_id": "o",
         "prompt": {
             "text": "Hi?",
+            "role": "prompter",
             "replies": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1, "replies": []}],
         },
     },

@@ -176,8 +176,10 @@ def ranked(row: Row) -> Sequence[Row]:
     waiting: list[tuple[Mapping[str, Any], list[dict[str, Any]]]] = [(row["prompt"], [])]
     for node, before in waiting:  # grows on the way
         turns = [*before, {"role": node.get("role"), "content": node.get("text")}]
-        given = (r for r in node.get("replies") or () if isinstance(r, Mapping))
-        replies = [r for r in given if not r.get("deleted")]
+        given = node.get("replies") or []
+        if not isinstance(given, list):
+            raise DataError(f"replies must be a list, found {short(given)}")
+        replies = [r for r in given if isinstance(r, Mapping) and not r.get("deleted")]
         waiting += [(reply, turns) for reply in replies]
         by_rank = {r["rank"]: r.get("text") for r in replies if isinstance(r.get("rank"), int)}
         if node.get("role") == "prompter" and len(by_rank) > 1:
