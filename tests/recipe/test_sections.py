@@ -129,6 +129,7 @@ def test_overrides_that_cannot_be_applied() -> None:
             {"sampling": {"contrast_bad": -0.5, "engine": "vllm"}},
             "sampling.contrast_bad reads the logits of two contexts",
         ),
+        ({"iterations": 10**9}, "iterations: input should be less than or equal to 1000"),
         ({"iterations": 0}, "iterations: input should be greater than or equal to 1, found 0"),
     ],
 )

@@ -22,7 +22,10 @@ class BadToPlain(PrincipledPairs):
 
     method: Literal["bad-to-plain"] = "bad-to-plain"
     iterations: int = Field(
-        3, description="rounds; no rejected answer is plain in the first, all in the last", ge=2
+        3,
+        description="rounds; no rejected answer is plain in the first, all in the last",
+        ge=2,
+        le=1000,
     )
     training: Training = Training()
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 from typing_extensions import override
 
-from selfsteer.errors import ConfigError, short
+from selfsteer.errors import ConfigError, clip, short
 from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.read import choose, known_settings, laid_over
 from selfsteer.recipe.sections import (
@@ -184,7 +184,7 @@ class Aligning(Recipe):
     """A method that trains a policy in rounds, each from the policy of the one before."""
 
     iterations: int = Field(
-        1, description="rounds, each from the policy of the last one; v1 runs 3", ge=1
+        1, description="rounds, each from the policy of the last one; v1 runs 3", ge=1, le=1000
     )
     queries: Queries
     sampling: Sampling = Sampling()
@@ -508,7 +508,7 @@ class Principled(Aligning):
     def _baseline(self, method: str, own: Mapping[str, Any]) -> "Principled":
         from selfsteer.methods import METHODS, recipe_of
 
-        where = f"baseline {method}"
+        where = f"baseline {clip(method)}"
         kind = choose(METHODS, {"method": method}, where)
         if not issubclass(kind, Principled) or method == self.method:
             raise ConfigError(

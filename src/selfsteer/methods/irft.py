@@ -20,7 +20,10 @@ class IRFT(Given):
 
     method: Literal["irft"] = "irft"
     iterations: int = Field(
-        5, description="rounds, each on a slice of the queries and from a new reference", ge=1
+        5,
+        description="rounds, each on a slice of the queries and from a new reference",
+        ge=1,
+        le=1000,
     )
 
     @override
