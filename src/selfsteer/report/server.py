@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from http import HTTPStatus
@@ -48,6 +48,12 @@ from selfsteer.view import RunView, Sampled
 
 #: Where a bookmark finds it again; any free port where this one is taken.
 PORT = 8327
+
+#: A page asks again after so many seconds; where many are open, all together so often a second.
+NEXT, MOST_A_SECOND = 2.0, 10.0
+
+#: Seconds for which what was read of a run is shown to whoever asks.
+FRESH = 2.0
 
 #: Rows of one page of the list at most.
 MOST_ROWS = 500
@@ -238,11 +244,51 @@ class Jobs:
                 job.said.close()
 
 
+class Turns:
+    """When a page that is open may ask again: two seconds on, or later where many are.
+
+    Reading a run must not cost the run its processor, however many look on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def next(self, now: float) -> float:
+        """Seconds until the next free turn, which is taken by this.
+
+        Args:
+            now: a clock's seconds.
+        """
+        with self._lock:
+            self._last = max(now + NEXT, self._last + 1 / MOST_A_SECOND)
+            return self._last - now
+
+
+class Shared:
+    """What was read of a run a moment ago, as JSON, the same for all who ask."""
+
+    def __init__(self, read: Callable[[Path], dict[str, Any]]) -> None:
+        self._lock, self._read = threading.Lock(), read
+        self._known: dict[Path, tuple[float, bytes]] = {}
+
+    def __call__(self, path: Path) -> bytes:
+        """What was read of it, at most `FRESH` seconds old; read by one of them at a time."""
+        with self._lock:
+            found = self._known.get(path)
+            if found is None or time.monotonic() - found[0] > FRESH:
+                made = bytes(Figures(self._read(path)).body)
+                found = self._known[path] = (time.monotonic(), made)
+            return found[1]
+
+
 class Pages:
     """The routes of one folder or run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.turns, self.now = Turns(), Shared(live.now)
+        self._live = lru_cache(maxsize=64)(self._live_page)
         self.single = (root / "resolved.json").is_file()
         self.jobs = Jobs()
         self._open = lru_cache(maxsize=8)(Index)
@@ -307,7 +353,10 @@ class Pages:
     def live(self, request: Request) -> Response:
         """What a run does now."""
         name, _ = self.run(request)
-        return self._page("live.html.j2", name, name, ["live.js"])
+        return HTMLResponse(self._live(name))
+
+    def _live_page(self, name: str) -> bytes:
+        return bytes(self._page("live.html.j2", name, name, ["live.js"]).body)
 
     def data(self, request: Request) -> Response:
         """The data browser."""
@@ -351,9 +400,11 @@ class Pages:
         return Figures({"runs": live.compare(live.discover(self.root))})
 
     def api_live(self, request: Request) -> Response:
-        """A run as it is now."""
+        """A run as it is now, and in how many seconds to ask again."""
         _, path = self.run(request)
-        return Figures(live.now(path))
+        wait = self.turns.next(time.monotonic())
+        body = self.now(path).removesuffix(b"}") + f',"next":{wait:.2f}}}'.encode()
+        return Response(body, media_type="application/json")
 
     def api_rows(self, request: Request) -> Response:
         """A page of the list."""

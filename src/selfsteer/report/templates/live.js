@@ -1,7 +1,7 @@
-// A run as it is now, asked for every two seconds while somebody looks.
+// A run as it is now, asked for while somebody looks: every two seconds, or as the server says.
 {
   const name = new URLSearchParams(location.search).get("run") ?? document.querySelector("h1").textContent;
-  const NEXT_MS = 2000;
+  let next = 2;
   const SAID = { working: "working", finished: "finished", killed: "not running: its process is gone without a word", failed: "failed", interrupted: "interrupted", silent: "no sign of life", stopped: "not running; some stages are left" };
   const span = (s) => {
     if (s == null || !isFinite(s)) return "";
@@ -110,6 +110,7 @@
     if (!document.hidden) {
       try {
         const found = await ask("/api/live", { run: name });
+        next = found.next;
         byId("live-gone").hidden = true;
         byId("live-about").textContent = found.about;
         byId("live-result").textContent = found.result;
@@ -122,7 +123,7 @@
         byId("live-gone").textContent = e instanceof TypeError ? "The server does not answer; what is below is from before." : e.message;
       }
     }
-    setTimeout(look, NEXT_MS);
+    setTimeout(look, 1000 * next);
   };
   look();
 }
