@@ -754,9 +754,9 @@ greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs
 million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
 - **If you want pairs, take SSO, or PBAA at a third of the cost.** SSO's score less PBAA's: {pbaa}.
 - **How sure is that?** On this world, as sure as the intervals say. For a house style on a real
-model of 135M parameters [the order is another one](../real/README.md), by one seed: SSO is far above
-contrast distillation, and that above PBAA. So measure on yours: `selfsteer check` says what can
-work."""
+model of 135M parameters [the order is another one](../real/README.md), by one seed: SSO is far
+above contrast distillation, and that above PBAA. So measure on yours: `selfsteer check` says what
+can work."""
 HEAD = """\
 # The evidence, in miniature
 

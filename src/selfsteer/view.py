@@ -546,8 +546,17 @@ class RunView:
     @property
     def usage(self) -> Counter[str]:
         """What servers were asked, over all tries."""
-        paths = (self.folder / "usage").glob("*.json")
-        return sum((Usage(path).counts for path in paths), Counter[str]())
+        return sum((u.counts for u in self._usages), Counter[str]())
+
+    @property
+    def cost(self) -> float | None:
+        """What servers took, as far as their prices are known; None where none is."""
+        costs = [u.cost for u in self._usages if u.cost is not None]
+        return sum(costs) if costs else None
+
+    @property
+    def _usages(self) -> list[Usage]:
+        return [Usage(path) for path in sorted((self.folder / "usage").glob("*.json"))]
 
     @property
     def loading(self) -> Loading:

@@ -1,6 +1,7 @@
 """The engine against a server on loopback: answers, seeds, faults, limits, and what is said."""
 
 import asyncio
+import json
 import sys
 import time
 from collections import Counter
@@ -36,7 +37,7 @@ from selfsteer.judges.load import load_judge
 from selfsteer.methods import recipe_of
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
-from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading
+from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading, Price
 from selfsteer.run.stage import identity
 from tests import fakes
 from tests.fakes import FAULTS, Server, completion, say, sends, serving, status
@@ -403,6 +404,20 @@ def test_limits_stop_before_they_are_passed(server: Server, engine: Make, tmp_pa
     used = bounded.usage.counts["prompt_tokens"] + bounded.usage.counts["completion_tokens"]
     assert 350 < used <= 600
     assert bounded.usage.under_way == 0
+
+
+def test_a_run_costs_no_more_than_it_may(server: Server, engine: Make, tmp_path: Path) -> None:
+    price = {"input": 1000.0, "output": 4000.0}  # per million tokens
+    path = tmp_path / "usage.json"
+    usage = Usage(path, Price(**price))
+    with pytest.raises(EngineError, match=r"could pass max_cost 2 \(\d.*raise the limit"):
+        ask(engine(usage, price=price, max_cost=2.0), GREEDY, 0, CONVERSATIONS * 20)
+    read, written = usage.counts["prompt_tokens"], usage.counts["completion_tokens"]
+    cost = (1000 * read + 4000 * written) / 1e6
+    assert 0.8 < cost <= 2
+    assert json.loads(path.read_bytes())["cost"] == pytest.approx(cost)
+    assert Usage(path).cost == pytest.approx(cost)
+    assert Usage(path).counts == usage.counts
 
 
 def test_counts_of_a_run_go_on(engine: Make, tmp_path: Path) -> None:

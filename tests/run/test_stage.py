@@ -36,6 +36,7 @@ from tests.make import recipe, smoke, stages_of
 
 #: Settings that must be given, and those without which a section says nothing.
 NEEDED: dict[str, dict[str, Any]] = {
+    "Price": {"input": 1.0, "output": 2.0},
     "Augment": {"to": 9},
     "BenchmarkConfig": {"policy": {"model": "m"}, "benchmarks": {"tasks": ["ifeval"]}},
     "Benchmarks": {"tasks": ["ifeval"]},
@@ -152,6 +153,8 @@ def test_what_is_marked_as_cost_is_known_by_name() -> None:
         "timeout",
         "max_requests",
         "max_tokens_total",
+        "price",
+        "max_cost",
         "memory",
         "replicas",
         "resources",

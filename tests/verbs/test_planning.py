@@ -179,3 +179,23 @@ def test_a_response_is_never_longer_than_its_budget(tmp_path: Path) -> None:
     shape = shape_of(resolve_path(recipe.policy.model))
     found = planning.plan(recipe, Scale(10, 5), shape, Lengths(), Machine())
     assert found["assumptions"]["response_tokens"] == 50
+
+
+def test_servers_with_a_price_are_in_the_estimate(tmp_path: Path) -> None:
+    """By hand: 10 queries, each with one answer of 20 tokens on features and one on principles."""
+    price = "price: {input: 1000000, output: 10000000}"
+    writer = f"principles.writer={{kind: openai, base_url: 'http://h/v1', model: m, {price}}}"
+    recipe = smoke(tmp_path, writer, "principles.mode=generated", "principles.features=model")
+    found = planning.plan(recipe, Scale(10, 5), TINY, Lengths(2, 3, 4), Machine())
+    costs = {r["stage"]: r["cost"] for r in found["stages"] if r["cost"]}
+    (stage,) = (s for s in recipe.plan() if s.title == "principles")
+    answers = stage.cost(Scale(10, 5)).answers
+    assert answers["features"] == 10
+    read = sum(answers.values()) * (planning.INSTRUCTION + 2)
+    written = 10 * planning.FEATURE_ANSWER + answers["principles"] * 3
+    assert costs == {"iteration-1/principles": read + 10 * written}
+    assert found["totals"]["cost"] == read + 10 * written
+    assert (
+        planning.plan(smoke(tmp_path), Scale(10), TINY, Lengths(), Machine())["totals"]["cost"]
+        is None
+    )

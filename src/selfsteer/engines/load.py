@@ -39,18 +39,22 @@ class Engines(ExitStack):
     def _report(self) -> None:
         for label, counts in self.asked.items():
             retried = f" ({counts['retried']:,} retried)" if counts["retried"] else ""
+            cost = f", cost {counts['cost']:,.4g}" if "cost" in counts else ""
             say(
                 f"  {label}: {counts['requests']:,} requests{retried}, "
-                f"{counts['prompt_tokens']:,} tokens in, {counts['completion_tokens']:,} out"
+                f"{counts['prompt_tokens']:,} tokens in, {counts['completion_tokens']:,} out{cost}"
             )
 
     @property
     def asked(self) -> dict[str, dict[str, Any]]:
         """Server → what this block asked of it, of all its models together."""
         found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        prices = {}
         for label, usage in self._usage.values():
             found[label] += usage.here
-        return {label: as_stored(counts) for label, counts in found.items() if counts["requests"]}
+            prices[label] = usage.price
+        asked = {label: counts for label, counts in found.items() if counts["requests"]}
+        return {label: as_stored(counts, prices[label]) for label, counts in asked.items()}
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class Engines(ExitStack):
         name = digest(settings.identity)
         label = settings.base_url or str(settings.launch).split()[0]
         path = self.home / "usage" / f"{name}.json" if self.home else None
-        _, usage = self._usage.setdefault(name, (label, Usage(path)))
+        _, usage = self._usage.setdefault(name, (label, Usage(path, settings.price)))
         model, base_url = settings.model or "", settings.base_url or ""
         local: dict[str, Any] = {"template": loading.chat_template_kwargs}
         if settings.launch is not None:

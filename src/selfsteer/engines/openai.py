@@ -429,22 +429,37 @@ class OpenAIEngine(ProbedEngine):
         while True:
             while (pause := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
-            used = counts["prompt_tokens"] + counts["completion_tokens"] + self.usage.under_way
             if s.max_requests is not None and counts["requests"] >= s.max_requests:
                 limit = f"max_requests {s.max_requests:,}"
-            elif s.max_tokens_total is None or used + tokens <= s.max_tokens_total:
+            elif not (passed := self._passed(tokens)):
                 return
             elif self.usage.under_way:
                 await asyncio.sleep(0.02)  # what is under way may take less than it could
                 continue
             else:
-                limit = f"max_tokens_total {s.max_tokens_total:,}"
+                limit = passed
             raise EngineError(
                 f"The next request to {self.base_url} could pass {limit}: this run has sent "
                 f"{counts['requests']:,} requests, {counts['prompt_tokens']:,} tokens in and "
                 f"{counts['completion_tokens']:,} out. Finished answers are kept; raise the limit "
                 "and run the same command to go on."
             )
+
+    def _passed(self, tokens: int) -> str:
+        """The limit that so many more tokens could pass; empty where none is.
+
+        What is not known yet costs as much as it can.
+        """
+        s, counts = self.settings, self.usage.counts
+        open_ = self.usage.under_way + tokens
+        used = counts["prompt_tokens"] + counts["completion_tokens"] + open_
+        if s.max_tokens_total is not None and used > s.max_tokens_total:
+            return f"max_tokens_total {s.max_tokens_total:,}"
+        if s.max_cost is not None and s.price is not None:
+            most = s.price.of(counts) + open_ * max(s.price.input, s.price.output) / 1e6
+            if most > s.max_cost:
+                return f"max_cost {s.max_cost:g} ({s.price.of(counts):.4g} so far)"
+        return ""
 
     async def _wait(self, fault: Fault, tries: int) -> None:
         pause = fault.pause or 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.jsonl import write_atomic
+from selfsteer.recipe.sections import Price
 
 #: What is counted of all requests; those that failed for good are counted by their reason.
 COUNTED = ("requests", "retried", "prompt_tokens", "completion_tokens")
@@ -15,10 +16,14 @@ COUNTED = ("requests", "retried", "prompt_tokens", "completion_tokens")
 SAVE_EVERY_S = 2.0
 
 
-def as_stored(counts: Counter[str]) -> dict[str, Any]:
-    """Counts as they stand in files and in the ledger: the reasons of failures under ``failed``."""
+def as_stored(counts: Counter[str], price: Price | None = None) -> dict[str, Any]:
+    """Counts as they stand in files and in the ledger: the reasons of failures under ``failed``.
+
+    Where the price is known, ``cost`` is in its currency.
+    """
     reasons = sorted((+counts).keys() - set(COUNTED))
-    return {**{n: counts[n] for n in COUNTED}, "failed": {n: counts[n] for n in reasons}}
+    cost = {} if price is None else {"cost": round(price.of(counts), 6)}
+    return {**{n: counts[n] for n in COUNTED}, "failed": {n: counts[n] for n in reasons}, **cost}
 
 
 class Usage:
@@ -26,12 +31,15 @@ class Usage:
 
     Args:
         path: file that keeps the counts; None keeps them in memory.
+        price: per million tokens; None where nothing is said of it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, price: Price | None = None) -> None:
         kept = json.loads(path.read_bytes()) if path and path.exists() else {"failed": {}}
+        #: what the counts in the file came to, at the price of then
+        self.cost: float | None = kept.pop("cost", None)
         self.counts = Counter[str](kept.pop("failed") | kept)
-        self.path = path
+        self.path, self.price = path, price
         #: tokens that requests under way may still use
         self.under_way = 0
         self._before, self._saved = self.counts.copy(), time.monotonic()
@@ -44,5 +52,5 @@ class Usage:
     def save(self, *, now: bool = False) -> None:
         """Writes the counts, every other second or now."""
         if self.path is not None and (now or time.monotonic() - self._saved > SAVE_EVERY_S):
-            write_atomic(self.path, json.dumps(as_stored(self.counts)) + "\n")
+            write_atomic(self.path, json.dumps(as_stored(self.counts, self.price)) + "\n")
             self._saved = time.monotonic()

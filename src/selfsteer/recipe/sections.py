@@ -295,6 +295,18 @@ _SECRET_OPTION = re.compile(
 )
 
 
+class Price(Section):
+    """What a server takes, in a currency of yours per million tokens."""
+
+    input: float = _f(..., "of prompts", ge=0)
+    output: float = _f(..., "of answers, reasoning included", ge=0)
+
+    def of(self, counts: Mapping[str, int]) -> float:
+        """The cost of so many ``prompt_tokens`` and ``completion_tokens``."""
+        read, written = counts["prompt_tokens"], counts["completion_tokens"]
+        return (read * self.input + written * self.output) / 1e6
+
+
 class EngineSettings(Section):
     """One engine: transformers or vllm (in process), or openai (a server)."""
 
@@ -337,6 +349,16 @@ class EngineSettings(Section):
         costs_only=True,
         gt=0,
     )
+    price: Price | None = _f(
+        None,
+        "per million tokens: {input: 0.15, output: 0.60}; null: not counted",
+        kind="openai",
+        costs_only=True,
+    )
+    max_cost: float | None = _f(
+        None, "most that a run costs at this price; null: no limit", kind="openai",
+        costs_only=True, gt=0,
+    )  # fmt: skip
     extra_body: dict[str, Any] = _f({}, "more fields of each request, such as top_k", kind="openai")
     memory: float = _f(
         0.9, "share of each GPU's memory (on a CPU: of the machine's)",
@@ -393,6 +415,9 @@ class EngineSettings(Section):
             ),
             ".api_key_env has no effect: a launched server gets no key": (
                 openai and launched and "api_key_env" in changed
+            ),
+            ".max_cost has no effect without price: give what the server takes": (
+                openai and self.max_cost is not None and self.price is None
             ),
             ".base_url must look like http://HOST:PORT/v1": (
                 openai and (url.scheme not in ("http", "https") or not url.hostname)
@@ -463,7 +488,7 @@ class EngineConfig(EngineSettings):
             f"{inner}.{name} would count for each replica by itself; remove it": (
                 getattr(replica, name) is not None
             )
-            for name in ("max_requests", "max_tokens_total")
+            for name in ("max_requests", "max_tokens_total", "max_cost")
         }
         yield from holding({one_server: replica.base_url is not None, **limits})
 

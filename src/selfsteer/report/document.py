@@ -223,6 +223,7 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
     if used := run.usage:
         asked = f"{used['prompt_tokens']:,} tokens in, {used['completion_tokens']:,} out"
         asked += f", {used['retried']:,} retried" if used["retried"] else ""
+        asked += f", cost {run.cost:,.4g}" if run.cost is not None else ""
         out.append(("Server requests", f"{used['requests']:,}", asked))
     return out
 

@@ -122,6 +122,9 @@ def tell(found: Mapping[str, Any]) -> None:
     out.print(held)
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in found["disk"].items() if n)
     out.print(f"disk: {size(totals['disk'])}: {parts}")
+    if totals["cost"] is not None:
+        priced = ", ".join(f"{r['stage']} {r['cost']:,.2f}" for r in found["stages"] if r["cost"])
+        out.print(f"servers: {totals['cost']:,.2f} at their price: {priced}")
     out.print(f"host memory of the largest training: {size(found['host_memory'])} a rank")
     stage, share = _largest({row["stage"]: row["hours"] for row in found["stages"]})
     kind, part = _largest(memory[ways[-1]])

@@ -14,7 +14,7 @@ from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyStage
+from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyStage, Price, Sampling
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage
 from selfsteer.stages.principles import WritePrinciples
@@ -287,6 +287,7 @@ def plan(
             "training_flops": sum(r["flops"]["training"] for r in rows),
             "flops": sum(sum(r["flops"].values()) for r in rows),
             "hours": sum(r["hours"] for r in rows),
+            "cost": sum(costs) if (costs := [r["cost"] for r in rows if r["cost"]]) else None,
             "memory_per_rank": {name: sum(parts.values()) for name, parts in memory.items()},
             "disk": sum(disk.values()),
         },
@@ -308,10 +309,11 @@ def _stage(
         "principles": (INSTRUCTION + lengths.query, min(lengths.principles, budget)),
     }
     flops = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
-    sampled = 0
+    sampled = read = 0
     for kind, n in cost.answers.items():
         prompt, response = kinds.get(kind) or (lengths.prompt(kind), lengths.response)
         sampled += n * response
+        read += n * prompt
         tokens = prompt + response
         flops["sampling"] += n * forward_flops(shape, tokens, tokens**2 / 2, response)
     sets: dict[tuple[str, int], list[str]] = {}
@@ -325,13 +327,24 @@ def _stage(
         flops["training"] += training.passes * once
     work = flops["scoring"] + flops["training"]
     seconds = flops["sampling"] / machine.sampling + work / machine.training
+    price = _price(stage)
+    asked = {"prompt_tokens": read, "completion_tokens": sampled}
     return {
         "stage": stage.name,
         "records": cost.records,
         "sampled_tokens": sampled,
+        "cost": None if price is None else price.of(asked),
         "flops": flops,
         "hours": seconds / machine.peak / 3600,
     }
+
+
+def _price(stage: Stage) -> Price | None:
+    """What the server takes that answers in this stage; None where nothing is said of it."""
+    if isinstance(stage, WritePrinciples):
+        return (stage.settings.writer or stage.engine).price
+    sampling: Sampling | None = getattr(stage, "sampling", None)
+    return sampling.engine.price if sampling else None
 
 
 def memory_bytes(
