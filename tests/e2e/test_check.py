@@ -84,6 +84,7 @@ def test_what_a_person_sees(tmp_path: Path, here: Here) -> None:
     assert len(gaps) > 4
     assert gaps == sorted(gaps, reverse=True)
     assert lines[-1].startswith("ready: the policy steers (")
+    assert "selfsteer preview smoke " in ended.err.splitlines()[-1]
 
 
 def test_random_weights_do_not_steer(tmp_path: Path, here: Here, untrained: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.support import Here, fails
-from tests.make import SMALL
+from tests.make import SMALL, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -50,5 +50,38 @@ def test_ranked_answers_stand_with_their_scores(
     assert ended.code == 0, ended.err
     assert "answer 1" in ended.out
     assert ", chosen  score" in ended.out
+    assert "chosen, chosen" not in ended.out
     assert "3 queries: " in ended.out
     fails(here("preview", "reward", "policy.model=m", "reward.data=d"), 2, "has neither")
+
+
+def test_given_answers_stand_beside_the_policys_and_only_those_of_the_first_round(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = {"role": "assistant", "content": "It eats grass."}
+    rows = [
+        {"messages": [{"role": "user", "content": f"What does the {a} eat?"}, said]}
+        for a in ("bee", "bear", "cow", "owl")
+    ]
+    write_jsonl(tmp_path / "given.jsonl", *rows)
+    given = [s for s in SMALL if not s.startswith(("principles", "queries"))]
+    given += ["queries.path=given.jsonl", "iterations=2"]
+    ended = here("preview", "irft", *given, "-n", 1, "--to", "page", "--json")
+    assert ended.code == 0, ended.err
+    (row,) = json.loads(ended.out)["queries"]
+    assert {a["role"]: a["name"] for a in row["answers"]} == {
+        "chosen": "given", "rejected": "plain",
+    }  # fmt: skip
+    assert row["principles"] is None
+
+
+def test_what_a_reward_model_is_trained_on_first_is_shown(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = here("preview", "rlcd", *SMALL, "-n", 1, "--to", "page", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["summary"].endswith("kept as pairs for the reward model")
+    assert found["queries"][0]["principles"]["good"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,23 @@ def test_hardware_is_this_machine_or_what_is_said() -> None:
     for text in ("0", "4x", "H100"):
         with pytest.raises(ConfigError, match="--hardware takes"):
             advice.hardware(text)
+
+
+def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 81920\necho 81920\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert advice.hardware("auto").gpus == (80.0, 80.0)
+    for visible, count in (("1", 1), ("", 0), ("-1", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert len(advice.hardware("auto").gpus) == count
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert advice.hardware("auto").gpus == ()
 
 
 def test_a_model_is_known_by_its_files_or_its_name(tmp_path: Path) -> None:

@@ -99,15 +99,19 @@ def hardware(text: str) -> Hardware:
 
 
 def _gpus() -> tuple[float, ...]:
-    """GB of each GPU; torch would take seconds to say it."""
+    """GB of each GPU that CUDA_VISIBLE_DEVICES leaves; torch would take seconds to say it."""
     if (program := shutil.which("nvidia-smi")) is None:
         return ()
     asked = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
-        return tuple(float(line) / 1024 for line in said.split("\n") if line.strip())
+        found = tuple(float(line) / 1024 for line in said.split("\n") if line.strip())
     except (OSError, ValueError, subprocess.SubprocessError):
         return ()  # a driver that does not answer cannot train either
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return found[: sum(name.strip() not in ("", "-1") for name in visible.split(","))]
 
 
 @dataclass(frozen=True)

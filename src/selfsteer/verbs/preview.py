@@ -120,7 +120,7 @@ def _block(label: str, text: "str | Text", style: str = "") -> None:
 
 
 def _answer(answer: "Answer") -> None:
-    label = answer.name
+    label = f"{answer.name}, {answer.role}" if answer.role else answer.name
     if answer.score is not None:
         label += f"  score {answer.score:.2f}"
     if answer.contrast is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfsteer.data.jsonl import read_jsonl, read_shards
-from selfsteer.data.records import RESPONSES, Principles, Query
+from selfsteer.data.records import RESPONSES, Principles, Query, Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.base import Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
@@ -36,6 +36,8 @@ class Answer:
 
     name: str
     text: str
+    #: ``chosen`` or ``rejected``, where it is in a pair.
+    role: str | None = None
     finished: bool = True
     score: float | None = None
     contrast: float | None = None
@@ -112,7 +114,7 @@ def preview(recipe: Aligning, given: Mapping[str, Any], count: int, folder: Path
             f"Method {recipe.method} trains a model before it asks one, so there is nothing to "
             "preview; set improver_training: null for that."
         )
-    notes = _notes(recipe, small, stages)
+    notes = _notes(recipe, small)
     try:
         execute(small, given, until=stages[-1].name)
         rows = list(gathered(RunView.open(small.folder)).values())
@@ -123,7 +125,7 @@ def preview(recipe: Aligning, given: Mapping[str, Any], count: int, folder: Path
         if not all(row.dropped for row in rows):
             raise
         notes.append(str(e))
-    made = Preview(rows, _kept_as(stages), None, None, notes)
+    made = Preview(rows, _kept_as(small), None, None, notes)
     _judge(recipe, made)
     if isinstance(recipe, Principled):
         _contrast(recipe, made.rows)
@@ -157,22 +159,26 @@ def before_training(stages: Iterable[Stage]) -> list[Stage]:
     return out
 
 
-def _kept_as(stages: Iterable[Stage]) -> str:
-    kinds = {type(stage).__name__ for stage in stages}
-    if "Teach" in kinds:
-        return "answers whose every token is trained on"
-    return "pairs" if "WritePairs" in kinds else "triples for the generator"
+def _first_training(recipe: Aligning) -> Train | TrainReward | None:
+    return next((s for s in recipe.plan() if isinstance(s, Train | TrainReward)), None)
 
 
-def _notes(recipe: Aligning, small: Aligning, stages: list[Stage]) -> list[str]:
+def _kept_as(recipe: Aligning) -> str:
+    trained = _first_training(recipe)
+    if isinstance(trained, TrainReward):
+        return "pairs for the reward model"
+    if trained is not None and trained.title != "policy":
+        return "triples for the generator"
+    distils = trained is not None and trained.teacher is not None
+    return "answers whose every token is trained on" if distils else "pairs"
+
+
+def _notes(recipe: Aligning, small: Aligning) -> list[str]:
     """What differs from the real run."""
-    trained = next((s for s in small.plan() if isinstance(s, Train | TrainReward)), None)
+    trained = _first_training(small)
     found = []
     if trained is not None and trained.title != "policy":
-        found.append(
-            f"Shown is what {trained.title} would be trained on. The policy's pairs come after "
-            "that training."
-        )
+        found.append(f"The policy's own data come after another training: {trained.name}.")
     if getattr(recipe.queries, "augment", None) is not None:
         found.append("queries.augment is left out: these are given queries.")
     if getattr(recipe, "filter", None) is not None or recipe.method == "sso-online":
@@ -193,9 +199,6 @@ def gathered(view: RunView) -> dict[str, Row]:
     if first is not None:
         for triple in first.principles:
             rows[triple.id].principles = triple.principles
-        if len(first.principles):  # a share of the queries
-            asked = {t.id for t in first.principles}
-            rows = {i: row for i, row in rows.items() if i in asked}
     for stage in view.stages:
         made = view.folder / stage.outputs[0]
         if stage.kind == "RankAnswers":
@@ -212,7 +215,8 @@ def gathered(view: RunView) -> dict[str, Row]:
     for row in rows.values():
         order = [name for name in RESPONSES if name in row.answers]
         row.answers = {name: row.answers[name] for name in dict.fromkeys([*order, *row.answers])}
-    return rows
+    # the others are of later rounds
+    return {i: row for i, row in rows.items() if row.answers or row.dropped}
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -223,27 +227,26 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any]) -> None:
-    """Takes over the answers of a triple, of candidates, or of a pair of none that is known yet."""
-    answers = rows[identity].answers
-    reasons = record.get("finish_reasons") or {}
+    """Takes over principles and answers of a triple, of candidates or of a pair."""
+    row, reasons = rows[identity], record.get("finish_reasons") or {}
+    if row.principles is None and record.get("principles"):
+        row.principles = Triple.from_dict(record).principles
     named = dict(record.get("responses") or {})
     named |= {f"answer {i}": text for i, text in enumerate(record.get("answers") or (), 1)}
     for name, text in named.items():
         if text is not None:
-            answers[name] = Answer(name, text, reasons.get(name) != "length")
+            row.answers[name] = Answer(name, text, finished=reasons.get(name) != "length")
     for side in ("chosen", "rejected"):
         turns = record.get(side)
         if not turns:
             continue
         text = turns if isinstance(turns, str) else turns[-1]["content"]
-        same = next((a for a in answers.values() if a.text == text), None)
-        if same is None and answers:  # a lead-in was cut off
-            continue
+        # whose lead-in was cut off
+        same = next((a for a in row.answers.values() if a.text.endswith(text)), None)
         if same is None:
-            answers[side] = Answer(side, text)
-        elif same.name.startswith("answer"):
-            same.name = f"{same.name}, {side}"
-    for answer, score in zip(answers.values(), record.get("scores") or (), strict=False):
+            same = row.answers.setdefault(side, Answer("given", text))
+        same.role = side
+    for answer, score in zip(row.answers.values(), record.get("scores") or (), strict=False):
         answer.score = score
 
 
