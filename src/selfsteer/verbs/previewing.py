@@ -192,6 +192,7 @@ def _notes(recipe: Aligning, small: Aligning) -> list[str]:
 def gathered(view: RunView) -> dict[str, Row]:
     """Query id → what is known of it, from the files of a run's first round."""
     rows: dict[str, Row] = {}
+    other = "given" if getattr(view.recipe, "needs_answers", False) else "rewritten"
     for value in _lines(view.folder / "queries.jsonl"):
         query = Query.from_dict(value)
         rows[query.id] = Row(query)
@@ -203,14 +204,14 @@ def gathered(view: RunView) -> dict[str, Row]:
         made = view.folder / stage.outputs[0]
         if stage.kind == "RankAnswers":
             for value in _lines(made / "candidates"):
-                _take(rows, value["id"], value)
+                _take(rows, value["id"], value, other)
         if stage.kind in ("Sample", "RankAnswers", "WritePairs"):
             for value in _lines(made):
-                _take(rows, value["id"], value)
+                _take(rows, value["id"], value, other)
         for dropped in read_dropped(stage.dropped_file):
             if dropped.id in rows and stage.kind != "ReadQueries":
                 record = dropped.record if isinstance(dropped.record, Mapping) else {}
-                _take(rows, dropped.id, record)
+                _take(rows, dropped.id, record, other)
                 rows[dropped.id].dropped = f"{dropped.reason} in {stage.title}"
     for row in rows.values():
         order = [name for name in RESPONSES if name in row.answers]
@@ -226,8 +227,15 @@ def _lines(path: Path) -> Iterator[Any]:
         yield from (value for _, value in read_jsonl(path))
 
 
-def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any]) -> None:
-    """Takes over principles and answers of a triple, of candidates or of a pair."""
+def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any], other: str) -> None:
+    """Takes over principles and answers of a triple, of candidates or of a pair.
+
+    Args:
+        rows: get them.
+        identity: of the query.
+        record: as it is stored.
+        other: what an answer of a pair is called that no stage sampled.
+    """
     row, reasons = rows[identity], record.get("finish_reasons") or {}
     if row.principles is None and record.get("principles"):
         row.principles = Triple.from_dict(record).principles
@@ -241,11 +249,11 @@ def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any]) -> 
         if not turns:
             continue
         text = turns if isinstance(turns, str) else turns[-1]["content"]
-        # whose lead-in was cut off
-        same = next((a for a in row.answers.values() if a.text.endswith(text)), None)
-        if same is None:
-            same = row.answers.setdefault(side, Answer("given", text))
-        same.role = side
+        known = list(row.answers.values())
+        # a lead-in may have been cut off
+        alike = [a for a in known if a.text == text] or [a for a in known if a.text.endswith(text)]
+        made = row.answers.setdefault(side, Answer(other, text)) if not alike else alike[0]
+        made.role = side
     for answer, score in zip(row.answers.values(), record.get("scores") or (), strict=False):
         answer.score = score
 
