@@ -51,8 +51,8 @@ def made(w: Wishes, recipe: str | None = None) -> Any:
 
 GOALS = {
     "quality": "contrast",
-    "style": "contrast",
-    "style:support-desk": "contrast",
+    "style": "sso",
+    "style:support-desk": "sso",
     "constitution:careful-assistant": "contrast",
     "answers": "spin",
     "judge:chat:org/judge": "best-of-n",
@@ -234,7 +234,7 @@ def test_on_a_terminal_it_asks_and_a_wrong_answer_is_asked_again(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"What is {i}?"} for i in range(20)))
     monkeypatch.setattr(init, "on_terminal", lambda: True)
-    said = ["no such model", "org/m-8B", "none.jsonl", "p.jsonl", "2", "support-desk", "y"]
+    said = ["no such model", "org/m-8B", "none.jsonl", "p.jsonl", "2", "support-desk"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
     ended = here("init", "mine.yaml", "--hardware", 80)
     assert ended.code == 0, ended.err

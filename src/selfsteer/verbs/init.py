@@ -89,8 +89,8 @@ def init(
             "need them. Give conversations that end in an answer, or choose another --goal."
         )
     wanted = _opposed(wanted, policy, path)
-    principled = wanted.kind in ("quality", "style", "constitution") and recipe is None
-    if asking and pairs is None and principled:
+    either = wanted.kind in ("quality", "constitution") and recipe is None
+    if asking and pairs is None and either:
         pairs = typer.confirm("do you want pairs to keep or to publish?", default=False, err=True)
     # without a model there is nothing to size
     machine = advice.hardware(hardware) if policy or hardware != "auto" else None
