@@ -9,7 +9,8 @@ os.environ.pop("COLUMNS", None)  # a worker of pytest has one, and consoles woul
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from selfsteer import stopping
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy, resolve_path
 from tests.make import FAMILIES, make_checkpoint
@@ -62,3 +64,16 @@ def load(checkpoints: dict[str, Path]) -> Callable[..., LoadedModel]:
 def loaded(load: Callable[..., LoadedModel], family: str) -> LoadedModel:
     """A fresh model of each family in turn."""
     return load(family)
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Signals to stop are taken as by the command line, and forgotten after the test."""
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {n: signal.getsignal(n) for n in taken}
+    for name, value in {"_asked": None, "_at_once": False, "way_on": None}.items():
+        monkeypatch.setattr(stopping, name, value)
+    stopping.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,22 +1,15 @@
-"""Requests to stop: remembered even where Python drops the exception."""
+"""Requests to stop: remembered where Python drops the exception, deferred where work is kept."""
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 
 import pytest
 
 from selfsteer import stopping
 
-
-@pytest.fixture(autouse=True)
-def _listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(stopping, "_asked", None)
-    stopping.listen()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("listening")
 
 
 class Finalizer:
@@ -38,3 +31,55 @@ def test_sigterm_has_its_own_exit_code() -> None:
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopping.exit_code() == 143
+
+
+def deferring(work: Callable[[], None]) -> None:
+    """Work in a deferred block that is stopped by a signal, or after it."""
+    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+        work()
+
+
+def test_a_deferred_block_ends_its_step_and_raises_at_its_end() -> None:
+    done = []
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        stopping.if_asked()
+        done.append(stopping.asked())
+
+    deferring(work)
+    assert done == [True]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert stopping.exit_code() == 143
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        stopping.if_asked()  # raises also where Python dropped the one above
+        pytest.fail("it went on")
+
+    deferring(work)
+
+
+def test_a_step_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_S", 0.05)
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("it was not stopped")
+
+    deferring(work)
+
+
+def test_what_can_begin_again_is_stopped_at_once_and_leaves_time_for_the_rest() -> None:
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt), stopping.interruptible():
+            signal.raise_signal(signal.SIGTERM)
+        stopping.if_asked()
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= stopping.GRACE_S
+
+    deferring(work)

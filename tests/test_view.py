@@ -109,7 +109,7 @@ def test_quality_is_of_its_round(tmp_path: Path) -> None:
     assert second.quality.preferences.tokens == {"chosen": 5.0, "rejected": 6.0}
     assert [(r.k, kind) for r, kind, _ in run.measured] == [(2, "preferences")]
     (tmp_path / "iteration-1/quality.json").write_text('{"judge": 1}')
-    with pytest.raises(ArtifactError, match=r"quality\.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"quality\.json is damaged"):
         _ = RunView.open(tmp_path).rounds[0].quality
 
 
@@ -126,5 +126,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a run folder"):
         RunView.open(tmp_path)
     (tmp_path / "resolved.json").write_text('{"method"')
-    with pytest.raises(ArtifactError, match=r"resolved\.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"resolved\.json is damaged"):
         RunView.open(tmp_path)

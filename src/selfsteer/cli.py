@@ -129,10 +129,9 @@ def main() -> None:
         _fail(str(e), e.exit_code)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            _fail(
-                "interrupted; finished work is kept, and the same command resumes",
-                stopping.exit_code(),
-            )
+            way_on = stopping.way_on
+            then = f". Go on with: {way_on}" if way_on else ", and the same command resumes"
+            _fail(f"interrupted; finished work is kept{then}", stopping.exit_code())
         raise
     except RuntimeError as e:
         if ranks.is_loss(e):

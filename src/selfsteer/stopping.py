@@ -1,13 +1,26 @@
-"""Ctrl-C and SIGTERM: a process that was asked to stop does stop, and knows why.
+"""Ctrl-C and SIGTERM: a process that was asked to stop does stop, loses no work, and knows why.
 
-The signal raises `KeyboardInterrupt` at once. Python drops an exception that is raised inside a
-finalizer or a callback from C, so the request is remembered, and `if_asked` raises it again.
+The signal raises `KeyboardInterrupt` at once, but in a `deferred` block, which finishes the step
+that it is in. A second signal, or `GRACE_S` without an end of that step, raises it there as well.
+Python drops an exception that is raised inside a finalizer or a callback from C, so the request is
+remembered, and `if_asked` raises it again.
 """
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
+#: How long a deferred block may take to end by itself: many schedulers kill 30 s after SIGTERM.
+GRACE_S = 28.0
+
+#: The command that goes on with what this process was doing, once there is something to go on with.
+way_on: str | None = None
+
 _asked: signal.Signals | None = None
+_deferred = 0  # blocks inside each other
+_at_once = False  # also in deferred blocks
 
 
 def listen() -> None:
@@ -17,15 +30,68 @@ def listen() -> None:
             signal.signal(number, _ask)
 
 
-def _ask(number: int, _: FrameType | None) -> None:
+def _ask(number: int, frame: FrameType | None) -> None:
     global _asked
+    if _asked is not None:
+        _late(number, frame)
     _asked = signal.Signals(number)
+    if not _deferred:
+        raise KeyboardInterrupt
+    _limit()
+    # not print(): the handler may have interrupted one
+    os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+
+
+def _limit() -> None:
+    signal.signal(signal.SIGALRM, _late)
+    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+
+
+def _late(number: int, frame: FrameType | None) -> None:
+    global _at_once
+    _at_once = True
     raise KeyboardInterrupt
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A block that looks at `asked` after each of its steps, and ends soon once it is true.
+
+    Raises:
+        KeyboardInterrupt: at its end, if the process was asked to stop.
+    """
+    global _deferred
+    _deferred += 1
+    try:
+        yield
+    finally:
+        _deferred -= 1
+        if not _deferred:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    if_asked()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A part of a deferred block that can be begun again: there a signal raises at once."""
+    global _deferred
+    before, _deferred = _deferred, 0
+    try:
+        yield
+    finally:
+        _deferred = before
+        if before and _asked is not None:
+            _limit()
+
+
+def asked() -> bool:
+    """Whether this process was asked to stop."""
+    return _asked is not None
+
+
 def if_asked() -> None:
-    """Raises `KeyboardInterrupt` if this process was asked to stop and still works."""
-    if _asked is not None:
+    """Raises `KeyboardInterrupt` if this process was asked to stop and should have, but works."""
+    if _asked is not None and (_at_once or not _deferred):
         raise KeyboardInterrupt
 
 

@@ -17,10 +17,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import Records, Stored, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
@@ -29,9 +29,9 @@ from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
 from selfsteer.recipe.read import choose, method_of, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
-from selfsteer.recipe.texts import ENDLESS, is_endless
-from selfsteer.run.folder import RunFolder, check_files
+from selfsteer.run.folder import LEDGER, RunFolder, check_files, read_ledger
 from selfsteer.run.progress import progress_of
+from selfsteer.run.sums import Sums, check_sums
 
 T = TypeVar("T")
 
@@ -182,24 +182,19 @@ def _read(kind: type[T], path: Path) -> T | None:
     Raises:
         ArtifactError: it holds something else.
     """
-    if not path.exists():
-        return None
-    if is_endless(path):
-        raise ArtifactError(f"{path} {ENDLESS}.")
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as e:
-        fault = e.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise ArtifactError(f"{path} cannot be read: {where} {fault['msg']}.") from None
+    return read_json(kind, path) if path.exists() else None
 
 
 def _file(kind: type[T], name: str) -> cached_property[T | None]:
     """A JSON file of a view's folder, read when it is first asked for; a link out of it is none."""
 
     def read(view: Any) -> T | None:
+        run: RunView = getattr(view, "run", view)
         path = view.folder / name
-        return _read(kind, path) if path.resolve().is_relative_to(view.folder.resolve()) else None
+        if not run.owns(path):
+            return None
+        run.check(path)
+        return _read(kind, path)
 
     return cached_property(read)
 
@@ -258,11 +253,23 @@ class StageView:
     dropped: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     notes: Mapping[str, Any] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
 
     @cached_property
     def selection(self) -> Selection | None:
         """Of a training: what was measured while it went on."""
-        return _read(Selection, self.run / f"{self.name}.selection.json")
+        path = self.run / f"{self.name}.selection.json"
+        self.check(path)
+        return _read(Selection, path)
+
+    def check(self, below: Path | None = None, *, most: int | None = None) -> None:
+        """Fails where what it made is not as it wrote it; see `check_sums`.
+
+        Raises:
+            ArtifactError: names the file.
+        """
+        if self.done:
+            check_sums(self.run, self.name, self.sums, below, most=most)
 
     @property
     def files(self) -> list[Path]:
@@ -385,6 +392,7 @@ class RoundView:
     def _stored(self, path: Path, kind: Any) -> Any:
         """Records that are there and the run's own."""
         files = self.run.shards(path) if path.is_dir() else [path]
+        self.run.check(path)
         whole = files and all(p.exists() and self.run.owns(p) for p in files)
         return Stored(path, kind.from_dict) if whole else ()
 
@@ -437,8 +445,8 @@ class RunView:
         """Opens a run, finished or not.
 
         Raises:
-            ArtifactError: it is not a run folder.
-            ConfigError: its recipe is not one that this version knows.
+            ArtifactError: it is not a run folder, its recipe is not one that this version knows,
+                or its ledger is damaged.
         """
         resolved = folder / "resolved.json"
         if not resolved.exists():
@@ -447,10 +455,16 @@ class RunView:
                 "'selfsteer run' wrote, for example runs/demo."
             )
         check_files(folder)
-        values = _read(dict[str, Any], resolved) or {}
-        where = f"recipe of {folder}"
-        model = choose(METHODS, values, where)
-        recipe = recipe_of({**_asked(model, values), "method": method_of(model)}, where)
+        values = read_json(dict[str, Any], resolved)
+        try:
+            model = choose(METHODS, values, str(resolved))
+            asked = {**_asked(model, values), "method": method_of(model)}
+            recipe = recipe_of(asked, str(resolved))
+        except ConfigError as e:
+            raise ArtifactError(
+                f"{e} The file is damaged, or another version of selfsteer wrote it: restore it "
+                "from a copy, or read the run with that version."
+            ) from None
         return cls(folder, recipe, tuple(_stages(folder)))
 
     # -- what it consists of ----------------------------------------------------------------------
@@ -530,6 +544,7 @@ class RunView:
     def answers(self, label: str) -> dict[str, Answer]:
         """A model's answers to the evaluation queries by query id; failed requests are left out."""
         path = self.folder / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+        self.check(path)
         return {
             v["id"]: Answer(Query.from_dict(v), v["response"], v["completion_tokens"])
             for _, v in read_jsonl(path)
@@ -576,6 +591,17 @@ class RunView:
         trained = {x: str(p) for x, p in places.items() if any(p.glob("*.safetensors"))}
         return {"base": self.recipe.policy.model, **trained}
 
+    @property
+    def checked_models(self) -> dict[str, str]:
+        """The models, of which every file is as its training wrote it; about 1 GB/s.
+
+        Raises:
+            ArtifactError: one is not; names the file.
+        """
+        for source in self.models.values():
+            self.check(Path(source))
+        return self.models
+
     def seconds_of(self, method: str) -> float | None:
         """Time that a method's policy took, what all methods share included; None: unfinished."""
         if not all(s.done for s in self.stages):
@@ -612,6 +638,19 @@ class RunView:
 
     # -- files ------------------------------------------------------------------------------------
 
+    def check(self, below: Path | None = None, *, most: int | None = None) -> None:
+        """Fails where a file that a stage made is not as it wrote it; see `check_sums`.
+
+        Args:
+            below: the file or folder that counts; None: all.
+            most: of larger files only the size counts.
+
+        Raises:
+            ArtifactError: names the file.
+        """
+        for stage in self.stages:
+            stage.check(below, most=most)
+
     def owns(self, path: Path) -> bool:
         """Whether a file is the run's own; no pipe, and nothing that a link brings in."""
         return path.resolve().is_relative_to(self.folder.resolve()) and not is_endless(path)
@@ -647,25 +686,27 @@ class RunView:
     def to_json(self) -> dict[str, Any]:
         """What ``show --json`` prints: the files of the run that are JSON, as they are."""
 
-        def read(*names: str) -> Any:
-            return _read(dict[str, Any], self.folder.joinpath(*names))
+        def read(path: Path) -> Any:
+            self.check(path)
+            return _read(dict[str, Any], path)
 
         return {
             "run": str(self.folder),
-            "recipe": read("resolved.json"),
-            "stages": _newest(self.folder)[1],
+            "recipe": read(self.folder / "resolved.json"),
+            "stages": {
+                name: {k: v for k, v in entry.items() if k != "sums"}
+                for name, entry in _newest(self.folder)[1].items()
+            },
             "quality": {
                 method: [
-                    _read(dict[str, Any], r.folder / "quality.json")
-                    for r in self.rounds_of(method)
-                    if r.quality
+                    read(r.folder / "quality.json") for r in self.rounds_of(method) if r.quality
                 ]
                 for method in self.methods
             },
-            "evaluation": read("evaluation.json"),
-            "benchmarks": read("benchmarks.json"),
-            "exhibit": read("evaluation", "exhibit.json"),
-            "reward": read("reward.json"),
+            "evaluation": read(self.folder / "evaluation.json"),
+            "benchmarks": read(self.folder / "benchmarks.json"),
+            "exhibit": read(self.folder / "evaluation" / "exhibit.json"),
+            "reward": read(self.folder / "reward.json"),
             "models": self.models,
         }
 
@@ -673,10 +714,8 @@ class RunView:
 def _newest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Each stage's newest beginning and its newest entry in the ledger; none once superseded."""
     began, last = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
-    for entry in lines(folder / "ledger.jsonl"):
-        name = entry.get("stage")
-        if name is None:
-            continue
+    for entry in read_ledger(folder / LEDGER):
+        name = entry["stage"]
         if entry["event"] == "begin":
             began[name] = entry
         if entry["event"] == "superseded":

@@ -156,7 +156,9 @@ def test_ctrl_c_says_so_and_loses_nothing(tmp_path: Path) -> None:
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "interrupted" in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("selfsteer: interrupted")
+    assert last.endswith(f"Go on with: selfsteer run {tmp_path / 'c'}")
     assert "Traceback" not in err
     assert "iteration-1/principles" in finished(tmp_path / "c")
 

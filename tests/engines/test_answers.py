@@ -1,10 +1,12 @@
 """Answers that are kept as they come: nothing finished is asked for again, nothing changes."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from selfsteer import stopping
 from selfsteer.data.records import Message
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Completion, Contrast, Request, SamplingParams, cut
@@ -77,6 +79,28 @@ def test_killed_between_any_two_answers_it_ends_the_same(
         assert not again.calls
 
 
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("number", [0, 1, 3, 10])
+def test_asked_to_stop_it_finishes_the_batch_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def say(request: Request) -> Said:
+        if len(engine.asked) == number + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return told(request)
+
+    engine, store = FakeEngine(say, 4), tmp_path / "a.jsonl"
+    order = [r for batch in cut(REQUESTS, 4) for r in batch]
+    with pytest.raises(KeyboardInterrupt):
+        answers(engine, order, PARAMS, store=store)
+    kept = [r.id for r in order[: number // 4 * 4 + 4]]
+    assert store.read_text().count('"request"') == len(kept)
+    monkeypatch.setattr(stopping, "_asked", None)
+    again = FakeEngine(told, 4)
+    assert answers(again, REQUESTS, PARAMS, store=store) == answers(engine, REQUESTS, PARAMS)
+    assert {r.id for r in again.asked} == {r.id for r in REQUESTS} - set(kept)
+
+
 def test_what_was_pushed_otherwise_is_asked_for_again(tmp_path: Path) -> None:
     (first, *_), store = REQUESTS, tmp_path / "a.jsonl"
     other = (Message("user", "y"),)
@@ -95,6 +119,15 @@ def test_what_failed_is_asked_for_again(tmp_path: Path) -> None:
     assert answers(failing, REQUESTS, PARAMS, store=store)["r2"].missing
     engine = FakeEngine(told)
     assert answers(engine, REQUESTS, PARAMS, store=store)["r2"].text == "2 said\n\u2028"
+    assert [r.id for r in engine.asked] == ["r2"]
+
+
+def test_an_answer_that_changed_on_disk_is_asked_for_again(tmp_path: Path) -> None:
+    store = tmp_path / "a.jsonl"
+    expected = answers(FakeEngine(told), REQUESTS, PARAMS, store=store)
+    store.write_text(store.read_text().replace("2 said", "3 said"))
+    engine = FakeEngine(told)
+    assert answers(engine, REQUESTS, PARAMS, store=store) == expected
     assert [r.id for r in engine.asked] == ["r2"]
 
 

@@ -160,6 +160,32 @@ def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_another_machine_took_over_is_left_to_it(tmp_path: Path) -> None:
+    """Where locks are not shared, both would hold one: the later one goes on."""
+    run = RunFolder(tmp_path)
+    with run.locked():
+        run.append("ledger.jsonl", {"event": "begin", "stage": "a", "fingerprint": "f"})
+        (run / "lock").write_text("process 7 on elsewhere since 2026-11-29 12:00:00\n")
+        with pytest.raises(ArtifactError, match=r"taken over by process 7 on elsewhere.*locks"):
+            run.append("ledger.jsonl", {"event": "finish", "stage": "a", "fingerprint": "f"})
+        (run / "lock").unlink()
+        with pytest.raises(ArtifactError, match="lock is gone"):
+            run.append("ledger.jsonl", {"event": "finish", "stage": "a", "fingerprint": "f"})
+    assert [e["event"] for e in run.ledger()] == ["begin"]
+
+
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    run = RunFolder(tmp_path)
+    with pytest.raises(ArtifactError, match=r"cannot be locked \(No locks"), run.locked():
+        pass
+
+
 # -- ledger and stages ----------------------------------------------------------------------------
 
 
@@ -254,6 +280,45 @@ def test_a_torn_last_line_of_the_ledger_is_left_out_and_written_after(
     assert run.is_done(Made(StageResult(1, 1), title="two")) == (cut == 1)
     run.execute(Made(StageResult(1, 1), title="two"))
     assert len(run.ledger()) == whole + 2
+    assert run.is_done(Made(StageResult(1, 1), title="two"))
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = RunFolder(tmp_path), [2e9]
+
+    def earlier() -> float:
+        now[0] -= 3600.0
+        return now[0]
+
+    monkeypatch.setattr("time.time", earlier)
+    first, second = Made(StageResult(1, 1)), Made(StageResult(1, 1), title="two")
+    run.execute(first)
+    run.execute(second)
+    run.supersede([run._newest()["one"]])
+    assert not run.is_done(first)
+    run.execute(first)
+    assert run.is_done(first)
+    assert run.is_done(second)
+    assert all(e["seconds"] >= 0 for e in run.ledger() if e["event"] == "finish")
+
+
+def test_a_full_disk_leaves_a_ledger_that_can_be_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    run.execute(Made(StageResult(1, 1)))
+
+    def full(path: Any, mode: str) -> Any:
+        return open("/dev/full" if path.name == "ledger.jsonl" else path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfsteer.run.folder.open", full, raising=False)
+        with pytest.raises(ArtifactError, match=r"disk is full.*ledger\.jsonl"):
+            run.execute(Made(StageResult(1, 1), title="two"))
+    run.execute(Made(StageResult(1, 1), title="two"))
+    assert run.is_done(Made(StageResult(1, 1)))
     assert run.is_done(Made(StageResult(1, 1), title="two"))
 
 

@@ -290,6 +290,7 @@ def test_a_run_folder_stands_for_its_last_preferences(tmp_path: Path) -> None:
         "stage": "iteration-2/preferences",
         "event": "begin",
         "kind": "WritePairs",
+        "fingerprint": "f",
     }
     entry |= {"method": "pbaa", "round": 2, "outputs": ["iteration-2/preferences"]}
     RunFolder(run).append("ledger.jsonl", entry)

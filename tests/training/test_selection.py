@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfsteer import stopping
 from selfsteer.data.records import Query, Triple, Verdict
 from selfsteer.engines.base import Completion, SamplingParams
 from selfsteer.errors import ConfigError
@@ -521,6 +523,43 @@ def test_a_training_killed_around_a_measurement_ends_like_an_undisturbed_one(
         found = weights(folder)
         assert all(torch.equal(found[k], undisturbed[k]) for k in found), kill
         assert not folder.with_name(f"{kill}.partial").exists()
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
+def test_a_training_stopped_at_a_measurement_makes_up_for_it(
+    load: Callable[..., LoadedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    within: bool,
+) -> None:
+    more: dict[str, Any] = {"settings": Selection(max_kl=1e9)}
+    straight = trained(load, tmp_path / "straight", **more)
+    steps, figures = list[int](), Selector._figures
+
+    def stopped(self: Selector, step: int, answers: Any) -> dict[str, Any]:
+        if within and step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return figures(self, step, answers)
+
+    def on_log(line: dict[str, float]) -> None:
+        if "loss" in line:
+            steps.append(int(line["step"]))
+            if not within and steps == [1, 2, 3, 4, 5]:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Selector, "_figures", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trained(load, tmp_path / "m", on_log=on_log, **more)
+    assert max(steps) == 6
+    assert not (tmp_path / "m.partial" / "candidate-000006.json").exists()
+    monkeypatch.setattr(stopping, "_asked", None)
+    resumed = trained(load, tmp_path / "m", on_log=on_log, **more)
+    assert steps == list(range(1, 13))
+    assert without_seconds(resumed) == without_seconds(straight)
+    found, undisturbed = weights(tmp_path / "m"), weights(tmp_path / "straight")
+    assert all(torch.equal(found[k], undisturbed[k]) for k in found)
 
 
 def test_drift_far_beyond_its_bound_ends_the_training(

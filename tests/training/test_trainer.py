@@ -1,5 +1,6 @@
 import math
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from selfsteer import stopping
 from selfsteer.data.records import Message, Principles, Triple
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError
 from selfsteer.models.load import LoadedModel, load_model
@@ -425,6 +427,40 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     first, second = weights(tmp_path / "straight"), weights(tmp_path / "broken")
     assert differences(first, second) == (0.0, 0.0)
     assert differences(first, load("llama").model.state_dict())[1] > 1e-5
+
+
+@pytest.mark.usefixtures("listening")
+def test_asked_to_stop_it_saves_the_step_in_hand(
+    load: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a checkpoint was not due for a thousand steps, no step is done twice."""
+    objective, steps = Objective.named("pbaa"), list[int]()
+    arguments = {"settings": settings(batch_size=2, epochs=2, save_every_steps=1000)}
+
+    def start() -> tuple[LoadedModel, Objective, list[Example]]:
+        loaded = load("llama")
+        return loaded, objective, make_examples(loaded, objective, 9, shift=0.05)
+
+    run(*start(), tmp_path / "straight", **arguments)
+    step = RowTrainer.training_step
+
+    def counted(trainer: Any, *args: Any) -> Tensor:
+        steps.append(trainer.state.global_step + 1)
+        if steps in ([1, 2, 3], [*range(1, 11)]):
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, *args)
+
+    monkeypatch.setattr(RowTrainer, "training_step", counted)
+    for last in (3, 10):
+        with pytest.raises(KeyboardInterrupt):
+            run(*start(), tmp_path / "stopped", **arguments)
+        (kept,) = complete_checkpoints(tmp_path / "stopped.partial")
+        assert kept.name == f"checkpoint-{last}"
+        monkeypatch.setattr(stopping, "_asked", None)
+    run(*start(), tmp_path / "stopped", **arguments)
+    assert steps == list(range(1, 11))
+    first, second = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert differences(first, second) == (0.0, 0.0)
 
 
 def test_a_checkpoint_without_its_mark_is_ignored(

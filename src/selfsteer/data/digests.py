@@ -25,6 +25,12 @@ def _file_digest(path: Path, size: int, modified_ns: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex, read once a process unless its time or size changes."""
+    found = path.stat()
+    return _file_digest(path.absolute(), found.st_size, found.st_mtime_ns).hex()
+
+
 def digest_path(path: Path) -> str:
     """16 hex digits over the whole content of a file or a folder (about 1 GB/s, once a process).
 

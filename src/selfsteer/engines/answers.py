@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from selfsteer import stopping
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import disk_errors, dump_line, read_jsonl
 from selfsteer.engines.base import (
@@ -44,6 +45,7 @@ def answers(
 
     Raises:
         ValueError: two requests have the same id.
+        KeyboardInterrupt: the process was asked to stop; with a store, the batch in hand is in it.
     """
     marks = {r.id: _mark(r) for r in requests}
     if len(marks) < len(requests):
@@ -57,13 +59,18 @@ def answers(
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        with file:
+        # a batch counts as a whole or not at all, so that the one in hand is finished first
+        size, before = engine.batch_size, len(found)
+        with file, stopping.deferred() if store and size else nullcontext():
             file.write("\n")  # ends a line that a kill cut short
             for answer in engine.generate(todo, sampling, advance):
                 found[answer.id] = answer
                 if not answer.finish_reason.startswith(REQUEST_FAILED):
                     with disk_errors(path):
-                        file.write(dump_line({**asdict(answer), "request": marks[answer.id]}))
+                        row = {**asdict(answer), "request": marks[answer.id]}
+                        file.write(dump_line({**row, "sum": digest(row)}))
+                if size and stopping.asked() and (len(found) - before) % size == 0:
+                    raise KeyboardInterrupt
     return {r.id: found[r.id] for r in requests}
 
 
@@ -78,16 +85,17 @@ def _mark(request: Request) -> str:
 def _stored(
     store: Path, requests: Sequence[Request], marks: Mapping[str, str], size: int | None
 ) -> dict[str, Completion]:
-    """The stored answers that count; lines cut short by a kill are ignored."""
+    """The stored answers that count; lines that were cut short or changed are ignored."""
     known: dict[str, Completion] = {}
     for line in store.read_bytes().splitlines() if store.exists() else ():
         with suppress(ValueError, TypeError, KeyError):
             value = json.loads(line)
-            if value.pop("request") == marks.get(value["id"]):
+            whole = value.pop("sum") == digest(value)
+            if whole and value.pop("request") == marks.get(value["id"]):
                 known[value["id"]] = Completion(**value)
-    whole = cut(requests, size) if size else [[r] for r in requests]
+    batches = cut(requests, size) if size else [[r] for r in requests]
     return {
-        r.id: known[r.id] for batch in whole if all(r.id in known for r in batch) for r in batch
+        r.id: known[r.id] for batch in batches if all(r.id in known for r in batch) for r in batch
     }
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.recipe.sections import Price
 
@@ -35,7 +36,9 @@ class Usage:
     """
 
     def __init__(self, path: Path | None = None, price: Price | None = None) -> None:
-        kept = json.loads(path.read_bytes()) if path and path.exists() else {"failed": {}}
+        kept: Any = {"failed": {}}
+        if path and path.exists():
+            kept = read_json(dict[str, int | float | dict[str, int]], path)
         #: what the counts in the file came to, at the price of then
         self.cost: float | None = kept.pop("cost", None)
         self.counts = Counter[str](kept.pop("failed") | kept)

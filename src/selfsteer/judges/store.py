@@ -33,9 +33,11 @@ class AnswerStore:
         for path in sorted(folder.glob("answers-*.jsonl")) if folder else []:
             self._files = int(path.stem.split("-")[1]) + 1
             try:
-                self._values |= {row["key"]: row["answer"] for _, row in read_jsonl(path)}
+                rows = [row for _, row in read_jsonl(path)]
+                if all(row["sum"] == digest([row["key"], row["answer"]]) for row in rows):
+                    self._values |= {row["key"]: row["answer"] for row in rows}
             except (DataError, KeyError):
-                continue  # torn, so not used: its questions are asked again
+                continue  # torn or changed, so not used: its questions are asked again
 
     @classmethod
     def of(cls, settings: JudgeConfig, folder: Path | None, *asked: Any) -> Self:
@@ -90,7 +92,7 @@ class AnswerStore:
         if self.folder is not None:
             # what a server failed to answer is asked again another time
             lines = dump_lines(
-                {"key": k, "answer": a}
+                {"key": k, "answer": a, "sum": digest([k, a])}
                 for k, a in found.items()
                 if not str(a.get("finish_reason")).startswith(REQUEST_FAILED)
             )

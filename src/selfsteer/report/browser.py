@@ -487,6 +487,7 @@ def main(run: str, name: str) -> None:
     found = next((s for s in RunView.open(Path(run)).sampled if s.name == name), None)
     if found is None:
         raise ArtifactError(f"{run} has no triples called {short(name)}.")
+    found.round.run.check(found.shards[0].parent)
     done, total = 0, sum(path.read_bytes().count(b"\n") for path in found.shards)
 
     def advance(items: int, tokens: int) -> None:

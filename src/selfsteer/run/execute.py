@@ -6,6 +6,7 @@ x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judge
 
 import gc
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -17,13 +18,15 @@ from typing import Any, Protocol, Self, TypeVar
 import yaml
 
 from selfsteer import stopping
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
-from selfsteer.errors import ArtifactError, ConfigError, short
+from selfsteer.errors import ConfigError, short
 from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse
 from selfsteer.run.progress import reported
 from selfsteer.run.stage import Stage
+from selfsteer.run.sums import SMALL_BYTES
 from selfsteer.run.tracking import Tracker
 from selfsteer.terminal import duration, is_main_process, say
 
@@ -63,13 +66,12 @@ def pinned(recipe: AnyPlanned) -> tuple[AnyPlanned, dict[str, str]]:
     path = recipe.folder / MODELS
     commits: dict[str, str] = {}
     if path.exists():
-        try:
-            commits = {str(k): str(v) for k, v in json.loads(path.read_text("utf-8")).items()}
-        except (ValueError, AttributeError) as e:
-            raise ArtifactError(
-                f"{path} is damaged ({e}): it holds the commits of the models that the run began "
-                "with. Restore it, or move the run folder away and begin again."
-            ) from e
+        commits = read_json(
+            dict[str, str],
+            path,
+            "It holds the commits of the models that the run began with: restore it from a copy, "
+            "or move the run folder away and begin again.",
+        )
 
     def at_commit(name: str) -> str:
         if not is_hub_id(name):
@@ -113,7 +115,8 @@ def execute(
         recipe: checked and complete.
         given: the recipe as the user gave it, overrides merged; kept as ``recipe.yaml``.
         until: stop after this stage.
-        redo: replace work that was made with other settings (it moves to ``superseded/``).
+        redo: replace work that was made with other settings, or is damaged (it moves to
+            ``superseded/``).
 
     Raises:
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
@@ -138,7 +141,11 @@ def execute(
         stale = run.stale(whole)
         if stale and not redo:
             refuse(run, stale)
-        todo = [s for s in stages if not run.is_done(s)]
+        broken = run.damaged(whole, most=None if redo else SMALL_BYTES)
+        if broken and not redo:
+            raise broken[0][1]
+        again = {entry["stage"] for entry, _ in broken}
+        todo = [s for s in stages if s.name in again or not run.is_done(s)]
         with (
             reported(run, [s.name for s in todo]) as reporter,
             closing(Tracker(recipe.tracking if todo else (), run.path)) as tracker,
@@ -146,13 +153,18 @@ def execute(
             run.watch = tracker.note
             for note in dict.fromkeys(note for stage in todo for note in stage.check()):
                 say(note)
-            run.supersede(stale)
+            run.supersede([*stale, *(entry for entry, _ in broken)])
             _write_recipe(run, recipe, given)
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
+            stopping.way_on = shlex.join(
+                ["selfsteer", "run", str(run.path), *(["--until", until] if until else [])]
+            )
             for i, stage in enumerate(todo, 1):
                 say(f"[{i}/{len(todo)}] {stage.name}", "bold")
                 reporter.stage(stage.name)
+                for maker in stage.makers:
+                    run.check(maker)
                 if stage.on_ranks:
                     call(stage.name, stage.fingerprint)
                 begin = time.monotonic()

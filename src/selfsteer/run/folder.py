@@ -4,14 +4,17 @@ A stage whose fingerprint is in the ledger as finished is skipped. Work that ano
 is never mixed with this one's: it is refused, or moved to ``superseded/`` under ``--redo``.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +39,7 @@ from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.chat import DAY
 from selfsteer.recipe.texts import ENDLESS, is_endless
+from selfsteer.run.sums import SMALL_BYTES, check_sums, sums_of
 
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
@@ -117,15 +121,28 @@ class RunFolder:
         self.path = path
         #: told each log's name and line, once it is on disk
         self.watch: Callable[[str, Mapping[str, Any]], None] = lambda name, entry: None
+        #: what this process wrote into the lock that it holds
+        self._held_by: str | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     @property
     def day(self) -> str | None:
-        """The day on which its first run started, such as 2026-11-29."""
+        """The day on which its first run started, such as 2026-11-29.
+
+        Raises:
+            ArtifactError: the file that says so is damaged.
+        """
         path = self / "day"
-        return path.read_text("utf-8").strip() if path.exists() else None
+        if not path.exists():
+            return None
+        with suppress(ValueError):
+            return str(date.fromisoformat(path.read_text("utf-8").strip()))
+        raise ArtifactError(
+            f"{path} is damaged: it holds the day that chat templates of this run write, such as "
+            f"{date.today()}. Put the day there on which the run began."
+        )
 
     @contextmanager
     def on_its_day(self) -> Iterator[None]:
@@ -158,9 +175,36 @@ class RunFolder:
         with self._held("r+", fcntl.LOCK_EX) as file:
             file.truncate(0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            self._held_by = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
+            file.write(self._held_by)
             file.flush()
-            yield
+            os.fsync(file.fileno())
+            try:
+                yield
+            finally:
+                self._held_by = None
+
+    def _check_held(self) -> None:
+        """Fails where another process took the folder over: not all file systems share locks.
+
+        Raises:
+            ArtifactError: the lock says another process, or is gone.
+        """
+        if self._held_by is None:
+            return
+        with suppress(FileNotFoundError):
+            holder = (self / "lock").read_text("utf-8", "replace")
+            if holder == self._held_by:
+                return
+            raise ArtifactError(
+                f"{self.path} was taken over by {holder.strip() or 'another process'}: its file "
+                "system does not share locks between machines. What is finished is kept; run one "
+                "process at a time."
+            )
+        raise ArtifactError(
+            f"{self / 'lock'} is gone, so another process could begin as well. What is finished is "
+            "kept; run the same command again."
+        )
 
     def check_free(self) -> None:
         """As `locked` would fail now, but without leaving a trace.
@@ -177,7 +221,12 @@ class RunFolder:
         with open(self / "lock", mode, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as e:
+                if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise ArtifactError(
+                        f"{self.path} cannot be locked ({e.strerror}), so a second process could "
+                        "change it at the same time. Choose a runs_dir on a file system with locks."
+                    ) from None
                 raise ArtifactError(
                     f"{self.path} is in use by {file.read().strip() or 'another process'}. Wait "
                     "for it, stop it, or choose another name."
@@ -187,37 +236,38 @@ class RunFolder:
     # -- ledger ---------------------------------------------------------------------------------
 
     def ledger(self) -> list[dict[str, Any]]:
-        """All entries; a line that a kill cut short is left out."""
-        return [entry for _, entry in self._lines("ledger.jsonl")]
+        """All entries; a line that a kill cut short is left out.
 
-    def _lines(self, file_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The lines of a log and what they hold; none where it is not there."""
-        path = self / file_name
-        for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else ():
-            with suppress(ValueError):
-                yield line, json.loads(line)
+        Raises:
+            ArtifactError: a line is damaged otherwise.
+        """
+        return list(read_ledger(self / LEDGER))
 
     def append(self, file_name: str, entry: Mapping[str, Any]) -> None:
         """Adds one line to a log of the run folder, on disk before it returns."""
         path = self / file_name
+        if file_name == LEDGER:
+            self._check_held()
         with disk_errors(path), open(path, "ab+") as file:
             file.seek(max(file.tell() - 1, 0))
             torn = file.read(1) not in (b"", b"\n")
-            line = json.dumps(entry, ensure_ascii=False) + "\n"
-            file.write((b"\n" if torn else b"") + line.encode("utf-8"))
+            line = json.dumps(entry, ensure_ascii=False)
+            line = sealed(line) if file_name == LEDGER else line
+            file.write((b"\n" if torn else b"") + line.encode("utf-8") + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.watch(file_name, entry)
 
     def rewind(self, file_name: str, stage: str, step: int) -> None:
         """Drops a stage's lines after ``step`` from a log: a resumed training writes them again."""
-        if (self / file_name).exists():
-            kept = [
-                f"{line}\n"
-                for line, entry in self._lines(file_name)
-                if entry.get("stage") != stage or entry.get("step", 0) <= step
-            ]
-            write_atomic(self / file_name, "".join(kept))
+        path, kept = self / file_name, []
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            with suppress(ValueError, AttributeError, TypeError):  # none of ours
+                entry = json.loads(line)
+                if entry.get("stage") != stage or entry.get("step", 0) <= step:
+                    kept.append(line + b"\n")
+        if path.exists():
+            write_atomic(path, b"".join(kept))
 
     def last(self, stage: str) -> dict[str, Any] | None:
         """The newest entry of a stage."""
@@ -225,7 +275,7 @@ class RunFolder:
 
     def _newest(self) -> dict[str, dict[str, Any]]:
         """The newest entry of each stage, by its name."""
-        return {e["stage"]: e for e in self.ledger() if "stage" in e}
+        return {e["stage"]: e for e in self.ledger()}
 
     def drops(self, stage: str) -> Drops:
         """Where a stage of this name writes down what it drops."""
@@ -240,13 +290,43 @@ class RunFolder:
 
     def is_done(self, stage: "Stage") -> bool:
         """Whether the ledger says so and what it made is still there."""
+        return self._finish(stage) is not None
+
+    def _finish(self, stage: "Stage") -> dict[str, Any] | None:
+        """The ledger's entry of a stage that is done."""
         last = self.last(stage.name)
-        return (
+        is_done = (
             last is not None
             and last["event"] == "finish"
             and last["fingerprint"] == stage.fingerprint
             and all((self / o).exists() for o in stage.outputs)
         )
+        return last if is_done else None
+
+    def check(self, stage: "Stage", *, most: int | None = None) -> None:
+        """Fails where what a stage made is not as it wrote it.
+
+        Args:
+            stage: one that is not done passes.
+            most: of larger files only the size counts.
+
+        Raises:
+            ArtifactError: names the file.
+        """
+        if finish := self._finish(stage):
+            check_sums(self.path, stage.name, finish.get("sums", {}), most=most)
+
+    def damaged(
+        self, stages: Sequence["Stage"], *, most: int | None = SMALL_BYTES
+    ) -> list[tuple[dict[str, Any], ArtifactError]]:
+        """The ledger's entry of each stage whose files are not as it wrote them, and the fault."""
+        found = []
+        for stage in stages:
+            try:
+                self.check(stage, most=most)
+            except ArtifactError as e:
+                found.append((self._newest()[stage.name], e))
+        return found
 
     def stale(self, stages: Sequence["Stage"]) -> list[dict[str, Any]]:
         """Newest entries of work that these stages, the whole plan, would not make like that."""
@@ -301,9 +381,14 @@ class RunFolder:
                 "n_out": result.n_out,
                 "dropped": dict(sorted(result.dropped.items())),
                 "notes": result.notes,
+                "sums": sums_of(self.path, self._lasting(stage)),
             },
         )
         return result
+
+    def _lasting(self, stage: "Stage") -> Iterator[str]:
+        """What of a stage's files no other stage adds to: its outputs, and what is no folder."""
+        yield from (n for n in stage.files if n in stage.outputs or (self / n).is_file())
 
     def supersede(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted."""
@@ -324,6 +409,58 @@ class RunFolder:
                 shutil.move(self / output, target)
             known = {name: entry[name] for name in ("stage", "fingerprint")}
             self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
+
+
+#: The log of all stages.
+LEDGER = "ledger.jsonl"
+
+#: What ends a whole line of it: the CRC-32 of the rest.
+_SEAL = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
+
+
+def sealed(line: str) -> str:
+    """A JSON object with the CRC-32 of its text as the last key.
+
+    >>> sealed('{"a": 1}')
+    '{"a": 1, "crc32": "b63c6f32"}'
+    """
+    return f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a ledger; a line that a kill cut short is left out.
+
+    Raises:
+        ArtifactError: a line is damaged otherwise; says which.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
+        text = line.decode("utf-8", "surrogateescape")
+        seal = _SEAL.search(text)
+        if seal:
+            text = text[: seal.start()] + "}"
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            if not text or (text.startswith("{") and not seal):
+                continue
+            entry = None
+        changed = seal and int(seal[1], 16) != zlib.crc32(text.encode("utf-8", "surrogateescape"))
+        if changed or not _is_entry(entry):
+            raise ArtifactError(
+                f"{path} is damaged in line {number}, and nothing else says what the run has "
+                "finished. Restore it from a copy. Without one, move the run folder away and run "
+                "the recipe again."
+            )
+        yield entry
+
+
+def _is_entry(value: Any) -> bool:
+    named = ("event", "stage", "fingerprint")
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in named)
+        and isinstance(value.get("outputs", []), list)
+    )
 
 
 def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -147,6 +147,11 @@ class Stage(ABC):
         return next((v for v in values if isinstance(v, Artifact)), None)
 
     @property
+    def makers(self) -> "list[Stage]":
+        """The stages that made what it reads."""
+        return list(_makers([getattr(self, f.name) for f in fields(self)]))
+
+    @property
     def texts(self) -> str:
         """The stage whose responses its records hold."""
         return self.read.texts if self.passes_on and self.read else self.name
@@ -186,6 +191,16 @@ class Stage(ABC):
             SelfsteerError: a model, a judge, an engine or a file cannot be used.
         """
         yield from ()
+
+
+def _makers(value: Any) -> Iterator[Stage]:
+    if isinstance(value, Artifact):
+        yield from () if value.maker is None else (value.maker,)
+    elif isinstance(value, Mapping):
+        yield from _makers(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _makers(inner)
 
 
 def identity(value: Any) -> Any:

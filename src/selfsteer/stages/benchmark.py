@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.engines.answers import answers
@@ -147,7 +148,7 @@ class RunBenchmarks(Stage):
                         warn(f"{task.name} is left out: its data or a package is missing")
                         continue
                     write_atomic(path, json.dumps(figures, indent=1, allow_nan=False) + "\n")
-                figures = found[task.name][label] = json.loads(path.read_bytes())
+                figures = found[task.name][label] = read_json(dict[str, Any], path)
                 if figures["truncated"]:
                     warn(
                         f"{label}, {task.name}: {figures['truncated']:,} requests were longer "

@@ -1,18 +1,19 @@
 """What stages read: records of other stages, lazily, and preference sets of other runs."""
 
 import heapq
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Stored, T
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import RunFolder
+from selfsteer.run.sums import check_sums
 from selfsteer.terminal import warn
 
 
@@ -118,7 +119,7 @@ def preferences_of(source: str) -> Path:
     """
     path = Path(resolve_path(source))
     if (path / "resolved.json").is_file():
-        recipe = json.loads((path / "resolved.json").read_text("utf-8"))
+        recipe = read_json(dict[str, Any], path / "resolved.json")
         mine = [
             e
             for e in RunFolder(path).ledger()
@@ -130,6 +131,7 @@ def preferences_of(source: str) -> Path:
                 f"The last preferences of the run {source} are not finished. Let the run come "
                 "that far first."
             )
+        check_sums(path, mine[-1]["stage"], mine[-1].get("sums", {}))
         path = path / mine[-1]["outputs"][0]
     if not path.exists():
         raise ConfigError(f"There are no preferences at {path}; give a file or a run folder.")

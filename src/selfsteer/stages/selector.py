@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Triple
@@ -137,7 +138,7 @@ class Selector:
             )
         self.model, self.work, self.steps = model, work, steps
         if is_main_process():
-            found = [json.loads(p.read_text("utf-8")) for p in work.glob("candidate-*.json")]
+            found = [read_json(dict[str, Any], p) for p in work.glob("candidate-*.json")]
             self._records = {record["step"]: record for record in found}
             begun = 0 in self._records
             if not begun or (self.candidates and not self._weights(self.chosen.step).exists()):
@@ -148,13 +149,17 @@ class Selector:
 
     def visit(self, step: int) -> bool:
         """Measures candidates; see `OnStep`. True: drift is beyond bounds."""
-        if step not in candidate_steps(self.steps, self.settings.points):
+        if not self._is_candidate(step):
             return False
         with whole(self.model):
             if is_main_process():
                 self._record(step)
             self.stopped = ranks.broadcast(self._drifted(step))
         return self.stopped is not None
+
+    def is_due(self, step: int) -> bool:
+        """On the first rank: whether a candidate is not measured; see `OnStep`."""
+        return self._is_candidate(step) and step not in self._records
 
     def restore(self) -> None:
         """Puts the chosen candidate's weights into the model; see `OnStep`."""
@@ -276,6 +281,9 @@ class Selector:
         return step if worst > self.settings.stop else None
 
     # -- measuring ----------------------------------------------------------------------------
+
+    def _is_candidate(self, step: int) -> bool:
+        return step in candidate_steps(self.steps, self.settings.points)
 
     def _trained(self) -> Iterator[tuple[str, Any]]:
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)

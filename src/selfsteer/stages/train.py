@@ -24,6 +24,7 @@ from selfsteer.run import cost
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
+from selfsteer.run.sums import REMOVED
 from selfsteer.stages.inputs import preferences_of
 from selfsteer.terminal import is_main_process
 
@@ -100,9 +101,10 @@ class Train(Stage):
     @override
     def tidy(self, run: RunFolder) -> None:
         """The folder stays as a record."""
-        for weights in () if self.keep else (run / self.name).rglob("*.safetensors"):
+        for weights in () if self.keep else list((run / self.name).rglob("*.safetensors")):
+            # first, so that a kill between leaves no weights that are gone without a reason
+            write_atomic(weights.with_name(REMOVED), "keep.generator was false\n")
             weights.unlink()
-            write_atomic(weights.with_name("weights-removed.txt"), "keep.generator was false\n")
 
 
 def check_device(loading: Loading, lora: Lora | None, start: Artifact) -> None:

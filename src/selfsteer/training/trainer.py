@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,11 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from selfsteer import stopping
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import disk_errors, write_atomic
-from selfsteer.errors import ConfigError, EngineError, NumericsError, named
+from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError, named
 from selfsteer.models.finite import broken_weight
 from selfsteer.models.save import add_lora, disable_dropout, save_model
 from selfsteer.run import ranks
+from selfsteer.run.sums import SMALL_BYTES, fault_of, sums_of
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
 from selfsteer.training.batches import StepSampler, fill_rows
 from selfsteer.training.sharding import check_sharded, full, own_part, shard_on_cpu, whole
@@ -37,6 +40,16 @@ if TYPE_CHECKING:
 
 #: Written last into a checkpoint; transformers takes a half-written folder for a whole one.
 COMPLETE_MARK = "complete"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What `COMPLETE_MARK` holds; of files over `SMALL_BYTES` the sums are sizes alone."""
+
+    sharding: str
+    ranks: int
+    sums: dict[str, list[int | str]]
+
 
 #: Sum and weight by name; the weights are examples, or tokens.
 Metrics = dict[str, tuple[Any, Any]]
@@ -76,6 +89,9 @@ class OnStep(Protocol):
 
     def visit(self, step: int) -> bool:
         """After each step, on every rank; True ends the training."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether `visit` would look at the model after this step, and has not."""
 
     def restore(self) -> None:
         """After the last step: puts the weights to keep into the model, which is whole."""
@@ -284,8 +300,10 @@ class RowTrainer(Trainer):
         ranks.barrier()  # each has written its part
         if self.args.should_save:
             folder = Path(str(self.args.output_dir))
-            mark = json.dumps({"sharding": ranks.sharding(), "ranks": ranks.size()})
-            write_atomic(folder / f"checkpoint-{self.state.global_step}" / COMPLETE_MARK, mark)
+            saved = folder / f"checkpoint-{self.state.global_step}"
+            sums = sums_of(saved, ["."], most=SMALL_BYTES)
+            mark = _Mark(sharding=ranks.sharding(), ranks=ranks.size(), sums=sums)
+            write_atomic(saved / COMPLETE_MARK, json.dumps(asdict(mark)))
             for old in complete_checkpoints(folder)[: -self.keep_checkpoints]:
                 discard_checkpoint(old)
 
@@ -296,6 +314,20 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(marked, key=lambda p: int(re.sub(r"\D", "", p.name)))
 
 
+def _last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; others are removed."""
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        try:
+            fault = fault_of(checkpoint, read_json(_Mark, checkpoint / COMPLETE_MARK).sums)
+        except ArtifactError as e:
+            fault = str(e)
+        if fault is None:
+            return checkpoint
+        warn(f"{fault}; an earlier checkpoint is used, or the training begins again")
+        discard_checkpoint(checkpoint)
+    return None
+
+
 def discard_checkpoint(folder: Path) -> None:
     """Removes a checkpoint; its mark goes first, it must not outlive what it vouches for."""
     (folder / COMPLETE_MARK).unlink(missing_ok=True)
@@ -303,7 +335,10 @@ def discard_checkpoint(folder: Path) -> None:
 
 
 class _Watch(TrainerCallback):
-    """Each step: no gradient that is not finite reaches the weights, the bar moves, `OnStep`."""
+    """Each step: no gradient that is not finite reaches the weights, the bar moves, `OnStep`.
+
+    A process that was asked to stop saves a checkpoint after its step and ends the training.
+    """
 
     def __init__(self, trainer: RowTrainer, label: str, bar: Any, on_step: OnStep | None) -> None:
         self.trainer, self.label, self.bar, self.on_step = trainer, label, bar, on_step
@@ -318,9 +353,22 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.advance(state.global_step - self.bar.done)
-        if self.on_step and self.on_step.visit(state.global_step):
+        if self.on_step and not stopping.asked() and self._drifted(self.on_step, state.global_step):
             warn(f"{self.label}: stopped at step {state.global_step}, drift is too large")
             control.should_training_stop = True
+        if stopping.asked():
+            control.should_save = control.should_training_stop = True
+
+    def _drifted(self, on_step: OnStep, step: int) -> bool:
+        """What `visit` says; a signal ends it, as it may take minutes and can begin again."""
+        try:
+            with stopping.interruptible():
+                return on_step.visit(step)
+        except KeyboardInterrupt:
+            stopping.if_asked()  # for the second time
+            if not stopping.asked():
+                raise
+            return False
 
 
 def train(
@@ -362,6 +410,7 @@ def train(
         NumericsError: a loss, a gradient, a metric or a weight is not finite; names the records
             of the step. Complete checkpoints stay.
         ConfigError: the checkpoint to resume was made with another sharding.
+        KeyboardInterrupt: the process was asked to stop; a checkpoint of its last step is there.
     """
     work = work_folder(output)
     set_seed(seed)
@@ -388,8 +437,8 @@ def train(
         on_log=on_log,
     )
     model: Any = trainer.model
-    found = complete_checkpoints(work)
-    checkpoint: str | None = ranks.broadcast(str(found[-1]) if found else None)
+    found = _last_whole(work) if is_main_process() else None
+    checkpoint: str | None = ranks.broadcast(str(found) if found else None)
     done, history = 0, trainer.state.log_history
     if checkpoint:
         _check_resumable(Path(checkpoint))
@@ -400,8 +449,11 @@ def train(
         on_start(done)
     if on_step:
         on_step.begin(model, work, trainer.steps)
+        if checkpoint and ranks.broadcast(on_step.is_due(done)):  # stopped before it was visited
+            trainer._load_from_checkpoint(checkpoint)
+            on_step.visit(done)
     if not (on_step and on_step.stopped and done >= on_step.stopped):
-        with progress_bar(label, trainer.steps) as bar, disk_errors(work):
+        with progress_bar(label, trainer.steps) as bar, disk_errors(work), stopping.deferred():
             bar.skip(done)
             trainer.add_callback(_Watch(trainer, label, bar, on_step))
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -446,12 +498,12 @@ def _check_resumable(checkpoint: Path) -> None:
     Raises:
         ConfigError: it was written with another sharding, or by another number of DeepSpeed's.
     """
-    mark = json.loads((checkpoint / COMPLETE_MARK).read_text("utf-8"))
+    mark = read_json(_Mark, checkpoint / COMPLETE_MARK)
     sharding, count = ranks.sharding(), ranks.size()
-    fits = mark["ranks"] == count or not sharding.startswith("zero")
-    if mark["sharding"] != sharding or not fits:
+    fits = mark.ranks == count or not sharding.startswith("zero")
+    if mark.sharding != sharding or not fits:
         raise ConfigError(
-            f"{checkpoint} was written by {mark['ranks']} ranks with sharding {mark['sharding']}; "
+            f"{checkpoint} was written by {mark.ranks} ranks with sharding {mark.sharding}; "
             f"it cannot be resumed by {count} with sharding {sharding}. Use the profile it was "
             f"begun with, or remove {checkpoint.parent} to train from the start."
         )

@@ -73,7 +73,7 @@ def audit(
         if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
         called = {home: method for method, home in run.recipe.homes.items()}
-        models = {called.get(k, k): v for k, v in run.models.items() if k != "reward"}
+        models = {called.get(k, k): v for k, v in run.checked_models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
         to = to or folder / "audit"
     else:

@@ -131,7 +131,7 @@ def run_models(run: "RunView") -> "dict[str, Artifact]":
     from selfsteer.recipe.sections import resolve_path
     from selfsteer.run.stage import Artifact
 
-    found = run.models
+    found = run.checked_models
     if "policy" not in found:
         raise ConfigError(f"{run.folder} has no trained policy yet; finish the run first.")
     own, *others = run.recipe.homes.items()

@@ -111,7 +111,7 @@ class Chat:
         self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
             name: TransformersEngine(load_model(resolve_path(source), loading, inference=True))
-            for name, source in run.models.items()
+            for name, source in run.checked_models.items()
             if name != "reward"
         }
 

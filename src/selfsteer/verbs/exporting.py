@@ -133,6 +133,7 @@ def export_model(of: RoundView, folder: Path) -> Path:
     policy = of.folder / "policy"
     if not any(policy.glob("*.safetensors")):
         raise ArtifactError(f"{of.folder} holds no policy yet; run it first.")
+    of.run.check(policy)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; choose another, or move it away.")
     files = sorted(p for p in policy.iterdir() if p.is_file())

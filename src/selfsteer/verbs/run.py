@@ -28,7 +28,8 @@ def run(
     redo: Annotated[
         bool,
         typer.Option(
-            help="redo stages whose settings changed; their old results move to superseded/"
+            help="redo stages whose settings changed or whose files are damaged; their old results "
+            "move to superseded/"
         ),
     ] = False,
     nproc: Nproc = None,
@@ -53,6 +54,8 @@ def run(
     if dry_run:
         folder, whole = RunFolder(checked.folder), pinned(checked)[0].plan()
         stale = {e["stage"] for e in folder.stale(whole)}
+        for _, fault in folder.damaged(whole):
+            raise fault
         states = {
             s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
             for s in select(whole, until)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
@@ -134,7 +135,7 @@ def _kept(model: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}: too few queries were there to hold any out, so "
             "nothing tells the cells apart. Give the recipe more queries."
         )
-    report = json.loads(path.read_text("utf-8"))
+    report = read_json(dict[str, Any], path)
     by_step = {c["step"]: c for c in report["candidates"]}
     names = ("step", "drift", "wins", "wins_mean", "on_policyness", "excess")
     kept, start = ({k: by_step[s][k] for k in names} for s in (report["chosen"], 0))

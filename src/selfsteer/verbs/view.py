@@ -45,10 +45,16 @@ def view(
     access requires the token in the printed URL; SELFSTEER_VIEW_TOKEN sets that token.
     """
     from selfsteer.errors import ConfigError
+    from selfsteer.run.sums import SMALL_BYTES
     from selfsteer.terminal import out, say
+    from selfsteer.view import RunView
 
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}. Give a run folder, or a folder of runs.")
+    if (
+        folder / "resolved.json"
+    ).is_file():  # of several runs, others are shown beside a damaged one
+        RunView.open(folder).check(most=SMALL_BYTES)
     try:
         from selfsteer.report import server
     except ModuleNotFoundError as e:

@@ -1,0 +1,569 @@
+"""What runs survive: killed anywhere, and with any of their files damaged.
+
+python benchmarks/reliability.py --part kills [--points 200] [--recipes sso contrast rlcd]
+python benchmarks/reliability.py --part damages
+
+Every run is a child forked from this process, which has torch loaded; so a kill costs about a
+second. The points of a recipe are counted in an undisturbed run: each file that is opened for
+writing, renamed or removed in the run folder (*before* it happens), each line or file of which only
+a half is written (*torn*), and times drawn at random. A run is killed and resumed at one point
+after the other until it is finished, then compared with the undisturbed one: files, records,
+counts and weights must be the same. Runs go on where an earlier command stopped: figures are kept
+in ``results/reliability.json`` and added up.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+RESULTS = Path(__file__).parent / "results"
+
+#: The tiny world, eight queries, a checkpoint after every step.
+COMMON = (
+    "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1, dtype: float32}",
+    "queries={path: '{data}/prompts.jsonl', limit: 8}",
+    "sampling.max_new_tokens=64",
+    "sampling.shard_size=4",
+    "sampling.batch_size=4",
+    "training.batch_size=4",
+    "training.epochs=2",
+    "training.save_every_steps=1",
+    "seed=7",
+)
+PRINCIPLED = ("principles={mode: picked, features: random}",)
+GIVEN = "queries={path: '{data}/given.jsonl', limit: 8}"
+ORACLE = "judge=oracle"
+EVALUATED = (
+    "evaluation.queries={path: '{data}/held-out.jsonl', limit: 3}",
+    ORACLE,
+)
+
+#: What each method needs beside `COMMON`.
+METHODS: dict[str, tuple[str, ...]] = {
+    "sso": (
+        *("principles={mode: generated, max_new_tokens: 96, batch_size: 8, shard_size: 4}",),
+        *("generator.batch_size=4", "generator.save_every_steps=1", "baseline=pbaa", *EVALUATED),
+    ),
+    "pbaa": PRINCIPLED,
+    "sso-online": (
+        *(*PRINCIPLED, "iterations=1", "filter.near_on_policy={quantile: 0.1}"),
+        "filter.gap={quantile: 0.1}",
+    ),
+    "contrast": (*PRINCIPLED, *EVALUATED),
+    "distil": PRINCIPLED,
+    "good-over-plain": PRINCIPLED,
+    "bad-to-plain": (*PRINCIPLED, "iterations=2"),
+    "dlma": PRINCIPLED,
+    "rlcd": (*PRINCIPLED, "reward={batch_size: 4, forward_pairs: 2}"),
+    "best-of-n": ("ranking={samples: 2, judge: oracle}", *EVALUATED),
+    "best-of-n-principles": (*PRINCIPLED, "ranking.samples=2"),
+    "self-rewarding": ("ranking.samples=2",),
+    "sgpo": (GIVEN,),
+    "spin": (GIVEN, "iterations=1"),
+    "spin-judged": (GIVEN, "iterations=1", ORACLE),
+    "irft": (GIVEN, "iterations=1"),
+    "reward": (
+        "reward={data: '{data}/pairs.jsonl', batch_size: 4, forward_pairs: 2, holdout: 0.25}",
+    ),
+}
+
+
+def write_data(folder: Path) -> None:
+    """Prompts, conversations, and preferences: faultless answers over faulty ones."""
+    from selfsteer.data.jsonl import dump_lines, write_atomic
+    from selfsteer.data.records import Preference
+    from selfsteer.testbed.corpus import as_query
+    from selfsteer.testbed.grammar import respond
+    from selfsteer.testbed.questions import questions
+
+    rng, pairs = random.Random(0), []
+    for question in rng.sample(list(questions("train")), 14):
+        good = dict.fromkeys(question.features, "good")
+        chosen = respond(question, good, rng)
+        rejected = respond(question, dict.fromkeys(good, "odd"), rng)
+        query = as_query(question)
+        pairs.append(Preference(query.id, query.messages, chosen, rejected))
+    write_atomic(folder / "pairs.jsonl", dump_lines(pairs))
+    for name, some in (("prompts", pairs[:10]), ("held-out", pairs[10:])):
+        write_atomic(folder / f"{name}.jsonl", dump_lines(p.query for p in some))
+    said = (
+        [*p.query.to_dict()["messages"], {"role": "assistant", "content": p.chosen}] for p in pairs
+    )
+    write_atomic(folder / "given.jsonl", dump_lines({"messages": m} for m in said))
+
+
+def arguments(method: str, data: Path, runs: Path) -> list[str]:
+    """The command line of a method's run."""
+    own = METHODS[method]
+    common = [s for s in COMMON if method != "reward" or s.startswith(("policy", "seed"))]
+    replaced = {text.partition("=")[0] for text in own}
+    common = [s for s in common if s.partition("=")[0] not in replaced]
+    settings = (text.replace("{data}", str(data)) for text in (*common, *own))
+    return ["run", method, f"runs_dir={runs}", "name=run", *settings]
+
+
+# -- killing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a run is killed: before the n-th change of its folder, in the n-th write, or by time.
+
+    ``stop`` asks it to stop, by SIGTERM, before the n-th change.
+    """
+
+    kind: str
+    at: float
+
+
+def load() -> None:
+    """Imports all that a run needs, so that its children need not."""
+    import torch
+
+    import selfsteer.cli
+    import selfsteer.engines.transformers
+    import selfsteer.evaluation.judged_sets
+    import selfsteer.judges.oracle
+    import selfsteer.stages.fit
+    import selfsteer.stages.fit_reward
+    import selfsteer.stages.teach
+    import selfsteer.view  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+#: The last words of a run that was asked to stop.
+RESUMED = re.compile(r"interrupted; .*(Go on with: selfsteer run \S+|the same command resumes)\n$")
+
+
+def die() -> NoReturn:
+    """As a machine that loses power would end it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+class Counting:
+    """Counts what a process changes in a folder; kills it at a given one."""
+
+    def __init__(self, folder: Path, kill: Kill | None) -> None:
+        self.folder, self.kill = str(folder), kill
+        self.counts: Counter[str] = Counter()
+
+    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+        """An audit hook: told before the system is asked."""
+        if event == "open":
+            path, _, flags = args
+            changes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
+            path, changes = args[0], True
+        else:
+            return
+        if changes and isinstance(path, str | Path) and str(path).startswith(self.folder):
+            if self._is_at("change"):
+                die()
+            if self.kill == Kill("stop", self.counts["change"]):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def opened(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """``open``, whose files are killed in the middle of a write."""
+
+        def opening(path: Any, *args: Any, **kwargs: Any) -> Any:
+            file = real(path, *args, **kwargs)
+            if str(path).startswith(self.folder) and set(args[0] if args else "r") & set("wa+"):
+                return Torn(file, self)
+            return file
+
+        return opening
+
+    def tear(self, file: Any, data: Any) -> None:
+        """Writes, or half of it and dies."""
+        if self._is_at("torn"):
+            file.write(data[: len(data) // 2])
+            file.flush()
+            die()
+
+    def _is_at(self, kind: str) -> bool:
+        self.counts[kind] += 1
+        return self.kill == Kill(kind, self.counts[kind])
+
+
+class Torn:
+    """A file whose writes may be cut in the middle."""
+
+    def __init__(self, file: Any, counting: Counting) -> None:
+        self._file, self._counting = file, counting
+
+    def write(self, data: Any) -> Any:
+        """As of the file."""
+        self._counting.tear(self._file, data)
+        return self._file.write(data)
+
+    def writelines(self, pieces: Any) -> None:
+        """As of the file."""
+        for piece in pieces:
+            self.write(piece)
+
+    def __enter__(self) -> "Torn":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@dataclass
+class Ended:
+    """A child's end: its exit code, negative for a signal, its words, and what it changed."""
+
+    code: int
+    said: str
+    counts: Mapping[str, int]
+
+
+def attempt(args: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
+    """Runs a command in a child of this process.
+
+    Args:
+        args: of the command line.
+        folder: where its changes count.
+        kill: where it is killed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        log, counts = Path(scratch, "log"), Path(scratch, "counts")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _work(args, Counting(folder, kill), log, counts)
+        if kill and kill.kind == "time":
+            time.sleep(kill.at)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        told = json.loads(counts.read_text()) if counts.exists() else {}
+        return Ended(os.waitstatus_to_exitcode(status), log.read_text("utf-8", "replace"), told)
+
+
+def _work(args: Sequence[str], counting: Counting, log: Path, counts: Path) -> NoReturn:
+    """The child: never returns, whatever happens."""
+    code = 1
+    try:
+        file = open(log, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdout = sys.stderr = file
+        from selfsteer import cli
+        from selfsteer.data import jsonl
+        from selfsteer.engines import answers
+        from selfsteer.run import folder
+
+        sys.argv = ["selfsteer", *args]
+        sys.addaudithook(counting.hear)
+        for module in (jsonl, folder, answers):
+            mock.patch.object(module, "open", counting.opened(open), create=True).start()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        counts.write_text(json.dumps(counting.counts))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+#: What says when, where and how often work was done.
+TIMED = {"ledger.jsonl", "progress.json", "lock", "day", "recipe.yaml", "resolved.json"}
+
+#: Stores by content, whose parts depend on where a run was interrupted.
+STORES = {"scores", "judgements", "usage", "superseded"}
+
+
+def without_times(value: Any) -> Any:
+    """JSON without seconds, and without the text of a figure that holds some."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "share")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def state(run: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions: files, and the ledger's counts."""
+    import hashlib
+
+    from selfsteer.run.folder import RunFolder
+
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file()):
+        name = path.relative_to(run)
+        if name.parts[0] in STORES | TIMED:
+            continue
+        if path.suffix == ".json":
+            found[str(name)] = without_times(json.loads(path.read_bytes()))
+        elif name.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[str(name)] = [without_times(line) for line in lines]
+        else:
+            found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for stage, entry in RunFolder(run)._newest().items():
+        kept = ("event", "fingerprint", "n_in", "n_out", "dropped")
+        found[f"ledger: {stage}"] = {k: entry.get(k) for k in kept}
+    return found
+
+
+def differences(mine: Mapping[str, Any], undisturbed: Mapping[str, Any]) -> list[str]:
+    """Names that only one has, or that differ."""
+    names = mine.keys() | undisturbed.keys()
+    return sorted(n for n in names if mine.get(n) != undisturbed.get(n))
+
+
+@dataclass
+class Outcome:
+    """What became of a recipe's runs."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    seconds: float = 0.0
+    #: runs that ended otherwise than the undisturbed one, by what differs
+    lost: list[str] = field(default_factory=list)
+    #: resumed runs that failed, by their last words
+    failed: list[str] = field(default_factory=list)
+
+
+def undisturbed(method: str, folder: Path) -> tuple[dict[str, Any], Ended]:
+    """A whole run's state and end.
+
+    Raises:
+        RuntimeError: it failed by itself.
+    """
+    write_data(folder / "data")
+    ended = attempt(arguments(method, folder / "data", folder / "calm"), folder / "calm")
+    if ended.code:
+        raise RuntimeError(f"{method} does not run: {ended.said}")
+    return state(folder / "calm" / "run"), ended
+
+
+def killed(
+    method: str, folder: Path, calm: Mapping[str, Any], kills: Sequence[Kill], outcome: Outcome
+) -> None:
+    """Kills a run at one point after the other, resumes it each time, compares in the end."""
+    runs = folder / "rough"
+    shutil.rmtree(runs, ignore_errors=True)
+    args = arguments(method, folder / "data", runs)
+    for kill in [*kills, None]:
+        ended = attempt(args, runs, kill)
+        stopped = ended.code == 128 + signal.SIGTERM and RESUMED.search(ended.said)
+        if kill and (stopped or ended.code == -signal.SIGKILL):
+            outcome.kills[kill.kind] += 1
+        elif ended.code:
+            outcome.failed.append(f"{kill}: {ended.said[-2000:]}")
+            return
+        else:
+            break
+    outcome.runs += 1
+    if differing := differences(state(runs / "run"), calm):
+        outcome.lost.append(f"{kills}: {differing}")
+
+
+def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: int) -> list[Kill]:
+    """Points one after the other: mostly a few changes apart, so that a run meets many of them."""
+    made = []
+    for _ in range(kills):
+        kind = rng.choices(("change", "torn", "stop", "time"), (5, 3, 1, 1))[0]
+        if kind == "time":
+            made.append(Kill(kind, round(rng.uniform(0.05, max(seconds, 0.1)), 3)))
+        else:
+            most = counts["torn" if kind == "torn" else "change"] * 0.6
+            made.append(Kill(kind, 1 + int(rng.random() ** 2 * most)))
+    return made
+
+
+def part_kills(found: dict[str, Any], recipes: Sequence[str], points: int, per_run: int) -> None:
+    """Kills runs of each recipe until so many points more were met; adds to what was found."""
+    load()
+    for method in recipes:
+        known = found.setdefault(method, {"kills": {}, "runs": 0, "lost": [], "failed": []})
+        before = sum(known["kills"].values())
+        outcome, rng = Outcome(Counter(known["kills"])), random.Random(f"{method} {before}")
+        with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+            began = time.monotonic()
+            calm, ended = undisturbed(method, Path(scratch))
+            seconds = time.monotonic() - began
+            known |= {"seconds": round(seconds, 1), "changes": dict(ended.counts)}
+            while sum(outcome.kills.values()) < before + points and not outcome.failed:
+                kills = chain(rng, ended.counts, seconds, per_run)
+                killed(method, Path(scratch), calm, kills, outcome)
+        known["kills"] = dict(sorted(outcome.kills.items()))
+        known["runs"] += outcome.runs
+        known["lost"] += outcome.lost
+        known["failed"] += outcome.failed
+        took = time.monotonic() - began
+        print(f"{method}: {sum(outcome.kills.values()) - before} kills in {took:.0f} s", flush=True)
+
+
+# -- damages ---------------------------------------------------------------------------------------
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit of the byte in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "emptied": lambda data: b"",
+    "a bit flipped": flipped,
+    "cut in half": lambda data: data[: len(data) // 2],
+    "null": lambda data: b"null",
+    "no text": lambda data: b"\xff",
+    "other JSON": lambda data: b'{"event": 1, "models": [], "preferences": {}}\n',
+    "deleted": lambda data: None,
+}
+
+#: What reads a run folder; a second with ``--redo`` would make it whole.
+READERS = (("show", "--json"), ("run", "--dry-run"), ("compare", "--json"), ("export",))
+
+
+def part_damages(found: dict[str, Any], method: str) -> None:
+    """Damages each file of a finished run in each way, and asks every reader.
+
+    Counted are: the file is named (exit code 3), or the answer is that of the undamaged run. An
+    answer that differs, or a traceback, is a loss.
+    """
+    load()
+    counts: Counter[str] = Counter()
+    losses: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+        undisturbed(method, Path(scratch))
+        run = Path(scratch) / "calm" / "run"
+        whole = {reader: _read(reader, run, Path(scratch)) for reader in READERS}
+        for path in sorted(p for p in run.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            for damage, change in DAMAGES.items():
+                changed = change(data)
+                if changed == data:
+                    continue
+                path.unlink() if changed is None else path.write_bytes(changed)
+                counts["damages"] += 1
+                for reader in READERS:
+                    ended = _read(reader, run, Path(scratch))
+                    case = f"{path.relative_to(run)}, {damage}, {reader[0]}"
+                    if "Traceback" in ended.said:
+                        losses.append(f"{case}: {ended.said[-500:]}")
+                    elif ended.code:
+                        counts[f"exit code {ended.code}"] += 1
+                    elif ended.said == whole[reader].said:
+                        counts["the same answer"] += 1
+                    else:
+                        losses.append(f"{case}: another answer")
+            path.write_bytes(data)
+    found[method] = {**counts, "lost": losses}
+
+
+def _read(reader: Sequence[str], run: Path, scratch: Path) -> Ended:
+    shutil.rmtree(scratch / "to", ignore_errors=True)
+    more = ("--to", str(scratch / "to")) if reader[0] == "export" else ()
+    return attempt([reader[0], str(run), *reader[1:], *more], scratch / "nowhere")
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """``reliability.md``."""
+    text = [
+        "# What runs survive",
+        "",
+        f"`python benchmarks/reliability.py`, {results['where']}, {results['when']}.",
+    ]
+    if kills := results.get("kills"):
+        total = sum(sum(k["kills"].values()) for k in kills.values())
+        lost = sum(len(k["lost"]) + len(k["failed"]) for k in kills.values())
+        text += [
+            "",
+            f"## Kills: {total:,} points, {lost} losses",
+            "",
+            "A run is killed (SIGKILL) or stopped, and resumed, at one point after the other. Then "
+            "its files, counts and weights are compared with those of an undisturbed run.",
+            "",
+            "| method | killed before a change | within a write | at a random time | "
+            "stopped (SIGTERM) | runs compared | other results | failures |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for method, k in kills.items():
+            points = [k["kills"].get(kind, 0) for kind in ("change", "torn", "time", "stop")]
+            ends = [k["runs"], len(k["lost"]), len(k["failed"])]
+            text.append(f"| {method} | {' | '.join(map(str, points + ends))} |")
+    if damages := results.get("damages"):
+        text += [
+            "",
+            "## Damages",
+            "",
+            "Each file of a finished run is damaged in each of these ways: "
+            f"{', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} read the run.",
+            "",
+            "| method | damages | file named, exit code 3 | recipe refused, exit code 2 | "
+            "the undamaged run's answer | wrong answers, tracebacks |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, d in damages.items():
+            names = ("damages", "exit code 3", "exit code 2", "the same answer")
+            values = [*(d.get(n, 0) for n in names), len(d["lost"])]
+            text.append(f"| {method} | {' | '.join(f'{v:,}' for v in values)} |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Parses the command line and adds to the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--part", choices=("kills", "damages"), required=True)
+    parser.add_argument(
+        "--recipes", nargs="+", choices=METHODS, default=["sso", "contrast", "rlcd"]
+    )
+    parser.add_argument("--points", type=int, default=70, help="kills more of each recipe")
+    parser.add_argument("--per-run", type=int, default=8, help="kills of one run at most")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    from selfsteer.data.jsonl import write_atomic
+
+    stored = given.out / "reliability.json"
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    found = results.setdefault(given.part, {})
+    if given.part == "kills":
+        part_kills(found, given.recipes, given.points, given.per_run)
+    else:
+        for method in given.recipes:
+            part_damages(found, method)
+    results["where"] = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
+    results["when"] = time.strftime("%Y-%m-%d")
+    write_atomic(stored, json.dumps(results, indent=1) + "\n")
+    write_atomic(stored.with_suffix(".md"), page(results))
+    lost = [x for of in found.values() for x in (*of["lost"], *of.get("failed", ()))]
+    print("\n".join(lost) or "no losses")
+    raise SystemExit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Runs that are killed and resumed, anywhere and again and again, end like undisturbed ones."""
+
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
+
+METHODS = (
+    *("sso", "pbaa", "sso-online", "contrast", "distil", "good-over-plain", "bad-to-plain", "dlma"),
+    *("rlcd", "best-of-n", "best-of-n-principles", "self-rewarding", "sgpo", "spin", "spin-judged"),
+    *("irft", "reward"),
+)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("reliability", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reliability"] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    module.load()
+    yield module
+    del sys.modules["reliability"]
+
+
+def end_alike(bench: Any, method: str, folder: Path, kills: list[Any]) -> Any:
+    """The outcome of a run that is killed at one of these points after the other."""
+    calm, _ = bench.undisturbed(method, folder)
+    outcome = bench.Outcome()
+    bench.killed(method, folder, calm, kills, outcome)
+    assert not outcome.failed, outcome.failed[0]
+    assert not outcome.lost
+    return outcome
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(
+    bench: Any, tmp_path: Path
+) -> None:
+    points = [("torn", 12), ("stop", 40), ("change", 60), ("torn", 3), ("change", 30)]
+    outcome = end_alike(bench, "pbaa", tmp_path, [bench.Kill(*p) for p in points])
+    assert sum(outcome.kills.values()) == len(points)
+
+
+def test_a_difference_and_a_failure_are_seen(bench: Any, tmp_path: Path) -> None:
+    """The suite itself: it would tell a lost record, a step too many and a run that breaks."""
+    run = tmp_path / "run"
+    (run / "iteration-1").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"stage": "a", "step": 1, "seconds": 2.0}\n')
+    (run / "iteration-1" / "a.jsonl").write_text("{}\n")
+    calm = bench.state(run)
+    (run / "metrics.jsonl").write_text('{"stage": "a", "step": 1, "seconds": 3.0}\n')
+    assert not bench.differences(bench.state(run), calm)
+    (run / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\n' * 2)
+    (run / "iteration-1" / "a.jsonl").write_text("{}\n{}\n")
+    (run / "iteration-1" / "b.partial").write_text("")
+    assert bench.differences(bench.state(run), calm) == [
+        "iteration-1/a.jsonl",
+        "iteration-1/b.partial",
+        "metrics.jsonl",
+    ]
+    ended = bench.attempt(["run", "nothing-of-that-name"], tmp_path)
+    assert ended.code == 2
+    assert "nothing-of-that-name" in ended.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_survives_kills(bench: Any, tmp_path: Path, method: str) -> None:
+    calm, ended = bench.undisturbed(method, tmp_path)
+    kills = bench.chain(random.Random(method), ended.counts, 3.0, 6)
+    outcome = bench.Outcome()
+    bench.killed(method, tmp_path, calm, kills, outcome)
+    assert not outcome.failed, outcome.failed[0]
+    assert not outcome.lost
+    assert sum(outcome.kills.values()) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["change", "torn"])
+def test_a_run_survives_a_kill_at_every_point(bench: Any, tmp_path: Path, kind: str) -> None:
+    """Each point of a run in turn, and the points that follow when it is resumed."""
+    calm, ended = bench.undisturbed("pbaa", tmp_path)
+    outcome = bench.Outcome()
+    for at in range(1, ended.counts[kind] + 1, 3):
+        kills = [bench.Kill(kind, at + more) for more in range(3)]
+        bench.killed("pbaa", tmp_path, calm, kills, outcome)
+    assert not outcome.failed, outcome.failed[0]
+    assert not outcome.lost
+    assert outcome.kills[kind] > ended.counts[kind] * 0.8
