@@ -53,7 +53,8 @@ EVALUATED = (
     ORACLE,
 )
 
-#: What each method needs beside `COMMON`.
+#: What each method needs beside `COMMON`. The tiny model cannot judge its own answers, so
+#: self-rewarding is missing; its stages are those of best-of-n.
 METHODS: dict[str, tuple[str, ...]] = {
     "sso": (
         *("principles={mode: generated, max_new_tokens: 96, batch_size: 8, shard_size: 4}",),
@@ -72,7 +73,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rlcd": (*PRINCIPLED, "reward={batch_size: 4, forward_pairs: 2}"),
     "best-of-n": ("ranking={samples: 2, judge: oracle}", *EVALUATED),
     "best-of-n-principles": (*PRINCIPLED, "ranking.samples=2"),
-    "self-rewarding": ("ranking.samples=2",),
     "sgpo": (GIVEN,),
     "spin": (GIVEN, "iterations=1"),
     "spin-judged": (GIVEN, "iterations=1", ORACLE),

@@ -24,7 +24,12 @@ _at_once = False  # also in deferred blocks
 
 
 def listen() -> None:
-    """Takes both signals from now on; one that the parent process ignores stays ignored."""
+    """Takes both signals from now on; one that the parent process ignores stays ignored.
+
+    What was asked of an earlier command in the same process is forgotten.
+    """
+    global _asked, _at_once, way_on
+    _asked, _at_once, way_on = None, False, None
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _ask)
