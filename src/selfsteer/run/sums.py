@@ -50,9 +50,12 @@ def fault_of(
             whoever needs it misses it.
         most: larger files are compared by their bytes alone.
     """
-    if below is not None and not below.exists():
-        return None
-    mine = [name for name in sums if below is None or (run / name).is_relative_to(below)]
+    mine = list(sums)
+    if below is not None:
+        if not below.is_relative_to(run) or not below.exists():
+            return None
+        top = below.relative_to(run).as_posix()
+        mine = [name for name in sums if name == top or name.startswith(f"{top}/")]
     for name in mine:
         path, (size, sha256) = run / name, sums[name]
         if not path.is_file():

@@ -204,6 +204,8 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
         stages = [s for s in whole if not run.is_done(s)]
         if stale := run.stale(whole):
             refuse(run, stale)
+        for _, fault in run.damaged(whole):
+            raise fault
         done = len(whole) - len(stages)
         line.figures = {"stages": len(whole), "done": done}
         line.found = f"{run.path}: " + (
