@@ -133,6 +133,7 @@ class Kill:
 
 def load() -> None:
     """Imports all that a run needs, so that its children need not."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the command line does
     import torch
 
     import selfsteer.cli

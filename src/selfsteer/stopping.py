@@ -71,7 +71,7 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred -= 1
-        if not _deferred:
+        if not _deferred and _asked is not None:  # else the timer is not ours
             signal.setitimer(signal.ITIMER_REAL, 0)
     if_asked()
 
