@@ -29,6 +29,7 @@ from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
 from selfsteer.recipe.read import choose, method_of, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
+from selfsteer.recipe.texts import is_endless
 from selfsteer.run.folder import LEDGER, RunFolder, check_files, read_ledger
 from selfsteer.run.progress import progress_of
 from selfsteer.run.sums import Sums, check_sums

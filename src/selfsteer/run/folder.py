@@ -44,6 +44,12 @@ from selfsteer.run.sums import SMALL_BYTES, check_sums, sums_of
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
 
+#: The log of all stages.
+LEDGER = "ledger.jsonl"
+
+#: What ends a whole line of it: the CRC-32 of the rest.
+_SEAL = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
+
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
@@ -411,13 +417,6 @@ class RunFolder:
             self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
 
 
-#: The log of all stages.
-LEDGER = "ledger.jsonl"
-
-#: What ends a whole line of it: the CRC-32 of the rest.
-_SEAL = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
-
-
 def sealed(line: str) -> str:
     """A JSON object with the CRC-32 of its text as the last key.
 
@@ -456,10 +455,13 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
 
 def _is_entry(value: Any) -> bool:
     named = ("event", "stage", "fingerprint")
+    if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in named):
+        return False
+    outputs, sums = value.get("outputs", []), value.get("sums", {})
     return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), str) for name in named)
-        and isinstance(value.get("outputs", []), list)
+        isinstance(outputs, list)
+        and isinstance(sums, dict)
+        and all(isinstance(s, list) and list(map(type, s)) == [int, str] for s in sums.values())
     )
 
 
