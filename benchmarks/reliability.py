@@ -25,8 +25,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -342,7 +343,6 @@ class Outcome:
 
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
-    seconds: float = 0.0
     #: runs that ended otherwise than the undisturbed one, by what differs
     lost: list[str] = field(default_factory=list)
     #: resumed runs that failed, by their last words
@@ -397,25 +397,31 @@ def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: 
     return made
 
 
-def part_kills(found: dict[str, Any], recipes: Sequence[str], points: int, per_run: int) -> None:
-    """Kills runs of each recipe until so many points more were met; adds to what was found."""
+def part_kills(
+    found: dict[str, Any], recipes: Sequence[str], points: int, per_run: int
+) -> Iterator[None]:
+    """Kills runs of each recipe until so many points more were met; adds to what was found.
+
+    Yields:
+        After each run that was compared.
+    """
     load()
     for method in recipes:
         known = found.setdefault(method, {"kills": {}, "runs": 0, "lost": [], "failed": []})
-        before = sum(known["kills"].values())
-        outcome, rng = Outcome(Counter(known["kills"])), random.Random(f"{method} {before}")
+        before, began = sum(known["kills"].values()), time.monotonic()
+        outcome = Outcome(
+            Counter(known["kills"]), known["runs"], lost=known["lost"], failed=known["failed"]
+        )
         with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
-            began = time.monotonic()
             calm, ended = undisturbed(method, Path(scratch))
             seconds = time.monotonic() - began
             known |= {"seconds": round(seconds, 1), "changes": dict(ended.counts)}
             while sum(outcome.kills.values()) < before + points and not outcome.failed:
+                rng = random.Random(f"{method} {sum(outcome.kills.values())}")
                 kills = chain(rng, ended.counts, seconds, per_run)
                 killed(method, Path(scratch), calm, kills, outcome)
-        known["kills"] = dict(sorted(outcome.kills.items()))
-        known["runs"] += outcome.runs
-        known["lost"] += outcome.lost
-        known["failed"] += outcome.failed
+                known |= {"kills": dict(sorted(outcome.kills.items())), "runs": outcome.runs}
+                yield
         took = time.monotonic() - began
         print(f"{method}: {sum(outcome.kills.values()) - before} kills in {took:.0f} s", flush=True)
 
@@ -443,30 +449,34 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 READERS = (("show", "--json"), ("run", "--dry-run"), ("compare", "--json"), ("export",))
 
 
-def part_damages(found: dict[str, Any], method: str) -> None:
+def part_damages(found: dict[str, Any], recipes: Sequence[str]) -> Iterator[None]:
     """Damages each file of a finished run in each way, and asks every reader.
 
     Counted are: the file is named (exit code 3), or the answer is that of the undamaged run. An
     answer that differs, or a traceback, is a loss.
+
+    Yields:
+        After each recipe's run.
     """
     load()
-    counts: Counter[str] = Counter()
-    losses: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
-        undisturbed(method, Path(scratch))
-        run = Path(scratch) / "calm" / "run"
-        whole = {reader: _read(reader, run, Path(scratch)) for reader in READERS}
-        for path in sorted(p for p in run.rglob("*") if p.is_file()):
-            data = path.read_bytes()
-            for damage, change in DAMAGES.items():
-                changed = change(data)
+    for method in recipes:
+        counts: Counter[str] = Counter()
+        losses: list[str] = []
+        with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+            undisturbed(method, Path(scratch))
+            run = Path(scratch) / "calm" / "run"
+            whole = {reader: _read(reader, run, Path(scratch)) for reader in READERS}
+            files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != "recipe.yaml")
+            for path, damage in product(files, DAMAGES):
+                data = path.read_bytes()
+                changed = DAMAGES[damage](data)
                 if changed == data:
                     continue
                 path.unlink() if changed is None else path.write_bytes(changed)
                 counts["damages"] += 1
                 for reader in READERS:
-                    ended = _read(reader, run, Path(scratch))
                     case = f"{path.relative_to(run)}, {damage}, {reader[0]}"
+                    ended = _read(reader, run, Path(scratch))
                     if "Traceback" in ended.said:
                         losses.append(f"{case}: {ended.said[-500:]}")
                     elif ended.code:
@@ -475,8 +485,9 @@ def part_damages(found: dict[str, Any], method: str) -> None:
                         counts["the same answer"] += 1
                     else:
                         losses.append(f"{case}: another answer")
-            path.write_bytes(data)
-    found[method] = {**counts, "lost": losses}
+                path.write_bytes(data)
+        found[method] = {**counts, "lost": losses}
+        yield
 
 
 def _read(reader: Sequence[str], run: Path, scratch: Path) -> Ended:
@@ -518,8 +529,8 @@ def page(results: Mapping[str, Any]) -> str:
             "",
             "## Damages",
             "",
-            "Each file of a finished run is damaged in each of these ways: "
-            f"{', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} read the run.",
+            "Each file of a finished run but recipe.yaml, which is its user's, is damaged in each "
+            f"of these ways: "{', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} read the run.",
             "",
             "| method | damages | file named, exit code 3 | recipe refused, exit code 2 | "
             "the undamaged run's answer | wrong answers, tracebacks |",
@@ -550,17 +561,18 @@ def main() -> None:
     stored = given.out / "reliability.json"
     results = json.loads(stored.read_text()) if stored.exists() else {}
     found = results.setdefault(given.part, {})
-    if given.part == "kills":
-        part_kills(found, given.recipes, given.points, given.per_run)
-    else:
-        for method in given.recipes:
-            part_damages(found, method)
     results["where"] = (
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     )
     results["when"] = time.strftime("%Y-%m-%d")
-    write_atomic(stored, json.dumps(results, indent=1) + "\n")
-    write_atomic(stored.with_suffix(".md"), page(results))
+    part = (
+        part_kills(found, given.recipes, given.points, given.per_run)
+        if given.part == "kills"
+        else part_damages(found, given.recipes)
+    )
+    for _ in part:
+        write_atomic(stored, json.dumps(results, indent=1) + "\n")
+        write_atomic(stored.with_suffix(".md"), page(results))
     lost = [x for of in found.values() for x in (*of["lost"], *of.get("failed", ()))]
     print("\n".join(lost) or "no losses")
     raise SystemExit(bool(lost))

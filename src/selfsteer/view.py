@@ -8,7 +8,6 @@ The run may be unfinished, under way or killed in the middle of a line. Nothing 
 is written and no model is asked.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
 
 from selfsteer.data.artifacts import read_json
-from selfsteer.data.jsonl import Records, Stored, read_jsonl
+from selfsteer.data.digests import digest
+from selfsteer.data.jsonl import Records, Stored, lines, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError
@@ -30,7 +30,7 @@ from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_o
 from selfsteer.recipe.read import choose, method_of, subsections
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
-from selfsteer.run.folder import LEDGER, RunFolder, check_files, read_ledger
+from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
 from selfsteer.run.progress import progress_of
 from selfsteer.run.sums import Sums, check_sums
 
@@ -164,19 +164,6 @@ class Answer(NamedTuple):
 # -- reading -------------------------------------------------------------------------------------
 
 
-def lines(source: Path | bytes) -> Iterator[dict[str, Any]]:
-    """JSON objects of a log; a line that is none, or not whole yet, is left out."""
-    if isinstance(source, Path):
-        source = source.read_bytes() if source.is_file() else b""
-    for line in source.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
 def _read(kind: type[T], path: Path) -> T | None:
     """A JSON file as what it holds; None where it is not there.
 
@@ -213,12 +200,12 @@ def _asked(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _metrics(path: Path, size: int, modified_ns: int) -> dict[str, list[dict[str, Any]]]:
-    out: dict[str, list[dict[str, Any]]] = {}
-    for entry in lines(path):
-        if isinstance(entry.get("stage"), str) and isinstance(entry.get("step"), int):
-            out.setdefault(entry["stage"], []).append(entry)
-    return out
+def _metrics(
+    path: Path, size: int, modified_ns: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """The lines of each stage, and their digest."""
+    found = logged(path)
+    return found, {stage: digest(entries) for stage, entries in found.items()}
 
 
 def is_finite(value: Any) -> bool:
@@ -528,12 +515,23 @@ class RunView:
 
     @property
     def curves(self) -> dict[str, list[dict[str, Any]]]:
-        """Stage → the lines that its training logged, in their order."""
+        """Stage → the lines that its training logged, in their order.
+
+        Raises:
+            ArtifactError: a finished training logged others.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return {}
         found = path.stat()
-        return _metrics(path, found.st_size, found.st_mtime_ns)
+        out, digests = _metrics(path, found.st_size, found.st_mtime_ns)
+        for stage in self.stages:
+            if stage.notes.get("logged", digests.get(stage.name)) != digests.get(stage.name):
+                raise ArtifactError(
+                    f"{path} is damaged: {stage.name} logged other lines. Restore it from a copy, "
+                    "or remove it, and the run is shown without curves."
+                )
+        return out
 
     #: Figures of the models on held-out queries, an example of steering, the reward model, and what
     #: `selfsteer.evaluation.benchmark_table` shows; each None where there is none.

@@ -435,7 +435,9 @@ def test_asked_to_stop_it_saves_the_step_in_hand(
 ) -> None:
     """Though a checkpoint was not due for a thousand steps, no step is done twice."""
     objective, steps = Objective.named("pbaa"), list[int]()
-    arguments = {"settings": settings(batch_size=2, epochs=2, save_every_steps=1000)}
+    arguments: dict[str, Any] = {
+        "settings": settings(batch_size=2, epochs=2, save_every_steps=1000)
+    }
 
     def start() -> tuple[LoadedModel, Objective, list[Example]]:
         loaded = load("llama")

@@ -125,6 +125,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, value
 
 
+def lines(source: Path | bytes) -> Iterator[dict[str, Any]]:
+    """JSON objects of a log; a line that is none, or not whole yet, is left out."""
+    if isinstance(source, Path):
+        source = source.read_bytes() if source.is_file() else b""
+    for line in source.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
 def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
     """All records of a folder of shards, in order."""
     for shard in sorted(folder.glob("shard-*.jsonl")):

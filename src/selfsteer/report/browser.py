@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import quote
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import batched, dump_line
+from selfsteer.data.jsonl import batched, dump_line, lines
 from selfsteer.data.records import RESPONSES, Preference, Triple
 from selfsteer.engines.base import Advance, no_news
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError, short
@@ -37,7 +37,7 @@ from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report.logprobs import LogProbs
 from selfsteer.report.page import asset, finite
 from selfsteer.terminal import progress_bar
-from selfsteer.view import RunView, Sampled, lines
+from selfsteer.view import RunView, Sampled
 
 #: Part of each index's key; raised when what is kept of a row changes.
 VERSION = 4

@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.jsonl import lines
 from selfsteer.data.records import Triple
 from selfsteer.errors import DataError
 from selfsteer.recipe.read import load_values
 from selfsteer.report.tables import about, sentence
-from selfsteer.view import RunView, StageView, is_finite, lines
+from selfsteer.view import RunView, StageView, is_finite
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300

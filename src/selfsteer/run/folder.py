@@ -32,6 +32,7 @@ from selfsteer.data.jsonl import (
     disk_errors,
     dump_line,
     dump_lines,
+    lines,
     read_jsonl,
     write_atomic,
 )
@@ -415,6 +416,15 @@ class RunFolder:
                 shutil.move(self / output, target)
             known = {name: entry[name] for name in ("stage", "fingerprint")}
             self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
+
+
+def logged(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Stage → the lines of ``metrics.jsonl`` that its training logged, in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in lines(path):
+        if isinstance(entry.get("stage"), str) and isinstance(entry.get("step"), int):
+            found.setdefault(entry["stage"], []).append(entry)
+    return found
 
 
 def sealed(line: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfsteer.data.digests import derive_seed
+from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.engines.base import SamplingParams
@@ -18,7 +18,7 @@ from selfsteer.models.store import scored
 from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import Sampling
 from selfsteer.run import ranks
-from selfsteer.run.folder import Dropped, RunFolder, StageResult
+from selfsteer.run.folder import Dropped, RunFolder, StageResult, logged
 from selfsteer.stages.figures import stored_figures
 from selfsteer.stages.inputs import stored_pairs
 from selfsteer.stages.selector import Selector
@@ -153,6 +153,7 @@ def with_drops(
     """The result with what was dropped, which the first rank writes down."""
     if is_main_process():
         result.dropped += run.drop(stage.name, dropped)
+        result.notes["logged"] = digest(logged(run / "metrics.jsonl").get(stage.name, []))
     return result
 
 
