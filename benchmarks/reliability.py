@@ -529,8 +529,8 @@ def page(results: Mapping[str, Any]) -> str:
             "",
             "## Damages",
             "",
-            "Each file of a finished run but recipe.yaml, which is its user's, is damaged in each of "
-            f"these ways: {', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} "
+            "Each file of a finished run but recipe.yaml, which is its user's, is damaged in each "
+            f"of these ways: {', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} "
             "read the run.",
             "",
             "| method | damages | file named, exit code 3 | recipe refused, exit code 2 | "

@@ -526,7 +526,8 @@ class RunView:
         found = path.stat()
         out, digests = _metrics(path, found.st_size, found.st_mtime_ns)
         for stage in self.stages:
-            if stage.notes.get("logged", digests.get(stage.name)) != digests.get(stage.name):
+            mine = digests.get(stage.name, digest([]))
+            if stage.notes.get("logged", mine) != mine:
                 raise ArtifactError(
                     f"{path} is damaged: {stage.name} logged other lines. Restore it from a copy, "
                     "or remove it, and the run is shown without curves."
