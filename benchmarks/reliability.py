@@ -453,7 +453,8 @@ def part_damages(found: dict[str, Any], recipes: Sequence[str]) -> Iterator[None
     """Damages each file of a finished run in each way, and asks every reader.
 
     Counted are: the file is named (exit code 3), or the answer is that of the undamaged run. An
-    answer that differs, or a traceback, is a loss.
+    answer that differs, or a traceback, is a loss. Without a file, or the end of the ledger, the
+    run is one that has not come that far, and is shown as such.
 
     Yields:
         After each recipe's run.
@@ -483,6 +484,8 @@ def part_damages(found: dict[str, Any], recipes: Sequence[str]) -> Iterator[None
                         counts[f"exit code {ended.code}"] += 1
                     elif ended.said == whole[reader].said:
                         counts["the same answer"] += 1
+                    elif not path.exists() or path.name == "ledger.jsonl":
+                        counts["unfinished"] += 1
                     else:
                         losses.append(f"{case}: another answer")
                 path.write_bytes(data)
@@ -534,11 +537,11 @@ def page(results: Mapping[str, Any]) -> str:
             "read the run.",
             "",
             "| method | damages | file named, exit code 3 | recipe refused, exit code 2 | "
-            "the undamaged run's answer | wrong answers, tracebacks |",
-            "|---|---|---|---|---|---|",
+            "the undamaged run's answer | shown as unfinished | wrong answers, tracebacks |",
+            "|---|---|---|---|---|---|---|",
         ]
         for method, d in damages.items():
-            names = ("damages", "exit code 3", "exit code 2", "the same answer")
+            names = ("damages", "exit code 3", "exit code 2", "the same answer", "unfinished")
             values = [*(d.get(n, 0) for n in names), len(d["lost"])]
             text.append(f"| {method} | {' | '.join(f'{v:,}' for v in values)} |")
     return "\n".join(text) + "\n"

@@ -141,6 +141,14 @@ def test_a_flipped_bit_anywhere_in_the_ledger_is_told_or_costs_no_more_than_a_li
     assert told > len(data) / 3 * 0.9
 
 
+def test_a_ledger_that_lost_a_stage_is_told(run: RunFolder) -> None:
+    (run / "ledger.jsonl").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"does not know stage shards, which made shards.*copy"):
+        run.damaged([Shards()])
+    shutil.rmtree(run / "shards")
+    assert run.damaged([Shards()]) == []
+
+
 @pytest.mark.parametrize("line", ["null", "[]", "7", '{"event": 1}', "\udcff", "x", "}"])
 def test_a_line_that_no_kill_leaves_is_told(run: RunFolder, line: str) -> None:
     path = run / "ledger.jsonl"

@@ -326,9 +326,23 @@ class RunFolder:
     def damaged(
         self, stages: Sequence["Stage"], *, most: int | None = SMALL_BYTES
     ) -> list[tuple[dict[str, Any], ArtifactError]]:
-        """The ledger's entry of each stage whose files are not as it wrote them, and the fault."""
+        """The ledger's entry of each stage whose files are not as it wrote them, and the fault.
+
+        Raises:
+            ArtifactError: the ledger has lost a stage that left something.
+        """
+        # a stage's beginning is in the ledger before any of its files is there
+        told = {f"{o}/" for e in self.ledger() for o in e.get("outputs", ())}
         found = []
         for stage in stages:
+            left = (o for o in stage.outputs if (self / o).exists())
+            made = next((o for o in left if not any(t.startswith(f"{o}/") for t in told)), None)
+            if made:
+                raise ArtifactError(
+                    f"{self / LEDGER} is damaged: it does not know stage {stage.name}, which made "
+                    f"{made}. Restore it from a copy. Without one, move the run folder away and "
+                    "run the recipe again."
+                )
             try:
                 self.check(stage, most=most)
             except ArtifactError as e:
