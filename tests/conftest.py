@@ -69,7 +69,7 @@ def loaded(load: Callable[..., LoadedModel], family: str) -> LoadedModel:
 @pytest.fixture
 def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Signals to stop are taken as by the command line, and forgotten after the test."""
-    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    taken = (*stopping.SIGNALS, signal.SIGALRM)
     before = {n: signal.getsignal(n) for n in taken}
     for name, value in {"_asked": None, "_at_once": False, "way_on": None}.items():
         monkeypatch.setattr(stopping, name, value)

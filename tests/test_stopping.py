@@ -83,3 +83,10 @@ def test_what_can_begin_again_is_stopped_at_once_and_leaves_time_for_the_rest() 
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= stopping.GRACE_S
 
     deferring(work)
+
+
+def test_time_that_is_up_has_its_own_exit_code() -> None:
+    stopping.after(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(30)
+    assert stopping.exit_code() == 75

@@ -76,7 +76,7 @@ app = typer.Typer(
     "in a browser.",
     epilog="Results go to stdout, everything else to stderr. --json prints results for programs; "
     "NO_COLOR=1 turns colours off. Exit codes: 0 done; 2 usage, recipe or data; 3 model, engine, "
-    "disk or a run in use; 130 interrupted (143 by SIGTERM).",
+    "disk or a run in use; 130 interrupted (143 by SIGTERM, 75 when its time is up).",
 )
 
 for panel, verbs in PANELS.items():
@@ -113,7 +113,7 @@ def main() -> None:
     """Entry point; every expected failure is one paragraph and an exit code.
 
     0 done or nothing to do; 2 usage, config, data; 3 artifact, engine, numerics, disk, lock;
-    130 interrupted, 143 by SIGTERM.
+    130 interrupted, 143 by SIGTERM, 75 when the time is up.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -131,7 +131,9 @@ def main() -> None:
         if e.code == 130:  # what typer makes of Ctrl-C
             way_on = stopping.way_on
             then = f". Go on with: {way_on}" if way_on else ", and the same command resumes"
-            _fail(f"interrupted; finished work is kept{then}", stopping.exit_code())
+            code = stopping.exit_code()
+            why = "the time is up" if code == stopping.OUT_OF_TIME else "interrupted"
+            _fail(f"{why}; finished work is kept{then}", code)
         raise
     except RuntimeError as e:
         if ranks.is_loss(e):

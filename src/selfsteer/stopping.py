@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a process that was asked to stop does stop, loses no work, and knows why.
+"""Ctrl-C, SIGTERM, time that is up: a process that was asked to stop does, and loses no work.
 
 The signal raises `KeyboardInterrupt` at once, but in a `deferred` block, which finishes the step
 that it is in. A second signal, or `GRACE_S` without an end of that step, raises it there as well.
@@ -7,13 +7,21 @@ remembered, and `if_asked` raises it again.
 """
 
 import os
+import re
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 #: How long a deferred block may take to end by itself: many schedulers kill 30 s after SIGTERM.
 GRACE_S = 28.0
+
+#: What a process exits with that stopped because its time is up: EX_TEMPFAIL, "try again".
+OUT_OF_TIME = 75
+
+#: Signals that ask to stop; schedulers send the last one some time before their limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 #: The command that goes on with what this process was doing, once there is something to go on with.
 way_on: str | None = None
@@ -30,7 +38,7 @@ def listen() -> None:
     """
     global _asked, _at_once, way_on
     _asked, _at_once, way_on = None, False, None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _ask)
 
@@ -101,5 +109,28 @@ def if_asked() -> None:
 
 
 def exit_code() -> int:
-    """What a process that was asked to stop exits with: 130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + (_asked or signal.SIGINT)
+    """What a process that was asked to stop exits with.
+
+    130 after Ctrl-C, 143 after SIGTERM, 75 where the time is up.
+    """
+    return OUT_OF_TIME if _asked is signal.SIGUSR1 else 128 + (_asked or signal.SIGINT)
+
+
+def after(seconds: float) -> None:
+    """Asks this process to stop when so many seconds have passed."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.daemon = True
+    timer.start()
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds that a person means; None where that is not clear.
+
+    >>> seconds_of("2h"), seconds_of("1h30m"), seconds_of("45s"), seconds_of("2 hours")
+    (7200.0, 5400.0, 45.0, None)
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or not found:
+        return None
+    hours, minutes, seconds = (float(n or 0) for n in found.groups())
+    return 3600 * hours + 60 * minutes + seconds

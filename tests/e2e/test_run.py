@@ -163,6 +163,19 @@ def test_ctrl_c_says_so_and_loses_nothing(tmp_path: Path) -> None:
     assert "iteration-1/principles" in finished(tmp_path / "c")
 
 
+def test_a_run_stops_in_time_and_the_same_command_ends_it(tmp_path: Path, here: Here) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=t", *TINY, "--until-time")
+    fails(here(*args, "1s"), 75, "the time is up", "Go on with", str(tmp_path / "t"))
+    done = finished(tmp_path / "t")
+    assert "evaluation" not in done
+    ended = here(*args, "1h")
+    assert ended.code == 0, ended.err
+    again = finished(tmp_path / "t")
+    assert "evaluation" in again
+    assert {n: again[n] for n in done} == done
+    fails(here(*args, "soon"), 2, "--until-time takes a time such as 110m", "'soon'")
+
+
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     args = ("run", "smoke", f"runs_dir={tmp_path}", "name=l", *TINY)
     with process(*args) as running:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selfsteer import stopping
 from selfsteer.errors import ConfigError, short
 from selfsteer.run import ranks
 from selfsteer.terminal import out
@@ -106,6 +107,28 @@ def on_ranks(nproc: int | None, profile: str | None) -> None:
         raise ConfigError("--profile has no effect on a single rank; add --nproc N.")
     if nproc is not None and nproc > 1:
         ranks.launch(nproc, profile)
+
+
+def stop_in_time(until_time: str | None) -> None:
+    """Has this process stop when its time is up; a launcher of ranks ends them with itself.
+
+    Raises:
+        ConfigError: no time, or ranks that somebody else started.
+    """
+    if until_time is None:
+        return
+    seconds = stopping.seconds_of(until_time)
+    if not seconds:
+        raise ConfigError(
+            f"--until-time takes a time such as 110m, 2h or 1h30m, found {short(until_time)}."
+        )
+    if not ranks.in_world():
+        stopping.after(seconds)
+    elif ranks.LAUNCHER not in os.environ:
+        raise ConfigError(
+            "--until-time has no effect on ranks that are already started. Leave it out, and have "
+            "the scheduler end their launcher in time."
+        )
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> "tuple[AnyRecipe, dict[str, Any]]":

@@ -14,6 +14,7 @@ from selfsteer.verbs.common import (
     emit,
     load_recipe,
     on_ranks,
+    stop_in_time,
 )
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    until_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="stop cleanly after so long, such as 110m or 2h, with exit code 75; the same "
+            "command resumes",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="list the stages without running them")] = False,
     redo: Annotated[
         bool,
@@ -64,6 +73,7 @@ def run(
         if is_main_process():
             emit(states, as_json, lambda _: out.print(text))
         return
+    stop_in_time(until_time)
     on_ranks(nproc, profile)
     ran = execute(checked, given, until=until, redo=redo)
     if not is_main_process():
