@@ -76,6 +76,7 @@ def test_it_stands_before_the_pairs_where_it_is_asked_for(method: str) -> None:
         != []
     )
     pairs = asked["iteration-1/preferences"]
+    assert pairs.read is not None
     assert pairs.read.maker is asked["iteration-1/contrasting"]
     assert pairs.texts == plain["iteration-1/preferences"].texts
 
