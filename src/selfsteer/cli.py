@@ -76,7 +76,8 @@ app = typer.Typer(
     "in a browser.",
     epilog="Results go to stdout, everything else to stderr. --json prints results for programs; "
     "NO_COLOR=1 turns colours off. Exit codes: 0 done; 2 usage, recipe or data; 3 model, engine, "
-    "disk or a run in use; 130 interrupted (143 by SIGTERM, 75 when its time is up).",
+    "disk or a run in use; 130 interrupted (143 by SIGTERM, 75 when "
+    "--until-time is up or after SIGUSR1).",
 )
 
 for panel, verbs in PANELS.items():

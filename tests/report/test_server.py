@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from selfsteer.report import server
-from selfsteer.report.server import MOST_A_SECOND, NEXT, Shared, Turns
+from selfsteer.report.server import LONGEST, MOST_A_SECOND, NEXT, Shared, Turns
 
 
 def test_a_few_pages_ask_every_two_seconds_and_many_take_turns() -> None:
@@ -19,6 +19,8 @@ def test_a_few_pages_ask_every_two_seconds_and_many_take_turns() -> None:
     assert waits[-1] == pytest.approx(NEXT + 199 / MOST_A_SECOND)
     assert sorted(waits) == waits
     assert turns.next(300.0) == NEXT, "they have gone"
+    for _ in range(1000):  # one that asks without a pause delays the others by so much at most
+        assert turns.next(200.0) <= LONGEST
 
 
 def test_a_run_is_read_once_for_all_who_look(monkeypatch: pytest.MonkeyPatch) -> None:

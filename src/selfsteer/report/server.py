@@ -49,8 +49,9 @@ from selfsteer.view import RunView, Sampled
 #: Where a bookmark finds it again; any free port where this one is taken.
 PORT = 8327
 
-#: A page asks again after so many seconds; where many are open, all together so often a second.
-NEXT, MOST_A_SECOND = 2.0, 10.0
+#: A page asks again after so many seconds; where many are open, all together so often a second, and
+#: each after so many seconds at the latest.
+NEXT, MOST_A_SECOND, LONGEST = 2.0, 10.0, 30.0
 
 #: Seconds for which what was read of a run is shown to whoever asks.
 FRESH = 2.0
@@ -261,7 +262,9 @@ class Turns:
             now: a clock's seconds.
         """
         with self._lock:
-            self._last = max(now + NEXT, self._last + 1 / MOST_A_SECOND)
+            free = max(now + NEXT, self._last + 1 / MOST_A_SECOND)
+            # a reader that asks without a pause must not stop the others
+            self._last = min(free, now + LONGEST)
             return self._last - now
 
 

@@ -29,8 +29,8 @@ def run(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="stop cleanly after so long, such as 110m or 2h, with exit code 75; the same "
-            "command resumes",
+            help="stop cleanly after this time, for example 110m or 2h, with exit code 75; the "
+            "same command resumes",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="list the stages without running them")] = False,
