@@ -2,6 +2,7 @@
 
 python benchmarks/reliability.py --part kills [--points 200] [--recipes sso contrast rlcd]
 python benchmarks/reliability.py --part damages
+python benchmarks/reliability.py --part fuzz [--cases 1000] [--kinds recipes queries]
 
 Every run is a child forked from this process, which has torch loaded; so a kill costs about a
 second. The points of a recipe are counted in an undisturbed run: each file that is opened for
@@ -499,6 +500,24 @@ def _read(reader: Sequence[str], run: Path, scratch: Path) -> Ended:
     return attempt([reader[0], str(run), *reader[1:], *more], scratch / "nowhere")
 
 
+# -- hostile inputs --------------------------------------------------------------------------------
+
+
+def part_fuzz(found: dict[str, Any], kinds: Sequence[str], cases: int) -> None:
+    """Tries so many further cases of each kind (``tests/reliability/fuzz.py``)."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.reliability.fuzz import KINDS, fuzz
+
+    counted = ("cases", "accepted", "refused", "tracebacks", "hangs", "losses", "seconds")
+    for kind in kinds or KINDS:
+        known = found.setdefault(kind, {"lost": [], "slowest_s": 0.0, **dict.fromkeys(counted, 0)})
+        tally = fuzz(kind, 0, range(known["cases"], known["cases"] + cases))
+        known |= {name: round(known[name] + getattr(tally, name), 1) for name in counted}
+        known["slowest_s"] = round(max(known["slowest_s"], tally.slowest_s), 2)
+        known["lost"] += tally.found
+        print(f"{kind}: {tally.cases:,} cases in {tally.seconds:.0f} s", flush=True)
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
@@ -544,6 +563,26 @@ def page(results: Mapping[str, Any]) -> str:
             names = ("damages", "exit code 3", "exit code 2", "the same answer", "unfinished")
             values = [*(d.get(n, 0) for n in names), len(d["lost"])]
             text.append(f"| {method} | {' | '.join(f'{v:,}' for v in values)} |")
+    if fuzzed := results.get("fuzz"):
+        total = sum(kind["cases"] for kind in fuzzed.values())
+        text += [
+            "",
+            f"## Hostile inputs: {total:,} cases",
+            "",
+            "Random and mutated inputs of each kind (`tests/reliability/fuzz.py`). One is used, "
+            "or refused in one paragraph with exit code 2 or 3. Anything else is a fault: a "
+            "traceback, more than 10 s, or a record that neither comes out nor is counted as "
+            "dropped. A case of `server` is 40 requests to a server.",
+            "",
+            "| inputs | cases | used | refused | tracebacks | hangs | losses | cases per s | "
+            "slowest, s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for kind, k in fuzzed.items():
+            names = ("cases", "accepted", "refused", "tracebacks", "hangs", "losses")
+            counts = " | ".join(f"{k[name]:,}" for name in names)
+            speed = f"{k['cases'] / max(k['seconds'], 0.1):,.0f}"
+            text.append(f"| {kind} | {counts} | {speed} | {k['slowest_s']:.2f} |")
     return "\n".join(text) + "\n"
 
 
@@ -552,12 +591,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=("kills", "damages"), required=True)
+    parser.add_argument("--part", choices=("kills", "damages", "fuzz"), required=True)
     parser.add_argument(
         "--recipes", nargs="+", choices=METHODS, default=["sso", "contrast", "rlcd"]
     )
     parser.add_argument("--points", type=int, default=70, help="kills more of each recipe")
     parser.add_argument("--per-run", type=int, default=8, help="kills of one run at most")
+    parser.add_argument("--kinds", nargs="+", default=[], help="of hostile inputs; default: all")
+    parser.add_argument("--cases", type=int, default=1000, help="hostile inputs more of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     from selfsteer.data.jsonl import write_atomic

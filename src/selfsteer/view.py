@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
 
@@ -216,7 +217,7 @@ def is_finite(value: Any) -> bool:
 # -- the run ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@checked(frozen=True)
 class StageView:
     """A stage as the ledger knows it; counts and seconds are 0 until it is ``done``.
 
@@ -738,7 +739,7 @@ def _stages(folder: Path) -> Iterator[StageView]:
                 began=first["time"],
                 **{**given, "versions": first.get("versions", {})},
             )
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValidationError):
             raise ArtifactError(
                 f"{folder / 'ledger.jsonl'} does not say what {name} is: another version of "
                 "selfsteer wrote it. Read this run with that version."

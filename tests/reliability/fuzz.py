@@ -506,7 +506,7 @@ def run_case(rng: Random, folder: Path) -> None:
         lambda: summary.print_show(run),
         lambda: json.dumps(run.to_json()),
         lambda: live.now(folder),
-        lambda: [run.measured, run.models, run.loading, run.state],
+        lambda: [run.usage, run.measured, run.models, run.loading, run.state],
     ]
     live.compare({"a": folder})
     rng.choice(readers)()

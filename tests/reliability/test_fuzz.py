@@ -1,6 +1,9 @@
 """Hostile inputs: refused in one paragraph or used, never a traceback, a hang or a lost record."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,23 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         tally = fuzz("broken", 0, range(1))
         assert (tally.tracebacks, tally.hangs) == faults
         assert len(tally.found) == 1
+
+
+def test_the_benchmark_adds_cases_up() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
+    spec = importlib.util.spec_from_file_location("reliability", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark
+    spec.loader.exec_module(benchmark)
+    found: dict[str, Any] = {}
+    for cases in (3, 2):
+        benchmark.part_fuzz(found, ["answers"], cases)
+    assert found["answers"]["cases"] == found["answers"]["accepted"] == 5
+    page = benchmark.page({"where": "here", "when": "now", "fuzz": found})
+    assert "## Hostile inputs: 5 cases" in page
+    assert "| answers | 5 | 5 | 0 | 0 | 0 | 0 |" in page
 
 
 # -- properties ------------------------------------------------------------------------------------

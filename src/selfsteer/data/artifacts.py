@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from selfsteer.errors import ArtifactError
+from selfsteer.errors import ArtifactError, clip
 from selfsteer.recipe.texts import ENDLESS, is_endless
 
 
@@ -32,5 +32,5 @@ def read_json(
         fault = str(e.strerror)
     except ValidationError as e:
         first = e.errors()[0]
-        fault = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        fault = f"{clip('.'.join(map(str, first['loc'])))} {first['msg']}".strip()
     raise ArtifactError(f"{path} is damaged ({fault}). {way_out}")

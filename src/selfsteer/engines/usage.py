@@ -4,7 +4,9 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
+
+from typing_extensions import TypedDict  # pydantic asks for this one on Python 3.11
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import write_atomic
@@ -27,6 +29,17 @@ def as_stored(counts: Counter[str], price: Price | None = None) -> dict[str, Any
     return {**{n: counts[n] for n in COUNTED}, "failed": {n: counts[n] for n in reasons}, **cost}
 
 
+class Kept(TypedDict, total=False):
+    """What the file holds, as `as_stored` writes it."""
+
+    requests: int
+    retried: int
+    prompt_tokens: int
+    completion_tokens: int
+    failed: Required[dict[str, int]]
+    cost: float
+
+
 class Usage:
     """Counts of a run's requests to a server, over all its stages and tries.
 
@@ -38,7 +51,7 @@ class Usage:
     def __init__(self, path: Path | None = None, price: Price | None = None) -> None:
         kept: Any = {"failed": {}}
         if path and path.exists():
-            kept = read_json(dict[str, int | float | dict[str, int]], path)
+            kept = read_json(Kept, path)
         #: what the counts in the file came to, at the price of then
         self.cost: float | None = kept.pop("cost", None)
         self.counts = Counter[str](kept.pop("failed") | kept)
