@@ -4,8 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+#: Stands where a layer has no cache of its own; transformers 5.17 has no such class.
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class RoomyLayer(DynamicLayer):

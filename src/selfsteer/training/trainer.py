@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 #: Written last into a checkpoint; transformers takes a half-written folder for a whole one.
 COMPLETE_MARK = "complete"
 
+#: What transformers calls gradient checkpointing: 5.17 only knows the older name, of which later
+#: releases warn.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
 
 @dataclass(frozen=True)
 class _Mark:
@@ -143,6 +151,7 @@ class RowTrainer(Trainer):
         self._metrics: Metrics = {}
         #: Of the examples that the last step took.
         self.step_ids: list[str] = []
+        checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
         args = TrainingArguments(
             output_dir=str(work),
             seed=seed,
@@ -155,7 +164,7 @@ class RowTrainer(Trainer):
             weight_decay=settings.weight_decay,
             adam_beta2=settings.adam_beta2,
             max_grad_norm=settings.max_grad_norm,
-            activation_checkpointing=settings.gradient_checkpointing,
+            **checkpointing,
             use_cpu=loaded.device.type == "cpu",
             save_strategy="steps",
             save_steps=settings.save_every_steps,
