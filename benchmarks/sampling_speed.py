@@ -107,13 +107,17 @@ def ours(plan: dict[str, Any]) -> Asked:
     return ask
 
 
-def of_transformers(plan: dict[str, Any], *, continuous: bool) -> Asked:
-    """``generate`` in batches, or ``generate_batch`` with all prompts at once."""
+def of_transformers(plan: dict[str, Any], *, continuous: bool, model: Any = None) -> Asked:
+    """``generate`` in batches, or ``generate_batch`` with all prompts at once.
+
+    A model that is not given is loaded in float32.
+    """
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-    kind = AutoModelForCausalLM
-    model = kind.from_pretrained(plan["model"], dtype=torch.float32).to(plan["device"]).eval()
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.float32)
+        model.to(plan["device"]).eval()
     greedy = plan["temperature"] == 0
     config = GenerationConfig(
         do_sample=not greedy,

@@ -52,7 +52,7 @@ from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference
 from selfsteer.errors import DataError, NumericsError
 from selfsteer.models.chat import EncodedSequence
-from selfsteer.models.load import load_model
+from selfsteer.models.load import CPU, load_model
 from selfsteer.models.score import batch_logps, pack, pad, settle_layout, sums_by_row
 from selfsteer.models.tree import TreeRow
 from selfsteer.objectives import Objective, steering_loss
@@ -183,21 +183,58 @@ def floor_flops(config: Any, sequences: Sequence[EncodedSequence]) -> tuple[int,
     return 3 * forward, 3 * 2 * hidden * config.vocab_size * responses
 
 
-def matmul_rate(rows: int, inner: int, outer: int) -> float:
+def matmul_rate(
+    rows: int,
+    inner: int,
+    outer: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    times: int = 1,
+) -> float:
     """Measured FLOP/s of a linear layer's three products: output, gradients of input and weight."""
-    x, w, y = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
+    x, w, y = (
+        torch.randn(*size, device=device, dtype=dtype)
+        for size in ((rows, inner), (outer, inner), (rows, outer))
+    )
     products = [(a, b, a @ b) for a, b in ((x, w.T), (y, w), (y.T, x))]
+    settle_clock(device)
     start = time.perf_counter()
-    for a, b, out in products:
-        torch.mm(a, b, out=out)
-    return 6 * rows * inner * outer / (time.perf_counter() - start)
+    for _ in range(times):
+        for a, b, out in products:
+            torch.mm(a, b, out=out)
+    settle_clock(device)
+    return times * 6 * rows * inner * outer / (time.perf_counter() - start)
+
+
+def settle_clock(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's weights lie."""
+    found: torch.device = next(model.parameters()).device
+    return found
+
+
+def under(device: torch.device, dtype: torch.dtype, scorer: Scorer) -> Scorer:
+    """The scorer with its forward under autocast, as `LoadedModel.precision`; float32: as it is."""
+    if dtype == torch.float32:
+        return scorer
+
+    def sums(sequences: Sequence[EncodedSequence]) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return scorer(sequences)
+
+    return sums
 
 
 def full_logits(model: Any) -> Scorer:
     """The released way: all logits of the padded batch, in float32."""
 
     def sums(sequences: Sequence[EncodedSequence]) -> Tensor:
-        batch = pad(sequences, 0)
+        batch = pad(sequences, 0).to(device_of(model))
         logits = model(
             input_ids=batch.input_ids_NT, attention_mask=batch.attention_mask_NT, use_cache=False
         ).logits.float()
@@ -211,7 +248,7 @@ def response_head(model: Any) -> Scorer:
     """Padded, but only positions that predict a response token meet the vocabulary."""
 
     def sums(sequences: Sequence[EncodedSequence]) -> Tensor:
-        batch = pad(sequences, 0)
+        batch = pad(sequences, 0).to(device_of(model))
         hidden = model.get_decoder()(
             input_ids=batch.input_ids_NT, attention_mask=batch.attention_mask_NT, use_cache=False
         ).last_hidden_state
@@ -235,7 +272,7 @@ def own(model: Any, layout: str, *, share: bool = True, every_position: bool = F
     def sums(sequences: Sequence[EncodedSequence]) -> Tensor:
         if not share:
             sequences = [EncodedSequence(Apart(s.prompt_ids), s.response_ids) for s in sequences]
-        batch = pack(sequences, layout, 0)
+        batch = pack(sequences, layout, 0).to(device_of(model))
         wanted = len(batch.row)
         asked = batch
         if isinstance(batch, TreeRow):
@@ -243,7 +280,7 @@ def own(model: Any, layout: str, *, share: bool = True, every_position: bool = F
             if not share and size != sum(map(len, sequences)) - len(sequences):
                 raise RuntimeError("prompts were shared in a row that should share none")
             if every_position:
-                others = torch.ones(size, dtype=torch.bool)
+                others = torch.ones(size, dtype=torch.bool, device=batch.position.device)
                 others[batch.position] = False
                 extra = others.nonzero().squeeze(1)
                 zeros = torch.zeros_like(extra)
@@ -294,8 +331,12 @@ def run_step(
             for name in objective.sequences
         }
 
-    lengths = {n: torch.tensor([len(q[n].response_ids) for q in queries]) for n in queries[0]}
-    loss = steering_loss(objective, by_name(found), by_name(frozen), lengths).loss
+    policies = by_name(found)
+    lengths = {
+        n: torch.tensor([len(q[n].response_ids) for q in queries], device=policies[n].device)
+        for n in queries[0]
+    }
+    loss = steering_loss(objective, policies, by_name(frozen), lengths).loss
     loss.backward()
     return float(loss.detach())
 
@@ -352,9 +393,13 @@ def build_real(
 
 
 def steps_of(
-    objective: Objective, model: Any, draws: list[Any], rows: Sequence[str]
+    objective: Objective,
+    model: Any,
+    draws: list[Any],
+    rows: Sequence[str],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Step]:
-    """The steps by row; the reference is the policy with a little noise."""
+    """The steps by row; the reference is the policy with a little noise, forwards are in dtype."""
     trees = twin(model)
     settle_layout(trees, "tree", [])
     reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -363,14 +408,16 @@ def steps_of(
     tree_reference = twin(reference)
     settle_layout(tree_reference, "tree", [])
 
-    keys = groups_of(objective, len(draws[0]), "all")[0]
+    keys, device = groups_of(objective, len(draws[0]), "all")[0], device_of(model)
+    score = under(device, dtype, own(tree_reference, "tree"))
     with torch.no_grad():
         tables = [
-            dict(zip(keys, own(tree_reference, "tree")([d[q][n] for n, q in keys]), strict=True))
-            for d in draws
+            dict(zip(keys, score([d[q][n] for n, q in keys]).unbind(), strict=True)) for d in draws
         ]
 
     def step(by: str, policy: Scorer, frozen: Scorer | None = None) -> Step:
+        policy = under(device, dtype, policy)
+        frozen = frozen and under(device, dtype, frozen)
         return lambda d: run_step(objective, draws[d], by, policy, frozen or tables[d])
 
     apart = {"share": False, "every_position": True}
@@ -394,14 +441,20 @@ def steps_of(
         OURS_AND_REFERENCE: step("all", own(trees, "tree"), own(tree_reference, "tree")),
     }
     if any(name.startswith("TRL") for name in rows):
-        steps |= trl_steps(objective, draws, model, reference, rows)
+        steps |= trl_steps(objective, draws, model, reference, rows, dtype)
     return {name: steps[name] for name in rows}
 
 
 def trl_steps(
-    objective: Objective, draws: Sequence[Any], model: Any, reference: Any, rows: Sequence[str]
+    objective: Objective,
+    draws: Sequence[Any],
+    model: Any,
+    reference: Any,
+    rows: Sequence[str],
+    dtype: torch.dtype,
 ) -> dict[str, Step]:
     """TRL's own collator, loss and backward on the pairs of every term."""
+    device = device_of(model).type
     os.environ["TQDM_DISABLE"] = "1"
     import datasets
     import trl.trainer.utils as trl_utils
@@ -417,6 +470,10 @@ def trl_steps(
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return super().compute_loss(*args, **kwargs)
 
     pairs = [
         [{"prompt_ids": list(q[a].prompt_ids), "chosen_ids": list(q[a].response_ids),
@@ -444,7 +501,7 @@ def trl_steps(
                     precompute_ref_log_probs=precompute,
                     gradient_checkpointing=False,
                     bf16=False,
-                    use_cpu=True,
+                    use_cpu=device == "cpu",
                     report_to=[],
                 ),
                 train_dataset=datasets.Dataset.from_list([p for draw in pairs for p in draw]),
