@@ -90,3 +90,16 @@ def test_time_that_is_up_has_its_own_exit_code() -> None:
     with pytest.raises(KeyboardInterrupt):
         time.sleep(30)
     assert stopping.exit_code() == 75
+
+
+def test_early_notice_has_no_limit_and_a_kill_after_it_has() -> None:
+    def work() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # the scheduler's, after our own
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        stopping.if_asked()
+
+    deferring(work)
+    assert stopping.exit_code() == 143

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM, time that is up: a process that was asked to stop does, and loses no work.
 
 The signal raises `KeyboardInterrupt` at once, but in a `deferred` block, which finishes the step
-that it is in. A second signal, or `GRACE_S` without an end of that step, raises it there as well.
+that it is in. A second signal, or `GRACE_S` without an end of that step, raises it there as well;
+SIGUSR1, which schedulers send early, sets no such limit, and a signal after it counts as the first.
 Python drops an exception that is raised inside a finalizer or a callback from C, so the request is
 remembered, and `if_asked` raises it again.
 """
@@ -45,19 +46,23 @@ def listen() -> None:
 
 def _ask(number: int, frame: FrameType | None) -> None:
     global _asked
-    if _asked is not None:
+    before = _asked
+    if before not in (None, signal.SIGUSR1):
         _late(number, frame)
     _asked = signal.Signals(number)
     if not _deferred:
         raise KeyboardInterrupt
     _limit()
-    # not print(): the handler may have interrupted one
-    os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+    if _asked is not before:
+        # not print(): the handler may have interrupted one
+        os.write(2, b"\nstopping after this step; Ctrl-C or SIGTERM now stops sooner\n")
 
 
 def _limit() -> None:
-    signal.signal(signal.SIGALRM, _late)
-    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+    """Bounds what is left of a deferred block, but where time is up: then there is some left."""
+    if _asked is not signal.SIGUSR1:
+        signal.signal(signal.SIGALRM, _late)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
 
 def _late(number: int, frame: FrameType | None) -> None:

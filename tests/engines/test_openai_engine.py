@@ -292,6 +292,14 @@ def test_what_an_http_error_means() -> None:
     assert kind(401) == ("http_401", False, True)
     assert kind(404, "no such model") == ("http_404", False, True)
     assert kind(422) == ("http_422", False, False)
+    refused = ("budget_refused", False, True)
+    assert kind(400, "max_tokens is too large: 9. This model supports at most 8") == refused
+    assert kind(422, "[{'loc': ['body', 'max_tokens'], 'msg': 'must be <= 8'}]") == refused
+    for said in (  # the request that a server echoes says nothing of its budget
+        "[{'msg': 'bad content part', 'input': {'model': 'm', 'max_tokens': 64}}]",
+        "cannot read: write a max_tokens parser",
+    ):
+        assert kind(400, said) == ("http_400", False, False)
     for said in (
         "maximum context length is 64 tokens",
         "'max_tokens' or 'max_completion_tokens' is too large: 9. The maximum context length is 8",

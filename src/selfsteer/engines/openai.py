@@ -71,6 +71,15 @@ TOO_LONG = re.compile(
 #: Reason of a request whose budget the server refuses.
 NO_SUCH_BUDGET = "budget_refused"
 
+#: How servers say so: the setting and what is wrong with it. Validation errors echo the request,
+#: whose settings and texts say nothing.
+_REFUSED = r"too (large|big|high|long)|at most|less than|exceed|maximum|must be|no more than"
+BUDGET_REFUSED = re.compile(
+    rf"max_(completion_)?tokens\W.{{0,80}}?({_REFUSED})|({_REFUSED}).{{0,80}}?max_(completion_)?tokens",
+    re.IGNORECASE | re.DOTALL,
+)
+ECHO = re.compile(r"""["'](input|body)["']\s*:.*""", re.DOTALL)
+
 #: Of waits; a generator of its own, so that no result depends on how often one was needed.
 JITTER = random.Random()
 
@@ -159,9 +168,10 @@ def status_fault(status: int, said: str, code: str | None, headers: Mapping[str,
         return Fault(reason, text, pause=retry_after(headers))
     if TOO_LONG.search(f"{said} {code}"):
         return Fault(PROMPT_TOO_LONG, text, again=False)
-    if status in (400, 422) and BUDGET in said and NEW_BUDGET in said:
+    own = ECHO.sub("", said)
+    if status in (400, 422) and BUDGET in own and NEW_BUDGET in own:
         return Fault(reason, text, again=False, renamed=True)
-    if status in (400, 422) and (BUDGET in said or NEW_BUDGET in said):
+    if status in (400, 422) and BUDGET_REFUSED.search(own):
         return Fault(NO_SUCH_BUDGET, text, again=False, stop=True)
     return Fault(reason, text, again=False)
 
