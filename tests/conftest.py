@@ -71,7 +71,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Signals to stop are taken as by the command line, and forgotten after the test."""
     taken = (*stopping.SIGNALS, signal.SIGALRM)
     before = {n: signal.getsignal(n) for n in taken}
-    for name, value in {"_asked": None, "_at_once": False, "way_on": None}.items():
+    for name, value in {"_asked": None, "_at_once": False, "way_on": None, "keeps": True}.items():
         monkeypatch.setattr(stopping, name, value)
     stopping.listen()
     yield

@@ -132,9 +132,10 @@ def main() -> None:
         if e.code == 130:  # what typer makes of Ctrl-C
             way_on = stopping.way_on
             then = f". Go on with: {way_on}" if way_on else ", and the same command resumes"
+            kept = f"finished work is kept{then}" if stopping.keeps else "nothing is kept"
             code = stopping.exit_code()
             why = "the time is up" if code == stopping.OUT_OF_TIME else "interrupted"
-            _fail(f"{why}; finished work is kept{then}", code)
+            _fail(f"{why}; {kept}", code)
         raise
     except RuntimeError as e:
         if ranks.is_loss(e):

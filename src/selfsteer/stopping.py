@@ -27,6 +27,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 #: The command that goes on with what this process was doing, once there is something to go on with.
 way_on: str | None = None
 
+#: Whether what this process has finished is there for the next one.
+keeps = True
+
 _asked: signal.Signals | None = None
 _deferred = 0  # blocks inside each other
 _at_once = False  # also in deferred blocks
@@ -37,8 +40,8 @@ def listen() -> None:
 
     What was asked of an earlier command in the same process is forgotten.
     """
-    global _asked, _at_once, way_on
-    _asked, _at_once, way_on = None, False, None
+    global _asked, _at_once, way_on, keeps
+    _asked, _at_once, way_on, keeps = None, False, None, True
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _ask)

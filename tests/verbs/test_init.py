@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import recipe_names
-from selfsteer.verbs import advice, init
+from selfsteer.verbs import advice, init, previewing
 from selfsteer.verbs.advice import GB, Goal, Hardware, Model, Prompts, Wishes
 from tests.e2e.support import Here, fails
 from tests.fakes import FakeEngine, answer_with
@@ -169,6 +169,28 @@ def test_a_model_is_known_by_its_files_or_its_name(tmp_path: Path) -> None:
             advice.look_at_model(str(name))
 
 
+BROKEN = {
+    "model.safetensors": [
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"",
+        b"\2" + b"\0" * 7 + b"[]",
+    ],
+    "config.json": [b"{", b"[]"],
+    "adapter_config.json": [b"[]", b"{}", b'{"base_model_name_or_path": "."}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, texts in BROKEN.items() for t in texts])
+def test_a_model_whose_files_are_not_whole_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises((ConfigError, ArtifactError), match=name):
+        advice.look_at_model(".")
+
+
 def test_prompts_are_counted_measured_and_told_by_script(tmp_path: Path) -> None:
     rows = [{"prompt": "Why is the sky blue today over the old town?"}] * 2
     rows += [{"prompt": "Why is the sky blue today over the old town, again?"}]
@@ -193,8 +215,11 @@ def test_prompts_are_counted_measured_and_told_by_script(tmp_path: Path) -> None
 
 def test_a_goal_says_what_it_needs() -> None:
     assert Goal.read("style") == Goal("style", "house-style")
-    for text in ("best", "judge", "constitution:", "quality:9"):
+    for text in ("best", "judge", "constitution:", "quality:9", "2"):
         with pytest.raises(ConfigError, match="--goal"):
+            Goal.read(text)
+    for text in ("judge:foo", "style:none", "constitution:none.yaml", "constitution:none.md"):
+        with pytest.raises(ConfigError):
             Goal.read(text)
 
 
@@ -234,7 +259,8 @@ def test_on_a_terminal_it_asks_and_a_wrong_answer_is_asked_again(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"What is {i}?"} for i in range(20)))
     monkeypatch.setattr(init, "on_terminal", lambda: True)
-    said = ["no such model", "org/m-8B", "none.jsonl", "p.jsonl", "2", "support-desk"]
+    said = ["no such model", "org/m-8B", "none.jsonl", "p.jsonl", "²", "5", "foo", "2"]
+    said.append("support-desk")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
     ended = here("init", "mine.yaml", "--hardware", 80)
     assert ended.code == 0, ended.err
@@ -266,3 +292,20 @@ def test_a_constitution_in_plain_text_becomes_a_catalogue(
     assert values["principles"]["catalogue"] == "rules.catalogue.yaml"
     assert values["principles"]["features_per_query"] == 1
     assert "concision" not in values["principles"]
+
+
+def interrupt(*given: Any, **more: Any) -> str:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_advises_no_run_of_a_temporary_folder(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.md").write_text("- Be brief.\n")
+    answer_with(monkeypatch, FakeEngine(interrupt))
+    model = "package:selfsteer.testbed/checkpoint"
+    ended = here("principles", "import", "rules.md", "--model", model, "--to", "c.yaml")
+    fails(ended, 130, "finished work is kept, and the same command resumes")
+    monkeypatch.setattr(previewing, "preview", interrupt)
+    fails(here("preview", "smoke"), 130, "nothing is kept")

@@ -6,7 +6,6 @@ x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judge
 
 import gc
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -106,6 +105,7 @@ def execute(
     *,
     until: str | None = None,
     redo: bool = False,
+    way_on: str | None = None,
 ) -> int:
     """Runs what of a recipe is not done yet; returns how many stages it ran.
 
@@ -117,6 +117,7 @@ def execute(
         until: stop after this stage.
         redo: replace work that was made with other settings, or is damaged (it moves to
             ``superseded/``).
+        way_on: the command that resumes it, for a person who stops it; None: the same one.
 
     Raises:
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
@@ -157,9 +158,7 @@ def execute(
             _write_recipe(run, recipe, given)
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
-            stopping.way_on = shlex.join(
-                ["selfsteer", "run", str(run.path), *(["--until", until] if until else [])]
-            )
+            stopping.way_on = way_on
             for i, stage in enumerate(todo, 1):
                 say(f"[{i}/{len(todo)}] {stage.name}", "bold")
                 reporter.stage(stage.name)

@@ -3,12 +3,11 @@
 Nothing is loaded but prompts: a model's size is in the headers of its files, or in its name.
 """
 
-import json
+import math
 import os
 import re
 import shutil
 import statistics
-import struct
 import subprocess
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -18,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import TypeAdapter
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.curate import NearDuplicates, words, written_in
 from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
 from selfsteer.data.queries import load_queries
-from selfsteer.errors import ConfigError
-from selfsteer.principles.catalogue import load_catalogue
-from selfsteer.recipe.sections import SCRIPTS, Queries, resolve_path
+from selfsteer.errors import ConfigError, short
+from selfsteer.principles.catalogue import CATALOGUES, load_catalogue
+from selfsteer.recipe.read import validate
+from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, Queries, resolve_path
 from selfsteer.run.folder import by_reason
 from selfsteer.verbs.common import amount
 
@@ -33,6 +35,9 @@ GB = 2**30
 #: Similarity of near-duplicates, and the most prompts that they are looked for in within seconds.
 NEAR = 0.8
 NEAR_LOOKED = 5000
+
+#: What to do with a model whose files are not whole.
+DOWNLOAD = "Download the model again."
 
 #: Prompts whose script and language are looked at.
 SAMPLE = 200
@@ -136,7 +141,8 @@ def look_at_model(source: str) -> Model:
     """What headers and names say of a model.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or its files are not whole.
+        ArtifactError: its config.json is damaged, or that of its adapters.
     """
     path = Path(resolve_path(source))
     if not path.exists():
@@ -147,14 +153,20 @@ def look_at_model(source: str) -> Model:
             "(org/name)."
         )
     if (adapters := path / ADAPTER_CONFIG).is_file():
-        base = str(json.loads(adapters.read_text("utf-8")).get("base_model_name_or_path"))
+        base = read_json(dict[str, Any], adapters, DOWNLOAD).get("base_model_name_or_path")
+        if not isinstance(base, str) or (Path(resolve_path(base)) / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{adapters} names {short(base)} as the base model, and adapters need a whole "
+                "model below them. Set base_model_name_or_path to one, or merge the adapters below."
+            )
         found = look_at_model(base)
         return Model(source, found.parameters, found.by_name, found.context)
     if not path.is_dir():
         return Model(source, *_named(path.name))
     if not (config := path / "config.json").is_file():
         raise ConfigError(f"{source} is a folder but not a model: it has no config.json.")
-    context = json.loads(config.read_text("utf-8")).get("max_position_embeddings")
+    context = read_json(dict[str, Any], config, DOWNLOAD).get("max_position_embeddings")
+    context = context if isinstance(context, int) else None
     weights = sum(map(_weights, path.glob("*.safetensors")))
     if not weights:
         return Model(source, *_named(path.name), context)
@@ -172,17 +184,17 @@ def _named(name: str) -> tuple[int | None, bool]:
 def _weights(file: Path) -> int:
     """Weights in a safetensors file, by its header."""
     with file.open("rb") as opened:
-        (size,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(size))
-    shapes = (t["shape"] for name, t in header.items() if name != "__metadata__")
-    return sum(_product(shape) for shape in shapes)
-
-
-def _product(shape: list[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out
+        size = int.from_bytes(opened.read(8), "little")
+        # a Git LFS pointer, which is text, asks for exabytes
+        header = opened.read(size) if 8 + size <= file.stat().st_size else b""
+    try:
+        tensors = TypeAdapter(dict[str, dict[str, Any]]).validate_json(header)
+        return sum(math.prod(t["shape"]) for name, t in tensors.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{file} has no header of a safetensors file: it is empty, cut off, or a Git LFS "
+            f"pointer in place of the weights. {DOWNLOAD}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -276,6 +288,15 @@ GOALS = {
 NEEDS = {"constitution": "FILE", "judge": "JUDGE", "reward": "MODEL"}
 
 
+#: The catalogue of a style that is not named.
+HOUSE_STYLE = "house-style"
+
+
+def is_catalogue(name: str) -> bool:
+    """Whether rules by this name are a catalogue, not a text."""
+    return name in CATALOGUES or name.endswith((".yaml", ".yml"))
+
+
 @dataclass(frozen=True)
 class Goal:
     """One of `GOALS`, and the catalogue, judge or model that it names."""
@@ -288,7 +309,7 @@ class Goal:
         """Reads ``quality``, ``style``, ``style:CATALOGUE``, ``constitution:FILE`` and the others.
 
         Raises:
-            ConfigError: it is none of them.
+            ConfigError: it is none of them, or no such judge, catalogue or file.
         """
         kind, _, given = text.partition(":")
         if kind not in GOALS or (kind in NEEDS and not given):
@@ -296,7 +317,13 @@ class Goal:
             raise ConfigError(f"--goal takes {known} (style:CATALOGUE as well), found {text!r}.")
         if given and kind in ("quality", "answers"):
             raise ConfigError(f"--goal {kind} takes nothing after it, found {given!r}.")
-        return cls(kind, given or ("house-style" if kind == "style" else None))
+        if kind == "judge":
+            validate(JudgeConfig, given, f"judge {given}")
+        elif kind == "style" or (kind == "constitution" and is_catalogue(given)):
+            load_catalogue(given or HOUSE_STYLE)
+        elif kind == "constitution" and not Path(given).is_file():
+            raise ConfigError(f"There is no file {short(given)} of rules, nor such a catalogue.")
+        return cls(kind, given or (HOUSE_STYLE if kind == "style" else None))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,11 @@ def init(
     if asking and goal is None:
         for number, text in enumerate(advice.GOALS.values(), 1):
             err.print(f"  {number} {text}", markup=False)
-    wanted = _answer(asking, goal, "what answers should become (Enter: 1)", _goal) or advice.Goal()
+    wanted = (
+        advice.Goal.read(goal)
+        if goal is not None
+        else _answer(asking, None, "what answers should become (Enter: 1)", _goal) or advice.Goal()
+    )
     if wanted.kind == "answers" and found and not found.answers:
         raise ConfigError(
             f"{queries} holds no answer beside a prompt, and methods that learn from given answers "
@@ -148,16 +152,17 @@ def _prompts(text: str) -> "tuple[str, Prompts | None]":
 
 
 def _goal(text: str) -> Any:
-    from selfsteer.verbs.advice import GOALS, NEEDS, Goal
+    """A goal, or the number of one, for which more may be asked."""
+    from selfsteer.verbs.advice import GOALS, HOUSE_STYLE, NEEDS, Goal
 
     kinds = list(GOALS)
-    if not text.isdigit():
+    if not text.isdecimal():
         return Goal.read(text)
     if not 1 <= int(text) <= len(kinds):
         raise ConfigError(f"Choose 1 to {len(kinds)}.")
     kind = kinds[int(text) - 1]
     if kind == "style":
-        return Goal.read(f"style:{typer.prompt('catalogue', default='house-style', err=True)}")
+        return Goal.read(f"style:{typer.prompt('catalogue', default=HOUSE_STYLE, err=True)}")
     if kind in NEEDS:
         return Goal.read(f"{kind}:{typer.prompt(QUESTIONS[kind], err=True)}")
     return Goal(kind)
@@ -165,12 +170,11 @@ def _goal(text: str) -> Any:
 
 def _opposed(goal: "Goal", policy: "Model | None", path: Path) -> "Goal":
     """The goal with a catalogue in place of a text of rules, which the policy makes into one."""
-    from selfsteer.principles.catalogue import CATALOGUES
-    from selfsteer.verbs.advice import Goal
+    from selfsteer.verbs.advice import Goal, is_catalogue
     from selfsteer.verbs.principles import import_rules
 
     rules = goal.given or ""
-    if goal.kind != "constitution" or rules in CATALOGUES or rules.endswith((".yaml", ".yml")):
+    if goal.kind != "constitution" or is_catalogue(rules):
         return goal
     made = path.with_name(f"{Path(rules).stem}.catalogue.yaml")
     if policy is None:

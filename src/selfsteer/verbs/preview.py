@@ -10,6 +10,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
+from selfsteer import stopping
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import CONTROL, out, say
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
@@ -47,6 +48,7 @@ def preview(
     from selfsteer.data.jsonl import write_atomic
     from selfsteer.verbs import previewing
 
+    stopping.keeps = False
     with tempfile.TemporaryDirectory(prefix="selfsteer-preview-") as scratch:
         made = previewing.preview(asked, given, queries, Path(scratch))
     folder = to or Path(tempfile.mkdtemp(prefix="selfsteer-preview-"))

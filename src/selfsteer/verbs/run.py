@@ -1,5 +1,6 @@
 """``selfsteer run``: a recipe, from queries to an aligned model."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -75,7 +76,8 @@ def run(
         return
     stop_in_time(until_time)
     on_ranks(nproc, profile)
-    ran = execute(checked, given, until=until, redo=redo)
+    resume = ["selfsteer", "run", str(checked.folder), *(["--until", until] if until else [])]
+    ran = execute(checked, given, until=until, redo=redo, way_on=shlex.join(resume))
     if not is_main_process():
         return
     if ran == 0:
