@@ -40,10 +40,10 @@ def section(command: Any, name: str) -> Iterator[str]:
     yield f"\n### {name}\n"
     yield f"```text\n{' '.join([name, '[OPTIONS]', *map(placed, arguments)])}\n```\n"
     yield paragraphs(command.help)
-    yield "\n| | |\n|---|---|"
     hints = get_type_hints(command.callback)
-    for p in command.params:
-        if p.name != "help":
+    if own := [p for p in command.params if p.name != "help"]:
+        yield "\n| | |\n|---|---|"
+        for p in own:
             yield f"| {spelled(p, str(hints[p.name]))} | {cell(p)} |"
 
 

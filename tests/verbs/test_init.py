@@ -73,10 +73,40 @@ def test_what_is_written_is_a_recipe(goal: str, machine: Hardware | None, model:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_any_shipped_recipe_can_be_the_start(name: str) -> None:
-    text, blank = init.written("mine", Wishes(LARGE, "p.jsonl", prompts(), GPU), name)
+    queries = None if name == "reward" else "p.jsonl"
+    text, blank = init.written("mine", Wishes(LARGE, queries, prompts(), GPU), name)
     if not blank:
         recipe_of(yaml.safe_load(text), "recipe")
     assert set(blank) <= {"reward.data", "ranking.judge.model", "judge.model"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "goal", "more", "option"),
+    [
+        ("reward", "quality", {}, "--prompts, --held-out"),
+        ("spin", "style", {"held_out": None}, "--goal style"),
+        ("contrast", "quality", {"pairs": True}, "--pairs"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    recipe: str, goal: str, more: dict[str, Any], option: str
+) -> None:
+    held_out = more.pop("held_out", "p")
+    w = Wishes(SMALL, "p", None, CPU, Goal.read(goal), **more)
+    with pytest.raises(ConfigError, match=f"^{option} would have no effect"):
+        init.written("mine", w, recipe, held_out)
+
+
+def test_what_no_gpu_has_room_for_is_said_and_ranks_are_in_the_next_step(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = here("init", "b.yaml", "--yes", "--model", "org/m-70B", "--hardware", "24")
+    assert "even 4 bits take 41 GB" in ended.err
+    assert "so it does not fit" in (tmp_path / "b.yaml").read_text()
+    ended = here("init", "a.yaml", "--yes", "--model", "org/m-8B", "--hardware", "4x80")
+    assert "not fit" not in ended.err + (tmp_path / "a.yaml").read_text()
+    assert "selfsteer run a.yaml --nproc 4 --profile fsdp2  " in ended.out
 
 
 def test_pairs_come_from_sso_and_without_a_gpu_from_pbaa() -> None:
@@ -106,6 +136,7 @@ def test_few_prompts_make_small_batches_and_many_on_a_cpu_are_limited() -> None:
     few = made(Wishes(SMALL, "p", prompts(152), CPU))
     assert few.training.batch_size == 8
     assert few.queries.limit is None
+    assert "1 step per" in init.written("m", Wishes(SMALL, "p", prompts(9), CPU))[0]
     many = made(Wishes(SMALL, "p", prompts(60_000), CPU))
     assert 1000 < many.queries.limit < 10_000
 
@@ -200,6 +231,10 @@ def test_prompts_are_counted_measured_and_told_by_script(tmp_path: Path) -> None
     assert (found.count, found.dropped, found.near) == (6, {"duplicate": 1}, 1)
     assert (found.shortest, found.longest) == (33, 51)
     assert found.english is True
+    rows = [{"prompt": f"{'a' * i} Why?"} for i in range(1, 31)]
+    found = advice.look_at_prompts(str(write_jsonl(tmp_path / "n.jsonl", *rows)))
+    assert found is not None
+    assert found.long == 29 + len(" Why?")
     german = [{"prompt": f"Warum ist der Himmel über Stadt {i} so blau?"} for i in range(4)]
     found = advice.look_at_prompts(str(write_jsonl(tmp_path / "de.jsonl", *german)))
     assert found is not None
@@ -209,8 +244,10 @@ def test_prompts_are_counted_measured_and_told_by_script(tmp_path: Path) -> None
     assert found is not None
     assert (found.script, found.english) == ("Cyrillic", None)
     assert advice.look_at_prompts("org/prompts") is None
-    with pytest.raises(DataError):
-        advice.look_at_prompts(str(tmp_path / "none.jsonl"))
+    assert advice.look_at_prompts("openai/gsm8k-v1.10:main:test@abc") is None
+    for name in (tmp_path / "none.jsonl", tmp_path / "none", "two words"):
+        with pytest.raises(DataError, match="There is no file"):
+            advice.look_at_prompts(str(name))
 
 
 def test_a_goal_says_what_it_needs() -> None:
@@ -307,5 +344,8 @@ def test_ctrl_c_advises_no_run_of_a_temporary_folder(
     model = "package:selfsteer.testbed/checkpoint"
     ended = here("principles", "import", "rules.md", "--model", model, "--to", "c.yaml")
     fails(ended, 130, "finished work is kept, and the same command resumes")
+    answer_with(monkeypatch, FakeEngine(lambda request: ("", "prompt_too_long")))
+    ended = here("principles", "import", "rules.md", "--model", model, "--to", "d.yaml")
+    fails(ended, 2, "a model with a longer context as --model")
     monkeypatch.setattr(previewing, "preview", interrupt)
     fails(here("preview", "smoke"), 130, "nothing is kept")

@@ -88,10 +88,13 @@ class OpposeRules(Stage):
                 features.append(made)
         counts = run.drop(self.name, dropped)
         if not features:
+            way = "a stronger model as --model"
+            if set(outcomes) == {"prompt_too_long"}:
+                way = "a model with a longer context as --model, or lower rules.max_new_tokens"
             raise DataError(
                 f"No answer of the writer made a feature of any of the {len(rules)} rules "
-                f"({', '.join(f'{n} {why}' for why, n in outcomes.most_common())}). Give a "
-                "stronger model as --model, or write the catalogue by hand: selfsteer principles "
+                f"({', '.join(f'{n} {why}' for why, n in outcomes.most_common())}). Give "
+                f"{way}, or write the catalogue by hand: selfsteer principles "
                 "list --yaml."
             )
         text = catalogue_yaml(features, self.rules.path.name, s.domain)

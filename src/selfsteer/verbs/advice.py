@@ -22,8 +22,9 @@ from pydantic import TypeAdapter
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.curate import NearDuplicates, words, written_in
 from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
+from selfsteer.data.files import HubName
 from selfsteer.data.queries import load_queries
-from selfsteer.errors import ConfigError, short
+from selfsteer.errors import ConfigError, DataError, short
 from selfsteer.principles.catalogue import CATALOGUES, load_catalogue
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, Queries, resolve_path
@@ -65,6 +66,9 @@ COSTS = {"sso": 2.7, "pbaa": 1.4}
 
 #: Methods that learn from every token of an answer, whether it ends or not.
 DISTILS = ("contrast", "distil")
+
+#: Methods that make no pairs.
+PAIRLESS = (*DISTILS, "irft", "reward")
 
 
 # -- what there is ---------------------------------------------------------------------------------
@@ -236,10 +240,12 @@ def look_at_prompts(path: str) -> Prompts | None:
     """Reads a file or folder of prompts; None for a data set on the hub, which is not fetched.
 
     Raises:
-        DataError: it holds no prompt that can be asked.
+        DataError: there is no such file, or it holds no prompt that can be asked.
     """
-    if not Path(resolve_path(path)).exists() and not re.search(r"\.\w{2,7}$", path):
-        return None
+    if not Path(found := resolve_path(path)).exists():
+        if is_hub_id(HubName.read(found).repo):
+            return None
+        raise DataError(f"There is no file {path}, and it is not a data set on the hub (org/name).")
     loaded = load_queries(Queries(path=path))
     lengths = sorted(len(q.user_text) for q in loaded.queries)
     near = None
@@ -257,7 +263,7 @@ def look_at_prompts(path: str) -> Prompts | None:
         len(lengths),
         lengths[0],
         round(statistics.median(lengths)),
-        lengths[int(0.95 * (len(lengths) - 1))],
+        lengths[math.ceil(0.95 * len(lengths)) - 1],
         lengths[-1],
         dict(loaded.dropped),
         near,
@@ -318,7 +324,8 @@ class Goal:
         if given and kind in ("quality", "answers"):
             raise ConfigError(f"--goal {kind} takes nothing after it, found {given!r}.")
         if kind == "judge":
-            validate(JudgeConfig, given, f"judge {given}")
+            short_form: Any = given
+            validate(JudgeConfig, short_form, f"judge {given}")
         elif kind == "style" or (kind == "constitution" and is_catalogue(given)):
             load_catalogue(given or HOUSE_STYLE)
         elif kind == "constitution" and not Path(given).is_file():
@@ -351,6 +358,32 @@ class Wishes:
         return bool(self.model and self.model.parameters and self.model.parameters < SMALL)
 
     @property
+    def full(self) -> float | None:
+        """GB that full training takes; None where model or machine is not known."""
+        if not (self.hardware and self.model and self.model.parameters):
+            return None
+        return self.model.parameters / GB * (FULL if self.hardware.gpus else FULL_CPU) * ROOM
+
+    @property
+    def spread(self) -> str:
+        """Options of ``run`` for full training that only all GPUs together have room for."""
+        gpus = self.hardware.gpus if self.hardware else ()
+        if self.full is None or not gpus or not gpus[0] < self.full <= sum(gpus):
+            return ""
+        return f" --nproc {len(gpus)} --profile fsdp2"
+
+    @property
+    def too_large(self) -> str:
+        """What to say of a model whose weights fit on no GPU, even in 4 bits; else empty."""
+        gpus = self.hardware.gpus if self.hardware else ()
+        if not (gpus and self.model and self.model.parameters):
+            return ""
+        least = 0.5 * self.model.parameters / GB * ROOM
+        if least <= gpus[0] or self.spread:
+            return ""
+        return f"even 4 bits take {least:.0f} GB, so it does not fit: take a smaller model"
+
+    @property
     def recipe(self) -> tuple[str, str]:
         """The shipped recipe to start from, and why (docs/methods.md)."""
         if self.goal.kind in ("judge", "reward"):
@@ -360,7 +393,8 @@ class Wishes:
         if self.goal.kind == "style":
             return "sso", (
                 "a model of 135M parameters kept 0.92 of a house style's rules after SSO, 0.73 "
-                "after contrast and 0.55 after PBAA (one seed); contrast is a third of the cost"
+                "after contrast and 0.55 after PBAA (one seed); contrast takes about half the "
+                "time of sso"
             )
         if not self.pairs:
             return "contrast", (
@@ -368,8 +402,14 @@ class Wishes:
                 "compute, one answer per query; sso or pbaa if you want pairs to keep"
             )
         if self.weak:
-            return "pbaa", "pairs at half the cost of sso, whose lead at equal compute is undecided"
-        return "sso", "the most on-policy pairs, slightly above PBAA's; pbaa is half the cost"
+            return (
+                "pbaa",
+                "pairs at a third of the compute of sso, whose lead at equal compute is undecided",
+            )
+        return (
+            "sso",
+            "the most on-policy pairs, slightly above PBAA's; pbaa takes a third of the compute",
+        )
 
 
 #: A setting, its value and why it has it.
@@ -498,7 +538,8 @@ def _training(w: Wishes, method: str) -> Iterator[Advice]:
                 size //= 2
             if size < most:
                 steps = max(w.prompts.count // size, 1)
-                why = f"{steps} steps per pass over {w.prompts.count:,} prompts"
+                counted = f"{steps} step{'s' * (steps > 1)}"
+                why = f"{counted} per pass over {w.prompts.count:,} prompts"
                 yield f"{section}.batch_size", size, why
     if w.weak:
         for section in sections:
@@ -511,23 +552,20 @@ def _memory(w: Wishes) -> Generator[Advice, None, bool]:
     Returns:
         Whether adapters are trained.
     """
-    if not (w.hardware and w.model and w.model.parameters):
+    need = w.full
+    if not (w.hardware and w.model and w.model.parameters) or need is None:
         return False
     gpus, weights = w.hardware.gpus, w.model.parameters / GB
-    need = weights * (FULL if gpus else FULL_CPU) * ROOM
     there = sum(gpus) if gpus else w.hardware.memory
     if need <= there:
-        if gpus and need > gpus[0]:
-            yield (
-                "policy.dtype",
-                "auto",
-                f"{need:.0f} GB: run with --nproc {len(gpus)} --profile fsdp2",
-            )
+        if w.spread:
+            yield "policy.dtype", "auto", f"{need:.0f} GB: run with{w.spread}"
         return False
     why = f"full training needs about {need:.0f} GB, {w.hardware} has {there:.0f}"
     lora: dict[str, Any] = {"rank": 16}
     if gpus and 4 * weights * ROOM > gpus[0]:
         lora["bits"] = 4
         why += "; bits needs selfsteer[quant]" * (find_spec("bitsandbytes") is None)
+        why += f"; {w.too_large}" * bool(w.too_large)
     yield "policy.lora", lora, why
     return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError, SelfsteerError
+from selfsteer.errors import ConfigError, SelfsteerError, listed
 from selfsteer.terminal import err, out, say, warn
 from selfsteer.verbs.common import complete_recipe
 
@@ -102,6 +102,8 @@ def init(
     text, blank = written(path.stem, wishes, recipe, held_out)
     write_atomic(path, text)
     write_atomic(path.with_name(SCHEMA), schema_text())
+    if wishes.too_large:
+        warn(f"{policy.source if policy else ''}: {wishes.too_large}.")
     _say_next(path, wishes, blank, recipe)
     if found and held_out is None:
         say(
@@ -202,7 +204,8 @@ def written(
         held_out: prompts to evaluate on.
 
     Raises:
-        ConfigError: no such recipe, or settings that cannot be honoured together.
+        ConfigError: no such recipe, one that has no setting for what was asked for, or settings
+            that cannot be honoured together.
     """
     from selfsteer.methods import METHODS, recipe_of
     from selfsteer.recipe.read import (
@@ -213,7 +216,7 @@ def written(
         method_of,
         recipe_text,
     )
-    from selfsteer.verbs.advice import advise
+    from selfsteer.verbs.advice import PAIRLESS, advise
 
     name, why = (recipe, f"as in recipe {recipe}") if recipe else w.recipe
     values = load_values(name)
@@ -225,6 +228,22 @@ def written(
         given.append(("name", stem, comments["name"]))
     if held_out is not None:
         given.append(("evaluation.queries.path", held_out, "held-out prompts"))
+    options = {
+        "policy.model": "--model",
+        "queries.path": "--prompts",
+        "evaluation.queries.path": "--held-out",
+        "principles.catalogue": f"--goal {w.goal.kind}",
+    }
+    if w.goal.kind in ("judge", "reward"):
+        options |= dict.fromkeys(("judge", "ranking.judge"), f"--goal {w.goal.kind}")
+    idle = [options[key] for key, *_ in given if key in options and key not in known]
+    if w.pairs and method_of(kind) in PAIRLESS:
+        idle.append("--pairs")
+    if idle:
+        raise ConfigError(
+            f"{listed(idle)} would have no effect: recipe {name} has no such setting. Leave it "
+            "out, or choose another --recipe."
+        )
     for key, value, reason in given:
         if key in known:
             _put(values, key.split("."), value)
@@ -269,7 +288,7 @@ def _say_next(path: Path, w: "Wishes", blank: list[str], recipe: str | None) -> 
     steps = [
         (f"check {path}", "minutes: would it work, and how long would it take?"),
         (f"preview {path}", "five queries, all the way to what would be trained on"),
-        (f"run {path}", "everything; resumes after any stop"),
+        (f"run {path}{w.spread}", "everything; resumes after any stop"),
     ]
     if recipe == "reward":
         steps = steps[-1:]
