@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.digests import digest
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.read import recipe_names
 from selfsteer.view import RunView
-from tests.make import entry
+from tests.make import entry, write_jsonl
 
 FIGURES = {
     "of": 4,
@@ -89,6 +90,22 @@ def test_a_run_is_finished_when_all_that_was_asked_for_is(tmp_path: Path) -> Non
     assert RunView.open(run).finished
     # the evaluation is not the method's
     assert RunView.open(run).seconds_of("sso") == 2.0 * len(names)
+
+
+def test_a_training_whose_log_was_removed_is_shown_without_a_curve(tmp_path: Path) -> None:
+    """Also after the next one has begun a new log; other lines of its own are damage."""
+    policies = [f"iteration-{k}/policy" for k in (1, 2)]
+    logs = [[{"stage": name, "step": 1, "loss": 0.5}] for name in policies]
+    ledger = "".join(
+        finish(name, notes={"logged": digest(log)})
+        for name, log in zip(policies, logs, strict=True)
+    )
+    run, path = make(tmp_path, ledger), tmp_path / "metrics.jsonl"
+    write_jsonl(path, *logs[1])
+    assert RunView.open(run).curves == {policies[1]: logs[1]}
+    write_jsonl(path, {**logs[0][0], "loss": 0.25}, *logs[1])
+    with pytest.raises(ArtifactError, match="iteration-1/policy logged other lines"):
+        _ = RunView.open(run).curves
 
 
 def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from selfsteer.data.digests import digest
+from selfsteer.run.folder import logged
 from tests.e2e.support import TESTBED, Here, fails, finished, spawn
 from tests.make import tiny_pairs, write_pairs
 
@@ -44,6 +46,7 @@ def test_the_model_beats_chance_on_queries_it_has_not_seen(run: Path) -> None:
     assert sum(s["pairs"] for s in held_out["by_source"].values()) == held_out["pairs"]
     assert list(held_out["by_source"]) == ["main.jsonl", "subtle"]
     stage = finished(run)["train_reward"]
+    assert stage["notes"]["logged"] == digest(logged(run / "metrics.jsonl")["train_reward"])
     assert stage["n_in"] == 361
     assert stage["dropped"]["equal"] == 1
     assert stage["dropped"]["held_out"] == held_out["pairs"]

@@ -8,7 +8,7 @@ import pytest
 
 from selfsteer import stopping
 from selfsteer.data.records import Message
-from selfsteer.engines.answers import answers
+from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Completion, Contrast, Request, SamplingParams, cut
 from tests.fakes import FakeEngine, Said
 
@@ -143,3 +143,13 @@ def test_a_stored_answer_to_another_request_of_that_name_does_not_count(
     assert answers(engine, requests, PARAMS, store=store)["r3"].text == "y" * 10
     assert other in engine.asked
     assert len(engine.asked) == (size or 1)
+
+
+def test_a_store_with_a_bad_line_is_read_once_it_is_asked_again(tmp_path: Path) -> None:
+    store = tmp_path / "a.jsonl"
+    expected = answers(FakeEngine(told), REQUESTS, PARAMS, store=store)
+    store.write_text('{"id": "r7", "te\nnull\n' + store.read_text().replace("2 said", "3 said"))
+    found, damaged = read_answers(store)
+    assert (damaged, expected.keys() - found.keys()) == (3, {"r2"})
+    answers(FakeEngine(told), REQUESTS, PARAMS, store=store)
+    assert read_answers(store) == (expected, 3)

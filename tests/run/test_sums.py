@@ -113,6 +113,18 @@ def test_large_files_can_be_left_to_their_sizes(tmp_path: Path) -> None:
     assert fault_of(tmp_path, sizes) == f"{path} is damaged: it has 1 bytes, not 8"
 
 
+def test_weights_and_large_files_need_not_be_there_until_they_are_read(tmp_path: Path) -> None:
+    for name, size in (("w.safetensors", 2), ("large.bin", 8), ("small.bin", 4)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    sums = sums_of(tmp_path, ["."])
+    for name in ("w.safetensors", "large.bin"):
+        (tmp_path / name).unlink()
+        assert fault_of(tmp_path, sums, most=4) is None
+        assert fault_of(tmp_path, {name: sums[name]}) == f"{tmp_path / name} is missing"
+    (tmp_path / "small.bin").unlink()
+    assert fault_of(tmp_path, sums, most=4) == f"{tmp_path / 'small.bin'} is missing"
+
+
 def test_a_stage_knows_the_makers_of_all_that_it_reads() -> None:
     maker = Shards()
     made, given = Artifact(Path("shards"), maker), Artifact(Path("given"))
@@ -143,7 +155,9 @@ def test_a_flipped_bit_anywhere_in_the_ledger_is_told_or_costs_no_more_than_a_li
 
 def test_a_ledger_that_lost_a_stage_is_told(run: RunFolder) -> None:
     (run / "ledger.jsonl").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"does not know stage shards, which made shards.*copy"):
+    with pytest.raises(
+        ArtifactError, match=r"does not know stage shards, which made shards.*move that"
+    ):
         run.damaged([Shards()])
     shutil.rmtree(run / "shards")
     assert run.damaged([Shards()]) == []

@@ -1,9 +1,16 @@
 import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from selfsteer.verbs.auditing import audit
+from selfsteer.engines import load
+from selfsteer.verbs import auditing
+from selfsteer.verbs.auditing import Settings, Subjects, audit
+from tests.fakes import FakeEngine
+from tests.make import triple
 
 N = 20
 FEATURES = [("Accuracy",) if i < 12 else ("Safety", "Accuracy") if i < 16 else () for i in range(N)]
@@ -67,3 +74,26 @@ def test_answers_without_a_score_do_not_count() -> None:
     aligned["score/bad"][:10] = math.nan
     found = audit(behaviour(0.5), {"policy": aligned}, {}, FEATURES, rng())
     assert found["changes"]["policy"]["whole"]["score/bad"] == pytest.approx([-0.1] * 3)
+
+
+def test_what_is_damaged_of_finished_answers_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> list[str]:
+        engine = FakeEngine(lambda request: "Yes.")
+        engines = SimpleNamespace(sampler=lambda *args: engine)
+        monkeypatch.setattr(load, "Engines", lambda folder: nullcontext(engines))
+        found = auditing._answers(subjects, "m", probes, lambda items, tokens: None)
+        assert len(found) == 6
+        return [request.id for request in engine.asked]
+
+    monkeypatch.setattr(auditing, "model_digest", str)
+    settings = Settings.model_validate({"policy": {"model": "m"}})
+    subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
+    probes = [triple("a", "Accuracy"), triple("b", "Accuracy")]
+    assert len(asked()) == 6
+    (path,) = tmp_path.glob("answers-*.jsonl")
+    path.write_text(path.read_text().replace('"Yes."', '"No."', 1) + '{"id": ')
+    assert asked() == ["a/plain"]
+    assert asked() == []  # the damaged lines are still there, but nothing lacks
+    assert list(tmp_path.iterdir()) == [path]

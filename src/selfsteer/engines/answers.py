@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from selfsteer import stopping
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import disk_errors, dump_line, read_jsonl
+from selfsteer.data.jsonl import disk_errors, dump_line
 from selfsteer.engines.base import (
     REQUEST_FAILED,
     Advance,
@@ -87,20 +87,32 @@ def _stored(
 ) -> dict[str, Completion]:
     """The stored answers that count; lines that were cut short or changed are ignored."""
     known: dict[str, Completion] = {}
-    for line in store.read_bytes().splitlines() if store.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            value = json.loads(line)
-            whole = value.pop("sum") == digest(value)
-            if whole and value.pop("request") == marks.get(value["id"]):
-                known[value["id"]] = Completion(**value)
+    for request, answer in filter(None, _lines(store)):
+        if request == marks.get(answer.id):
+            known[answer.id] = answer
     batches = cut(requests, size) if size else [[r] for r in requests]
     return {
         r.id: known[r.id] for batch in batches if all(r.id in known for r in batch) for r in batch
     }
 
 
-def read_answers(store: Path) -> dict[str, Completion]:
-    """The answers of a store that `answers` finished, by id; those that failed are not there."""
-    names = Completion.__dataclass_fields__
-    rows = (row for _, row in read_jsonl(store))
-    return {row["id"]: Completion(**{name: row[name] for name in names}) for row in rows}
+def _lines(store: Path) -> Iterator[tuple[str, Completion] | None]:
+    """Each line's mark and answer; None for one that was cut short or changed."""
+    for line in filter(None, store.read_bytes().splitlines() if store.exists() else []):
+        found = None
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            value = json.loads(line)
+            if value.pop("sum") == digest(value):
+                found = value.pop("request"), Completion(**value)
+        yield found
+
+
+def read_answers(store: Path) -> tuple[dict[str, Completion], int]:
+    """The answers of a store that `answers` finished, by id; those that failed are not there.
+
+    Returns:
+        The answers, and how many lines were cut short or changed: `answers` may have asked for
+        theirs again, or they were damaged later.
+    """
+    rows = list(_lines(store))
+    return {row[1].id: row[1] for row in rows if row}, rows.count(None)

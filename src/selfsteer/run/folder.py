@@ -341,7 +341,7 @@ class RunFolder:
                 raise ArtifactError(
                     f"{self / LEDGER} is damaged: it does not know stage {stage.name}, which made "
                     f"{made}. Restore it from a copy. Without one, move the run folder away and "
-                    "run the recipe again."
+                    "run the recipe again; or, if no run made it, move that file away."
                 )
             try:
                 self.check(stage, most=most)

@@ -72,9 +72,9 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
         dropped += lost
         pairs += taken
     n_in, n_out = (sum(row[key] for row in table.values()) for key in ("read", "trained"))
-    result = with_drops(stage, run, StageResult(n_in, n_out, unread), dropped)
+    result = StageResult(n_in, n_out, unread)
     if not pairs:
-        return result
+        return with_drops(stage, run, result, dropped)
     if settings.margin and not any(p.margin for p in pairs):
         raise DataError(
             f"reward.margin is {short(settings.margin)}, but no pair to train on has a number "
@@ -111,7 +111,7 @@ def fit_reward(stage: "TrainReward", run: RunFolder) -> StageResult:
         accuracy, ece = quality["accuracy"][0], quality["calibration"]["ece"]
         say(f"  {len(test):,} held-out pairs: accuracy {accuracy:.3f}, calibration error {ece:.3f}")
     result.notes = {"last": last}
-    return result
+    return with_drops(stage, run, result, dropped)  # last: it digests what the training logged
 
 
 def read_pairs(path: Path) -> tuple[list[Preference], Counter[str]]:

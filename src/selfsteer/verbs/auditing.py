@@ -242,9 +242,13 @@ def _answers(
     asked = [t.to_dict() for t in probes]
     key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
     path = s.folder / f"answers-{key}.jsonl"
+    partial = path.with_suffix(".partial")
     if path.exists():
-        advance(len(probes) * len(CONTEXTS), 0)
-        return read_answers(path)
+        found, damaged = read_answers(path)
+        if not damaged or len(found) == len(probes) * len(CONTEXTS):
+            advance(len(probes) * len(CONTEXTS), 0)
+            return found
+        path.replace(partial)  # what a damaged line held is asked again
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
     requests = [
         Request(
@@ -255,7 +259,6 @@ def _answers(
         for t in probes
         for c in CONTEXTS
     ]
-    partial = path.with_suffix(".partial")
     with Engines(s.folder) as engines:
         engine = engines.sampler(settings.engine, source, s.settings.policy, settings.batch_size)
         found = answers(engine, requests, params, store=partial, advance=advance)

@@ -63,8 +63,13 @@ def benchmark(
 
     Example: selfsteer benchmark BASE runs/mine/iteration-1/policy --task ifeval --task gsm8k
     """
-    from selfsteer.run.folder import RunFolder
+    from selfsteer.run.folder import LEDGER, RunFolder
 
+    if any((to / name).exists() for name in (LEDGER, "resolved.json")):
+        raise ConfigError(
+            f"{to} is a run folder, and a run would take these results for its own. Give another "
+            "folder: --to benchmarks."
+        )
     named = {"tasks": task, "task_folders": task_folder, "judged": judged}
     given = [f"benchmarks.{k}={v}" for k, v in (("judge", judge), ("limit", limit)) if v]
     stage = _stage(models, named, [*given, *(settings or [])])
