@@ -753,10 +753,10 @@ ADVICE = """\
 greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs {costs[contrast]}
 million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
 - **If you want pairs, take SSO, or PBAA at a third of the cost.** SSO's score less PBAA's: {pbaa}.
-- **How sure is that?** On this world, as sure as the intervals say. For a house style on a real
-model of 135M parameters [the order is another one](../real/README.md), by one seed: SSO is far
-above contrast distillation, and that above PBAA. So measure on yours: `selfsteer check` says what
-can work."""
+- **How sure is that?** On this world, as sure as the intervals say. On [a harder
+world](#a-harder-world) SSO's lead over PBAA is far larger. So it is for a house style on [a real
+model](../real/README.md) of 135M parameters (two seeds), where SSO is above contrast distillation
+as well (one seed). So measure on yours: `selfsteer check` says what can work."""
 HEAD = """\
 # The evidence, in miniature
 

@@ -86,19 +86,17 @@ def config_tables(results: Results) -> list[str]:
     base = results.get("base")
     rows = []
     for method, found in results.items():
-        row = [method]
+        row = [method, ", ".join(str(r["seed"]) for r in found)]
         for kind in ("sampled", "greedy"):
             values = over_seeds(found, kind)
             row.append(cell(values))
             gain = values - over_seeds(base, kind) if base and method != "base" else None
             row.append("" if gain is None else cell(gain, "+.2f"))
-        row.append(
-            cell(over_seeds(found, "ifeval", whole=True))
-            if all("ifeval" in r for r in found)
-            else ""
-        )
+        asked = [r for r in found if "ifeval" in r]
+        of = f" (seed {asked[0]['seed']})" if 0 < len(asked) < len(found) else ""
+        row.append(cell(over_seeds(asked, "ifeval", whole=True)) + of if asked else "")
         rows.append(row)
-    head = ("method", "sampled", "gain", "greedy", "gain", "IFEval")
+    head = ("method", "seeds", "sampled", "gain", "greedy", "gain", "IFEval")
     out = [table(head, rows)]
     rules = list(
         dict.fromkeys(n for f in results.values() for r in f for n in r["sampled"]["by_rule"])
