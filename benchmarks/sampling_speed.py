@@ -113,7 +113,7 @@ def of_transformers(plan: dict[str, Any], *, continuous: bool, model: Any = None
     A model that is not given is loaded in float32.
     """
     import torch
-    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.float32)
@@ -127,15 +127,17 @@ def of_transformers(plan: dict[str, Any], *, continuous: bool, model: Any = None
         pad_token_id=plan["stops"][0],
     )
 
-    # left alone it takes nine tenths of the memory for its cache, at every call
-    page, longest = 32, max(len(p) for prompts in plan["ids"].values() for p in prompts)
-    pages = -(-(longest + plan["tokens"]) // page)
-    paged = ContinuousBatchingConfig(
-        page_size=page,
-        num_blocks=plan["batch"] * pages,
-        max_requests_per_batch=plan["batch"],
-        max_batch_tokens=max(1024, longest),
-    )
+    def paged() -> Any:
+        """Left alone it takes nine tenths of the memory for its cache, at every call."""
+        from transformers import ContinuousBatchingConfig
+
+        page, longest = 32, max(len(p) for prompts in plan["ids"].values() for p in prompts)
+        return ContinuousBatchingConfig(
+            page_size=page,
+            num_blocks=plan["batch"] * -(-(longest + plan["tokens"]) // page),
+            max_requests_per_batch=plan["batch"],
+            max_batch_tokens=max(1024, longest),
+        )
 
     def length(new: Sequence[int]) -> int:
         return next((i + 1 for i, t in enumerate(new) if t in plan["stops"]), len(new))
@@ -144,7 +146,7 @@ def of_transformers(plan: dict[str, Any], *, continuous: bool, model: Any = None
         prompts = sorted(plan["ids"][name], key=len, reverse=True)
         if continuous:
             found = model.generate_batch(
-                inputs=prompts, generation_config=config, continuous_batching_config=paged
+                inputs=prompts, generation_config=config, continuous_batching_config=paged()
             )
             return sum(length(answer.generated_tokens) for answer in found.values())
         total = 0
