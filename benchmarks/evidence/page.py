@@ -178,8 +178,11 @@ What a half of the loss teaches under one principle carries over to the other (e
 costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
 and some are no worse than the chosen one. Settings were searched by the policy's score alone."""
 WHY_UNEVEN = """\
-Where some features are seldom good under any principle, methods that only choose between whole
-answers have less to choose from."""
+On the tiny world every good method comes near the ceiling, which hides most of what is between
+them. Here SSO leads PBAA by far in sampled answers, and contrast distillation lies between them at
+less than a third of SSO's compute. Greedily the three are about equal: what SSO's policies have
+over PBAA's is that they slip less when they are sampled. Annotated pairs are far above all three,
+greedily too, so there is more to be learnt from plain answers than principles bring out."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -306,6 +309,15 @@ CLAIMS = (
         "pbaa",
         "not in it",
         "uneven",
+        why=WHY_UNEVEN,
+    ),
+    Claim(
+        "on the harder world, greedily, SSO is above PBAA",
+        "sso",
+        "pbaa",
+        "not in it",
+        "uneven",
+        sharp("greedy", 0.1),
         why=WHY_UNEVEN,
     ),
     Claim(
@@ -448,6 +460,9 @@ def advice(judgements: dict[Claim, Judged]) -> str:
         annotated=said["contrast distillation is above annotated pairs"],
         greedy=said["greedily, contrast distillation is above SSO"],
         pbaa=said["SSO is above PBAA"],
+        hard_pbaa=said["on the harder world, SSO is above PBAA"],
+        hard_greedy=said["on the harder world, greedily, SSO is above PBAA"],
+        hard_contrast=said["on the harder world, contrast distillation is above SSO"],
         costs=costs,
     )
     found = text.replace("\n- ", "\0- ").replace("\n", " ").split("\0")
@@ -749,14 +764,15 @@ def write() -> None:
 
 
 ADVICE = """\
-- **With the policy's weights at hand, take contrast distillation.** Its score less SSO's: {sso};
-greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs {costs[contrast]}
-million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
-- **If you want pairs, take SSO, or PBAA at a third of the cost.** SSO's score less PBAA's: {pbaa}.
-- **How sure is that?** On this world, as sure as the intervals say. On [a harder
-world](#a-harder-world) SSO's lead over PBAA is far larger. So it is for a house style on [a real
-model](../real/README.md) of 135M parameters (two seeds), where SSO is above contrast distillation
-as well (one seed). So measure on yours: `selfsteer check` says what can work."""
+- **With the policy's weights at hand and little compute, take contrast distillation.** Its score
+less SSO's: {sso}; greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs
+{costs[contrast]} million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
+- **With three times the compute, or if you want pairs, take SSO.** SSO's score less PBAA's: {pbaa};
+on [a harder world](#a-harder-world) {hard_pbaa}, though greedily {hard_greedy}; there contrast
+distillation's less SSO's: {hard_contrast}.
+- **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
+model](../real/README.md) of 135M parameters SSO is far above PBAA (two seeds) and above contrast
+distillation (one seed). So measure on yours: `selfsteer check` says what can work."""
 HEAD = """\
 # The evidence, in miniature
 

@@ -239,6 +239,9 @@ def test_the_readme_says_what_the_cells_say(evidence: Any) -> None:
         assert f"| {label} | {ours} | {signs.partition(',')[0]} |" in readme, (label, ours, signs)
     equal, *_ = page.judged(claims["SSO is above PBAA of no less compute"])
     assert f"undecided ({equal})" in readme
+    harder, signs, _ = page.judged(claims["on the harder world, SSO is above PBAA"])
+    seeds = signs.partition(",")[0].rpartition(" ")[2]
+    assert f"it is {harder} ({seeds} seeds)" in " ".join(readme.split())
 
 
 def test_queries_of_a_seed_are_nested(evidence: Any, tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def test_the_page_is_made_of_the_results(real: Any, tmp_path: Path) -> None:
     for i, value in enumerate(results):
         (tmp_path / f"{i}.json").write_text(json.dumps(value))
     text = real.page.write(tmp_path).read_text()
-    assert "| base | 0.50 [0.50, 0.50] |" in text
+    assert "| base | 0 | 0.50 [0.50, 0.50] |" in text
+    assert "| sso | 0, 1 | 0.88" in text
     assert "0.88 [0.75, 1.00] (0.75, 1.00) | +0.38 [+0.25, +0.50] (+0.25, +0.50)" in text
     assert "| sso | 88% | 10 | 20 | 25% | 100% |" in text
     assert "| sso | 5 | 0.9 | 0.8 | 0.7 | 20 | 40 |" in text
