@@ -326,7 +326,7 @@ def state(run: Path) -> dict[str, Any]:
             found[str(name)] = [without_times(line) for line in lines]
         else:
             found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for stage, entry in RunFolder(run)._newest().items():
+    for stage, entry in RunFolder(run).newest.items():
         kept = ("event", "fingerprint", "n_in", "n_out", "dropped")
         found[f"ledger: {stage}"] = {k: entry.get(k) for k in kept}
     return found

@@ -108,6 +108,22 @@ def test_a_training_whose_log_was_removed_is_shown_without_a_curve(tmp_path: Pat
         _ = RunView.open(run).curves
 
 
+def test_a_deleted_file_is_named_unless_all_of_its_stage_was_deleted(tmp_path: Path) -> None:
+    sums = {"evaluation.json": [2, ""], "evaluation/answers-base.jsonl": [1, ""]}
+    outputs = ["evaluation.json", "evaluation", "evaluation.dropped.jsonl"]
+    run = make(tmp_path, finish("evaluation", outputs=outputs, sums=sums))
+    write_jsonl(run / "evaluation.dropped.jsonl")
+    assert RunView.open(run).evaluation is None
+    answers = write_jsonl(run / "evaluation" / "answers-base.jsonl")
+    answers.write_text("\n")
+    with pytest.raises(ArtifactError, match=r"evaluation\.json is missing.*--redo"):
+        _ = RunView.open(run).evaluation
+    answers.unlink()
+    (run / "evaluation.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"answers-base\.jsonl is missing"):
+        RunView.open(run).answers("base")
+
+
 def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
     run = make(tmp_path, '{"event": "begin", "stage": "queries", "fingerprint": "f"}\n')
     with pytest.raises(ArtifactError, match="another version"):

@@ -2,16 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError
+from selfsteer.run import folder
 from selfsteer.run.folder import RunFolder, StageResult, read_ledger, sealed
-from selfsteer.run.stage import Artifact, Stage
+from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.run.sums import REMOVED, fault_of, sums_of
 
 
@@ -26,6 +28,19 @@ class Shards(Stage):
             write_atomic(run / self.name / name, f'{{"of": "{name}"}}\n')
         write_atomic(run / f"{self.name}.dropped.jsonl", "{}\n")
         return StageResult(2, 2)
+
+
+@dataclass(frozen=True)
+class Pair(Stage):
+    """A file and a folder."""
+
+    title = "pair"
+    makes = ("{folder}/pair.json", "{folder}/pair")
+
+    def run(self, run: RunFolder) -> StageResult:
+        write_atomic(run / "pair.json", "{}\n")
+        write_atomic(run / "pair" / "a.jsonl", '{"a": 1}\n')
+        return StageResult(1, 1)
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,40 @@ def test_what_is_gone_as_a_whole_is_made_again(run: RunFolder) -> None:
     shutil.rmtree(run / "shards")
     run.check(Shards())
     assert not run.is_done(Shards())
+
+
+def test_what_is_left_of_a_stage_is_compared_before_it_is_used_again(tmp_path: Path) -> None:
+    run, stage = RunFolder(tmp_path), Pair(where=Where(folder="."))
+    run.execute(stage)
+    (run / "pair.json").unlink()
+    run.check(stage)
+    assert not run.is_done(stage)
+    flip(run / "pair" / "a.jsonl")
+    ((_, fault),) = run.damaged([stage])
+    assert "a.jsonl is damaged" in str(fault)
+    shutil.rmtree(run / "pair")
+    assert run.damaged([stage]) == []
+
+
+def test_the_ledger_is_read_again_only_where_it_has_changed(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> Iterator[dict[str, Any]]:
+        read.append(path)
+        return read_ledger(path)
+
+    monkeypatch.setattr(folder, "read_ledger", counted)
+    again = RunFolder(run.path)
+    for _ in range(3):
+        assert again.is_done(Shards())
+        assert not again.damaged([Shards()])
+        assert not again.stale([Shards()])
+    assert len(read) == 1
+    run.supersede([{"stage": "shards", "fingerprint": Shards().fingerprint, "outputs": []}])
+    assert not again.is_done(Shards())
+    assert len(read) == 2
 
 
 def test_a_copy_is_the_same(run: RunFolder, tmp_path: Path) -> None:

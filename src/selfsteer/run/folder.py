@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from selfsteer.data.jsonl import (
@@ -40,7 +40,7 @@ from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.chat import DAY
 from selfsteer.recipe.texts import ENDLESS, is_endless
-from selfsteer.run.sums import SMALL_BYTES, check_sums, sums_of
+from selfsteer.run.sums import SMALL_BYTES, check_sums, is_in, sums_of
 
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
@@ -130,6 +130,9 @@ class RunFolder:
         self.watch: Callable[[str, Mapping[str, Any]], None] = lambda name, entry: None
         #: what this process wrote into the lock that it holds
         self._held_by: str | None = None
+        #: bytes and time of the ledger when it was last read, and what it said
+        self._read_at: tuple[int, int] | None = None
+        self._cached: tuple[dict[str, dict[str, Any]], set[PurePosixPath]] = {}, set()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -278,11 +281,29 @@ class RunFolder:
 
     def last(self, stage: str) -> dict[str, Any] | None:
         """The newest entry of a stage."""
-        return self._newest().get(stage)
+        return self.newest.get(stage)
 
-    def _newest(self) -> dict[str, dict[str, Any]]:
+    @property
+    def newest(self) -> dict[str, dict[str, Any]]:
         """The newest entry of each stage, by its name."""
-        return {e["stage"]: e for e in self.ledger()}
+        return self._known[0]
+
+    @property
+    def _known(self) -> tuple[dict[str, dict[str, Any]], set[PurePosixPath]]:
+        """The newest entry of each stage by its name, and all outputs with the folders above them.
+
+        Read anew where the ledger has changed: a stage is looked up several times.
+        """
+        with suppress(FileNotFoundError):
+            found = (self / LEDGER).stat()
+            if (found.st_size, found.st_mtime_ns) != self._read_at:
+                entries = self.ledger()
+                told = {PurePosixPath(o) for e in entries for o in e.get("outputs", ())}
+                told |= {above for path in told for above in path.parents}
+                self._cached = {e["stage"]: e for e in entries}, told
+                self._read_at = found.st_size, found.st_mtime_ns
+            return self._cached
+        return {}, set()
 
     def drops(self, stage: str) -> Drops:
         """Where a stage of this name writes down what it drops."""
@@ -297,31 +318,33 @@ class RunFolder:
 
     def is_done(self, stage: "Stage") -> bool:
         """Whether the ledger says so and what it made is still there."""
-        return self._finish(stage) is not None
+        return self._finish(stage) is not None and not self._missing(stage)
 
     def _finish(self, stage: "Stage") -> dict[str, Any] | None:
-        """The ledger's entry of a stage that is done."""
+        """The ledger's entry of a stage that it says is done."""
         last = self.last(stage.name)
-        is_done = (
-            last is not None
-            and last["event"] == "finish"
-            and last["fingerprint"] == stage.fingerprint
-            and all((self / o).exists() for o in stage.outputs)
-        )
-        return last if is_done else None
+        wanted = {"event": "finish", "fingerprint": stage.fingerprint}
+        return last if last and wanted.items() <= last.items() else None
+
+    def _missing(self, stage: "Stage") -> list[str]:
+        """Which of its outputs are not there, as the ledger's sums name them."""
+        return [str(PurePosixPath(o)) for o in stage.outputs if not (self / o).exists()]
 
     def check(self, stage: "Stage", *, most: int | None = None) -> None:
         """Fails where what a stage made is not as it wrote it.
 
         Args:
-            stage: one that is not done passes.
+            stage: one that is not done passes, but not where a part of what it made is there: the
+                next try would use it.
             most: of larger files only the size counts.
 
         Raises:
             ArtifactError: names the file.
         """
-        if finish := self._finish(stage):
-            check_sums(self.path, stage.name, finish.get("sums", {}), most=most)
+        finish, missing = self._finish(stage), self._missing(stage)
+        if finish and len(missing) < len(stage.outputs):
+            sums = {n: s for n, s in finish.get("sums", {}).items() if not is_in(n, missing)}
+            check_sums(self.path, stage.name, sums, most=most)
 
     def damaged(
         self, stages: Sequence["Stage"], *, most: int | None = SMALL_BYTES
@@ -332,11 +355,11 @@ class RunFolder:
             ArtifactError: the ledger has lost a stage that left something.
         """
         # a stage's beginning is in the ledger before any of its files is there
-        told = {f"{o}/" for e in self.ledger() for o in e.get("outputs", ())}
+        newest, told = self._known
         found = []
         for stage in stages:
             left = (o for o in stage.outputs if (self / o).exists())
-            made = next((o for o in left if not any(t.startswith(f"{o}/") for t in told)), None)
+            made = next((o for o in left if PurePosixPath(o) not in told), None)
             if made:
                 raise ArtifactError(
                     f"{self / LEDGER} is damaged: it does not know stage {stage.name}, which made "
@@ -346,7 +369,7 @@ class RunFolder:
             try:
                 self.check(stage, most=most)
             except ArtifactError as e:
-                found.append((self._newest()[stage.name], e))
+                found.append((newest[stage.name], e))
         return found
 
     def stale(self, stages: Sequence["Stage"]) -> list[dict[str, Any]]:
@@ -354,7 +377,7 @@ class RunFolder:
         wanted = {s.name: s.fingerprint for s in stages}
         return [
             e
-            for name, e in self._newest().items()
+            for name, e in self.newest.items()
             if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
         ]
 

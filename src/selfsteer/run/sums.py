@@ -39,6 +39,11 @@ def sums_of(run: Path, names: Iterable[str], most: int | None = None) -> dict[st
     return found
 
 
+def is_in(name: str, above: Iterable[str]) -> bool:
+    """Whether a file of a run is one of these files, or in one of these folders."""
+    return any(name == path or name.startswith(f"{path}/") for path in above)
+
+
 def fault_of(
     run: Path, sums: Sums, below: Path | None = None, *, most: int | None = None
 ) -> str | None:
@@ -47,17 +52,15 @@ def fault_of(
     Args:
         run: the folder that the sums' names start from.
         sums: of the files that were there.
-        below: the file or folder that counts; None: all. One that is not there at all is no fault:
-            whoever needs it misses it.
+        below: the file or folder that counts; None: all.
         most: larger files are compared by their bytes alone, and neither they nor weights of any
             size need be there: whoever reads them compares without it.
     """
     mine = list(sums)
     if below is not None:
-        if not below.is_relative_to(run) or not below.exists():
+        if not below.is_relative_to(run):
             return None
-        top = below.relative_to(run).as_posix()
-        mine = [name for name in sums if name == top or name.startswith(f"{top}/")]
+        mine = [name for name in sums if is_in(name, [below.relative_to(run).as_posix()])]
     for name in mine:
         path, (size, sha256) = run / name, sums[name]
         if not path.is_file():
