@@ -97,12 +97,15 @@ def test_a_training_whose_log_was_removed_is_shown_without_a_curve(tmp_path: Pat
     policies = [f"iteration-{k}/policy" for k in (1, 2)]
     logs = [[{"stage": name, "step": 1, "loss": 0.5}] for name in policies]
     ledger = "".join(
-        finish(name, notes={"logged": digest(log)})
-        for name, log in zip(policies, logs, strict=True)
+        finish(name, time=float(k), notes={"logged": digest(logs[k])})
+        for k, name in enumerate(policies)
     )
     run, path = make(tmp_path, ledger), tmp_path / "metrics.jsonl"
     write_jsonl(path, *logs[1])
     assert RunView.open(run).curves == {policies[1]: logs[1]}
+    write_jsonl(path, *logs[0])
+    with pytest.raises(ArtifactError, match="iteration-2/policy logged other lines"):
+        _ = RunView.open(run).curves
     write_jsonl(path, {**logs[0][0], "loss": 0.25}, *logs[1])
     with pytest.raises(ArtifactError, match="iteration-1/policy logged other lines"):
         _ = RunView.open(run).curves

@@ -529,9 +529,11 @@ class RunView:
             return {}
         found = path.stat()
         out, digests = _metrics(path, found.st_size, found.st_mtime_ns)
-        for stage in self.stages:
-            mine = digests.get(stage.name)  # without a line it has no curve
-            if mine is not None and stage.notes.get("logged", mine) != mine:
+        begun = False  # a log that was removed begins with a later training: those before have none
+        for stage in sorted(self.stages, key=lambda s: s.time):
+            begun = begun or stage.name in digests
+            mine = digests.get(stage.name, digest([]))
+            if begun and stage.notes.get("logged", mine) != mine:
                 raise ArtifactError(
                     f"{path} is damaged: {stage.name} logged other lines. Restore it from a copy, "
                     "or remove it, and the run is shown without curves."
