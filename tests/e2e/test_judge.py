@@ -8,7 +8,7 @@ import pytest
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.methods import load_recipe
 from selfsteer.run.execute import execute
-from tests.e2e.support import TESTBED, TINY, Here, fails, finished
+from tests.e2e.support import TESTBED, TINY, Here, accepted, fails, finished
 from tests.make import SMALL
 
 CHAT = f"{{kind: chat, model: '{TESTBED}', max_new_tokens: 24}}"
@@ -170,6 +170,7 @@ def test_texts_written_to_harm_can_stay_out_of_exports(
         for line in lines:
             del line["features"]
         shard.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    accepted(run)
     if fmt != "authors":
         ended = here("export", run, "--format", fmt, "--to", tmp_path / "blind")
         fails(ended, 2, "name no feature", "hygiene.export_unsafe is false")

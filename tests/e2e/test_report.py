@@ -13,9 +13,10 @@ import pytest
 from selfsteer.judges.quality import on_policyness
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.report.logprobs import likelihoods
+from selfsteer.run.folder import read_ledger
 from selfsteer.view import RunView
 from tests.browsing import PHONE, Browser, Visit
-from tests.e2e.support import TESTBED, Here, fails, finished
+from tests.e2e.support import TESTBED, Here, accepted, fails, finished
 
 HOSTILE = "<script>window.broken = 1</script><img src='http://x.invalid/a.png' onerror='broken=2'>"
 
@@ -164,7 +165,7 @@ def test_what_a_model_wrote_stays_text(reported: Path, tmp_path: Path, browser: 
         shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
     queries = "package:selfsteer.testbed/queries/align.jsonl"
     replace_in(run / "resolved.json", json.dumps(queries), json.dumps(HOSTILE))
-    replace_in(run / "ledger.jsonl", "over_limit", "</svg><script>broken=3</script>")
+    accepted(run, lambda line: line.replace("over_limit", "</svg><script>broken=3<\\/script>"))
     from selfsteer.report.document import write_report
 
     written = write_report(run)
@@ -279,8 +280,8 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     shutil.move(run / "baseline/iteration-1", run / "iteration-1")
     (run / "iteration-1/principles.jsonl").write_bytes(principles)
     kept = [
-        {**e, "stage": e["stage"].removeprefix("baseline/")}
-        for e in map(json.loads, (run / "ledger.jsonl").read_text().splitlines())
+        {**e, "stage": e["stage"].removeprefix("baseline/"), "sums": {}}
+        for e in read_ledger(run / "ledger.jsonl")
         if not e["stage"].startswith("iteration-1/") or e["stage"].endswith("/principles")
     ]
     (run / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
@@ -293,6 +294,7 @@ def test_pbaa_alone(smoke: Path, tmp_path: Path, here: Here) -> None:
     evaluation["models"].pop("sso/iteration-1")
     evaluation.pop("differences")
     (run / "evaluation.json").write_text(json.dumps(evaluation))
+    accepted(run)
     ended = here("report", run, "--json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)

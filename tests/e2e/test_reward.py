@@ -7,7 +7,7 @@ import pytest
 
 from selfsteer.data.digests import digest
 from selfsteer.run.folder import logged
-from tests.e2e.support import TESTBED, Here, fails, finished, spawn
+from tests.e2e.support import TESTBED, Here, accepted, fails, finished, spawn
 from tests.make import tiny_pairs, write_pairs
 
 #: Enough to learn the tiny world's faults, in seconds.
@@ -151,6 +151,7 @@ def test_any_recipe_can_train_one_on_its_own_preferences(here: Here, tmp_path: P
     assert here(*second, "reward.batch_size=8").code == 0
     shard = next((run / "iteration-1" / "preferences").glob("shard-*.jsonl"))
     shard.write_text(shard.read_text().splitlines(keepends=True)[0])
+    accepted(run)
     fails(here(*second, "reward.batch_size=8"), 2, "train_reward", "--redo")
 
 

@@ -10,7 +10,7 @@ import pytest
 from selfsteer.testbed import oracle
 from selfsteer.verbs.comparing import curves
 from selfsteer.view import RunView
-from tests.e2e.support import TESTBED, Here, fails
+from tests.e2e.support import TESTBED, Here, accepted, fails
 from tests.make import entry
 
 
@@ -145,6 +145,7 @@ def test_what_cannot_be_compared_is_refused(smoke: Path, tmp_path: Path, here: H
     answers = other / "evaluation/answers-sso-iteration-1.jsonl"
     renamed = [{**v, "id": f"x{v['id']}"} for v in lines(answers)]
     answers.write_text("".join(json.dumps(v) + "\n" for v in renamed))
+    accepted(other)
     fails(here("compare", smoke, other, "--judge", "oracle"), 2, "no evaluation query in common")
     (other / "evaluation.json").unlink()
-    fails(here("compare", smoke, other), 3, "has no evaluation")
+    fails(here("compare", smoke, other), 3, "evaluation.json is missing")

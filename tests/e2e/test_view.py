@@ -26,7 +26,7 @@ from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import progress_of
 from selfsteer.view import RunView
 from tests.browsing import PHONE, Browser
-from tests.e2e.support import TINY, Here, fails, finished, process
+from tests.e2e.support import TINY, Here, accepted, fails, finished, process
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>"
 TRIPLES, KEPT = "iteration-1/triples", "iteration-1/filtered.jsonl"
@@ -46,6 +46,7 @@ def folder(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 triple["responses"]["bad"] = HOSTILE
                 triple["messages"][-1]["content"] = f"{HOSTILE} Or the owl?"
         path.write_text("".join(json.dumps(triple) + "\n" for triple in triples))
+    accepted(runs / "done")
     for found in RunView.open(runs / "done").sampled:
         build(found)
     return runs
@@ -305,7 +306,8 @@ def test_half_written_files_are_no_error(smoke: Path, tmp_path: Path) -> None:
     upto = next(i for i, x in enumerate(ledger) if '"begin"' in x and "iteration-1/policy" in x)
     (run / "ledger.jsonl").write_text("\n".join([*ledger[: upto + 1], ledger[upto + 1][:40]]))
     metrics = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join([*metrics[:3], metrics[3][:17]]))
+    whole = [m for m in metrics if '"iteration-1/generator"' in m]
+    (run / "metrics.jsonl").write_text("\n".join([*whole, metrics[-1][:17]]))
     shard = run / TRIPLES / "shard-00001.jsonl"
     shard.write_text(shard.read_text()[:-30])
     for text in ("", "{", '{"state": "working"}', "[]"):
@@ -313,7 +315,7 @@ def test_half_written_files_are_no_error(smoke: Path, tmp_path: Path) -> None:
         with TestClient(app(run), "http://localhost") as client:
             found = get(client, "/api/live")
             assert found["state"] == "stopped"
-            assert [len(m["loss"]) for m in found["curves"].values()] == [3]
+            assert [len(m["loss"]) for m in found["curves"].values()] == [len(whole)]
             assert [s["state"] for s in found["stages"]][-1] == "begun"
             assert get(client, "/api/runs")["runs"][0]["state"] == "stopped"
     index = build(RunView.open(run).sampled[0])
@@ -342,6 +344,8 @@ def test_a_folder_that_is_full_of_nonsense_does_not_hide_the_others(
     (tmp_path / "fine/evaluation.json").write_text(json.dumps(evaluation))
     with open(tmp_path / "fine/metrics.jsonl", "a") as file:
         file.write('{"stage": "iteration-1/policy", "step": 99, "loss": NaN}\n')
+    accepted(tmp_path / "fine")
+    accepted(tmp_path / "odd")
     with open(tmp_path / "fine/ledger.jsonl", "ab") as ledger:
         ledger.write('{"event": "fin", "notes": "ü'.encode()[:-1])  # cut in a character
     with TestClient(app(tmp_path), "http://localhost") as client:

@@ -51,7 +51,7 @@ def test_a_model_that_thinks_has_answers_without_thoughts(thinker: Path, tmp_pat
     store = tmp_path / "answers.jsonl"
     engine = TransformersEngine(loaded)
     found = answers(engine, asked, SamplingParams(1.0, 1.0, 24), store=store)
-    assert read_answers(store) == found, "also once they are stored"
+    assert read_answers(store) == (found, 0), "also once they are stored"
     lost = {c.missing for c in found.values()}
     assert {None, "unfinished_reasoning"} <= lost <= {None, "unfinished_reasoning", "no_answer"}
     for c in found.values():

@@ -15,6 +15,7 @@ from selfsteer.run.folder import RunFolder
 from selfsteer.stages.figures import FigurePairs, stored_figures
 from selfsteer.stages.inputs import stored_preferences, stored_triples
 from selfsteer.view import RunView
+from tests.e2e.support import accepted
 from tests.make import SMALL, stages_of
 from tests.methods.test_best_of_n_principles import whole_logps
 
@@ -135,6 +136,7 @@ def test_a_pair_without_figures_is_not_trained_on(tmp_path: Path) -> None:
     execute(made, {"name": "given"}, until="figures")
     path = made.folder / "iteration-1/figures.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    accepted(made.folder)
     execute(made, {"name": "given"})
     trained = RunView.open(made.folder).stage("Train")
     assert trained is not None

@@ -64,6 +64,10 @@ NIGHT = 12 * 3600
 #: How many times as long as contrast distillation others take, as in the demo.
 COSTS = {"sso": 2.7, "pbaa": 1.4}
 
+#: Methods whose pairs are answers under both principles, and those that only a judge ranks.
+BOTH_PRINCIPLES = ("sso", "pbaa")
+RANKS_ALONE = ("best-of-n",)
+
 #: Methods that learn from every token of an answer, whether it ends or not.
 DISTILS = ("contrast", "distil")
 
@@ -470,7 +474,7 @@ def _principles(w: Wishes) -> Iterator[Advice]:
 
 def _judging(w: Wishes, method: str) -> Iterator[Advice]:
     kind, given = w.goal.kind, w.goal.given
-    place = "ranking.judge" if method == "best-of-n" else "judge"
+    place = "ranking.judge" if method in RANKS_ALONE else "judge"
     if kind == "reward":
         yield place, {"kind": "reward", "model": given}, "scores each answer"
     elif kind == "judge":
@@ -499,7 +503,7 @@ def _sizes(w: Wishes, method: str) -> Iterator[Advice]:
     elif w.weak and method in DISTILS:
         why += "; answers that are cut off teach as well"
     yield "sampling.max_new_tokens", new, why
-    if w.weak and method in ("sso", "pbaa"):
+    if w.weak and method in BOTH_PRINCIPLES:
         yield "sampling.keep_unfinished", True, "dropping what is cut off would leave few pairs"
     prompt = w.prompts.tokens if w.prompts else 2048 - new
     # the chat template and a principle, under which a generator is trained, take some tokens too

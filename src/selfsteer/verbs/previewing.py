@@ -17,6 +17,7 @@ from selfsteer.recipe.sections import ContrastRanking, resolve_path
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import by_reason, read_dropped
 from selfsteer.run.stage import Stage
+from selfsteer.stages.filter import FilterTriples
 from selfsteer.stages.train import Train, TrainReward
 from selfsteer.view import RunView
 
@@ -181,7 +182,7 @@ def _notes(recipe: Aligning, small: Aligning) -> list[str]:
         found.append(f"The policy's own data come after another training: {trained.name}.")
     if getattr(recipe.queries, "augment", None) is not None:
         found.append("queries.augment is left out: these are given queries.")
-    if getattr(recipe, "filter", None) is not None or recipe.method == "sso-online":
+    if any(isinstance(s, FilterTriples) and s.filter for s in small.plan()):
         found.append("Bounds of the filter that are means over all triples are means over these.")
     return found
 
