@@ -481,10 +481,10 @@ def part_damages(found: dict[str, Any], recipes: Sequence[str]) -> Iterator[None
                     ended = _read(reader, run, Path(scratch))
                     if "Traceback" in ended.said:
                         losses.append(f"{case}: {ended.said[-500:]}")
+                    elif (ended.code, ended.said) == (whole[reader].code, whole[reader].said):
+                        counts["the same answer"] += 1
                     elif ended.code:
                         counts[f"exit code {ended.code}"] += 1
-                    elif ended.said == whole[reader].said:
-                        counts["the same answer"] += 1
                     elif not path.exists() or path.name == "ledger.jsonl":
                         counts["unfinished"] += 1
                     else:
@@ -555,7 +555,7 @@ def page(results: Mapping[str, Any]) -> str:
             f"of these ways: {', '.join(DAMAGES)}. Then {', '.join(f'`{r[0]}`' for r in READERS)} "
             "read the run.",
             "",
-            "| method | damages | file named, exit code 3 | recipe refused, exit code 2 | "
+            "| method | damages | exit code 3 | exit code 2 | "
             "the undamaged run's answer | shown as unfinished | wrong answers, tracebacks |",
             "|---|---|---|---|---|---|---|",
         ]
