@@ -503,8 +503,12 @@ def _read(reader: Sequence[str], run: Path, scratch: Path) -> Ended:
 # -- hostile inputs --------------------------------------------------------------------------------
 
 
-def part_fuzz(found: dict[str, Any], kinds: Sequence[str], cases: int) -> None:
-    """Tries so many further cases of each kind (``tests/reliability/fuzz.py``)."""
+def part_fuzz(found: dict[str, Any], kinds: Sequence[str], cases: int) -> Iterator[None]:
+    """Tries so many further cases of each kind (``tests/reliability/fuzz.py``).
+
+    Yields:
+        After each kind.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.reliability.fuzz import KINDS, fuzz
 
@@ -516,6 +520,7 @@ def part_fuzz(found: dict[str, Any], kinds: Sequence[str], cases: int) -> None:
         known["slowest_s"] = round(max(known["slowest_s"], tally.slowest_s), 2)
         known["lost"] += tally.found
         print(f"{kind}: {tally.cases:,} cases in {tally.seconds:.0f} s", flush=True)
+        yield
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -610,12 +615,12 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     )
     results["when"] = time.strftime("%Y-%m-%d")
-    part = (
-        part_kills(found, given.recipes, given.points, given.per_run)
-        if given.part == "kills"
-        else part_damages(found, given.recipes)
-    )
-    for _ in part:
+    parts = {
+        "kills": lambda: part_kills(found, given.recipes, given.points, given.per_run),
+        "damages": lambda: part_damages(found, given.recipes),
+        "fuzz": lambda: part_fuzz(found, given.kinds, given.cases),
+    }
+    for _ in parts[given.part]():
         write_atomic(stored, json.dumps(results, indent=1) + "\n")
         write_atomic(stored.with_suffix(".md"), page(results))
     lost = [x for of in found.values() for x in (*of["lost"], *of.get("failed", ()))]

@@ -106,6 +106,9 @@ def test_a_training_whose_log_was_removed_is_shown_without_a_curve(tmp_path: Pat
     write_jsonl(path, *logs[0])
     with pytest.raises(ArtifactError, match="iteration-2/policy logged other lines"):
         _ = RunView.open(run).curves
+    path.write_text("null")
+    with pytest.raises(ArtifactError, match="iteration-1/policy logged other lines"):
+        _ = RunView.open(run).curves
     write_jsonl(path, {**logs[0][0], "loss": 0.25}, *logs[1])
     with pytest.raises(ArtifactError, match="iteration-1/policy logged other lines"):
         _ = RunView.open(run).curves

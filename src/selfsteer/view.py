@@ -529,7 +529,8 @@ class RunView:
             return {}
         found = path.stat()
         out, digests = _metrics(path, found.st_size, found.st_mtime_ns)
-        begun = False  # a log that was removed begins with a later training: those before have none
+        # a log that was removed begins with a later training: those before have none
+        begun = not out
         for stage in sorted(self.stages, key=lambda s: s.time):
             begun = begun or stage.name in digests
             mine = digests.get(stage.name, digest([]))
