@@ -71,7 +71,7 @@ def test_the_benchmark_adds_cases_up() -> None:
     spec.loader.exec_module(benchmark)
     found: dict[str, Any] = {}
     for cases in (3, 2):
-        benchmark.part_fuzz(found, ["answers"], cases)
+        assert len(list(benchmark.part_fuzz(found, ["answers"], cases))) == 1
     assert found["answers"]["cases"] == found["answers"]["accepted"] == 5
     page = benchmark.page({"where": "here", "when": "now", "fuzz": found})
     assert "## Hostile inputs: 5 cases" in page
