@@ -45,7 +45,7 @@ class Usage:
 
     Args:
         path: file that keeps the counts; None keeps them in memory.
-        price: per million tokens; None where nothing is said of it.
+        price: per million tokens; None if it is not known.
     """
 
     def __init__(self, path: Path | None = None, price: Price | None = None) -> None:

@@ -443,6 +443,7 @@ class Paired(Aligning):
         plain: float = 0.0,
     ) -> Artifact:
         """Preferences of the good response over the bad or plain one, and their quality."""
+        samples = self.confirmed(plan, samples, policy)
         catalogue = self.principles.catalogue if isinstance(self, Principled) else None
         pairs = plan(
             WritePairs(
@@ -458,6 +459,10 @@ class Paired(Aligning):
         plan(MeasureQuality(pairs, policy, self.judge, principled, triples))
         plan.pairs = pairs
         return pairs
+
+    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact) -> Artifact:
+        """What of the samples is made into pairs: all of them, unless hygiene asks for more."""
+        return samples
 
     @override
     def after_rounds(self, plan: Plan) -> None:
@@ -596,29 +601,9 @@ class PrincipledPairs(Principled, Paired):
     bad_on_purpose: ClassVar[bool] = True
 
     @override
-    def pairs(
-        self,
-        plan: Plan,
-        samples: Artifact,
-        policy: Artifact,
-        *,
-        principled: Artifact | None = None,
-        triples: Artifact | None = None,
-        cleaned: bool = False,
-        plain: float = 0.0,
-    ) -> Artifact:
-        """As `Paired.pairs`, of what the principles confirm where hygiene asks for that."""
-        if (least := self.hygiene.min_contrast) is not None:
-            samples = plan(KeepContrasting(samples, policy, least))
-        return super().pairs(
-            plan,
-            samples,
-            policy,
-            principled=principled,
-            triples=triples,
-            cleaned=cleaned,
-            plain=plain,
-        )
+    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact) -> Artifact:
+        least = self.hygiene.min_contrast
+        return samples if least is None else plan(KeepContrasting(samples, policy, least))
 
     @override
     def faults(self) -> Iterator[str]:

@@ -298,7 +298,7 @@ class Pages:
         self._drawn = tempfile.TemporaryDirectory(prefix="selfsteer-view-")
 
     def close(self) -> None:
-        """Ends what is being made, and removes what was made for nobody else."""
+        """Ends the running jobs and removes the temporary pages."""
         self.jobs.close()
         self._drawn.cleanup()
 

@@ -13,7 +13,7 @@ from selfsteer.errors import ArtifactError
 #: Bytes and SHA-256 by path in the run folder.
 Sums = Mapping[str, Sequence[int | str]]
 
-#: Larger files are compared by their bytes alone where nobody reads them yet.
+#: Larger files are compared by size alone until something reads them.
 SMALL_BYTES = 64 << 20
 
 #: Stands for the weights that a stage removed on purpose, in the same folder.

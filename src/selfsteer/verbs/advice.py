@@ -25,9 +25,12 @@ from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
 from selfsteer.data.files import HubName
 from selfsteer.data.queries import load_queries
 from selfsteer.errors import ConfigError, DataError, short
+from selfsteer.methods import Recipe
+from selfsteer.methods.base import PrincipledPairs
+from selfsteer.methods.contrast import Distilled
 from selfsteer.principles.catalogue import CATALOGUES, load_catalogue
-from selfsteer.recipe.read import validate
-from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, Queries, resolve_path
+from selfsteer.recipe.read import method_of, validate
+from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, JudgedRanking, Queries, resolve_path
 from selfsteer.run.folder import by_reason
 from selfsteer.verbs.common import amount
 
@@ -63,16 +66,6 @@ NIGHT = 12 * 3600
 
 #: How many times as long as contrast distillation others take, as in the demo.
 COSTS = {"sso": 2.7, "pbaa": 1.4}
-
-#: Methods whose pairs are answers under both principles, and those that only a judge ranks.
-BOTH_PRINCIPLES = ("sso", "pbaa")
-RANKS_ALONE = ("best-of-n",)
-
-#: Methods that learn from every token of an answer, whether it ends or not.
-DISTILS = ("contrast", "distil")
-
-#: Methods that make no pairs.
-PAIRLESS = (*DISTILS, "irft", "reward")
 
 
 # -- what there is ---------------------------------------------------------------------------------
@@ -396,23 +389,24 @@ class Wishes:
             return "spin", "prompts with good answers need no principles; irft does it in one pass"
         if self.goal.kind == "style":
             return "sso", (
-                "a model of 135M parameters kept 0.92 of a house style's rules after SSO, 0.73 "
-                "after contrast and 0.55 after PBAA (one seed); contrast takes about half the "
-                "time of sso"
+                "a model of 135M parameters kept 0.91 of a house style's rules after SSO, 0.64 "
+                "after PBAA (two seeds) and 0.73 after contrast (one seed); contrast takes about "
+                "half the time of sso"
             )
         if not self.pairs:
             return "contrast", (
-                "prompts and the weights at hand: above SSO on the tiny world at a third of its "
-                "compute, one answer per query; sso or pbaa if you want pairs to keep"
+                "prompts and the weights at hand: one answer per query and a third of SSO's "
+                "compute; above SSO on the tiny world, below it on a harder one; sso or pbaa if "
+                "you want pairs to keep"
             )
         if self.weak:
             return (
                 "pbaa",
-                "pairs at a third of the compute of sso, whose lead at equal compute is undecided",
+                "pairs at a third of the compute of sso, which is far above it on a harder world",
             )
         return (
             "sso",
-            "the most on-policy pairs, slightly above PBAA's; pbaa takes a third of the compute",
+            "above PBAA, by far on a harder world and a real model; pbaa: a third of the compute",
         )
 
 
@@ -420,16 +414,16 @@ class Wishes:
 Advice = tuple[str, Any, str]
 
 
-def advise(w: Wishes, method: str) -> Iterator[Advice]:
+def advise(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     """Settings for a method, each with its reason; settings that a method lacks are among them."""
-    yield from _data(w, method)
+    yield from _data(w, kind)
     yield from _principles(w)
-    yield from _judging(w, method)
-    yield from _sizes(w, method)
-    yield from _training(w, method)
+    yield from _judging(w, kind)
+    yield from _sizes(w, kind)
+    yield from _training(w, kind)
 
 
-def _data(w: Wishes, method: str) -> Iterator[Advice]:
+def _data(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     found = w.prompts
     if w.model:
         yield "policy.model", w.model.source, str(w.model)
@@ -444,8 +438,8 @@ def _data(w: Wishes, method: str) -> Iterator[Advice]:
         near = f"{found.near:,} of {found.count:,} prompts are this similar to an earlier one"
     yield "queries.near_duplicates", NEAR, f"drops later ones; {near}"
     if w.hardware and w.weak and w.model and w.model.parameters:
-        each = CPU_RATE * w.model.parameters * _new_tokens(w, method) / w.hardware.cores
-        each *= COSTS.get(method, 1.0)
+        each = CPU_RATE * w.model.parameters * _new_tokens(w, kind) / w.hardware.cores
+        each *= COSTS.get(method_of(kind), 1.0)
         most = max(round(NIGHT / each, -2), 100)
         if found.count > most:
             why = f"about a night on {w.hardware}, roughly; selfsteer check measures it"
@@ -472,38 +466,39 @@ def _principles(w: Wishes) -> Iterator[Advice]:
         yield "principles.features_per_query", min(2, features), "as SSO v2"
 
 
-def _judging(w: Wishes, method: str) -> Iterator[Advice]:
-    kind, given = w.goal.kind, w.goal.given
-    place = "ranking.judge" if method in RANKS_ALONE else "judge"
-    if kind == "reward":
+def _judging(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
+    goal, given = w.goal.kind, w.goal.given
+    ranking = kind.model_fields.get("ranking")
+    place = "ranking.judge" if ranking and ranking.annotation is JudgedRanking else "judge"
+    if goal == "reward":
         yield place, {"kind": "reward", "model": given}, "scores each answer"
-    elif kind == "judge":
+    elif goal == "judge":
         yield place, given, "let another judge measure the outcome: this one's taste is learnt"
-    elif kind in ("style", "constitution"):
+    elif goal in ("style", "constitution"):
         catalogue = load_catalogue(given)
         if (ruled := len(catalogue.rules)) > 0:
             many = f"{ruled} of its {len(catalogue.features)} features have rules that"
             yield place, f"checks:{given}", f"{many} a program checks; no model has to judge"
 
 
-def _new_tokens(w: Wishes, method: str) -> int:
+def _new_tokens(w: Wishes, kind: type[Recipe]) -> int:
     """Tokens of an answer that the hardware and the model's context leave room for."""
-    tokens = 2048 if not w.weak else 128 if method in DISTILS else 256
+    tokens = 2048 if not w.weak else 128 if issubclass(kind, Distilled) else 256
     context = w.model.context if w.model else None
     prompt = w.prompts.tokens if w.prompts else 256
     # principles take about 100 tokens
     return tokens if context is None else max(min(tokens, context - prompt - 100), 16)
 
 
-def _sizes(w: Wishes, method: str) -> Iterator[Advice]:
-    new = _new_tokens(w, method)
+def _sizes(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
+    new = _new_tokens(w, kind)
     why = "no GPU: longer answers take hours" if w.weak else "as SSO v2"
     if w.model and w.model.context and new < (128 if w.weak else 2048):
         why = f"the model's context has {w.model.context:,} tokens, principle and prompt included"
-    elif w.weak and method in DISTILS:
+    elif w.weak and issubclass(kind, Distilled):
         why += "; answers that are cut off teach as well"
     yield "sampling.max_new_tokens", new, why
-    if w.weak and method in BOTH_PRINCIPLES:
+    if w.weak and issubclass(kind, PrincipledPairs):
         yield "sampling.keep_unfinished", True, "dropping what is cut off would leave few pairs"
     prompt = w.prompts.tokens if w.prompts else 2048 - new
     # the chat template and a principle, under which a generator is trained, take some tokens too
@@ -515,16 +510,16 @@ def _sizes(w: Wishes, method: str) -> Iterator[Advice]:
         yield f"{section}.max_length", min(longest, 2048), why
 
 
-def _training(w: Wishes, method: str) -> Iterator[Advice]:
+def _training(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     sections = ("generator", "training")
-    distils = method in DISTILS
+    distils = issubclass(kind, Distilled)
     adapters = yield from _memory(w)
     if adapters:
         rate, why = 5e-5, "adapters need ten to a hundred times the rate of full weights; search it"
     elif w.small:
         rate = 2e-5 if distils else 1e-5
         why = (
-            "the best one at 135M parameters"
+            "as measured at 135M parameters (benchmarks/real)"
             if distils
             else "as recipe smollm2, of 135M parameters"
         )

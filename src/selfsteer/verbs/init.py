@@ -207,7 +207,7 @@ def written(
         ConfigError: no such recipe, one that has no setting for what was asked for, or settings
             that cannot be honoured together.
     """
-    from selfsteer.methods import METHODS, recipe_of
+    from selfsteer.methods import METHODS, Paired, recipe_of
     from selfsteer.recipe.read import (
         choose,
         commented_yaml,
@@ -216,13 +216,13 @@ def written(
         method_of,
         recipe_text,
     )
-    from selfsteer.verbs.advice import PAIRLESS, advise
+    from selfsteer.verbs.advice import advise
 
     name, why = (recipe, f"as in recipe {recipe}") if recipe else w.recipe
     values = load_values(name)
     kind = choose(METHODS, values, f"recipe {name}")
     comments = descriptions(kind)
-    known, given = set(comments), list(advise(w, method_of(kind)))
+    known, given = set(comments), list(advise(w, kind))
     given.append(("method", method_of(kind), why))
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stem):
         given.append(("name", stem, comments["name"]))
@@ -237,7 +237,7 @@ def written(
     if w.goal.kind in ("judge", "reward"):
         options |= dict.fromkeys(("judge", "ranking.judge"), f"--goal {w.goal.kind}")
     idle = [options[key] for key, *_ in given if key in options and key not in known]
-    if w.pairs and method_of(kind) in PAIRLESS:
+    if w.pairs and not issubclass(kind, Paired):
         idle.append("--pairs")
     if idle:
         raise ConfigError(

@@ -340,7 +340,7 @@ def _stage(
 
 
 def _price(stage: Stage) -> Price | None:
-    """What the server takes that answers in this stage; None where nothing is said of it."""
+    """The price of the server that answers in this stage; None if it is not set."""
     if isinstance(stage, WritePrinciples):
         return (stage.settings.writer or stage.engine).price
     sampling: Sampling | None = getattr(stage, "sampling", None)
