@@ -71,6 +71,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Signals to stop are taken as by the command line, and forgotten after the test."""
     taken = (*stopping.SIGNALS, signal.SIGALRM)
     before = {n: signal.getsignal(n) for n in taken}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     for name, value in {"_asked": None, "_at_once": False, "way_on": None, "keeps": True}.items():
         monkeypatch.setattr(stopping, name, value)
     stopping.listen()
