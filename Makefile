@@ -53,7 +53,7 @@ bench: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/commands.py > docs/commands.md
 	$(BIN)/mkdocs build
-	@echo "site/index.html is the documentation"
+	@echo "the documentation is in site/; $(BIN)/python -m http.server --directory site shows it, search included"
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
