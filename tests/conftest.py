@@ -22,7 +22,10 @@ from transformers.utils import logging as transformers_logging
 from selfsteer import stopping
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.recipe.sections import Policy, resolve_path
+from tests.browsing import browser
 from tests.make import FAMILIES, make_checkpoint
+
+__all__ = ["browser"]  # one for all: playwright starts once in a process
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

@@ -4,6 +4,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from selfsteer import cli
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import load_values, merge, recipe_names, validate
 from selfsteer.recipe.sections import TrainConfig
+from tests.browsing import Browser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -89,12 +93,39 @@ def test_the_page_of_commands_is_what_the_program_says() -> None:
     assert ended.stdout == (ROOT / "docs/commands.md").read_text(), "run make docs"
 
 
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    """No dead link or anchor, and every page is in the navigation."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built documentation; strict: no dead link or anchor, every page in the navigation."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    home = (tmp_path / "index.html").read_text()
+    return folder
+
+
+def test_the_site_has_the_pages_of_the_repository(site: Path) -> None:
+    home = (site / "index.html").read_text()
     assert "make demo" in home
     assert not re.search(r'(src|href)="https?://(?!arxiv|squidfunk)', home), "no foreign request"
-    assert "steering_loss" in (tmp_path / "api/index.html").read_text()
+    assert (site / "figures/method.svg").exists()
+    assert "steering_loss" in (site / "api/index.html").read_text()
+
+
+def test_the_site_can_be_searched_without_a_network(site: Path, browser: Browser) -> None:
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}/"
+        with browser.visit(here) as visit:
+            visit.page.locator(".md-search__input").fill("unparseable")
+            visit.page.locator(".md-search-result__item").first.wait_for()
+            assert any(t.startswith("Judges") for t in visit.texts(".md-search-result__item h1"))
+            assert all(url.startswith(here) for url in visit.requests)
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Files, without a line on stderr for each."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""

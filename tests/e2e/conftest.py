@@ -4,10 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browsing import browser
 from tests.e2e.support import TINY, Here, spawn
-
-__all__ = ["browser"]  # one for all: playwright starts once in a process
 
 
 @pytest.fixture
