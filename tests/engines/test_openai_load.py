@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfsteer.data.records import Message
+from selfsteer.engines import pace
 from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.openai import OpenAIEngine
@@ -31,11 +32,12 @@ OUTAGE = range(40, 80)
 class RoughServer:
     """One event loop for all connections: hundreds of threads would be the bottleneck.
 
-    No request is answered before so many are under way at once.
+    No request is answered before a crowd of so many is under way at once. With a room for so many
+    nothing else befalls requests than that those above it are refused.
     """
 
-    def __init__(self, crowd: int) -> None:
-        self.crowd, self.complete = crowd, asyncio.Event()
+    def __init__(self, crowd: int, room: int | None) -> None:
+        self.crowd, self.complete, self.room = crowd, asyncio.Event(), room
         self.tries, self.answered = Counter[str](), Counter[str]()
         self.under_way = self.most_under_way = 0
         self.url = ""
@@ -61,6 +63,8 @@ class RoughServer:
         kind = KINDS[int(query.split()[1]) % len(KINDS)] if self.tries[query] == 1 else "nothing"
         if self.tries.total() in OUTAGE:
             kind = "503"
+        if self.room is not None:
+            kind = "429" if self.under_way > self.room else "slow"
         try:
             if self.under_way >= self.crowd:
                 self.complete.set()
@@ -97,8 +101,8 @@ class RoughServer:
 
 
 @contextmanager
-def rough(crowd: int = 0) -> Iterator[RoughServer]:
-    found, loop, ready = RoughServer(crowd), asyncio.new_event_loop(), threading.Event()
+def rough(crowd: int = 0, room: int | None = None) -> Iterator[RoughServer]:
+    found, loop, ready = RoughServer(crowd, room), asyncio.new_event_loop(), threading.Event()
 
     async def serve() -> None:
         server = await asyncio.start_server(found.handle, "127.0.0.1", 0, backlog=1024)
@@ -151,8 +155,9 @@ def asking(url: str, concurrency: int) -> Iterator[OpenAIEngine]:
     ("concurrency", "count"), [(32, 96), pytest.param(512, 2048, marks=pytest.mark.slow)]
 )
 def test_rough_weather_loses_nothing_and_asks_nothing_twice(
-    concurrency: int, count: int, tmp_path: Path
+    concurrency: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pace, "FIRST", concurrency)  # all at once, from the start
     requests = [Request(f"q{i}", (Message("user", f"Query {i}"),), i) for i in range(count)]
     expected = {f"q{i}": f"Answer to Query {i}." for i in range(count)}
     with rough(concurrency) as server, asking(server.url, concurrency) as engine:
@@ -180,3 +185,17 @@ def test_rough_weather_loses_nothing_and_asks_nothing_twice(
             found = answers(engine, requests, GREEDY, store=store)
     assert {i: c.text for i, c in found.items()} == expected
     assert not {f"Query {i[1:]}" for i in kept} & server.tries.keys(), "what was there is not asked"
+
+
+def test_a_server_with_little_room_gets_few_requests_at_a_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    requests = [Request(f"q{i}", (Message("user", f"Query {i}"),), i) for i in range(600)]
+    with rough(room=10) as server, asking(server.url, 256) as engine:
+        found = answers(engine, requests, GREEDY)
+        assert {i: c.text for i, c in found.items()} == {
+            r.id: f"Answer to {r.messages[0].content}." for r in requests
+        }
+        assert server.most_under_way < 64
+        assert engine.usage.counts["retried"] < len(requests) / 2
+    assert re.search(r"gets \d+ requests at a time; ", capsys.readouterr().err)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
@@ -40,6 +40,7 @@ from selfsteer.engines.base import (
     SamplingParams,
 )
 from selfsteer.engines.launch import LaunchedServer
+from selfsteer.engines.pace import BUSY, Pace
 from selfsteer.engines.usage import Usage
 from selfsteer.errors import ConfigError, EngineError, clip
 from selfsteer.models.chat import ChatFormat
@@ -245,6 +246,8 @@ class OpenAIEngine(ProbedEngine):
         self.who = f"The server at {base_url}"
         self._failed_in_a_row, self._not_before = 0, 0.0
         self._budget = BUDGET
+        self._pace, self._free = Pace(settings.concurrency), asyncio.Condition()
+        self._under_way, self._told = 0, ""
         # in a thread of its own, so that requests go on while answers are used, also in notebooks
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -352,6 +355,15 @@ class OpenAIEngine(ProbedEngine):
             raise e.exceptions[0] from None
         finally:
             self.usage.save(now=True)
+            self._tell_pace()
+
+    def _tell_pace(self) -> None:
+        """Says how many requests at a time the server gets, where that was found out anew."""
+        pace = self._pace
+        told = f"{pace.limit} requests at a time; {pace.why}"
+        if pace.why and told != self._told:
+            self._told = told
+            say(f"  {self.base_url} gets {told}")
 
     async def _ask(self, request: Request, sampling: SamplingParams) -> Completion:
         """One answer, whatever it takes within the retries."""
@@ -403,13 +415,38 @@ class OpenAIEngine(ProbedEngine):
         return Completion(name, *reply)
 
     async def _try(self, body: dict[str, Any], most_tokens: int) -> Reply:
-        """One request.
+        """One request, once it is its turn.
 
         Args:
             body: what to send.
             most_tokens: prompt and answer at most; held back from the budget until it is known.
         """
-        await self._admitted(most_tokens)
+        async with self._turn():
+            await self._admitted(most_tokens)
+            sent, began = self._pace.sent(self._under_way), time.monotonic()
+            try:
+                reply = await self._send(body, most_tokens)
+            except Fault as fault:
+                if fault.reason in BUSY:
+                    self._pace.refused(sent)
+                raise
+            self._pace.answered(sent, time.monotonic() - began)
+            return reply
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A block that as many are in as the pace allows."""
+        async with self._free:
+            await self._free.wait_for(lambda: self._under_way < self._pace.limit)
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            async with self._free:
+                self._under_way -= 1
+                self._free.notify(max(0, self._pace.limit - self._under_way))
+
+    async def _send(self, body: dict[str, Any], most_tokens: int) -> Reply:
         usage = self.usage
         usage.counts["requests"] += 1
         usage.under_way += most_tokens

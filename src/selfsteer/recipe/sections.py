@@ -327,7 +327,13 @@ class EngineSettings(Section):
         "OPENAI_API_KEY", "environment variable with the key; if unset, no key is sent",
         kind="openai", costs_only=True,
     )  # fmt: skip
-    concurrency: int = _f(32, "requests under way at once", kind="openai", costs_only=True, gt=0)
+    concurrency: int = _f(
+        256,
+        "requests under way at most; few at first, more while the server answers faster with more",
+        kind="openai",
+        costs_only=True,
+        gt=0,
+    )
     retries: int = _f(6, "retries of a failed request", kind="openai", costs_only=True, ge=0)
     backoff: float = _f(
         0.5,
