@@ -88,6 +88,16 @@ class Difference:
 
 
 @checked(frozen=True)
+class Example:
+    """The held-out query that gained most: answers and scores of ``base`` and the last policy."""
+
+    id: str
+    query: str
+    answers: dict[str, str]
+    scores: dict[str, float]
+
+
+@checked(frozen=True)
 class Evaluation:
     """``evaluation.json``: ``models`` is by label, ``finals`` names each method's last label."""
 
@@ -97,6 +107,7 @@ class Evaluation:
     finals: dict[str, str]
     models: dict[str, Answers]
     differences: tuple[Difference, ...] = ()
+    example: Example | None = None
 
 
 @checked(frozen=True)

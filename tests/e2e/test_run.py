@@ -76,7 +76,20 @@ def test_the_same_command_again_has_nothing_to_do(smoke: Path, here: Here) -> No
     ended = here("run", "smoke", f"runs_dir={smoke.parent}", "name=done", "seed=7", *TINY)
     assert ended.code == 0
     assert "nothing to do" in ended.err
+    assert "to watch:" not in ended.err
     assert artefacts(smoke) == before
+
+
+def test_a_run_says_what_is_about_to_happen_and_shows_what_became_of_an_answer(
+    tmp_path: Path, here: Here
+) -> None:
+    more = (f"runs_dir={tmp_path}", "seed=7", *TINY)
+    assert here("run", "smoke", "--until", "queries", *more).code == 0
+    ended = here("run", "smoke", *more)
+    first, second, *_ = ended.err.splitlines()
+    assert first.startswith("sso, with pbaa beside it: 14 stages, 1 of them done, in ")
+    assert second.startswith(f"to watch: selfsteer view {tmp_path}")
+    assert "Before and after" in ended.out
 
 
 def test_a_run_folder_can_be_given_instead_of_its_recipe(smoke: Path, here: Here) -> None:

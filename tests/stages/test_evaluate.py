@@ -79,3 +79,34 @@ def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(tmp_path: Pa
     made = replace(stage(RunFolder(tmp_path / "run")), models={}, judge=judge)
     with pytest.raises(ConfigError, match="none"):
         list(made.check())
+
+
+@pytest.mark.parametrize(
+    ("after", "shown"),
+    [(("A", "A b.", "A."), "Where is it then?"), (("A b c d.",) * 3, None)],
+)
+def test_the_query_that_gained_most_is_shown(
+    after: tuple[str, ...], shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 3 words score 1: the second and third gain, and the second's answers are shorter."""
+    before = ("A b.", "A b c d.", "A b c d e f.")
+    pairs = zip(before, after, strict=True)
+    said = {q: iter(texts) for q, texts in zip(PROMPTS[2:], pairs, strict=True)}
+    answer_with(monkeypatch, FakeEngine(lambda r: next(said[r.messages[0].content])))
+    run = RunFolder(tmp_path / "run")
+    rules = [{"words": {"max": 3}}]
+    held_out = write_jsonl(
+        tmp_path / "held-out.jsonl", *({"prompt": p, "checks": rules} for p in PROMPTS[2:])
+    )
+    run.execute(
+        replace(
+            stage(run, "sso/iteration-1"),
+            settings=Evaluation(queries=Queries(path=str(held_out))),
+            judge=JudgeConfig(kind="checks"),
+        )
+    )
+    example = json.loads((run / "evaluation.json").read_text()).get("example")
+    assert (example and example["query"]) == shown
+    if example:
+        assert example["answers"] == {"base": "A b c d.", "sso/iteration-1": "A b."}
+        assert example["scores"] == {"base": 0.0, "sso/iteration-1": 1.0}

@@ -86,6 +86,7 @@ def write_report(folder: Path, out: Path | None = None) -> Written:
         scripts=("dom.js", "browser.js") if browser else (),
         browser=browser is not None,
         exhibit=run.exhibit,
+        example=run.evaluation.example if run.evaluation else None,
         samples=_samples(run),
         recipe=recipe,
         **(browser or {}),

@@ -13,7 +13,7 @@ from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report import tables
 from selfsteer.terminal import interval, out
-from selfsteer.view import Exhibit, RunView
+from selfsteer.view import Example, Exhibit, RunView
 
 
 def print_result(run: RunView) -> None:
@@ -43,8 +43,19 @@ def print_result(run: RunView) -> None:
         out.print(f"preferring the longer response would score {said}", markup=False)
     if run.benchmarks:
         out.print(f"\n{markdown(run.benchmarks)}", markup=False, end="")
+    if run.evaluation and run.evaluation.example:
+        _print_example(run.evaluation.example)
     if run.exhibit:
         _print_exhibit(run.exhibit)
+
+
+def _print_example(shown: Example) -> None:
+    title = f"\nBefore and after, where the score rose most: {escape(shown.query)}"
+    table = Table(title=title, title_justify="left")
+    for label, score in shown.scores.items():
+        table.add_column(f"{escape(label.partition('/')[0])}, score {score:.3g}", ratio=1)
+    table.add_row(*map(escape, shown.answers.values()))
+    out.print(table)
 
 
 def _print_exhibit(shown: Exhibit) -> None:

@@ -105,6 +105,7 @@ def execute(
     *,
     until: str | None = None,
     redo: bool = False,
+    heading: str = "",
     way_on: str | None = None,
 ) -> int:
     """Runs what of a recipe is not done yet; returns how many stages it ran.
@@ -117,6 +118,7 @@ def execute(
         until: stop after this stage.
         redo: replace work that was made with other settings, or is damaged (it moves to
             ``superseded/``).
+        heading: what runs, said at the start where something does.
         way_on: the command that resumes it, for a person who stops it; None: the same one.
 
     Raises:
@@ -159,6 +161,10 @@ def execute(
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
             stopping.way_on = way_on
+            if todo and heading:
+                done = f", {n} of them done" if (n := len(stages) - len(todo)) else ""
+                say(f"{heading}: {len(stages)} stages{done}, in {run.path}")
+                say(f"to watch: selfsteer view {run.path}; Ctrl-C stops, the same command resumes")
             for i, stage in enumerate(todo, 1):
                 say(f"[{i}/{len(todo)}] {stage.name}", "bold")
                 reporter.stage(stage.name)

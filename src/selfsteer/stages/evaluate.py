@@ -114,7 +114,9 @@ class Evaluate(Stage):
             text = json.dumps(report, indent=1, allow_nan=False) + "\n"
             write_atomic(run / "evaluation.json", text)
         if queries and self.exhibit:
-            shown = self._show(queries[0], self.exhibit, run)
+            example = report.get("example", {"id": queries[0].id})
+            query = next(q for q in queries if q.id == example["id"])
+            shown = self._show(query, self.exhibit, run)
             text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
             write_atomic(run / "evaluation" / "exhibit.json", text)
         dropped = run.drop(self.name, [*found.left_out, *missed])
@@ -205,7 +207,36 @@ class Evaluate(Stage):
         }
         if scores:
             report["differences"] = list(self._differences(scores))
+            if example := self._clearest(queries, said, scores):
+                report["example"] = example
         return report
+
+    def _clearest(
+        self,
+        queries: Sequence[Query],
+        said: Mapping[str, list[Completion]],
+        scores: Mapping[str, list[float | None]],
+    ) -> dict[str, Any] | None:
+        """The query whose score rose most from the base to the method's last policy.
+
+        Of several, the one with the shortest answers; None if no score rose.
+        """
+        last = next(iter(self.finals.values()))
+        found = []
+        for i, (before, after) in enumerate(zip(scores["base"], scores[last], strict=True)):
+            if before is not None and after is not None and after > before:
+                length = len(said["base"][i].text) + len(said[last][i].text)
+                found.append((before - after, length, i))
+        if not found:
+            return None
+        _, _, i = min(found)
+        query = queries[i]
+        return {
+            "id": query.id,
+            "query": query.text,
+            "answers": {label: said[label][i].text for label in ("base", last)},
+            "scores": {label: scores[label][i] for label in ("base", last)},
+        }
 
     def _differences(self, scores: Mapping[str, list[float | None]]) -> Iterator[dict[str, Any]]:
         """The method's last policy less each baseline's."""

@@ -76,8 +76,16 @@ def run(
         return
     stop_in_time(until_time)
     on_ranks(nproc, profile)
+    beside = f", with {' and '.join(others)} beside it" if (others := checked.methods[1:]) else ""
     resume = ["selfsteer", "run", str(checked.folder), *(["--until", until] if until else [])]
-    ran = execute(checked, given, until=until, redo=redo, way_on=shlex.join(resume))
+    ran = execute(
+        checked,
+        given,
+        until=until,
+        redo=redo,
+        heading=f"{checked.methods[0]}{beside}",
+        way_on=shlex.join(resume),
+    )
     if not is_main_process():
         return
     if ran == 0:
