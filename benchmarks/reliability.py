@@ -1,6 +1,7 @@
 """What runs survive: killed anywhere, and with any of their files damaged.
 
 python benchmarks/reliability.py --part kills [--points 200] [--recipes sso contrast rlcd]
+python benchmarks/reliability.py --part kills --recipes ranks ranks-fsdp2 server ray --points 6
 python benchmarks/reliability.py --part damages
 python benchmarks/reliability.py --part fuzz [--cases 1000] [--kinds recipes queries]
 
@@ -11,10 +12,14 @@ a half is written (*torn*), and times drawn at random. A run is killed and resum
 after the other until it is finished, then compared with the undisturbed one: files, records,
 counts and weights must be the same. Runs go on where an earlier command stopped: figures are kept
 in ``results/reliability.json`` and added up.
+
+Runs of several processes (`SEVERAL`) are killed from outside: all processes at once, the command
+alone, or one of the others. Whatever is killed, no process may be left two minutes after the end.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -27,11 +32,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
+
+import psutil
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,6 +92,46 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+#: A server whose answers depend on prompt and seed alone.
+SERVER = Path(__file__).parents[1] / "tests" / "fakes.py"
+
+
+@dataclass(frozen=True)
+class Several:
+    """A run of several processes.
+
+    ``mark`` is in the command line of those that may be killed alone, or a variable of theirs;
+    the command then ends with the exit code ``code``.
+    """
+
+    method: str
+    settings: tuple[str, ...]
+    mark: str
+    code: int
+
+
+SEVERAL = {
+    "ranks": Several("bad-to-plain", ("--nproc=2",), "RANK", 3),
+    "ranks-fsdp2": Several("pbaa", ("--nproc=2", "--profile=fsdp2"), "RANK", 3),
+    "server": Several(
+        "sso",
+        (
+            "principles={mode: generated, max_new_tokens: 96, shard_size: 4}",
+            "sampling.batch_size=null",
+            "sampling.engine={kind: openai, concurrency: 4, backoff: 0.01, "
+            f"launch: '{sys.executable} {SERVER} {{model}} {{port}}'}}",
+        ),
+        str(SERVER),
+        3,
+    ),
+    "ray": Several(
+        "pbaa",
+        ("sampling.engine={kind: ray, replicas: 2, resources: {num_cpus: 0.5}}",),
+        "Replica",
+        0,
+    ),
+}
+
 
 def write_data(folder: Path) -> None:
     """Prompts, conversations, and preferences: faultless answers over faulty ones."""
@@ -109,14 +157,15 @@ def write_data(folder: Path) -> None:
     write_atomic(folder / "given.jsonl", dump_lines({"messages": m} for m in said))
 
 
-def arguments(method: str, data: Path, runs: Path) -> list[str]:
-    """The command line of a method's run."""
-    own = METHODS[method]
+def arguments(recipe: str, data: Path, runs: Path) -> list[str]:
+    """The command line of a run of a method, or of several processes."""
+    several = SEVERAL.get(recipe)
+    method = several.method if several else recipe
+    own = (*METHODS[method], *(several.settings if several else ()))
     common = [s for s in COMMON if method != "reward" or s.startswith(("policy", "seed"))]
-    replaced = {text.partition("=")[0] for text in own}
-    common = [s for s in common if s.partition("=")[0] not in replaced]
-    settings = (text.replace("{data}", str(data)) for text in (*common, *own))
-    return ["run", method, f"runs_dir={runs}", "name=run", *settings]
+    settings = {text.partition("=")[0]: text for text in (*common, *own)}  # the last one counts
+    given = (text.replace("{data}", str(data)) for text in settings.values())
+    return ["run", method, f"runs_dir={runs}", "name=run", *given]
 
 
 # -- killing ---------------------------------------------------------------------------------------
@@ -126,11 +175,15 @@ def arguments(method: str, data: Path, runs: Path) -> list[str]:
 class Kill:
     """Where a run is killed: before the n-th change of its folder, in the n-th write, or by time.
 
-    ``stop`` asks it to stop, by SIGTERM, before the n-th change.
+    ``stop`` asks it to stop, by SIGTERM, before the n-th change. ``logged`` kills it ``after`` so
+    many seconds from the n-th line that it adds to its ledger or its metrics. ``whom`` says which
+    of several processes: ``all``, the ``command``, or ``another``, by a mark of it.
     """
 
     kind: str
     at: float
+    after: float = 0.0
+    whom: str = "command"
 
 
 def load() -> None:
@@ -234,20 +287,27 @@ class Torn:
 
 @dataclass
 class Ended:
-    """A child's end: its exit code, negative for a signal, its words, and what it changed."""
+    """A child's end: its exit code, negative for a signal, its words, and what it changed.
+
+    ``struck`` has all its processes when it was killed from outside.
+    """
 
     code: int
     said: str
     counts: Mapping[str, int]
+    struck: Sequence[psutil.Process] = ()
 
 
-def attempt(args: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
+def attempt(
+    args: Sequence[str], folder: Path, kill: Kill | None = None, *, mark: str = ""
+) -> Ended:
     """Runs a command in a child of this process.
 
     Args:
         args: of the command line.
         folder: where its changes count.
         kill: where it is killed.
+        mark: of its processes that may be killed alone, see `Several`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         log, counts = Path(scratch, "log"), Path(scratch, "counts")
@@ -256,12 +316,60 @@ def attempt(args: Sequence[str], folder: Path, kill: Kill | None = None) -> Ende
         child = os.fork()
         if child == 0:
             _work(args, Counting(folder, kill), log, counts)
-        if kill and kill.kind == "time":
-            time.sleep(kill.at)
-            os.kill(child, signal.SIGKILL)
+        struck = strike(child, kill, folder, mark) if kill and kill.kind in OUTSIDE else []
         _, status = os.waitpid(child, 0)
         told = json.loads(counts.read_text()) if counts.exists() else {}
-        return Ended(os.waitstatus_to_exitcode(status), log.read_text("utf-8", "replace"), told)
+        said = log.read_text("utf-8", "replace")
+        return Ended(os.waitstatus_to_exitcode(status), said, told, struck)
+
+
+#: Kinds of kills that come from outside of the process.
+OUTSIDE = ("time", "logged")
+
+#: Seconds until all processes of a run that was killed must be gone. Ray's agents look for its
+#: server for a minute before they end.
+LEFT_S = 120.0
+
+
+def strike(child: int, kill: Kill, folder: Path, mark: str) -> list[psutil.Process]:
+    """Waits for the time of a kill from outside, and kills.
+
+    Returns:
+        All processes that the run had then; none if it ended before.
+    """
+    began, before = time.monotonic(), logged(folder)
+    due = kill.at if kill.kind == "time" else math.inf
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        now = time.monotonic() - began
+        if due == math.inf and logged(folder) >= before + kill.at:
+            due = now + kill.after
+        if now >= due:
+            command = psutil.Process(child)
+            found = [command, *command.children(recursive=True)]
+            victims = {"all": found, "command": found[:1]}.get(kill.whom)
+            if victims is None:
+                others = [p for p in found[1:] if is_marked(p, mark)]
+                victims = others and [others[int(kill.at) % len(others)]]
+            for victim in victims:
+                with suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            if victims:
+                return found
+        time.sleep(0.005)
+    return []
+
+
+def logged(folder: Path) -> int:
+    """How many lines the ledger and the metrics of the run in this folder have."""
+    logs = (folder / "run" / name for name in ("ledger.jsonl", "metrics.jsonl"))
+    return sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process has a mark in its command line, or a variable of that name."""
+    with suppress(psutil.Error):  # it has just ended
+        return mark in " ".join(process.cmdline()) or mark in process.environ()
+    return False
 
 
 def _work(args: Sequence[str], counting: Counting, log: Path, counts: Path) -> NoReturn:
@@ -270,6 +378,8 @@ def _work(args: Sequence[str], counting: Counting, log: Path, counts: Path) -> N
     try:
         file = open(log, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
         sys.stdout = sys.stderr = file
+        for stream in (1, 2):  # those of its own children
+            os.dup2(file.fileno(), stream)
         from selfsteer import cli
         from selfsteer.data import jsonl
         from selfsteer.engines import answers
@@ -360,6 +470,7 @@ def undisturbed(method: str, folder: Path) -> tuple[dict[str, Any], Ended]:
     ended = attempt(arguments(method, folder / "data", folder / "calm"), folder / "calm")
     if ended.code:
         raise RuntimeError(f"{method} does not run: {ended.said}")
+    ended.counts = {**ended.counts, "logged": logged(folder / "calm")}
     return state(folder / "calm" / "run"), ended
 
 
@@ -369,24 +480,42 @@ def killed(
     """Kills a run at one point after the other, resumes it each time, compares in the end."""
     runs = folder / "rough"
     shutil.rmtree(runs, ignore_errors=True)
-    args = arguments(method, folder / "data", runs)
+    args, several = arguments(method, folder / "data", runs), SEVERAL.get(method)
+    struck: list[psutil.Process] = []
     for kill in [*kills, None]:
-        ended = attempt(args, runs, kill)
+        ended = attempt(args, runs, kill, mark=several.mark if several else "")
+        struck += ended.struck
         stopped = ended.code == 128 + signal.SIGTERM and RESUMED.search(ended.said)
-        if kill and (stopped or ended.code == -signal.SIGKILL):
-            outcome.kills[kill.kind] += 1
+        lost_one = several is not None and bool(ended.struck) and ended.code == several.code
+        if "Traceback" in ended.said:
+            outcome.failed.append(f"{kill}: {ended.said[-2000:]}")
+            return
+        if kill and (stopped or ended.code == -signal.SIGKILL or lost_one):
+            outcome.kills[kill.whom if several else kill.kind] += 1
+            if not ended.code:
+                break
         elif ended.code:
             outcome.failed.append(f"{kill}: {ended.said[-2000:]}")
             return
         else:
             break
     outcome.runs += 1
+    for process in psutil.wait_procs(struck, timeout=LEFT_S)[1]:
+        outcome.lost.append(f"{kills}: left is process {' '.join(process.cmdline()).strip()}")
+        process.kill()
     if differing := differences(state(runs / "run"), calm):
         outcome.lost.append(f"{kills}: {differing}")
 
 
 def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: int) -> list[Kill]:
-    """Points one after the other: mostly a few changes apart, so that a run meets many of them."""
+    """Points one after the other: mostly a few changes apart, so that a run meets many of them.
+
+    Args:
+        rng: draws them.
+        counts: what an undisturbed run has of each kind.
+        seconds: that it took.
+        kills: how many.
+    """
     made = []
     for _ in range(kills):
         kind = rng.choices(("change", "torn", "stop", "time"), (5, 3, 1, 1))[0]
@@ -395,6 +524,24 @@ def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: 
         else:
             most = counts["torn" if kind == "torn" else "change"] * 0.6
             made.append(Kill(kind, 1 + int(rng.random() ** 2 * most)))
+    return made
+
+
+def chain_of_several(
+    rng: random.Random, counts: Mapping[str, int], seconds: float, kills: int
+) -> list[Kill]:
+    """As `chain`, but from outside: all processes, the command or another one.
+
+    Another one comes last, because a run on Ray goes on without it.
+    """
+    made, whoms = [], rng.choices(("all", "command", "another"), k=kills)
+    for whom in sorted(whoms, key="another".__eq__):
+        if rng.random() < 1 / 3:
+            kill = Kill("time", rng.uniform(0.05, seconds), whom=whom)
+        else:
+            at = 1 + int(rng.random() ** 2 * counts["logged"] * 0.6)
+            kill = Kill("logged", at, after=rng.random(), whom=whom)
+        made.append(kill)
     return made
 
 
@@ -419,7 +566,8 @@ def part_kills(
             known |= {"seconds": round(seconds, 1), "changes": dict(ended.counts)}
             while sum(outcome.kills.values()) < before + points and not outcome.failed:
                 rng = random.Random(f"{method} {sum(outcome.kills.values())}")
-                kills = chain(rng, ended.counts, seconds, per_run)
+                draw = chain_of_several if method in SEVERAL else chain
+                kills = draw(rng, ended.counts, seconds, per_run)
                 killed(method, Path(scratch), calm, kills, outcome)
                 known |= {"kills": dict(sorted(outcome.kills.items())), "runs": outcome.runs}
                 yield
@@ -548,9 +696,28 @@ def page(results: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for method, k in kills.items():
+            if method in SEVERAL:
+                continue
             points = [k["kills"].get(kind, 0) for kind in ("change", "torn", "time", "stop")]
             ends = [k["runs"], len(k["lost"]), len(k["failed"])]
             text.append(f"| {method} | {' | '.join(map(str, points + ends))} |")
+    if several := {name: k for name, k in (kills or {}).items() if name in SEVERAL}:
+        text += [
+            "",
+            "Runs of several processes: two ranks with the profiles ddp and fsdp2, a server that "
+            "the run launches, two replicas of Ray. They are killed (SIGKILL) some time after a "
+            "line of the ledger or of the metrics, or at a random time. `another` is a rank, the "
+            "server (or what watches it) or a replica. All processes must be gone two minutes "
+            "after the end of the run.",
+            "",
+            "| run | all processes killed | the command alone | another alone | "
+            "runs compared | other results | failures |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, k in several.items():
+            points = [k["kills"].get(whom, 0) for whom in ("all", "command", "another")]
+            ends = [k["runs"], len(k["lost"]), len(k["failed"])]
+            text.append(f"| {name} | {' | '.join(map(str, points + ends))} |")
     if damages := results.get("damages"):
         text += [
             "",
@@ -598,7 +765,10 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=("kills", "damages", "fuzz"), required=True)
     parser.add_argument(
-        "--recipes", nargs="+", choices=METHODS, default=["sso", "contrast", "rlcd"]
+        "--recipes",
+        nargs="+",
+        choices=[*METHODS, *SEVERAL],
+        default=["sso", "contrast", "rlcd"],
     )
     parser.add_argument("--points", type=int, default=70, help="kills more of each recipe")
     parser.add_argument("--per-run", type=int, default=8, help="kills of one run at most")

@@ -137,6 +137,16 @@ def finished(run: Path) -> dict[str, dict[str, Any]]:
     return {e["stage"]: e for e in ledger(run) if e["event"] == "finish"}
 
 
+#: The command line, but it stops itself where the stage begins that is its first argument.
+PAUSING = Path(__file__).with_name("pausing.py")
+
+
+def wait_until_stopped(running: subprocess.Popen[str]) -> None:
+    """Until it has stopped itself; fails if it ends instead."""
+    _, status = os.waitpid(running.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), running.communicate()
+
+
 @contextmanager
 def process(
     *args: Any, cwd: Path | None = None, program: Path | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.support import (
+    PAUSING,
     TINY,
     Here,
     artefacts,
@@ -17,6 +18,7 @@ from tests.e2e.support import (
     ledger,
     process,
     spawn,
+    wait_until_stopped,
 )
 
 
@@ -203,6 +205,40 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         assert running.poll() is None, "the first run ended before the second was tried"
         assert second.returncode == 3
         assert f"process {running.pid} on" in second.stderr
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path, here: Here) -> None:
+    """In one ``runs_dir``, on the same queries: the first ends while the second is in a stage."""
+    tiny = [s for s in TINY if not s.startswith(("generator", "evaluation"))]
+    only = ("baseline=null", "generator=null", "evaluation=null", "judge=null")
+
+    def arguments(method: str, runs: Path) -> tuple[str, ...]:
+        given = (f"runs_dir={runs}", f"name={method}", f"method={method}")
+        return ("run", "smoke", *given, *only, *tiny)
+
+    def made(run: Path) -> dict[str, bytes]:
+        found = (run / "iteration-1").rglob("*.*")
+        wanted = (p for p in found if p.suffix in (".jsonl", ".safetensors"))
+        return {str(p.relative_to(run)): p.read_bytes() for p in wanted}
+
+    methods, alone, both = ("pbaa", "contrast"), tmp_path / "alone", tmp_path / "both"
+    for method in methods:
+        ended = here(*arguments(method, alone))
+        assert ended.code == 0, ended.err
+    first, second = (arguments(method, both) for method in methods)
+    with (
+        process("iteration-1/samples", *first, program=PAUSING) as one,
+        process("iteration-1/policy", *second, program=PAUSING) as two,
+    ):
+        for running in (one, two):
+            wait_until_stopped(running)
+        for running in (one, two):
+            running.send_signal(signal.SIGCONT)
+            _, said = running.communicate()
+            assert running.returncode == 0, said
+    for method in methods:
+        assert made(both / method) == made(alone / method)
+        assert "iteration-1/policy/model.safetensors" in made(both / method)
 
 
 def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:

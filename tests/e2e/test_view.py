@@ -2,12 +2,10 @@
 
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,16 @@ from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import progress_of
 from selfsteer.view import RunView
 from tests.browsing import PHONE, Browser
-from tests.e2e.support import TINY, Here, accepted, fails, finished, process
+from tests.e2e.support import (
+    PAUSING,
+    TINY,
+    Here,
+    accepted,
+    fails,
+    finished,
+    process,
+    wait_until_stopped,
+)
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>"
 TRIPLES, KEPT = "iteration-1/triples", "iteration-1/filtered.jsonl"
@@ -482,15 +489,6 @@ def test_the_report_holds_the_same_browser_without_a_server(
         assert visit.said == []
     with browser.visit(f"file://{written.html}#recipe") as visit:
         expect(visit.page.locator(ROWS)).to_have_count(16)
-
-
-PAUSING = Path(__file__).with_name("pausing.py")
-
-
-def wait_until_stopped(running: subprocess.Popen[str]) -> None:
-    """Until it has stopped itself; fails if it ends instead."""
-    _, status = os.waitpid(running.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status), running.communicate()
 
 
 def test_a_page_follows_a_run_that_is_killed_and_resumed(browser: Browser, tmp_path: Path) -> None:

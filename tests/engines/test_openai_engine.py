@@ -11,6 +11,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from selfsteer.data.digests import derive_seed
@@ -497,6 +498,18 @@ def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
         again.check()
     again.close()
     assert not (tmp_path / "logs").exists(), "it served well, so nobody needs its log"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others let a child outlive its parent")
+def test_a_server_ends_with_its_keeper_too(tmp_path: Path) -> None:
+    """By kill -9 of the process between the run and the server, or for want of memory."""
+    with launched(tmp_path, SERVE) as server:
+        server.wait(120)
+        keeper = psutil.Process(server._process.pid)
+        found = keeper.children()
+        keeper.kill()
+        assert len(found) == 1
+        assert not psutil.wait_procs(found, timeout=60)[1]
 
 
 def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ def test_every_method_survives_kills(bench: Any, tmp_path: Path, method: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ranks-fsdp2", "server"])
+def test_several_processes_survive_kills(bench: Any, tmp_path: Path, recipe: str) -> None:
+    """All processes of a run, its command alone and another one alone; none is left over."""
+    points = [(5, 0.0, "all"), (1, 0.5, "command"), (1, 0.2, "another")]
+    kills = [bench.Kill("logged", *point) for point in points]
+    outcome = end_alike(bench, recipe, tmp_path, kills)
+    assert outcome.kills == {"all": 1, "command": 1, "another": 1}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["change", "torn"])
 def test_a_run_survives_a_kill_at_every_point(bench: Any, tmp_path: Path, kind: str) -> None:
     """Each point of a run in turn, and the points that follow when it is resumed."""

@@ -4,6 +4,7 @@
 started: when the run goes, even by kill -9, the pipe between them closes and the server goes too.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,8 +18,13 @@ GRACE_S = 10.0
 
 def keep(command: list[str]) -> int:
     """Returns the command's exit code."""
-    # a session of its own: its process id is that of a group with all its children
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        # a session of its own: its process id is that of a group with all its children
+        start_new_session=True,
+        preexec_fn=_end_with_keeper if sys.platform == "linux" else None,
+    )
 
     def end() -> None:
         with suppress(OSError):
@@ -35,6 +41,12 @@ def keep(command: list[str]) -> int:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # children that outlived it
     return code
+
+
+def _end_with_keeper() -> None:
+    """Has Linux end this process when its parent does, as by kill -9 of the keeper alone."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":
