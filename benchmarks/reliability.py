@@ -704,11 +704,10 @@ def page(results: Mapping[str, Any]) -> str:
     if several := {name: k for name, k in (kills or {}).items() if name in SEVERAL}:
         text += [
             "",
-            "Runs of several processes: two ranks with the profiles ddp and fsdp2, a server that "
-            "the run launches, two replicas of Ray. They are killed (SIGKILL) some time after a "
-            "line of the ledger or of the metrics, or at a random time. `another` is a rank, the "
-            "server (or what watches it) or a replica. All processes must be gone two minutes "
-            "after the end of the run.",
+            "Runs of several processes: two ranks (gloo), a server that the run launches, two "
+            "replicas of Ray. They are killed (SIGKILL) some time after a line of the ledger or of "
+            "the metrics, or at a random time. `another` is a rank, the server (or what watches "
+            "it) or a replica. All processes must be gone two minutes after the end of the run.",
             "",
             "| run | all processes killed | the command alone | another alone | "
             "runs compared | other results | failures |",
