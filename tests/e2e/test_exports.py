@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.digests import model_digest
@@ -201,7 +203,7 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
     assert model_digest(str(policy)) == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(
-        ["README.md", *(p.name for p in policy.iterdir())]
+        ["Modelfile", "README.md", *(p.name for p in policy.iterdir())]
     )
     ids = AutoTokenizer.from_pretrained(tmp_path / "model")("The bee", return_tensors="pt")
     with torch.no_grad():
@@ -217,12 +219,65 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
     score = models["sso/iteration-1"]["score"]
     assert f"| this model | {score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}] |" in text
     assert "Trained on: 16 pairs" in text
+    assert "sso - pbaa: " in text
+    assert "\nvllm serve . --served-model-name done\nollama create done -f Modelfile\n" in text
+    sampled = "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\n"
+    made = (tmp_path / "model" / "Modelfile").read_text()
+    assert made.startswith("FROM .\n")
+    assert made.endswith(sampled)
     fails(here("export", smoke, "--model", "--to", tmp_path / "model"), 2, "there already")
     fails(
         here("export", smoke, "--model", "--to", tmp_path / "y", "--iteration", 3),
         3,
         "iteration-3 is not",
     )
+
+
+#: Takes the arguments of llama.cpp's converter; a real GGUF file, but with transformers' names.
+CONVERTER = """
+import sys
+from gguf import GGUFWriter
+from safetensors.torch import load_file
+source, *rest = sys.argv[1:]
+flag, file, *kind = rest
+assert (flag, *kind) == ("--outfile", "--outtype", "f16"), rest
+if "broken" in sys.argv[0]:
+    sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
+writer = GGUFWriter(file, "llama")
+for name, weight in load_file(f"{source}/model.safetensors").items():
+    writer.add_tensor(name, weight.half().numpy())
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+def test_a_policy_becomes_a_gguf_file_by_llama_cpps_converter(
+    smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = ("--model", "--format", "gguf", "--to", tmp_path / "model")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    again = f"selfsteer export {smoke} --model --format gguf --to {tmp_path}/model --llama-cpp"
+    fails(here("export", smoke, *to), 2, "is not on the PATH", "git clone", again)
+    fails(here("export", smoke, *to, "--llama-cpp", tmp_path), 2, f"no {tmp_path}/convert_hf_to")
+    fails(here("export", smoke, "--format", "gguf", "--to", tmp_path / "x"), 2, "add --model")
+    fails(here("export", smoke, "--llama-cpp", "x", "--to", tmp_path / "x"), 2, "belongs to")
+
+    broken = tmp_path / "broken.py"
+    broken.write_text(CONVERTER)
+    ended = here("export", smoke, *to, "--llama-cpp", broken)
+    fails(ended, 3, "exit code 1", "pre-tokenizer was not recognized", "Nothing was exported")
+    assert not (tmp_path / "model").exists()
+
+    broken.rename(tmp_path / "convert_hf_to_gguf.py")
+    ended = here("export", smoke, *to, "--llama-cpp", tmp_path)
+    assert ended.code == 0, ended.err
+    model = tmp_path / "model"
+    assert (model / "Modelfile").read_text().startswith("FROM ./done.gguf\n")
+    held = {t.name: t.n_elements for t in GGUFReader(model / "done.gguf").tensors}
+    weights = load_file(model / "model.safetensors")
+    assert held == {name: weight.numel() for name, weight in weights.items()}
 
 
 def test_commands_of_the_docs_run(

@@ -14,6 +14,7 @@ from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.methods import METHODS, Aligning, Paired, Principled
 from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
+from selfsteer.report.tables import sentence
 from selfsteer.terminal import interval
 from selfsteer.view import RoundView
 
@@ -139,11 +140,16 @@ def model_card(of: RoundView) -> str:
         _quality(of),
         "## Evaluation",
         _evaluation(of),
+        "## How to use it",
+        "An ordinary checkpoint for `from_pretrained`. In its folder:",
+        f"```\nvllm serve . --served-model-name {recipe.name}\n"
+        f"ollama create {recipe.name} -f Modelfile\n```",
         "## Licence",
         f"That of {base}, whose weights these were; the queries' own terms may apply.",
-        "## Intended use and risks",
+        "## Intended use and limits",
         "A chat model for the uses of its base model, with the same limits. "
-        f"{steered} safety was not evaluated. Prompts unlike those above were not measured.",
+        f"{steered} safety was not evaluated. Prompts unlike those above were not measured. These "
+        "are the figures of one run with one seed: another seed gives others.",
     )
 
 
@@ -290,4 +296,5 @@ def _evaluation(of: RoundView) -> str:
         rows.append((shown, *cells, f"{figures.tokens:.1f}"))
     table = _table(("model", "score", "win rate against the start", "mean tokens"), rows)
     who = "No judge." if judge is None else f"Judge: {_judge(judge)}."
-    return f"{found.queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"
+    text = f"{found.queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"
+    return f"{text}\n\n{beside}" if (beside := sentence(of.run)) else text

@@ -1,5 +1,6 @@
 """``selfsteer export``: a run's preferences or its policy for other programs."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,21 @@ def export(
         typer.Option(
             "--format",
             help="trl (default), trl-prompts, trl-unpaired, llama-factory, llama-factory-sharegpt, "
-            "distilabel, chat, parquet or authors; reward, a function for GRPO; or answers for an "
-            "official benchmark: alpaca-eval, arena-hard or mt-bench",
+            "distilabel, chat, parquet or authors; reward, a function for GRPO; answers for an "
+            "official benchmark: alpaca-eval, arena-hard or mt-bench; or, with --model, gguf",
         ),
     ] = None,
     model: Annotated[
         bool, typer.Option("--model", help="export the trained policy with its card")
     ] = False,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="llama.cpp's sources, whose convert_hf_to_gguf.py --format gguf runs; default: "
+            "the one on the PATH",
+        ),
+    ] = None,
     iteration: Annotated[
         int | None, typer.Option(help="iteration to export; default: the last one")
     ] = None,
@@ -52,16 +61,24 @@ def export(
         return
     if questions is not None:
         raise ConfigError(f"--questions belongs to --format {', '.join(FILES)}.")
-    if model and (fmt is not None or queries_license is not None):
+    if fmt == "gguf" and not model:
+        raise ConfigError("--format gguf is a format of models; add --model.")
+    if llama_cpp is not None and fmt != "gguf":
+        raise ConfigError("--llama-cpp belongs to --model --format gguf.")
+    if model and (fmt not in (None, "gguf") or queries_license is not None):
         raise ConfigError(
-            "--model takes neither --format nor --queries-license: those are for data."
+            "--model takes neither --queries-license nor a --format other than gguf: those are for "
+            "data."
         )
+    from selfsteer.formats.gguf import converter
     from selfsteer.verbs.exporting import export_model, export_round
     from selfsteer.view import RunView
 
     of = RunView.open(run).round(iteration, baseline=baseline)
     if model:
-        folder = str(export_model(of, to))
+        again = f"selfsteer export {shlex.quote(str(run))} --model --format gguf --to "
+        command = converter(llama_cpp, again + shlex.quote(str(to))) if fmt else None
+        folder = str(export_model(of, to, command))
         emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
     exported = export_round(of, fmt or "trl", to, queries_license)

@@ -10,11 +10,12 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
 from selfsteer.formats.cards import dataset_card, model_card, public_name
+from selfsteer.formats.gguf import convert, modelfile
 from selfsteer.methods import Paired, Principled
 from selfsteer.recipe.sections import ContrastRanking, resolve_path
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features, names_safety
-from selfsteer.terminal import progress_bar
+from selfsteer.terminal import progress_bar, say
 from selfsteer.view import RoundView
 
 
@@ -121,14 +122,19 @@ def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str
     ]
 
 
-def export_model(of: RoundView, folder: Path) -> Path:
-    """Copies a round's policy to a folder of its own, with a model card beside it.
+def export_model(of: RoundView, folder: Path, converter: list[str] | None = None) -> Path:
+    """Copies a round's policy to a folder of its own, with a card and a Modelfile beside it.
 
     The run's own folder stays as it is: its digest is the key of its stored log-probs.
 
+    Args:
+        of: the round.
+        folder: made if need be.
+        converter: the command that makes a GGUF file as well; None: no such file.
+
     Raises:
         ConfigError: the folder is there and not empty.
-        ArtifactError: there is no such policy, or the disk is full.
+        ArtifactError: there is no such policy, the converter failed, or the disk is full.
     """
     policy = of.folder / "policy"
     if not any(policy.glob("*.safetensors")):
@@ -149,6 +155,12 @@ def export_model(of: RoundView, folder: Path) -> Path:
         for path in files:
             shutil.copy2(path, partial / path.name)
             bar.advance(1)
+        weights = "."
+        if converter is not None:
+            weights = f"{of.run.recipe.name}.gguf"
+            say(f"converting to {weights} with {converter[-1]}")
+            convert(converter, partial, partial / weights)
+        write_atomic(partial / "Modelfile", modelfile(of.recipe, weights))
         write_atomic(partial / "README.md", model_card(of))
         partial.replace(folder)
     return folder
