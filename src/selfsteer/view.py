@@ -673,6 +673,20 @@ class RunView:
         """Whether a file is the run's own; no pipe, and nothing that a link brings in."""
         return path.resolve().is_relative_to(self.folder.resolve()) and not is_endless(path)
 
+    def place(self, name: str) -> Path:
+        """Where something new of this name may be written in the run folder.
+
+        Raises:
+            ArtifactError: it is a link that leads out of the run.
+        """
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ArtifactError(
+                f"{path} is a link that leads out of the run folder, and nothing is written there. "
+                "Remove the link."
+            )
+        return path
+
     def shards(self, folder: Path) -> list[Path]:
         """Finished shards of a folder, in order; a link that leads out of the run is left out."""
         return [p for p in sorted(folder.glob("shard-*.jsonl")) if self.owns(p)]

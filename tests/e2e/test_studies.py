@@ -134,6 +134,38 @@ def test_two_runs_of_the_same_answers_differ_in_nothing(
     assert found["differences"]["other"]["examples"] == []
 
 
+def test_comparing_a_run_starts_nothing_that_it_names(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    """A run folder of somebody else may name a command, a server and a variable as its key."""
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    recipe = json.loads((other / "resolved.json").read_text())
+    launched = {"kind": "openai", "launch": f"touch {tmp_path}/started {{port}} {{model}}"}
+    recipe["judge"] = {"kind": "chat", "model": "m", "engine": launched}
+    (other / "resolved.json").write_text(json.dumps(recipe))
+    fails(here("compare", other), 2, "is of kind chat", "--judge own")
+    assert not (tmp_path / "started").exists()
+    assert here("compare", other, "--judge", "own").code == 3, "touch serves nothing"
+    assert (tmp_path / "started").exists()
+
+
+def test_nothing_is_written_through_a_link_out_of_a_run(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    for name in ("report", "audit", "judgements"):
+        shutil.rmtree(other / name, ignore_errors=True)
+        (other / name).symlink_to(outside)
+    for command in (("report",), ("audit",), ("judge", "--judge", "oracle"), ("compare",)):
+        verb, *more = command
+        fails(here(verb, other, *more), 3, "is a link that leads out of the run folder")
+    assert not list(outside.iterdir())
+
+
 def test_what_cannot_be_compared_is_refused(smoke: Path, tmp_path: Path, here: Here) -> None:
     other = tmp_path / "other"
     shutil.copytree(smoke, other)

@@ -248,8 +248,12 @@ def test_with_a_token_nobody_sees_anything_without_it(folder: Path) -> None:
 def test_other_sites_cannot_start_work(client: TestClient) -> None:
     foreign = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
     assert client.get("/report?run=done", headers=foreign).status_code == 403
-    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    assert client.get("/data?run=done", headers=link).status_code == 200
+    for site in ("cross-site", "same-site"):
+        link = {"sec-fetch-site": site, "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+        assert client.get("/data?run=done", headers=link).status_code == 200
+        assert client.get("/report?run=done", headers=link).status_code == 403, "it starts a job"
+        frame = {**link, "sec-fetch-dest": "iframe"}
+        assert client.get("/data?run=done", headers=frame).status_code == 403
 
 
 def test_what_is_refused_says_so_on_a_page(client: TestClient) -> None:

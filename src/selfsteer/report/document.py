@@ -56,7 +56,8 @@ def write_report(folder: Path, out: Path | None = None) -> Written:
     Raises:
         ArtifactError: it is not a run folder, or the files cannot be written.
     """
-    run, path = RunView.open(folder), out or folder / "report.html"
+    run = RunView.open(folder)
+    path = out or run.place("report").with_suffix(".html")
     recipe = run.recipe_file.read_text("utf-8") if run.recipe_file.exists() else ""
     sets, missing = likelihoods(run)
     missing = [

@@ -107,7 +107,10 @@ class Guard:
         await (answer or self.app)(scope, receive, safely)
 
     def _refusal(self, request: Request) -> Response | None:
-        fetch = {k: request.headers.get(f"sec-fetch-{k}") for k in ("site", "mode")}
+        fetch = {k: request.headers.get(f"sec-fetch-{k}") for k in ("site", "mode", "dest")}
+        # a link may lead here, but to nothing that starts a job, and into no frame
+        link = (fetch["mode"], fetch["dest"]) == ("navigate", "document")
+        elsewhere = fetch["site"] in ("cross-site", "same-site")
         reasons = {
             (405, "This server only shows."): request.method not in ("GET", "HEAD"),
             (
@@ -115,8 +118,8 @@ class Guard:
                 "This server does not go by that name; see selfsteer view --allow-host.",
             ): not self._is_ours(request.headers.get("host", "")),
             # they could not read the answer, but start work
-            (403, "Pages of other sites cannot ask for this."): fetch["site"] == "cross-site"
-            and fetch["mode"] != "navigate",
+            (403, "Pages of other sites cannot ask for this; open the address by hand."): elsewhere
+            and not (link and request.url.path != "/report"),
             (
                 401,
                 "The token is missing or wrong; open the address that selfsteer view printed.",

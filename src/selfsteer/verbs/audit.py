@@ -75,7 +75,7 @@ def audit(
         called = {home: method for method, home in run.recipe.homes.items()}
         models = {called.get(k, k): v for k, v in run.checked_models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
-        to = to or folder / "audit"
+        to = to or run.place("audit")
     else:
         if base is None:
             raise ConfigError(f"{model} is not a run folder; name the model before with --base.")

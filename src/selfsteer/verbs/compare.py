@@ -18,8 +18,8 @@ def compare(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="oracle, checks:FILE, chat:MODEL, reward:MODEL or YAML; default: "
-            "the first run's judge"
+            help="oracle, checks:FILE, chat:MODEL, reward:MODEL or YAML; own: the runs' own judge, "
+            "whatever it loads or asks; default: their own if it is the oracle, checks or people"
         ),
     ] = None,
     by: Annotated[
@@ -38,7 +38,7 @@ def compare(
     from selfsteer.verbs import comparing
 
     found = comparing.entrants(runs, baselines=baselines)
-    if judge is not None:
+    if judge not in (None, "own"):
         chosen = named_judge(judge)
     else:
         own = [aligning(e.run.recipe).judge for e in found]
@@ -48,6 +48,12 @@ def compare(
                 "Name one for all with --judge."
             )
         chosen = own[0]
+        if judge is None and chosen is not None and chosen.kind not in comparing.HARMLESS:
+            raise ConfigError(
+                f"The judge that {found[0].run.folder} names is of kind {chosen.kind}: it loads a "
+                "model or asks a server, as that folder says. If the folder is yours, add "
+                "--judge own; if not, name a judge of your own with --judge."
+            )
     report = comparing.compare(found, chosen, by=by, examples=examples, seed=seed)
     emit(report, as_json, print_comparison)
 

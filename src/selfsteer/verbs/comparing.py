@@ -20,6 +20,9 @@ from selfsteer.judges.stats import by_group, known_interval, verdict_counts, wor
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.view import Answer, RoundView, RunView
 
+#: Kinds of judges that a run folder of somebody else may name: they start and ask nothing.
+HARMLESS = ("oracle", "checks", "human")
+
 #: Keys beside a query that name its class, in the order in which they are looked for.
 CLASS_KEYS = ("class", "category", "subset", "kind", "source")
 
@@ -116,7 +119,7 @@ def compare(
     ids = shared_queries(found)
     queries = [found[0].answers[i].query for i in ids]
     key, classes = query_classes(queries, by)
-    judge = load_judge(judge_settings, found[0].run.folder / "judgements")
+    judge = load_judge(judge_settings, found[0].run.place("judgements"))
     answered = []
     for e in found:
         texts, scores = [e.answers[i].text for i in ids], None
@@ -256,7 +259,7 @@ def _difference(
 
 def _features(e: Entrant, settings: JudgeConfig | None, seed: int) -> dict[str, Any]:
     """Accuracy of the run's preferences by the feature that their principles name."""
-    judge = load_judge(settings, e.run.folder / "judgements")
+    judge = load_judge(settings, e.run.place("judgements"))
     if e.last is None or judge is None:
         return {}
     found = sorted(e.last.preferences, key=lambda p: derive_seed(seed, "compare", p.id))[:PAIRS]

@@ -70,7 +70,7 @@ def judge(
         made = run.round(iteration, baseline=baseline)
         source = made.folder / "preferences"
         principles = {t.id: t.principles.to_dict() for t in made.principles if t.principles}
-        store = store or preferences / "judgements"
+        store = store or run.place("judgements")
         given = given or ([own] if own else [])
     elif iteration is not None or baseline:
         raise ConfigError(
