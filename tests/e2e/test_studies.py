@@ -141,13 +141,13 @@ def test_comparing_a_run_starts_nothing_that_it_names(
     other = tmp_path / "other"
     shutil.copytree(smoke, other)
     recipe = json.loads((other / "resolved.json").read_text())
-    launched = {"kind": "openai", "launch": f"touch {tmp_path}/started {{port}} {{model}}"}
+    launched = {"kind": "openai", "launch": f"touch {tmp_path}/started-{{port}}-{{model}}"}
     recipe["judge"] = {"kind": "chat", "model": "m", "engine": launched}
     (other / "resolved.json").write_text(json.dumps(recipe))
     fails(here("compare", other), 2, "is of kind chat", "--judge own")
-    assert not (tmp_path / "started").exists()
+    assert not list(tmp_path.glob("started*"))
     assert here("compare", other, "--judge", "own").code == 3, "touch serves nothing"
-    assert (tmp_path / "started").exists()
+    assert list(tmp_path.glob("started*"))
 
 
 def test_nothing_is_written_through_a_link_out_of_a_run(
