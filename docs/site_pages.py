@@ -21,7 +21,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
         if path.suffix in {".md", ".json", ".png", ".svg"} and ".runs" not in path.parts:
             name = path.relative_to(ROOT).as_posix()
             outside[name] = name
-    for name in ("examples/one_round.py", "src/selfsteer/run/execute.py"):
+    examples = (p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "examples").iterdir()))
+    for name in (*examples, "src/selfsteer/run/execute.py"):
         outside[name] = name
     for source, target in outside.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))

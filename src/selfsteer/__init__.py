@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfsteer.data.records import Preference, Query, Triple
+    from selfsteer.methods import load_recipe
     from selfsteer.models.score import score_records
     from selfsteer.objectives import Objective, steering_loss
+    from selfsteer.run.execute import execute
+    from selfsteer.view import RunView
 
 __version__ = "0.1.0"
-__all__ = ["Objective", "Preference", "Query", "Triple", "score_records", "steering_loss"]
+__all__ = [
+    "Objective", "Preference", "Query", "RunView", "Triple",
+    "execute", "load_recipe", "score_records", "steering_loss",
+]  # fmt: skip
 
 _HOMES = {
     "Objective": "selfsteer.objectives",
@@ -22,6 +28,9 @@ _HOMES = {
     "Triple": "selfsteer.data.records",
     "Query": "selfsteer.data.records",
     "Preference": "selfsteer.data.records",
+    "load_recipe": "selfsteer.methods",
+    "execute": "selfsteer.run.execute",
+    "RunView": "selfsteer.view",
 }
 
 

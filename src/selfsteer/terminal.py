@@ -39,9 +39,10 @@ class Screen(Console):
         return super().render_str(text.translate(CONTROL), *args, **kwargs)
 
 
-#: Results go to stdout, everything about the work itself to stderr.
-out = Screen(highlight=False, soft_wrap=True, emoji=False)
-err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+#: Results go to stdout, everything about the work itself to stderr; in a notebook as well, where
+#: rich would make a box of HTML of each line.
+out = Screen(highlight=False, soft_wrap=True, emoji=False, force_jupyter=False)
+err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False, force_jupyter=False)
 
 PLAIN_LINE_EVERY_S = 30.0
 

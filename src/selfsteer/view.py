@@ -27,8 +27,8 @@ from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.stats import Interval
-from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, recipe_of
-from selfsteer.recipe.read import choose, method_of, subsections
+from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, Recipe
+from selfsteer.recipe.read import choose, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
 from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
@@ -444,8 +444,13 @@ class RunView:
     stages: tuple[StageView, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> "RunView":
+    def open(cls, folder: Path, methods: Sequence[type[Recipe]] = METHODS) -> "RunView":
         """Opens a run, finished or not.
+
+        Args:
+            folder: of the run.
+            methods: the recipe classes that it can be of: give your own where it is of none of
+                selfsteer's.
 
         Raises:
             ArtifactError: it is not a run folder, its recipe is not one that this version knows,
@@ -460,9 +465,9 @@ class RunView:
         check_files(folder)
         values = read_json(dict[str, Any], resolved)
         try:
-            model = choose(METHODS, values, str(resolved))
+            model = choose(methods, values, str(resolved))
             asked = {**_asked(model, values), "method": method_of(model)}
-            recipe = recipe_of(asked, str(resolved))
+            recipe: Any = validate(model, asked, str(resolved), methods)
         except ConfigError as e:
             raise ArtifactError(
                 f"{e} The file is damaged, or another version of selfsteer wrote it: restore it "

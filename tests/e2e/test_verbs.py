@@ -1,7 +1,6 @@
 """The other verbs: train, init, chat, show, export; and the documented examples."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -309,16 +308,3 @@ def test_every_shipped_recipe_is_valid_once_its_model_is_given() -> None:
         assert recipe.name == name
     made: Any = load_recipe("sso", ["policy.model=m", "queries.path=q"])
     assert made.generator.queries == 8000
-
-
-def test_the_example_runs(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, ROOT / "examples" / "one_round.py", "--queries", "24"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "oracle score" in ended.stdout

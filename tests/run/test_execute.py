@@ -69,7 +69,7 @@ class Plan:
     def with_models(self, named: Callable[[str], str]) -> "Plan":
         return self
 
-    def model_dump_json(self, *, indent: int | None = None) -> str:
+    def model_dump_json(self, *, indent: int | None = None, exclude_unset: bool = False) -> str:
         return json.dumps(dict(self.settings), indent=indent)
 
 

@@ -43,7 +43,9 @@ class Planned(Protocol):
 
     def plan(self) -> list[Stage]: ...  # noqa: D102
 
-    def model_dump_json(self, *, indent: int | None = None) -> str: ...  # noqa: D102
+    def model_dump_json(  # noqa: D102
+        self, *, indent: int | None = None, exclude_unset: bool = False
+    ) -> str: ...
 
     def with_models(self, named: Callable[[str], str]) -> Self: ...  # noqa: D102
 
@@ -101,7 +103,7 @@ def select(stages: list[Stage], until: str | None) -> list[Stage]:
 
 def execute(
     recipe: Planned,
-    given: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
     *,
     until: str | None = None,
     redo: bool = False,
@@ -114,7 +116,8 @@ def execute(
 
     Args:
         recipe: checked and complete.
-        given: the recipe as the user gave it, overrides merged; kept as ``recipe.yaml``.
+        given: the recipe as the user gave it, overrides merged; kept as ``recipe.yaml``. None:
+            what is set in ``recipe``.
         until: stop after this stage.
         redo: replace work that was made with other settings, or is damaged (it moves to
             ``superseded/``).
@@ -125,6 +128,8 @@ def execute(
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
     """
     run = RunFolder(recipe.folder)
+    if given is None:
+        given = json.loads(recipe.model_dump_json(exclude_unset=True))
     recipe, commits = pinned(recipe)
     whole = recipe.plan()
     stages = select(whole, until)
