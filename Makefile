@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a file of tests is one worker's, so that what it prepares is prepared once
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: audit-deps demo real soak test test-real test-vllm check fmt bench docs clean setup
+.PHONY: audit-deps demo real soak test test-real test-vllm check fmt bench docs release clean setup
 
 demo: $(VENV)/.ready
 	$(BIN)/selfsteer run demo
@@ -54,6 +54,11 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/commands.py > docs/commands.md
 	$(BIN)/mkdocs build
 	@echo "the documentation is in site/; $(BIN)/python -m http.server --directory site shows it, search included"
+
+# Checks tree, version and changelog, and builds wheel and source distribution; uploads nothing.
+release: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python scripts/release.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
