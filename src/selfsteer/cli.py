@@ -31,6 +31,7 @@ from selfsteer.verbs import (
     push,
     queries,
     report,
+    report_bug,
     rewardbench,
     run,
     schema,
@@ -45,7 +46,7 @@ from selfsteer.verbs import (
 #: its own name, or an ``app`` of several verbs.
 PANELS = {
     "Align a model": (init, check, preview, plan, run, sweep, train, merge),
-    "Look at it": (view, report, show, compare, chat, judge, audit),
+    "Look at it": (view, report, show, compare, chat, judge, audit, report_bug),
     "Data and principles": (queries, principles, import_, export, push, schema),
     "Measure": (benchmark, rewardbench, bench, testbed),
 }
@@ -53,7 +54,7 @@ PANELS = {
 
 def name_of(verb: ModuleType) -> str:
     """What you type for it."""
-    return verb.__name__.rpartition(".")[2].rstrip("_")
+    return verb.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
 
 
 class Verbs(typer.core.TyperGroup):

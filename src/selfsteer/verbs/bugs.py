@@ -1,0 +1,226 @@
+"""What a bug report holds: files of a run as they are, even damaged, without secrets and texts."""
+
+import json
+import os
+import platform
+import re
+import socket
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import distributions
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from selfsteer.errors import ArtifactError
+from selfsteer.run.folder import LEDGER, versions
+
+#: Lines of each log, and records of each file with ``--with-data``.
+LOG_LINES, RECORDS = 50, 20
+#: Bytes of a file at most, and of a record's line; the rest is cut and said so.
+MOST_BYTES, MOST_LINE = 5_000_000, 200_000
+
+#: Files of the run that are packed whole.
+WHOLE = ("recipe.yaml", "resolved.json", LEDGER, "progress.json")
+
+#: Environment variables whose values are secrets, by their names.
+_SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+#: Shorter values, such as ``true``, would be replaced everywhere.
+_LEAST_SECRET = 8
+#: How secrets look, whoever wrote them, and what takes their place.
+_SHAPES = {
+    "keys and tokens": (
+        r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[A-Za-z0-9_\-]{12,}"
+        r"|\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*",
+        "[secret]",
+    ),
+    "values of settings that are named like secrets": (
+        r"(?i)((?:\bBearer\s+|(?<![a-z])(?:(?:api|auth|access|hf)[-_]?(?:key|token|secret)|password)"
+        r"(?:[\"']?[ \t]*[=:][ \t]*[\"']?|[ \t]+)))(?!null\b)[^\s\"',}\[]{4,}",
+        r"\1[secret]",
+    ),
+    "users and passwords of addresses": (r"(?<=://)[^\s/@\"']+(?=@)", "[secret]"),
+    "queries of addresses": (r"(\bhttps?://[^\s\"'?]+\?)[^\s\"'#]+", r"\1[secret]"),
+}
+
+
+#: An example in a warning, as JSON writes it: ``(\\"…\\")``, to the end of its string.
+_QUOTED = re.compile(r'\(\\"(?:[^"\\]|\\.)*\\"\)')
+
+
+@dataclass
+class Packed:
+    """A bug report: its files by name, what was replaced in them, and what is not in it."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    removed: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def archive(self) -> bytes:
+        """The zip file."""
+        buffer = BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packing:
+            for name, text in self.files.items():
+                packing.writestr(name, text)
+        return buffer.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        """What it holds, what was replaced and what was left out."""
+        sizes = {name: len(text.encode()) for name, text in self.files.items()}
+        return {"files": sizes, "replaced": dict(+self.removed), "left_out": self.left_out}
+
+    def add(self, name: str, text: str) -> None:
+        """A file, with what must not be in it replaced."""
+        clean, found = redacted(text)
+        self.files[name] = clean
+        self.removed += found
+
+
+def redacted(text: str) -> tuple[str, Counter[str]]:
+    """The text without secrets, the home folder and the noted host; how often each was there.
+
+    Secrets are the values of environment variables that are named like one, what looks like a key
+    or a token, users and passwords in addresses, and their queries.
+    """
+    found: Counter[str] = Counter()
+    own = {
+        f"value of {name}": value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET
+    }
+    # the longest first: one may hold another
+    for what, value in sorted(own.items(), key=lambda item: -len(item[1])):
+        # as it stands in JSON, too
+        for spelled in dict.fromkeys((value, json.dumps(value)[1:-1])):
+            found[what] += text.count(spelled)
+            text = text.replace(spelled, "[secret]")
+    for what, (shape, instead) in _SHAPES.items():
+        text, times = re.subn(shape, instead, text)
+        found[what] += times
+    if (home := str(Path.home())) != "/":
+        text, found["home folder"] = re.subn(rf"(?<![\w.-]){re.escape(home)}(?![\w-])", "~", text)
+    # not everywhere: a machine may be called as anything else is
+    noted = rf'("host": "){re.escape(socket.gethostname())}(?=")'
+    text, found["name of the machine"] = re.subn(noted, r"\1[host]", text)
+    return text, +found
+
+
+def packed(run: Path, *, with_data: bool = False) -> Packed:
+    """A bug report of a run; files are taken as they are, as a damaged run has to be reported too.
+
+    Args:
+        run: its folder.
+        with_data: whether prompts and answers are to be in it.
+
+    Raises:
+        ArtifactError: the folder is none of a run.
+    """
+    if not any((run / name).is_file() for name in ("resolved.json", LEDGER)):
+        raise ArtifactError(
+            f"{run} is not a run folder: it has neither resolved.json nor {LEDGER}. Give the "
+            "folder that 'selfsteer run' wrote, for example runs/demo."
+        )
+    made = Packed()
+    made.add("about.json", json.dumps(about(run), indent=1) + "\n")
+    for name in WHOLE:
+        if (text := _read(made, run, run / name)) is not None:
+            if name == LEDGER and not with_data:
+                text, made.removed["answers that warnings quote"] = _QUOTED.subn(
+                    r'(\\"[text]\\")', text
+                )
+            made.add(name, text)
+    if (log := _read(made, run, run / "metrics.jsonl")) is not None:
+        made.add("metrics.last.jsonl", _last(log))
+    made.add("dropped.json", json.dumps(dict(_drops(made, run)), indent=1) + "\n")
+    made.add("files.txt", "".join(_listing(run)))
+    data = sorted(p for p in run.rglob("*.jsonl") if p.name not in (LEDGER, "metrics.jsonl"))
+    if not with_data:
+        made.left_out["prompts and answers"] = "add --with-data to pack them"
+    for path in data if with_data else ():
+        if (text := _read(made, run, path)) is not None:
+            made.add(f"data/{path.relative_to(run)}", "".join(_lines(text)[:RECORDS]))
+    return made
+
+
+def about(run: Path) -> dict[str, Any]:
+    """When and where the report was made, and with what."""
+    installed = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    return {
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "run": run.resolve().name,
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "disk_free_gb": round(psutil.disk_usage(str(run)).free / 1e9, 1),
+        "gpus": gpus(),
+        "packages": dict(sorted(installed.items())),
+    }
+
+
+def gpus() -> list[str]:
+    """Names and memory of the GPUs that torch sees."""
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in found]
+
+
+def _read(made: Packed, run: Path, path: Path) -> str | None:
+    """A file of the run, as far as it may be packed; notes down what is not."""
+    name = str(path.relative_to(run))
+    if not path.exists():
+        made.left_out[name] = "it is not there"
+    elif not path.resolve().is_relative_to(run.resolve()):
+        made.left_out[name] = "a link leads out of the run folder"
+    elif not path.is_file():
+        made.left_out[name] = "it is no file"
+    else:
+        with open(path, "rb") as file:
+            begun = file.read(MOST_BYTES)
+        if path.stat().st_size > MOST_BYTES:
+            made.left_out[f"the rest of {name}"] = f"more than {MOST_BYTES:,} bytes"
+        return begun.decode(errors="replace")
+    return None
+
+
+def _last(log: str) -> str:
+    """The last lines of each stage."""
+    kept: dict[str, list[str]] = {}
+    for line in _lines(log):
+        named = re.search(r'"stage": "([^"]*)"', line)
+        kept.setdefault(named[1] if named else "", []).append(line)
+    return "".join(line for lines in kept.values() for line in lines[-LOG_LINES:])
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their ends, long ones cut; only a newline ends one, as in JSON Lines."""
+    lines = (line for line in text.split("\n") if line)
+    return [f"{x if len(x) <= MOST_LINE else x[:MOST_LINE] + '… (cut)'}\n" for x in lines]
+
+
+def _drops(made: Packed, run: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Of each file of dropped records, how many it holds by reason."""
+    for path in sorted(run.rglob("*.dropped.jsonl")):
+        if (text := _read(made, run, path)) is not None:
+            reasons: Counter[str] = Counter()
+            for line in filter(None, text.split("\n")):
+                try:
+                    reasons[str(json.loads(line)["reason"])] += 1
+                except (ValueError, TypeError, KeyError):
+                    reasons["unreadable line"] += 1
+            yield str(path.relative_to(run)), reasons
+
+
+def _listing(run: Path) -> Iterator[str]:
+    """Size and name of each file of the run."""
+    for path in sorted(run.rglob("*")):
+        if path.is_symlink():
+            yield f"{'link':>14}  {path.relative_to(run)}\n"
+        elif path.is_file():
+            yield f"{path.stat().st_size:>14,}  {path.relative_to(run)}\n"
