@@ -289,14 +289,30 @@ class StageView:
         return self.run / f"{self.name}.dropped.jsonl"
 
 
+def answers_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The answers of a stored triple, or of candidates as ``answer 1`` and so on, by name."""
+    found = dict(record.get("responses") or {})
+    found |= {f"answer {i}": text for i, text in enumerate(record.get("answers") or (), 1)}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+#: Kinds of stages whose answers can be browsed.
+SAMPLING = ("Sample", "RankAnswers")
+
+
 @dataclass(frozen=True)
 class Sampled:
-    """The triples that a stage sampled, in finished shards, and the stages they then go through."""
+    """What a stage sampled, in finished shards, and the stages that it then goes through.
+
+    They are triples; ``ranked``: candidates, several plain answers each, of which the stage itself
+    makes a pair.
+    """
 
     name: str
     shards: tuple[Path, ...]
     round: "RoundView"
     takers: tuple[StageView, ...]
+    ranked: bool = False
 
 
 @dataclass(frozen=True)
@@ -405,16 +421,18 @@ class RoundView:
         out = []
         stages = (*self.before, *self.stages) if self.k == 1 else self.stages
         for i, stage in enumerate(stages):
-            if stage.kind != "Sample":
+            if stage.kind not in SAMPLING:
                 continue
-            shards = self.run.shards(self.run.folder / stage.outputs[0])
-            takers = []
+            ranked = stage.kind == "RankAnswers"
+            made = self.run.folder / stage.outputs[0]
+            shards = self.run.shards(made / "candidates" if ranked else made)
+            takers = [stage] if ranked else []
             for later in stages[i + 1 :]:
-                if later.kind in ("Sample", "Train", "TrainReward", "MeasureQuality"):
+                if later.kind in (*SAMPLING, "Train", "TrainReward", "MeasureQuality"):
                     break
                 takers.append(later)
             if shards:
-                out.append(Sampled(stage.name, tuple(shards), self, tuple(takers)))
+                out.append(Sampled(stage.name, tuple(shards), self, tuple(takers), ranked))
         return out
 
     @property

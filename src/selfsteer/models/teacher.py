@@ -67,6 +67,12 @@ class Lesson:
             part = slice(self.entry, self.entry + int(kept.sum()))
             return kept, file.get_slice("index")[part], file.get_slice("logq")[part]
 
+    def reward(self) -> Tensor:
+        """What each token of the answer is worth, (R,) nats."""
+        with safe_open(self.path, "pt") as file:
+            found: Tensor = file.get_slice("reward")[self.first : self.first + self.tokens]
+        return found
+
 
 def lessons(path: Path) -> list[Lesson]:
     """The answers of a file, in its order."""

@@ -1,4 +1,4 @@
-"""Rows of the data browser: a stage's triples with all that the run knows of each, in SQLite.
+"""Rows of the data browser: what a stage sampled with all that the run knows of it, in SQLite.
 
 An index is made once per state of the stage and kept in ``RUN/.view``: `Index` then filters, sorts
 and pages without reading the shards again. Nothing here locks or changes the run, and no model is
@@ -17,16 +17,16 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import batched, dump_line, lines
-from selfsteer.data.records import RESPONSES, Preference, Triple
+from selfsteer.data.records import RESPONSES, Preference, Query, Triple
 from selfsteer.engines.base import Advance, no_news
 from selfsteer.errors import ArtifactError, DataError, SelfsteerError, short
 from selfsteer.judges.base import Pair, ScoringJudge, by_scores
@@ -34,17 +34,24 @@ from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.methods import Aligning
 from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.report.colours import LEVELS
 from selfsteer.report.logprobs import LogProbs
 from selfsteer.report.page import asset, finite
+from selfsteer.stages.rank import Candidates
+from selfsteer.stages.teach import taught
 from selfsteer.terminal import progress_bar
-from selfsteer.view import RunView, Sampled
+from selfsteer.view import RunView, Sampled, answers_of
+
+T = TypeVar("T")
 
 #: Part of each index's key; raised when what is kept of a row changes.
-VERSION = 4
+VERSION = 5
 #: Triples whose log-probs are looked up together.
 GROUP = 256
 #: No index takes this long to build; a half-made file that is older was abandoned.
 LEFT_AFTER_S = 86_400.0
+#: Of an index that are mapped into memory at most; SQLite itself stops at 2 GB.
+MAPPED_BYTES = 2**31
 #: Characters of a query in the list.
 QUERY_CHARS = 160
 
@@ -171,22 +178,29 @@ class ById:
 
 
 class Fates:
-    """Whether a triple was passed on, and if not, why: as the stages after it wrote it down."""
+    """Whether a record was passed on, and if not, why: as the stages after it wrote it down."""
 
     def __init__(self, found: Sampled) -> None:
         self.stage = found.takers[0].name if found.takers else ""
         self.decided = bool(found.takers) and found.takers[0].done
         self._kept = ById(found.takers[0].files if self.decided else ())
+        # a teacher keeps targets of the answers that it read, not the answers
+        is_teacher = self.decided and found.takers[0].kind == "Teach"
+        self._taught = taught(found.takers[0].run / self.stage) if is_teacher else {}
         dropped = (stage.dropped_file for stage in found.takers)
         self._dropped = ById(path for path in dropped if path.exists())
 
+    def record(self, identity: str) -> tuple[str, dict[str, Any] | None]:
+        """Its fate, and the record that the last stage which has one has of it."""
+        dropped, kept = self._dropped.get(identity), self._kept.get(identity)
+        if dropped is not None:
+            return str(dropped["reason"]), dropped.get("record")
+        is_kept = kept is not None or identity in self._taught
+        return PENDING if not self.decided else KEPT if is_kept else NO_RECORD, kept
+
     def of(self, triple: Triple) -> tuple[str, Triple]:
         """Its fate, and what the stage made of it: what is trained on, if it was kept."""
-        dropped, kept = self._dropped.get(triple.id), self._kept.get(triple.id)
-        fate = PENDING if not self.decided else KEPT if kept else NO_RECORD
-        record = kept
-        if dropped is not None:
-            fate, record = str(dropped["reason"]), dropped.get("record")
+        fate, record = self.record(triple.id)
         if not record:
             return fate, triple
         is_pair = "chosen" in record
@@ -261,11 +275,28 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
     return target
 
 
+class _Competing(NamedTuple):
+    """A query, the answers that compete, by name, and each of them as it was scored."""
+
+    query: Query
+    answers: dict[str, str]
+    triples: list[Triple]
+
+
+def _competing(value: Mapping[str, Any]) -> _Competing:
+    """Reads candidates; raises DataError where an answer or the principles are none."""
+    found = Candidates.from_dict(value)
+    given, answers = found.query.to_dict(), answers_of(found.to_dict())
+    # as `PrincipleContrast` does
+    triples = [Triple.from_dict({**given, "responses": {"plain": x}}) for x in answers.values()]
+    return _Competing(found.query, answers, triples)
+
+
 class Rows:
     """The rows of a set one after the other, as the table holds them."""
 
     def __init__(self, found: Sampled) -> None:
-        self.shards = found.shards
+        self.shards, self.ranked = found.shards, found.ranked
         self.logprobs, self.fates = LogProbs(found.round), Fates(found)
         self.judge, self.judged = "", None
         with contextlib.suppress(SelfsteerError):
@@ -281,10 +312,14 @@ class Rows:
             "decided_by": self.fates.stage,
             "judge": self.judge or None,
             "why_no_colour": "" if self.coloured else why,
+            "clip": self.logprobs.clip,
         }
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for part in batched(self._triples(), GROUP):
+        return self._of_candidates() if self.ranked else self._of_triples()
+
+    def _of_triples(self) -> Iterator[list[Any]]:
+        for part in batched(self._read(Triple.from_dict), GROUP):
             fates = [self.fates.of(triple) for _, triple in part]
             made = [triple for _, triple in fates]
             gaps = steering_gaps({s: self.logprobs.means(made, s) for s in GAP_SEQUENCES})
@@ -298,18 +333,55 @@ class Rows:
                 self.coloured += bool(shown)
                 yield self._row(value, triple, trained_on, fate, own, shown)
 
-    def _triples(self) -> Iterator[tuple[dict[str, Any], Triple]]:
-        """Each line as stored and as a triple; what is none, or not whole, is counted."""
+    def _of_candidates(self) -> Iterator[list[Any]]:
+        for part in batched(self._read(_competing), GROUP):
+            tokens = iter(self.logprobs.tokens([t for _, c in part for t in c.triples], "plain"))
+            for value, candidates in part:
+                found = {name: next(tokens) for name in candidates.answers}
+                self.count += 1
+                yield self._ranked(value, candidates, {n: t for n, t in found.items() if t})
+
+    def _ranked(
+        self, value: dict[str, Any], candidates: "_Competing", tokens: dict[str, Any]
+    ) -> list[Any]:
+        fate, made = self.fates.record(candidates.query.id)
+        pair = Preference.from_dict(made) if made and "chosen" in made else None
+        roles = {pair.rejected: "rejected", pair.chosen: "chosen"} if pair else {}
+        scores = pair.extra.get("scores") if pair else None
+        self.coloured += bool(tokens)
+        record = {
+            "triple": value,
+            "answers": [
+                {"name": name, "role": roles.get(text), "score": scores[i] if scores else None}
+                for i, (name, text) in enumerate(candidates.answers.items())
+            ],
+            "trained_on": {},
+            "gaps": {},
+            "judgement": None,
+            "tokens": tokens,
+        }
+        principles = value.get("principles") or {}
+        texts = [
+            *candidates.answers.values(),
+            *(principles.get(side, "") for side in ("good", "bad")),
+        ]
+        features = principles.get("features") or []
+        difference = len(pair.chosen) - len(pair.rejected) if pair else None
+        figures = [None, None, None, difference]
+        return self._cells(candidates.query, texts, features, fate, figures, record)
+
+    def _read(self, kind: Callable[[dict[str, Any]], T]) -> Iterator[tuple[dict[str, Any], T]]:
+        """Each line as stored and as a record; what is none, or not whole, is counted."""
         for shard in self.shards:
             with open(shard, "rb") as file:
                 for line in file:
                     try:
                         value = json.loads(line)
-                        triple = Triple.from_dict(value)
+                        record = kind(value)
                     except (ValueError, DataError, TypeError, KeyError):
                         self.unreadable += 1
                     else:
-                        yield value, triple
+                        yield value, record
 
     def _row(
         self,
@@ -329,9 +401,9 @@ class Rows:
         gap = sum(gaps.values())
         difference = len(made.responses["good"]) - len(made.responses["bad"]) if whole else None
         principles = triple.principles
-        said = " ".join(triple.messages[-1].content.split())
-        texts = [triple.id, *(m.content for m in triple.messages), *triple.responses.values()]
+        texts = [*triple.responses.values()]
         texts += [principles.good, principles.bad] if principles else []
+        features = list(principles.features) if principles else []
         record = {
             "triple": value,
             "trained_on": {r: t for r, t in made.responses.items() if t != triple.responses.get(r)},
@@ -339,16 +411,33 @@ class Rows:
             "judgement": judgement and {"judge": self.judge, **judgement},
             "tokens": tokens,
         }
-        return [
-            triple.id,
-            said if len(said) <= QUERY_CHARS else said[: QUERY_CHARS - 1] + "…",
-            json.dumps(principles.features if principles else [], ensure_ascii=False),
-            fate,
+        figures = [
             judgement["verdict"] if judgement else None,
             None if math.isnan(gap) else gap,
             disagreement(judgement),
             difference,
-            "\n".join(texts).casefold(),
+        ]
+        return self._cells(triple.query, texts, features, fate, figures, record)
+
+    def _cells(
+        self,
+        query: Query,
+        texts: list[str],
+        features: Sequence[str],
+        fate: str,
+        figures: list[Any],
+        record: dict[str, Any],
+    ) -> list[Any]:
+        """A row as the table holds it; ``figures`` are the columns from ``verdict`` on."""
+        said = " ".join(query.text.split())
+        searched = [query.id, *(m.content for m in query.messages), *texts]
+        return [
+            query.id,
+            said if len(said) <= QUERY_CHARS else said[: QUERY_CHARS - 1] + "…",
+            json.dumps(features, ensure_ascii=False),
+            fate,
+            *figures,
+            "\n".join(searched).casefold(),
             zlib.compress(json.dumps(record).encode(), 1),
         ]
 
@@ -374,6 +463,9 @@ class Index:
         self._database = sqlite3.connect(
             f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False
         )
+        # a search reads every text: mapped, and with Python's own search, that takes half as long
+        self._database.execute(f"PRAGMA mmap_size = {MAPPED_BYTES}")
+        self._database.create_function("holds", 2, lambda text, words: words in text)
         ((about,),) = self._select("json FROM about")
         self.about: dict[str, Any] = json.loads(about)
         self.find = lru_cache(maxsize=32)(self._find)
@@ -407,7 +499,7 @@ class Index:
             "fate = ?": "" if dropped else wanted.fate,
             "verdict = ?": wanted.verdict,
             "EXISTS (SELECT 1 FROM json_each(features) WHERE value = ?)": wanted.feature,
-            "instr(text, ?)": wanted.q.casefold(),
+            "holds(text, ?)": wanted.q.casefold(),
         }
         given = {condition: value for condition, value in asked.items() if value}
         where = " AND ".join(given) or "1"
@@ -478,6 +570,7 @@ def embedded(run: RunView, cap: int = 200, most_bytes: int = 1_500_000) -> dict[
         "rows": finite(rows),
         "about": about,
         "exported": ["fate", "verdict", *SORTS],
+        "levels": LEVELS,
     }
     return {"start": start, "browser_style": asset("browser.css")} if rows else None
 

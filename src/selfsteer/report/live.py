@@ -15,7 +15,8 @@ from selfsteer.data.records import Triple
 from selfsteer.errors import DataError
 from selfsteer.recipe.read import load_values
 from selfsteer.report.tables import about, sentence
-from selfsteer.view import RunView, StageView, is_finite
+from selfsteer.stages.rank import Candidates
+from selfsteer.view import RunView, StageView, answers_of, is_finite
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300
@@ -85,20 +86,22 @@ def curves(run: RunView) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def last_samples(run: RunView) -> dict[str, Any] | None:
-    """The last triples of the shard that was finished last; None before the first."""
-    shards = [(p.stat().st_mtime, p, s.name) for s in run.sampled for p in s.shards]
+    """The last records of the shard that was finished last; None before the first."""
+    shards = [(p.stat().st_mtime, p, s) for s in run.sampled for p in s.shards]
     if not shards:
         return None
-    modified, path, name = max(shards)
+    modified, path, found = max(shards, key=lambda shard: shard[:2])
+    kind: type[Candidates] | type[Triple] = Candidates if found.ranked else Triple
     with open(path, "rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
-        triples = list(lines(file.read()))[-SAMPLES:]
+        records = list(lines(file.read()))[-SAMPLES:]
     kept = []
-    for value in triples:
-        with suppress(DataError):  # the index says which lines cannot be read
-            t = Triple.from_dict(value)
-            kept.append({"id": t.id, "query": t.query.text, "responses": dict(t.responses)})
-    return {"set": name, "time": modified, "triples": kept}
+    for value in records:
+        with suppress(DataError, TypeError):  # the index says which lines cannot be read
+            made = kind.from_dict(value)
+            answers = answers_of(made.to_dict())
+            kept.append({"id": made.query.id, "query": made.query.text, "responses": answers})
+    return {"set": found.name, "time": modified, "triples": kept}
 
 
 def compare(runs: Mapping[str, Path]) -> list[dict[str, Any]]:

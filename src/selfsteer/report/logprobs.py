@@ -1,9 +1,9 @@
 """Log-probs that a run kept, found again by the text that they belong to; no model is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,17 @@ from selfsteer.data.jsonl import Records
 from selfsteer.data.records import Triple
 from selfsteer.errors import DataError, SelfsteerError
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES
+from selfsteer.methods.contrast import Distilled
 from selfsteer.models.chat import ChatFormat, EncodedSequence
+from selfsteer.objectives import ContrastObjective
 from selfsteer.recipe.sections import resolve_path
+from selfsteer.stages.teach import taught
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView, RunView
+
+if TYPE_CHECKING:
+    from selfsteer.models.store import ScoreStore
+    from selfsteer.models.teacher import Lesson
 
 #: Records per set whose log-probs are drawn.
 SAMPLE = 1000
@@ -42,26 +49,30 @@ def tokenizer(run: RunView) -> ChatFormat | None:
 class LogProbs:
     """Per-token log-probs under the policy at the start of a round.
 
-    ``why_not`` says in a sentence why there are none.
+    ``why_not`` says in a sentence why there are none. ``clip`` is where the contrast of tokens that
+    a teacher read ends, nats; None: nowhere.
     """
 
     def __init__(self, of: RoundView) -> None:
         folder, self.why_not = of.scores, ""
         self.chat: ChatFormat | None = None
-        if folder is None:
+        self._store: ScoreStore | None = None
+        self.clip, self._taught = _taught(of)
+        if folder is None and not self._taught:
             self.why_not = "the run has not scored these responses under its policy yet"
             return
         self.chat = tokenizer(of.run)
         if self.chat is None:
             self.why_not = "the policy's tokenizer is not on this machine"
             return
-        from selfsteer.models.store import ScoreStore
+        if folder is not None:
+            from selfsteer.models import store
 
-        self._store = ScoreStore(folder.parent, folder.name)
+            self._store = store.ScoreStore(folder.parent, folder.name)
 
     def of(self, triples: Sequence[Triple], name: str) -> list[np.ndarray | None]:
         """Log-probs of each triple's ``context/response``; None where the run has not scored it."""
-        if self.chat is None:
+        if self.chat is None or self._store is None:
             return [None] * len(triples)
         sequences = [_sequence(self.chat, t, name) for t in triples]
         found = iter(self._store.find([s for s in sequences if s is not None]))
@@ -73,19 +84,43 @@ class LogProbs:
         values = self.of(triples, name)
         return np.array([np.nan if v is None else v.mean(dtype=np.float64) for v in values])
 
-    def tokens(self, triples: Sequence[Triple], response: str) -> list[dict[str, list[Any]] | None]:
-        """Of a response under the plain context: characters of each token, and its log-prob.
+    def contrasts(self, triples: Sequence[Triple], response: str) -> list[np.ndarray | None]:
+        """The contrast log π(y_t|x+) − log π(y_t|x-) of each token of a response, (R,) nats.
 
-        The end-of-turn token has none of the text; nor has a token whose character another one
-        ends.
+        None where the run did not keep it; what a teacher kept goes to ±``clip``.
         """
-        return [
-            None if v is None else self._tokens(t.responses[response], v)
-            for t, v in zip(triples, self.of(triples, f"plain/{response}"), strict=True)
-        ]
+        good, bad = (self.of(triples, f"{context}/{response}") for context in ("good", "bad"))
+        found = [None if x is None or y is None else x - y for x, y in zip(good, bad, strict=True)]
+        if response == "plain":
+            for i, triple in enumerate(triples):
+                if (lesson := self._taught.get(triple.id)) and self.chat is not None:
+                    found[i] = lesson.reward().numpy()
+        return found
 
-    def _tokens(self, text: str, values: np.ndarray) -> dict[str, list[Any]] | None:
+    def tokens(self, triples: Sequence[Triple], response: str) -> list[dict[str, list[Any]] | None]:
+        """Of a response: ``chars``, the characters of each token, and what is kept of it.
+
+        That is ``logps`` under the plain context and ``contrast``; None where there is neither. The
+        end-of-turn token has none of the text; nor has a token whose character another one ends.
+        """
+        kinds = {
+            "logps": self.of(triples, f"plain/{response}"),
+            "contrast": self.contrasts(triples, response),
+        }
+        found = []
+        for i, triple in enumerate(triples):
+            known = {name: v for name, values in kinds.items() if (v := values[i]) is not None}
+            found.append(self._tokens(triple, response, known) if known else None)
+        return found
+
+    def _tokens(
+        self, triple: Triple, response: str, known: Mapping[str, np.ndarray]
+    ) -> dict[str, list[Any]] | None:
         assert self.chat is not None
+        if triple.reasoning.get(response):
+            self.why_not = "thoughts were scored before the answers, and are not shown"
+            return None
+        text = triple.responses[response]
         if not self.chat.tokenizer.is_fast:
             self.why_not = "the tokenizer does not say where its tokens stand in a text"
             return None
@@ -93,10 +128,23 @@ class LogProbs:
         found = self.chat.tokenizer(text, **options)
         if tuple(found["input_ids"]) != self.chat.response_ids(text, finished=False):
             return None  # a special token's text was read as text
-        ends = [end for _, end in found["offset_mapping"]][: len(values)]
+        length = min(map(len, known.values()))
+        ends = [end for _, end in found["offset_mapping"]][:length]
         chars = np.diff([0, *np.maximum.accumulate(np.array(ends, dtype=int))]).tolist()
-        chars += [0] * (len(values) - len(chars))
-        return {"chars": chars, "logps": [round(float(v), 2) for v in values]}
+        chars += [0] * (length - len(chars))
+        rounded = {name: [round(float(v), 2) for v in values] for name, values in known.items()}
+        return {"chars": chars, **{name: values[:length] for name, values in rounded.items()}}
+
+
+def _taught(of: RoundView) -> "tuple[float | None, dict[str, Lesson]]":
+    """Where a teacher's contrast ends, nats, and where it is kept, by the id of the answer."""
+    if not isinstance(of.recipe, Distilled):
+        return None, {}
+    objective, _ = of.recipe.target
+    stage = next((s for s in of.stages if s.kind == "Teach"), None)
+    if stage is None or not isinstance(objective, ContrastObjective):
+        return None, {}
+    return objective.clip, taught(stage.run / stage.outputs[0])
 
 
 def _sequence(chat: ChatFormat, triple: Triple, name: str) -> EncodedSequence | None:

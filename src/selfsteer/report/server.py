@@ -43,6 +43,7 @@ from selfsteer.data.digests import digest
 from selfsteer.errors import ConfigError, SelfsteerError, short
 from selfsteer.report import live
 from selfsteer.report.browser import Index, Wanted, index_file
+from selfsteer.report.colours import LEVELS
 from selfsteer.report.page import asset, finite, render
 from selfsteer.view import RunView, Sampled
 
@@ -368,7 +369,7 @@ class Pages:
         """The data browser."""
         name, path = self.run(request)
         sets = [s.name for s in RunView.open(path).sampled]
-        start = {"run": name, "sets": sets, "rows": None}
+        start = {"run": name, "sets": sets, "rows": None, "levels": LEVELS}
         return self._page("browser.html.j2", f"{name}: triples", name, ["browser.js"], start=start)
 
     def report(self, request: Request) -> Response:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from selfsteer import stopping
 from selfsteer.errors import ConfigError
+from selfsteer.report.colours import LEVELS, level
 from selfsteer.terminal import CONTROL, out, say
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 #: Characters of an answer on the terminal; the page has all of it.
 MOST = 1200
 
-#: Nats from which on the principles like a token, or dislike it, a little, clearly and strongly.
-LEVELS = (0.1, 0.3, 1.0)
 STYLES = {
     1: ("cyan", "bold cyan", "bold black on cyan"),
     -1: ("yellow", "bold yellow", "bold black on yellow"),
@@ -71,16 +70,6 @@ def page_of(made: "Preview", name: str, method: str) -> str:
         method=method,
         level=level,
     )
-
-
-def level(value: float) -> int:
-    """How much the principles like a token: -3 to 3; 0 where they hardly care.
-
-    >>> [level(v) for v in (0.05, 0.2, -0.5, 4.0)]
-    [0, 1, -2, 3]
-    """
-    size = sum(abs(value) >= bound for bound in LEVELS)
-    return size if value > 0 else -size
 
 
 def _print(made: "Preview") -> None:

@@ -19,7 +19,7 @@ from selfsteer.run.folder import by_reason, read_dropped
 from selfsteer.run.stage import Stage
 from selfsteer.stages.filter import FilterTriples
 from selfsteer.stages.train import Train, TrainReward
-from selfsteer.view import RunView
+from selfsteer.view import RunView, answers_of
 
 if TYPE_CHECKING:
     from selfsteer.models.chat import ChatFormat
@@ -240,11 +240,8 @@ def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any], oth
     row, reasons = rows[identity], record.get("finish_reasons") or {}
     if row.principles is None and record.get("principles"):
         row.principles = Triple.from_dict(record).principles
-    named = dict(record.get("responses") or {})
-    named |= {f"answer {i}": text for i, text in enumerate(record.get("answers") or (), 1)}
-    for name, text in named.items():
-        if text is not None:
-            row.answers[name] = Answer(name, text, finished=reasons.get(name) != "length")
+    for name, text in answers_of(record).items():
+        row.answers[name] = Answer(name, text, finished=reasons.get(name) != "length")
     for side in ("chosen", "rejected"):
         turns = record.get(side)
         if not turns:

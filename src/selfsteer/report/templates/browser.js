@@ -4,6 +4,7 @@
   const PAGE = start.rows ? 20 : 50; // in a report it is one section of many
   const STRONGEST = 6; // nats at which a token has the full colour
   const ODD = 4; // nats beyond which it is underlined
+  const MOST = 5; // words that the principles like best, and least
   const form = byId("browser-filter");
   const list = byId("browser-list");
   const detail = byId("browser-triple");
@@ -14,6 +15,7 @@
   let cursor = 0;
   let turn = 0; // of the newest request; older answers are not shown
   let again = 0;
+  let wished = ""; // what the reader wants tokens coloured by
 
   // -- where rows come from -----------------------------------------------------------------------
 
@@ -51,7 +53,7 @@
       URL.revokeObjectURL(link.href);
     },
   };
-  const texts = (r) => [r.id, ...r.triple.messages.map((m) => m.content), ...Object.values(r.triple.responses),
+  const texts = (r) => [r.id, ...r.triple.messages.map((m) => m.content), ...Object.values(r.triple.responses ?? {}), ...(r.triple.answers ?? []),
     r.triple.principles?.good ?? "", r.triple.principles?.bad ?? ""];
 
   const query = (s) => {
@@ -167,50 +169,101 @@
 
   // -- one triple -----------------------------------------------------------------------------------
 
-  const response = (record, name) => {
-    const text = record.trained_on[name] ?? record.triple.responses[name];
-    const tokens = record.tokens[name];
-    if (!tokens) return make("div", { class: "response" }, text);
-    const letters = Array.from(text);
-    const box = make("div", { class: "response" });
-    let at = 0, sum = 0;
-    tokens.chars.forEach((length, i) => {
-      sum += tokens.logps[i]; // bytes of one character are one mark
-      if (!length && i < tokens.chars.length - 1) return;
-      const last = !length;
-      const piece = last ? "⏎" : letters.slice(at, at + length).join("");
-      at += length;
-      box.append(make("span", { class: `token${last ? " end" : ""}${sum < -ODD ? " odd" : ""}`,
-        style: `--s:${Math.min(-sum / STRONGEST, 1).toFixed(2)}`, title: `${last ? "end of turn, " : ""}${sum.toFixed(2)} nats, p = ${Math.exp(sum).toPrecision(2)}` }, piece));
-      sum = 0;
-    });
-    if (at < letters.length) box.append(letters.slice(at).join(""));
-    return box;
+  // what colours tokens: their log-prob under the plain context, or the contrast of the principles
+  const MEANING = { logps: "log-prob under the plain context", contrast: "contrast of the principles" };
+  const textOf = (record, name) => record.trained_on[name] ?? record.triple.responses?.[name] ?? record.triple.answers?.[name.split(" ")[1] - 1];
+  const known = (record) => Object.keys(MEANING).filter((kind) => Object.values(record.tokens).some((t) => t[kind]));
+  const meaning = (record) => {
+    const kinds = known(record);
+    if (kinds.includes(wished)) return wished;
+    const all = Object.values(record.tokens).every((t) => t.logps);
+    return all ? kinds[0] : kinds.at(-1); // of ranked answers only those of the pair have log-probs
   };
 
-  const column = (record, name) => {
-    const { triple } = record;
-    const principle = name === "plain" ? "No principle." : triple.principles?.[name] ?? "The principle is not stored here.";
-    const card = make("article", { class: `card ${name}` }, make("h3", {}, name), make("div", { class: "principle" }, principle));
-    if (triple.responses[name] == null) {
+  // tokens as pieces of text with their figures; bytes of one character are one piece
+  const pieces = (text, { chars }, values) => {
+    const letters = Array.from(text);
+    const out = [];
+    let at = 0, sum = 0;
+    chars.forEach((length, i) => {
+      sum += values[i];
+      if (!length && i < chars.length - 1) return;
+      out.push({ text: length ? letters.slice(at, at + length).join("") : "⏎", end: !length, value: sum });
+      at += length;
+      sum = 0;
+    });
+    if (at < letters.length) out.push({ text: letters.slice(at).join(""), value: null });
+    return out;
+  };
+  const level = (value) => Math.sign(value) * start.levels.filter((bound) => Math.abs(value) >= bound).length;
+  const LIKED = ["", "liked a little", "liked", "liked much"];
+  const mark = (kind, { text, end, value }) => {
+    const classes = ["token", end ? "end" : ""];
+    let style, title;
+    if (kind === "logps") {
+      style = `--s:${Math.min(-value / STRONGEST, 1).toFixed(2)}`;
+      if (value < -ODD) classes.push("odd");
+      title = `${value.toFixed(2)} nats, p = ${Math.exp(value).toPrecision(2)}`;
+    } else {
+      const much = level(value);
+      if (much) classes.push(much > 0 ? "liked" : "disliked", `much-${Math.abs(much)}`);
+      title = `${signed(value)} nats${much ? `, ${much < 0 ? "dis" : ""}${LIKED[Math.abs(much)]}` : ""}`;
+    }
+    return make("span", { class: classes.filter(Boolean).join(" "), style, title: (end ? "end of turn, " : "") + title }, text);
+  };
+  const response = (record, name) => {
+    const text = textOf(record, name), tokens = record.tokens[name], kind = meaning(record);
+    if (!tokens?.[kind]) return make("div", { class: "response" }, text);
+    return make("div", { class: "response" }, ...pieces(text, tokens, tokens[kind]).map((p) => (p.value == null ? p.text : mark(kind, p))));
+  };
+  // what the colours of a contrast show, in words
+  const extremes = (record, name) => {
+    const tokens = record.tokens[name];
+    if (!tokens?.contrast || meaning(record) !== "contrast") return null;
+    const ranked = pieces(textOf(record, name), tokens, tokens.contrast).filter((p) => p.text.trim() && level(p.value ?? 0)).sort((a, b) => b.value - a.value);
+    const said = (all) => all.slice(0, MOST).map((p) => `${p.text.trim()} ${signed(p.value)}`).join(", ");
+    const liked = said(ranked.filter((p) => p.value > 0)), not = said(ranked.filter((p) => p.value < 0).reverse());
+    return make("p", { class: "extremes" }, liked ? make("span", {}, make("b", { class: "good" }, "likelier: "), liked) : null, liked && not ? make("br") : null, not ? make("span", {}, make("b", { class: "bad" }, "less likely: "), not) : null);
+  };
+
+  const column = (record, { name, role, score, principle }) => {
+    const text = textOf(record, name);
+    const side = { chosen: "good", rejected: "bad" }[role] ?? name;
+    const card = make("article", { class: `card ${side}` }, make("h3", {}, role ? `${name}, ${role}` : name), principle == null ? null : make("div", { class: "principle" }, principle));
+    if (text == null) {
       card.append(make("p", { class: "muted" }, name === "plain" ? "This stage samples no plain response." : "No such response."));
       return card;
     }
-    card.append(response(record, name));
+    card.append(response(record, name), extremes(record, name) ?? "");
     const tokens = record.tokens[name];
-    const facts = [`${count(Array.from(triple.responses[name]).length)} characters`];
-    if (tokens) {
-      const mean = tokens.logps.reduce((a, b) => a + b, 0) / tokens.logps.length;
-      facts.push(`${count(tokens.logps.length)} tokens`, `mean log-prob ${mean.toFixed(2)}`);
-    }
-    if (triple.finish_reasons?.[name] === "length") facts.push("cut off by the budget");
+    const facts = [`${count(Array.from(text).length)} characters`];
+    const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+    if (tokens) facts.push(`${count(tokens.chars.length)} tokens`);
+    if (tokens?.logps) facts.push(`mean log-prob ${mean(tokens.logps).toFixed(2)}`);
+    if (tokens?.contrast) facts.push(`mean contrast ${signed(mean(tokens.contrast), 3)}`);
+    if (score != null) facts.push(`score ${number(score, 3)}`);
+    if (record.triple.finish_reasons?.[name] === "length") facts.push("cut off by the budget");
     if (record.trained_on[name] != null) facts.push("a lead-in was cut off the front");
     card.append(make("div", { class: "figures-line" }, facts.join(" · ")));
     return card;
   };
+  // the answers of a record, each with its principle, and the principles of answers that have none
+  const columns = (record) => {
+    const { triple } = record;
+    if (record.answers) return record.answers;
+    return ["plain", "good", "bad"].filter((n) => !alone(record) || n === "plain").map((name) => ({
+      name, principle: name === "plain" ? "No principle." : triple.principles?.[name] ?? "The principle is not stored here." }));
+  };
+  const alone = (record) => !record.answers && Object.keys(record.triple.responses).join() === "plain";
+  const principles = (record) => {
+    const both = record.triple.principles;
+    if (!both || !(record.answers || alone(record))) return null;
+    return make("div", { class: "principle" }, ...["good", "bad"].map((side) => make("p", {}, make("b", { class: side }, `${side} principle: `), both[side])));
+  };
 
   const judgement = (record) => {
     const j = record.judgement;
+    if (record.answers || alone(record)) return "";
     if (!j) return make("p", { class: "muted small" }, start.rows || shown.judge ? "The judge was not asked about this pair." : "The run has no judge.");
     const box = make("div", { class: "card" }, make("h3", {}, `${j.judge}: ${said(j.verdict)}`));
     if (j.scores) box.append(make("p", { class: "small" }, `score of good ${number(j.scores[0], 3)}, of bad ${number(j.scores[1], 3)}`));
@@ -225,10 +278,13 @@
   const showTriple = (record) => {
     const at = shown.rows.findIndex((r) => r.id === record.id);
     if (at >= 0) cursor = at;
-    const coloured = Object.keys(record.tokens).length > 0;
-    const legend = coloured
-      ? make("span", { class: "legend" }, "log-prob under the plain context:",
-        ...[0, -1, -3, -6].map((v) => make("span", { class: `token${v < -ODD ? " odd" : ""}`, style: `--s:${Math.min(-v / STRONGEST, 1)}` }, String(v).replace("-", "−"))),
+    const kinds = known(record), kind = meaning(record);
+    const legend = kinds.length
+      ? make("span", { class: "legend" },
+        kinds.length < 2 ? `${MEANING[kind]}:` : make("select", { "aria-label": "Tokens are coloured by", onchange: (e) => { wished = e.target.value; showTriple(record); detail.querySelector(".legend select").focus(); } },
+          ...kinds.map((k) => make("option", { value: k, selected: k === kind }, MEANING[k]))),
+        ...(kind === "logps" ? [0, -1, -3, -6] : [-1, -0.3, -0.1, 0, 0.1, 0.3, 1]).map((v) => mark(kind, { text: (kind === "logps" ? String(v) : signed(v, 1)).replace("-", "−"), value: v })),
+        kind === "contrast" ? `nats by which the good principle makes a token likelier than the bad one${shown.clip == null ? "" : `, kept to ±${shown.clip}`}` : null,
         make("button", { type: "button", class: "quiet", onclick: colour }, "on / off"))
       : make("span", { class: "legend" }, `No colour: ${shown.why_no_colour || "the run has not scored these responses"}.`);
     const gap = record.gaps;
@@ -245,9 +301,10 @@
         record.features.length ? fact("features", record.features.join(", ")) : null,
         gap?.good != null ? fact("steering gap, good", signed(gap.good)) : null,
         gap?.bad != null ? fact("bad", signed(gap.bad)) : null,
-        record.length_difference != null ? fact("good − bad, characters", signed(record.length_difference, 0)) : null),
+        record.length_difference != null ? fact(`${record.answers ? "chosen − rejected" : "good − bad"}, characters`, signed(record.length_difference, 0)) : null),
+      principles(record) ?? "",
       make("p", {}, legend),
-      make("div", { class: "columns" }, ...["plain", "good", "bad"].map((n) => column(record, n))),
+      make("div", { class: "columns" }, ...columns(record).map((c) => column(record, c))),
       make("div", { style: "margin-top:0.75rem" }, judgement(record)));
   };
   const colour = () => byId("browser").classList.toggle("uncoloured");

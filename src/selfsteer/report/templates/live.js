@@ -91,8 +91,8 @@
     if (!s) return box.replaceChildren(make("p", { class: "muted" }, "Nothing is sampled yet."));
     box.replaceChildren(make("p", { class: "muted small" }, `${s.set}, ${ago(s.time)} ago`), ...s.triples.map((t) => make("article", { style: "margin-bottom:1rem" },
       make("p", {}, make("a", { href: `/data?run=${encodeURIComponent(name)}#/triple/${encodeURIComponent(t.id)}?set=${encodeURIComponent(s.set)}` }, t.query)),
-      make("div", { class: "columns" }, ...["plain", "good", "bad"].filter((r) => t.responses[r] != null).map((r) =>
-        make("div", { class: `card ${r}` }, make("h3", {}, r), make("div", { class: "response" }, t.responses[r])))))));
+      make("div", { class: "columns" }, ...Object.entries(t.responses).map(([r, text]) =>
+        make("div", { class: `card ${r}` }, make("h3", {}, r), make("div", { class: "response" }, text)))))));
   };
 
   const stages = (found) => {
