@@ -84,7 +84,7 @@ def test_every_method_survives_kills(bench: Any, tmp_path: Path, method: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ranks-fsdp2", "server"])
+@pytest.mark.parametrize("recipe", ["ranks", "server"])
 def test_several_processes_survive_kills(bench: Any, tmp_path: Path, recipe: str) -> None:
     """All processes of a run, its command alone and another one alone; none is left over."""
     points = [(5, 0.0, "all"), (1, 0.5, "command"), (1, 0.2, "another")]
