@@ -31,6 +31,12 @@ torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests cache goes with their other files."""
+    os.environ.setdefault("SELFSTEER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint folder per family."""

@@ -80,11 +80,18 @@ def faults(page: Any) -> list[str]:
     return [f"{v['id']}: {n['html'][:200]} {n['any']}" for v in found for n in v["nodes"]]
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        pytest.param(DESKTOP, "light", id="desktop-light"),
+        pytest.param(PHONE, "dark", id="phone-dark"),
+        pytest.param(DESKTOP, "dark", id="desktop-dark", marks=pytest.mark.slow),
+        pytest.param(PHONE, "light", id="phone-light", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", PAGES)
 def test_no_page_breaks_a_rule(
-    browser: Browser, server: str, folder: Path, name: str, scheme: str, size: tuple[int, int]
+    browser: Browser, server: str, folder: Path, name: str, size: tuple[int, int], scheme: str
 ) -> None:
     with browser.visit(address(server, folder, name), size, scheme) as visit:
         visit.page.wait_for_selector(PAGES[name][1])

@@ -58,7 +58,6 @@ def test_a_report_is_written_into_the_run_folder(smoke: Path, reported: Path) ->
     made = after - before
     assert before <= after
     assert {str(p) for p in made if p.parent == Path()} == {
-        ".view",
         "report.html",
         "report.md",
         "report",

@@ -281,12 +281,15 @@ def test_a_folder_of_indices_that_others_made_is_refused(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".view").write_text("no folder can be here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert cache_folder(run).stat().st_mode & 0o077 == 0
-    cache_folder(run).chmod(0o777)
-    with pytest.raises(ArtifactError, match="open to others"):
-        cache_folder(run)
+    for cache in (tmp_path / "cache", run / "none"):
+        if cache.parent == run:
+            cache.write_text("no folder can be here")
+        monkeypatch.setenv("SELFSTEER_CACHE", str(cache))
+        assert cache_folder(run).stat().st_mode & 0o077 == 0
+        cache_folder(run).chmod(0o777)
+        with pytest.raises(ArtifactError, match="open to others"):
+            cache_folder(run)
 
 
 def test_beyond_this_machine_the_address_holds_a_token(folder: Path) -> None:

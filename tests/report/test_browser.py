@@ -1,6 +1,7 @@
 """The rows of the data browser: what an index says of hand-made triples."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,40 @@ def test_a_link_out_of_the_run_is_not_followed(run: Path, tmp_path: Path) -> Non
     assert RunView.open(run).sampled == []
 
 
-def test_a_run_that_cannot_be_written_is_indexed_elsewhere(run: Path) -> None:
-    (run / ".view").write_text("in the way")  # as root may write anywhere
+def test_an_index_is_the_users_own_and_none_comes_with_a_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    path = build(sampled(run))
+    assert path.is_relative_to(tmp_path / "cache/view")
+    planted = run / ".view" / path.name
+    planted.parent.mkdir()
+    os.mkfifo(planted)  # what would be read here would never end
+    assert build(sampled(run)) == path
+    assert Index(path).about["of"] == 4
+
+
+def test_where_the_cache_cannot_be_written_an_index_is_temporary(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("in the way")  # as root may write anywhere
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
     path = build(sampled(run))
     assert not path.is_relative_to(run)
     assert Index(path).about["of"] == 4
+
+
+def test_indices_that_nobody_looks_at_are_removed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    old, new = tmp_path / "cache/view/old", tmp_path / "cache/view/new"
+    old.mkdir(parents=True)
+    new.mkdir()
+    os.utime(old, (0, 0))
+    build(sampled(run))
+    assert new.exists()
+    assert not old.exists()
 
 
 def test_disagreement_is_the_bad_responses_lead() -> None:

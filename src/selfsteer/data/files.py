@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -39,6 +40,12 @@ LONGEST = 1 << 28
 
 #: Rows of which one must have a column that is to be renamed.
 HEAD = 100
+
+
+def cache_home() -> Path:
+    """Where what can be made again is kept: dequantised checkpoints, indices of runs."""
+    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SELFSTEER_CACHE") or Path(users) / "selfsteer").absolute()
 
 
 class Unusable(DataError):

@@ -39,6 +39,7 @@ from selfsteer.data.digests import (
     model_digest,
     split_revision,
 )
+from selfsteer.data.files import cache_home
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.finite import broken_weight
@@ -146,12 +147,6 @@ def _snapshot(hub_id: str, settings: Loading) -> str:
         )
     except Exception as e:
         raise _unreadable("model", hub_id, e) from e
-
-
-def cache_home() -> Path:
-    """Where checkpoints that are made from other formats are kept."""
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SELFSTEER_CACHE") or Path(users) / "selfsteer").absolute()
 
 
 def _once(source: str, what: str, make: Callable[[Path], dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Rows of the data browser: what a stage sampled with all that the run knows of it, in SQLite.
 
-An index is made once per state of the stage and kept in ``RUN/.view``: `Index` then filters, sorts
-and pages without reading the shards again. Nothing here locks or changes the run, and no model is
-asked anything: log-probs, judgements and reasons are those that the run left behind.
+An index is made once per state of the stage and kept in the user's cache: `Index` then filters,
+sorts and pages without reading the shards again. Nothing here locks or changes the run, and no
+model is asked anything: log-probs, judgements and reasons are those that the run left behind.
 
 ``python -m selfsteer.report.browser RUN SET`` makes one index and prints how far it is.
 """
@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sqlite3
 import stat
 import sys
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from selfsteer.data.digests import digest
+from selfsteer.data.files import cache_home
 from selfsteer.data.jsonl import batched, dump_line, lines
 from selfsteer.data.records import RESPONSES, Preference, Query, Triple
 from selfsteer.engines.base import Advance, no_news
@@ -50,6 +52,8 @@ VERSION = 5
 GROUP = 256
 #: No index takes this long to build; a half-made file that is older was abandoned.
 LEFT_AFTER_S = 86_400.0
+#: Indices of a run that nobody has looked at for a month are removed.
+UNUSED_AFTER_S = 30 * 86_400.0
 #: Of an index that are mapped into memory at most; SQLite itself stops at 2 GB.
 MAPPED_BYTES = 2**31
 #: Characters of a query in the list.
@@ -212,29 +216,35 @@ class Fates:
 
 
 def cache_folder(run: Path) -> Path:
-    """Where the indices of a run are: in it, or in the system's temporary folder if it cannot be.
+    """Where the indices of a run are: in the user's cache, or else in the temporary folder.
+
+    Not in the run folder: an index that came with the run of somebody else would be believed.
 
     Raises:
-        ArtifactError: ``.view`` is a link, which could lead anywhere; or others can write in the
-            temporary folder.
+        ArtifactError: others can write there.
     """
-    folder = run / ".view"
-    if folder.is_symlink():
-        raise ArtifactError(f"{folder} is a link; remove it, it may only be a folder.")
-    try:
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        mine = Path(tempfile.gettempdir()) / f"selfsteer-view-{digest(str(run.resolve()))}"
-        mine.mkdir(mode=0o700, exist_ok=True)
-        found = mine.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise ArtifactError(
-                f"{mine} is a link, or somebody else's, or open to others: what they put there "
-                "would be shown. Remove it, or set TMPDIR to a folder of your own."
-            ) from None
-        return mine
+    name = digest(str(run.resolve()))
+    places = (cache_home() / "view" / name, Path(tempfile.gettempdir()) / f"selfsteer-view-{name}")
+    for mine in places:
+        try:
+            mine.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=mine):
+                break
+        except OSError as e:
+            why = e
+    else:
+        raise ArtifactError(
+            f"No index can be written: {' and '.join(map(str, places))} cannot be used "
+            f"({why.strerror}). Set SELFSTEER_CACHE to a folder of your own."
+        )
+    found = mine.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ArtifactError(
+            f"{mine} is a link, or somebody else's, or open to others: what they put there "
+            "would be shown. Remove it, or set SELFSTEER_CACHE to a folder of your own."
+        )
+    os.utime(mine)
+    return mine
 
 
 def index_file(found: Sampled) -> Path:
@@ -254,6 +264,9 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
     home, stem = target.parent, target.name.rpartition(".")[0]
     if target.exists():
         return target
+    for other in home.parent.iterdir():
+        if other.name != home.name and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
+            shutil.rmtree(other, ignore_errors=True)
     for left in home.glob(f".{stem}.*"):  # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
