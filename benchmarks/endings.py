@@ -90,7 +90,9 @@ def main() -> None:
             *(f"| {n} | {v['at_a_sentence']:.3f} | {v['within']:.2f} |" for n, v in made.items()),
             "",
         ]
-    lines.append(f"Plain answers of {run.folder.name}, made by `python benchmarks/endings.py`.")
+    lines.append(
+        f"Plain answers of the run {run.folder.name}. Made by `python benchmarks/endings.py`."
+    )
     write_atomic(RESULTS / "endings.json", json.dumps(report, indent=1) + "\n")
     write_atomic(RESULTS / "endings.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -389,8 +389,8 @@ class Wishes:
             return "spin", "prompts with good answers need no principles; irft does it in one pass"
         if self.goal.kind == "style":
             return "sso", (
-                "a model of 135M parameters kept 0.91 of a house style's rules after SSO, 0.64 "
-                "after PBAA (two seeds) and 0.73 after contrast (one seed); contrast takes about "
+                "a model of 135M parameters kept 0.91 of a house style's rules after SSO, 0.62 "
+                "after PBAA (three seeds) and 0.73 after contrast (one seed); contrast takes about "
                 "half the time of sso"
             )
         if not self.pairs:
