@@ -4,6 +4,7 @@ The server speaks OpenAI's chat completions on loopback. What it says is a funct
 seed, so that a disturbed run can be held against an undisturbed one.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -146,7 +147,10 @@ def say(body: dict[str, Any]) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Counts what it is asked; ``faults`` has the n-th request's fault, or that of all."""
+    """Counts what it is asked; ``faults`` has the n-th request's fault, ``always`` that of all.
+
+    ``listing`` is the fault of the list of its models.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -154,6 +158,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.model = "canned"
+        self.listing: Fault | None = None
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.times: list[float] = []
@@ -181,7 +186,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.send(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
+        fault = self.server.listing
+        if fault is None or not fault(self):
+            listed = {"object": "list", "data": [{"id": self.server.model, "object": "model"}]}
+            self.send(200, listed)
 
     def do_POST(self) -> None:
         server = self.server
@@ -228,6 +236,12 @@ def completion(*texts: str | None, reason: str = "stop") -> dict[str, Any]:
     }
 
 
+def with_tokens(**counts: int) -> dict[str, Any]:
+    """A reply that took so many tokens."""
+    found = completion("Hi.")
+    return {**found, "usage": {**found["usage"], **counts}}
+
+
 @contextmanager
 def serving(port: int = 0) -> Iterator[Server]:
     server = Server(port)
@@ -261,6 +275,24 @@ def sends(value: Any) -> Fault:
         return True
 
     return fault
+
+
+def packed(h: Handler) -> bool:
+    """A mebibyte of nothing, as a kilobyte that nobody asked for."""
+    h.send(200, gzip.compress(bytes(1 << 20)), {"Content-Encoding": "gzip"})
+    return True
+
+
+def drips(h: Handler) -> bool:
+    """An answer without an end, a byte at a time, until the client is gone."""
+    h.send_response(200)
+    h.send_header("Content-Type", "application/json")
+    h.send_header("Content-Length", "1000000")
+    h.end_headers()
+    h.close_connection = True
+    while True:
+        h.wfile.write(b" ")
+        time.sleep(0.05)
 
 
 def hangs(h: Handler) -> bool:
@@ -304,6 +336,9 @@ FAULTS: dict[str, Fault] = {
     "0_choices": sends(completion()),
     "2_choices": sends(completion("Hi.", "Ho.")),
     "invalid_utf8": sends(b'{"choices": [{"message": {"content": "caf\xff"}}]}'),
+    "packed": packed,
+    "no_count": sends(with_tokens(completion_tokens=True)),
+    "countless": sends(with_tokens(completion_tokens=10**400)),
     "half_a_surrogate": sends(json.dumps(completion("\ud83d")).encode()),
 }
 

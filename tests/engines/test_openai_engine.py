@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -41,7 +42,7 @@ from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading, Price
 from selfsteer.run.stage import identity
 from tests import fakes
-from tests.fakes import FAULTS, Server, completion, say, sends, serving, status
+from tests.fakes import FAULTS, Server, completion, drips, packed, say, sends, serving, status
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
@@ -449,6 +450,93 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     with pytest.raises(EngineError, match=r"provided: \[key\].*MY_KEY is set") as caught:
         ask(engine(api_key_env="MY_KEY"), GREEDY, 0, CONVERSATIONS[:1])
     assert "sk-secret" not in str(caught.value)
+
+
+KEY = "sk-3f9c0d/Ae71b62+84d5c9a0f21=="
+
+
+@pytest.mark.parametrize("form", [KEY, quote(KEY, safe="")])
+@pytest.mark.parametrize("where", ["reason", "body", "slash", "json", "status", "text", "names"])
+def test_no_part_of_the_key_comes_back_from_a_server(
+    where: str,
+    form: str,
+    server: Server,
+    engine: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Also where the key stands across the end of what is shown."""
+    monkeypatch.setenv("MY_KEY", KEY)
+    one = engine(Usage(tmp_path / "usage.json"), api_key_env="MY_KEY", retries=0, concurrency=1)
+    said = []
+    for before in (0, 20, 45, 60, 75, 255, 270, 290):
+        long = "x" * before + form + "y" * 300
+        server.always = {
+            "reason": sends(completion("Hi.", reason=long)),
+            "body": sends(long.encode()),
+            "slash": sends(long.replace("/", r"\/").encode()),
+            "json": sends({"a": long}),
+            "status": status(400, long),
+            "text": sends(completion(long)),
+            "names": status(404, long),
+        }[where]
+        try:
+            if where == "names":
+                server.model = long
+                one.check()
+            said.append(str(ask(one, GREEDY, 0, CONVERSATIONS[:1])))
+        except (ConfigError, EngineError) as e:
+            said.append(str(e))
+        one._failed_in_a_row = 0
+    one.close()
+    said += [*capsys.readouterr(), (tmp_path / "usage.json").read_text()]
+    shown = " ".join(said).replace("[key]", "")
+    assert "x" * 20 in shown or where == "reason", "something is shown"
+    assert not [part for part in (KEY[:6], KEY[3:9], KEY[-8:]) if part in shown]
+
+
+def test_a_reason_that_no_server_gives_is_counted_but_not_repeated(
+    server: Server, engine: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.always = sends(completion("B", reason="out of\nhoney"))
+    one = engine()
+    found = ask(one, GREEDY, 0, CONVERSATIONS[:3])
+    assert {c.finish_reason for c in found} == {"request_failed:finish_reason"}
+    assert as_stored(one.usage.counts)["failed"] == {"request_failed:finish_reason": 3}
+    assert capsys.readouterr().err.count(r"'out of\nhoney'") == 1
+
+
+def test_a_packed_reply_is_not_unpacked(
+    server: Server, engine: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults = {2: packed}
+    found = ask(engine(retries=0, concurrency=1), GREEDY, 0)
+    counts = Counter(c.finish_reason for c in found)
+    assert counts == {"stop": 11, "request_failed:packed_reply": 1}
+    assert "its Content-Encoding is not identity" in capsys.readouterr().err
+    server.listing = packed
+    with pytest.raises(EngineError, match=r"asked for its models: its Content-Encoding"):
+        engine().check()
+
+
+@pytest.mark.parametrize("slow", ["listing", "always"])
+def test_a_server_that_drips_is_too_slow(
+    slow: str, server: Server, engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfsteer.engines.openai.LOOK_S", 0.5)
+    setattr(server, slow, drips)
+    server.model = "another"
+    with pytest.raises(EngineError, match=r"is too slow: .* within 0\.5 s"):
+        engine().check()
+
+
+def test_names_that_are_no_texts_are_no_models(server: Server, engine: Make) -> None:
+    names = [5, None, ["canned"], "llama"]
+    server.listing = sends({"object": "list", "data": [{"id": name} for name in names]})
+    server.always = status(404, "no model canned")
+    with pytest.raises(ConfigError, match=r"does not serve 'canned' but llama \("):
+        engine().check()
 
 
 def test_another_model_is_served(server: Server, engine: Make) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import openai
 
@@ -42,7 +42,7 @@ from selfsteer.engines.base import (
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.pace import BUSY, Pace
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ConfigError, EngineError, clip
+from selfsteer.errors import ConfigError, EngineError, clip, short
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.reasoning import bare_thoughts, split
 from selfsteer.recipe.sections import EngineSettings
@@ -58,6 +58,19 @@ LONGEST_BACKOFF, LONGEST_PAUSE = 60.0, 3600.0
 
 #: Bytes of a reply at most: a thousand times what the longest answers take.
 LONGEST_REPLY = 64 << 20
+
+#: Tokens that a reply may say it took: what JSON carries exactly.
+MOST_TOKENS = 1 << 53
+
+#: Seconds that a server has to list its models and answer once, before anything is asked of it.
+LOOK_S = 30.0
+
+#: Characters of a key from which on it is a secret that no answer repeats by chance, as it could
+#: repeat ``EMPTY``.
+SECRET = 16
+
+#: Why an answer ended that is none; what else a server says here may be anything.
+NO_ANSWER = frozenset({"content_filter", "tool_calls", "function_call", "abort", "error"})
 
 #: What servers may call the budget of an answer; the old name is the one that more of them know.
 BUDGET, NEW_BUDGET = "max_tokens", "max_completion_tokens"
@@ -94,7 +107,7 @@ class Fault(Exception):
 
     Args:
         reason: for counts, such as ``http_500``.
-        said: what the server or the connection said.
+        said: what the server or the connection said, without the key.
         again: whether another try may help.
         stop: whether no request at all can succeed.
         pause: seconds that the server asks all requests to wait.
@@ -119,28 +132,33 @@ class Reply(NamedTuple):
     reasoning: str
 
 
-def read_reply(body: bytes, chat: "ChatFormat | None" = None) -> Reply:
+def read_reply(
+    body: bytes, chat: "ChatFormat | None" = None, hide: Callable[[str], str] = str
+) -> Reply:
     """A chat completion with exactly one choice.
 
     Args:
         body: of the response.
         chat: the model's own; it knows the marks of thoughts, and whether a prompt opens a block.
+        hide: takes the key out of what is shown of a body that cannot be read.
 
     Raises:
         Fault: it is none, or has neither answer nor thoughts; worth another try.
     """
     try:
         value = json.loads(body.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode("utf-8")  # half a surrogate pair is no text
     except UnicodeError as e:
         raise Fault("invalid_utf8", str(e)) from None
     except (ValueError, RecursionError) as e:
-        raise Fault("malformed_json", f"{e}: {body[:80]!r}") from None
+        begin = hide(body.decode("utf-8", "replace"))[:80]
+        raise Fault("malformed_json", f"{e}: {short(begin)}") from None
     match value:
         case {
             "choices": [{"message": {**message}, "finish_reason": str(reason)}],
             "usage": {"prompt_tokens": int(asked), "completion_tokens": int(said)},
-        } if isinstance(message.get("content"), str | None) and min(asked, said) >= 0:
+        } if isinstance(message.get("content"), str | None) and all(map(_is_count, (asked, said))):
             content, thoughts = message.get("content"), message.get("reasoning_content")
             thoughts = thoughts or message.get("reasoning")  # servers have one name or the other
             answer = str(content or "")
@@ -157,7 +175,12 @@ def read_reply(body: bytes, chat: "ChatFormat | None" = None) -> Reply:
             return Reply(answer.strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
             raise Fault(f"{len(choices)}_choices", "one choice was asked for")
-    raise Fault("malformed_answer", f"no choice with a message, or no usage: {body[:80]!r}")
+    begin = hide(text)[:80]
+    raise Fault("malformed_answer", f"no choice with a message, or no usage: {short(begin)}")
+
+
+def _is_count(tokens: int) -> bool:
+    return type(tokens) is int and 0 <= tokens <= MOST_TOKENS
 
 
 def status_fault(status: int, said: str, code: str | None, headers: Mapping[str, str]) -> Fault:
@@ -247,7 +270,7 @@ class OpenAIEngine(ProbedEngine):
         self._failed_in_a_row, self._not_before = 0, 0.0
         self._budget = BUDGET
         self._pace, self._free = Pace(settings.concurrency), asyncio.Condition()
-        self._under_way, self._told = 0, ""
+        self._under_way, self._told, self._told_reason = 0, "", False
         # in a thread of its own, so that requests go on while answers are used, also in notebooks
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -276,29 +299,42 @@ class OpenAIEngine(ProbedEngine):
         names: list[str] = []
 
         async def look() -> None:
-            client = self._client.with_options(timeout=10)
-            names.extend([m.id async for m in client.models.list()])
-            if self.model not in names:  # some answer to names that they do not list
-                await self._client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": "Hi"}], max_tokens=1
-                )
+            client = self._client.with_options(timeout=LOOK_S)
+            async with asyncio.timeout(LOOK_S):  # the client's own is for each read
+                names.extend([m.id async for m in client.models.list() if isinstance(m.id, str)])
+                if self.model not in names:  # some answer to names that they do not list
+                    await client.chat.completions.create(
+                        model=self.model, messages=[{"role": "user", "content": "Hi"}], max_tokens=1
+                    )
 
         try:
             self._start(look()).result()
         except openai.APIStatusError as e:
+            fault = self._status_fault(e)
             if e.status_code in (401, 403):
-                raise self._refused(f"{e.status_code}: {e.message}") from None
-            if names and not status_fault(e.status_code, e.message, e.code, {}).renamed:
+                raise self._refused(fault.said) from None
+            if names and not fault.renamed:
                 # not every server lists its models
+                served = ", ".join(clip(self._hidden(name), 200) for name in names[:5])
                 raise ConfigError(
-                    f"{self.base_url} does not serve {self.model!r} but {', '.join(names[:5])}"
-                    f"{' …' if len(names) > 5 else ''} ({self._hidden(e.message)}). Set model to "
-                    "one of those."
+                    f"{self.base_url} does not serve {self.model!r} but {served}"
+                    f"{' …' if len(names) > 5 else ''} ({fault.said}). Set model to one of those."
                 ) from None
+        except (openai.APITimeoutError, TimeoutError):
+            raise EngineError(
+                f"{self.who} is too slow: asked for its models and for one word, it was not done "
+                f"within {LOOK_S:g} s. Wait until it has started or has less to do, or correct "
+                "base_url; then run the same command again."
+            ) from None
         except openai.APIConnectionError as e:
             raise EngineError(
-                f"Nothing answers at {self.base_url} ({_cause(e)}). Start the server, or correct "
-                "base_url."
+                f"Nothing answers at {self.base_url} ({self._hidden(_cause(e))}). Start the "
+                "server, or correct base_url."
+            ) from None
+        except Fault as e:
+            raise EngineError(
+                f"{self.who} gave no usable answer when asked for its models: {e.said}. Correct "
+                "base_url, or change the server."
             ) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             pass  # what it lists cannot be read; its answers may be
@@ -395,8 +431,8 @@ class OpenAIEngine(ProbedEngine):
                 if fault.reason == NO_SUCH_BUDGET:
                     raise EngineError(
                         f"{self.who} refuses answers of up to {sampling.max_new_tokens:,} tokens "
-                        f"({self._hidden(fault.said)}). Lower max_new_tokens of what asks it, such "
-                        "as sampling or principles, then run the same command again."
+                        f"({fault.said}). Lower max_new_tokens of what asks it, such as sampling "
+                        "or principles, then run the same command again."
                     ) from None
                 if fault.stop:
                     raise self._refused(fault.said) from None
@@ -409,7 +445,15 @@ class OpenAIEngine(ProbedEngine):
                 tries += 1
         self._failed_in_a_row = 0
         if reply.finish_reason not in ("stop", "length"):
-            reason = f"{REQUEST_FAILED}:{clip(reply.finish_reason, 40)}"
+            known = reply.finish_reason in NO_ANSWER
+            if not known and not self._told_reason:
+                self._told_reason = True
+                warn(
+                    f"{self.who} ends answers with finish_reason "
+                    f"{short(self._hidden(reply.finish_reason))}, which selfsteer does not know. "
+                    "Such answers are left out"
+                )
+            reason = f"{REQUEST_FAILED}:{reply.finish_reason if known else 'finish_reason'}"
             reply = reply._replace(text="", finish_reason=reason, reasoning="")
             self.usage.counts[reply.finish_reason] += 1
         return Completion(name, *reply)
@@ -455,20 +499,23 @@ class OpenAIEngine(ProbedEngine):
                 found = await self._client.chat.completions.with_raw_response.create(
                     **body, extra_body=self._extra or None
                 )
-            reply = read_reply(found.http_response.content, self._chat)
+            reply = read_reply(found.http_response.content, self._chat, self._hidden)
         except openai.APIStatusError as e:
-            raise status_fault(e.status_code, e.message, e.code, e.response.headers) from None
+            raise self._status_fault(e) from None
         except (openai.APITimeoutError, TimeoutError):
             seconds = f"{self.settings.timeout:g} s"
             raise Fault("timeout", f"no answer within {seconds}") from None
         except openai.APIConnectionError as e:
-            raise Fault("connection", _cause(e)) from None
+            raise Fault("connection", clip(self._hidden(_cause(e)), 300)) from None
         finally:
             usage.under_way -= most_tokens
             usage.save()
         usage.counts["prompt_tokens"] += reply.prompt_tokens
         usage.counts["completion_tokens"] += reply.completion_tokens
-        return reply
+        if len(self._key) < SECRET:
+            return reply
+        text, thoughts = self._hidden(reply.text), self._hidden(reply.reasoning)
+        return reply._replace(text=text, reasoning=thoughts)
 
     async def _admitted(self, tokens: int) -> None:
         """Waits until the next request may be sent; raises EngineError if it never may."""
@@ -512,9 +559,8 @@ class OpenAIEngine(ProbedEngine):
         pause = fault.pause or 0.0
         if pause > LONGEST_PAUSE:
             raise EngineError(
-                f"{self.who} asks to wait {pause:,.0f} s "
-                f"({self._hidden(fault.said)}). Finished answers are kept; run the same command "
-                "again then."
+                f"{self.who} asks to wait {pause:,.0f} s ({fault.said}). Finished answers are "
+                "kept; run the same command again then."
             )
         if pause > 30:
             say(f"  the server asks for a pause of {pause:.0f} s")
@@ -530,7 +576,7 @@ class OpenAIEngine(ProbedEngine):
         reason = f"{REQUEST_FAILED}:{fault.reason}"
         self.usage.counts[reason] += 1
         self._failed_in_a_row += 1
-        what = f"after {tries + 1} tries ({fault.reason}: {self._hidden(fault.said)})"
+        what = f"after {tries + 1} tries ({fault.reason}: {fault.said})"
         if self._failed_in_a_row >= DEAD_AFTER:
             log = ""
             if self._server is not None:
@@ -538,9 +584,9 @@ class OpenAIEngine(ProbedEngine):
             if not fault.again:
                 raise EngineError(
                     f"{self.who} refuses one request after the other, the last one for this: "
-                    f"{self._hidden(fault.said)}. Finished answers are kept; change what it "
-                    "objects to (its engine's extra_body, the temperature, the queries), then run "
-                    "the same command again."
+                    f"{fault.said}. Finished answers are kept; change what it objects to (its "
+                    "engine's extra_body, the temperature, the queries), then run the same command "
+                    "again."
                 )
             raise EngineError(
                 f"{self.who} gave no usable answer to several requests in a row, "
@@ -552,18 +598,31 @@ class OpenAIEngine(ProbedEngine):
 
     def _refused(self, said: str) -> EngineError:
         return EngineError(
-            f"{self.who} refuses model {self.model!r} ({self._hidden(said)}). "
-            "Check base_url, model and the key: the environment variable "
+            f"{self.who} refuses model {self.model!r} ({said}). Check base_url, model "
+            "and the key: the environment variable "
             f"{self.settings.api_key_env} {'is set' if self._key else 'is not set'}."
         )
 
+    def _status_fault(self, error: openai.APIStatusError) -> Fault:
+        said, code = self._hidden(error.message), error.code
+        return status_fault(error.status_code, said, code, error.response.headers)
+
     def _hidden(self, text: str) -> str:
-        """The text without the key: servers quote what they refuse."""
-        return text.replace(self._key, "[key]") if self._key else text
+        """The text without the key: servers quote what they refuse.
+
+        It must be whole: of a key that was cut, the rest would not be found.
+        """
+        if key := self._key:
+            quoted = json.dumps(key)[1:-1]  # and PHP writes "\/" for a slash
+            for form in (key, quoted, quoted.replace("/", r"\/"), quote(key, safe="")):
+                text = text.replace(form, "[key]")
+        return text
 
 
 async def _bound(response: Any) -> None:
-    """Makes a reply that is longer than `LONGEST_REPLY` a `Fault`."""
+    """Makes a reply that is packed, or longer than `LONGEST_REPLY`, a `Fault`."""
+    if response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        raise Fault("packed_reply", "its Content-Encoding is not identity, which was asked for")
     stream, read = response.stream, 0
 
     class Bounded(type(stream)):  # type: ignore[misc]
