@@ -33,6 +33,14 @@ def test_sigterm_has_its_own_exit_code() -> None:
     assert stopping.exit_code() == 143
 
 
+@pytest.mark.parametrize(
+    "text", ["1e400s", "99999999999h", "9" * 400 + "s", "8785h", "२h", "", "h"]
+)
+def test_a_time_that_no_limit_has_is_none(text: str) -> None:
+    assert stopping.seconds_of(text) is None
+    assert stopping.seconds_of("8784h") == 366 * 86400
+
+
 def deferring(work: Callable[[], None]) -> None:
     """Work in a deferred block that is stopped by a signal, or after it."""
     with pytest.raises(KeyboardInterrupt), stopping.deferred():

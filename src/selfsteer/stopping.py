@@ -18,6 +18,9 @@ from types import FrameType
 #: How long a deferred block may take to end by itself: many schedulers kill 30 s after SIGTERM.
 GRACE_S = 28.0
 
+#: The longest time after which a process can be asked to stop: a year.
+LONGEST_S = 366 * 86400.0
+
 #: What a process exits with that stopped because its time is up: EX_TEMPFAIL, "try again".
 OUT_OF_TIME = 75
 
@@ -132,13 +135,14 @@ def after(seconds: float) -> None:
 
 
 def seconds_of(text: str) -> float | None:
-    """The seconds that a person means; None where that is not clear.
+    """The seconds that a person means; None where that is not clear, or more than a year.
 
     >>> seconds_of("2h"), seconds_of("1h30m"), seconds_of("45s"), seconds_of("2 hours")
     (7200.0, 5400.0, 45.0, None)
     """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    found = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text, re.ASCII)
     if not text or not found:
         return None
     hours, minutes, seconds = (float(n or 0) for n in found.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    sum_ = 3600 * hours + 60 * minutes + seconds
+    return sum_ if sum_ <= LONGEST_S else None

@@ -243,6 +243,8 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     ("begins", "said"),
     [
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16 text. Convert it"),
+        ('{"prompt": "a"}'.encode("utf-16-le"), "begins with NUL bytes.* UTF-16LE"),
+        ("Why?\n".encode("utf-16-be"), "begins with NUL bytes"),
         (b"PK\x03\x04....", "is a zip archive. Unpack it"),
         (b"BZh9....", "packed by bzip2"),
         (b"PAR1....", "is a Parquet file. Give it a name that ends in .parquet"),
@@ -253,6 +255,15 @@ def test_what_is_no_text_is_called_what_it_is(tmp_path: Path, begins: bytes, sai
         (tmp_path / name).write_bytes(begins)
         with pytest.raises(DataError, match=said):
             load_queries(Queries(path=str(tmp_path / name)))
+
+
+def test_a_damaged_table_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "q.parquet"
+    pq.write_table(pa.table({"prompt": ["Why?"] * 999}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    with pytest.raises(DataError, match=r"q\.parquet cannot be read: \w+.* failed\.$"):
+        load_queries(Queries(path=str(path)))
 
 
 @pytest.mark.parametrize("text", ["[" * 5_000 + "]" * 5_000, f'[{{"prompt": {"9" * 5_000}}}]'])

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,36 @@ def style(tmp_path: Path) -> Path:
     path = tmp_path / "style.yaml"
     path.write_text(STYLE.replace("true\n", '"true"\n').replace("false\n", '"false"\n'))
     return path
+
+
+def test_an_expression_without_an_end_is_refused_by_its_name() -> None:
+    endless = query(checks=[{"match": "^(a|aa)+$"}])
+    said = r'The rule match: "\^\(a\|aa\)\+\$" was not decided within 1 s .* 45 characters'
+    with pytest.raises(ConfigError, match=said):
+        judge_of("checks").compare_all([Pair(endless, "a" * 44 + "!", "no")])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer"),
+    [
+        ("a{e}", "a"),
+        ("a{e}", "a{e}"),
+        ("a{i<=1}b", "axb"),
+        ("a{,2}b{1,}{x}", "ab{x}"),
+        ("[[:alpha:]]x", "ax"),
+        ("[a[:alpha:]]", "b"),
+        (r"[\[x]", "\\"),
+        (r"[^]\]]", "]"),
+        ("[]{}[]", "["),
+        (r"\N{BULLET}x{2}", "•xx"),
+        (r"(?i)^yes\b.{2,3}$", "Yes no"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
+def test_an_expression_means_what_it_means_in_python(pattern: str, answer: str) -> None:
+    found = re.search(pattern, answer) is not None
+    assert Check(match=pattern).passes(answer) == found
+    assert Check(no_match=pattern).passes(answer) != found
 
 
 # -- rules -----------------------------------------------------------------------------------------

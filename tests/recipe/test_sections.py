@@ -246,6 +246,22 @@ def test_a_date_is_a_text_and_what_yaml_cannot_make_is_one_too() -> None:
     assert merge(MINIMAL, ["name=!!int x"])["name"] == "!!int x"
 
 
+@pytest.mark.parametrize(
+    "setting", ["seed=true", "seed=1:30", "training.beta=no", "queries.limit=on"]
+)
+def test_neither_truth_nor_time_is_a_number(setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{key}: input should be a (number|valid integer)"):
+        recipe_of(merge(MINIMAL, [setting]), "recipe")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made: Any = recipe_of(merge(MINIMAL, ["runs_dir=~/runs", "name=one"]), "recipe")
+    assert made.folder == tmp_path / "runs" / "one"
+    assert resolve_path("~/prompts.jsonl") == str(tmp_path / "prompts.jsonl")
+
+
 def test_a_recipe_that_yaml_cannot_make_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     for text in ("seed: !!int x", "seed: !!bool x", "seed: !!timestamp x"):

@@ -15,7 +15,7 @@ from selfsteer.data.digests import derive_seed, digest, digest_path
 from selfsteer.data.jsonl import read_shards, write_atomic
 from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.run.folder import RunFolder, StageResult, read_dropped, refuse, run_shards
+from selfsteer.run.folder import RunFolder, StageResult, logged, read_dropped, refuse, run_shards
 from selfsteer.run.stage import COSTS_ONLY, Stage
 
 # -- files ----------------------------------------------------------------------------------------
@@ -281,6 +281,24 @@ def test_a_torn_last_line_of_the_ledger_is_left_out_and_written_after(
     run.execute(Made(StageResult(1, 1), title="two"))
     assert len(run.ledger()) == whole + 2
     assert run.is_done(Made(StageResult(1, 1), title="two"))
+
+
+@pytest.mark.parametrize("log", ["ledger.jsonl", "metrics.jsonl"])
+def test_a_line_too_deep_to_be_read_is_as_one_that_was_cut_short(tmp_path: Path, log: str) -> None:
+    run = RunFolder(tmp_path)
+    run.execute(Made(StageResult(1, 1)))
+    with open(run / log, "a") as file:
+        file.write('{"stage": ' + "[" * 100_000)
+    assert len(run.ledger()) == 2
+    assert logged(run / "metrics.jsonl") == {}
+    run.rewind("metrics.jsonl", "policy", 0)
+
+
+def test_outputs_that_are_no_names_are_damage(tmp_path: Path) -> None:
+    entry = {"event": "finish", "stage": "x", "fingerprint": "y", "outputs": [5]}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(ArtifactError, match="damaged in line 1"):
+        RunFolder(tmp_path).damaged([])
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 
 from selfsteer.data.jsonl import parse, readable, shallow
 from selfsteer.errors import ConfigError, DataError, listed, short
-from selfsteer.recipe.texts import BEGINNINGS
+from selfsteer.recipe.texts import BEGINNINGS, PACKED
 
 Row = Mapping[str, Any]
 Columns = Callable[[Sequence[str]], Sequence[str]]
@@ -169,6 +169,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         for beginning, what in BEGINNINGS.items():
             if begins.startswith(beginning):
                 raise DataError(f"{path} {what}.")
+        if b"\0" in begins and not begins.startswith(tuple(PACKED)):
+            raise DataError(
+                f"{path} begins with NUL bytes, so it is not UTF-8 text. If it is UTF-16 text, "
+                "convert it, for example with iconv -f UTF-16LE -t UTF-8."
+            )
         try:
             yield _unpacked(file, begins)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from selfsteer.errors import ArtifactError, DataError, short
+from selfsteer.errors import ArtifactError, DataError, clip, short
 from selfsteer.recipe.texts import ENDLESS, is_endless, unfit
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def lines(source: Path | bytes) -> Iterator[dict[str, Any]]:
     for line in source.split(b"\n"):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             yield value
@@ -163,7 +163,10 @@ def readable(path: Path) -> Iterator[None]:
             "example with iconv."
         ) from None
     except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror}.") from None
+        said = " ".join((e.strerror or str(e)).split()).rstrip(
+            "."
+        )  # of pyarrow's there is no other
+        raise DataError(f"{path} cannot be read: {clip(said, 200)}.") from None
 
 
 def write_atomic(path: Path, text: str | bytes | Iterable[str], *, sync: bool = True) -> None:

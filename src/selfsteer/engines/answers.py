@@ -100,7 +100,7 @@ def _lines(store: Path) -> Iterator[tuple[str, Completion] | None]:
     """Each line's mark and answer; None for one that was cut short or changed."""
     for line in filter(None, store.read_bytes().splitlines() if store.exists() else []):
         found = None
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             value = json.loads(line)
             if value.pop("sum") == digest(value):
                 found = value.pop("request"), Completion(**value)

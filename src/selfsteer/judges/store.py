@@ -4,6 +4,7 @@ Addressed by content, like the log-probs in ``scores/``: the folder by what the 
 by what it was asked. A run killed while judging resumes after its last finished chunk.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from selfsteer.terminal import progress_bar
 #: Questions per file, the unit of resumption.
 CHUNK = 256
 
+#: Names of a store's own files.
+_OURS = re.compile(r"answers-([0-9]{5,9})\.jsonl")
+
 Advance = Callable[[int, int], None]
 
 
@@ -31,12 +35,14 @@ class AnswerStore:
         self._values: dict[str, dict[str, Any]] = {}
         self._files = 0
         for path in sorted(folder.glob("answers-*.jsonl")) if folder else []:
-            self._files = int(path.stem.split("-")[1]) + 1
+            if not (name := _OURS.fullmatch(path.name)):
+                continue  # a copy that somebody made
+            self._files = max(self._files, int(name[1]) + 1)
             try:
                 rows = [row for _, row in read_jsonl(path)]
-                if all(row["sum"] == digest([row["key"], row["answer"]]) for row in rows):
+                if all(map(_is_whole, rows)):
                     self._values |= {row["key"]: row["answer"] for row in rows}
-            except (DataError, KeyError):
+            except DataError:
                 continue  # torn or changed, so not used: its questions are asked again
 
     @classmethod
@@ -99,3 +105,9 @@ class AnswerStore:
             write_atomic(self.folder / f"answers-{self._files:05d}.jsonl", lines)
             self._files += 1
         self._values |= found
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    key, answer = row.get("key"), row.get("answer")
+    typed = isinstance(key, str) and isinstance(answer, dict)
+    return typed and row.get("sum") == digest([key, answer])

@@ -4,6 +4,7 @@ A method is a file of this folder: its recipe class with its settings, its objec
 on one screen. `Plan` collects the stages that a recipe comes to; nothing runs while it does.
 """
 
+import os
 import re
 from abc import abstractmethod
 from collections import defaultdict
@@ -142,7 +143,7 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.runs_dir) / self.name
+        return Path(os.path.expanduser(self.runs_dir)) / self.name
 
     @abstractmethod
     def plan(self) -> list[Stage]:

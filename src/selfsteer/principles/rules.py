@@ -15,12 +15,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import override
 
 from selfsteer.data.curate import written_in
+from selfsteer.errors import ConfigError, clip
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import SCRIPTS, Section, did_you_mean, holding
+
+#: Seconds that a rule's expression may take on an answer: a data set may bring one without an end.
+MATCH_S = 1.0
+
+#: What ``regex`` reads in another way than ``re``: braces that are no count, sets inside sets.
+_ODD = re.compile(
+    r"\\N\{[^}]*\}|\\.|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<brace>\{(?!\d+\}|\d*,\d*\}))",
+    re.DOTALL,
+)
 
 #: A list item; group 1 is its marker.
 _ITEM = re.compile(r"^[ \t]*([-*+•–]|\d+[.)])[ \t]+\S", re.MULTILINE)
@@ -31,7 +42,8 @@ _BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]*_]*\s+|(?<=[。！？])|\n+")
 def _pattern(text: str) -> str:
     try:
         re.compile(text)
-    except re.error as e:
+        regex.compile(_literal(text))
+    except (re.error, regex.error) as e:
         raise ValueError(f"it is not a regular expression ({e})") from None
     return text
 
@@ -127,10 +139,20 @@ class Check(Section):
 
         >>> Check.model_validate({"words": {"max": 3}}).passes("The bee eats nectar.")
         False
+
+        Raises:
+            ConfigError: its regular expression takes longer than `MATCH_S`.
         """
         text = answer.strip()
         (name,) = self._given
-        return bool(text) and _PASSES[name](text, getattr(self, name))
+        try:
+            return bool(text) and _PASSES[name](text, getattr(self, name))
+        except TimeoutError:
+            raise ConfigError(
+                f"The rule {clip(str(self), 200)} was not decided within {MATCH_S:g} s on an "
+                f"answer of {len(text):,} characters, so it could run for ever. Write it without "
+                "a repetition of what is repeated or has alternatives, such as (a|aa)+."
+            ) from None
 
 
 class Checks(Section):
@@ -168,6 +190,24 @@ def _occurs(phrase: str, text: str) -> bool:
     return re.search(f"(?i){before}{re.escape(phrase)}{after}", text) is not None
 
 
+def _found(pattern: str, text: str) -> bool:
+    return regex.search(_literal(pattern), text, timeout=MATCH_S) is not None
+
+
+def _literal(pattern: str) -> str:
+    """A pattern of ``re`` as ``regex`` must have it, which knows more signs."""
+
+    def plain(odd: re.Match[str]) -> str:
+        if odd["brace"]:
+            return r"\{"
+        inside = odd["set"]
+        if not inside:
+            return odd[0]
+        return "[" + re.sub(r"\\.|\[", lambda m: m[0].rjust(2, "\\"), inside[1:], flags=re.DOTALL)
+
+    return _ODD.sub(plain, pattern)
+
+
 def _spoken(part: str) -> bool:
     return any(map(str.isalnum, part))
 
@@ -177,8 +217,8 @@ _PASSES: Mapping[str, Callable[[str, Any], bool]] = {
     "sentences": lambda text, n: n.holds(sum(map(_spoken, _BREAK.split(text)))),
     "paragraphs": lambda text, n: n.holds(sum(map(_spoken, re.split(r"\n\s*\n", text)))),
     "bullets": _items,
-    "match": lambda text, pattern: re.search(pattern, text) is not None,
-    "no_match": lambda text, pattern: re.search(pattern, text) is None,
+    "match": lambda text, pattern: _found(pattern, text),
+    "no_match": lambda text, pattern: not _found(pattern, text),
     "format": _is_json,
     "script": lambda text, name: written_in((name,))(text),
     "contains": lambda text, phrases: all(_occurs(p, text) for p in phrases),

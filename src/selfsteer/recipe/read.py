@@ -51,7 +51,7 @@ def recipe_text(name_or_path: str) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML where a key that stands twice is an error, and a date is the text that it is.
+    """YAML where a key that stands twice is an error, and a date or 1:30 is the text that it is.
 
     An alias counts as all the nodes that it stands for, and there may be `NODES`: a short text can
     name billions.
@@ -90,6 +90,18 @@ class Loader(yaml.SafeLoader):
                 None, None, f"the key {short(key)} is there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+def _number(loader: Loader, node: Any) -> Any:
+    """A number, but not to base 60, which is how YAML 1.1 reads 1:30."""
+    if ":" in node.value:
+        return node.value
+    whole = node.tag.endswith(":int")
+    return (loader.construct_yaml_int if whole else loader.construct_yaml_float)(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _number)
+Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def read_yaml(text: str) -> Any:

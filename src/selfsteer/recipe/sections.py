@@ -7,6 +7,7 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 
 import datetime
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -126,6 +128,15 @@ class Section(BaseModel):
         found = handler(core_schema)
         plain = {"type": ["string", "boolean"]} if cls.short else {"type": "string"}
         return {"anyOf": [found, plain]} if cls.short or cls.spelled else found
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("input should be a number")  # pydantic takes true for 1
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -1429,13 +1440,13 @@ def resolve_path(value: str) -> str:
     """A path as the system knows it: inside an installed package, or absolute.
 
     ``package:MODULE/PATH`` is inside the package, which is not imported; ``./PATH`` becomes
-    absolute, as a `Path` of it would read like a hub id; others stay.
+    absolute, as a `Path` of it would read like a hub id, and so does ``~/PATH``; others stay.
 
     Raises:
         ConfigError: the package or file does not exist, or the module is not a package.
     """
-    if value.startswith(("./", "../")):
-        return str(Path(value).absolute())
+    if value.startswith(("./", "../", "~/")):
+        return str(Path(os.path.expanduser(value)).absolute())
     if not value.startswith("package:"):
         return value
     module, _, inside = value.removeprefix("package:").partition("/")

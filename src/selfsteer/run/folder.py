@@ -272,7 +272,8 @@ class RunFolder:
         """Drops a stage's lines after ``step`` from a log: a resumed training writes them again."""
         path, kept = self / file_name, []
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
-            with suppress(ValueError, AttributeError, TypeError):  # none of ours
+            # none of ours
+            with suppress(ValueError, AttributeError, TypeError, RecursionError):
                 entry = json.loads(line)
                 if entry.get("stage") != stage or entry.get("step", 0) <= step:
                     kept.append(line + b"\n")
@@ -486,7 +487,7 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
             text = text[: seal.start()] + "}"
         try:
             entry = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not text or (text.startswith("{") and not seal):
                 continue
             entry = None
@@ -507,6 +508,7 @@ def _is_entry(value: Any) -> bool:
     outputs, sums = value.get("outputs", []), value.get("sums", {})
     return (
         isinstance(outputs, list)
+        and all(isinstance(o, str) for o in outputs)
         and isinstance(sums, dict)
         and all(isinstance(s, list) and list(map(type, s)) == [int, str] for s in sums.values())
     )
@@ -578,7 +580,7 @@ def run_shards(
 
 
 def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         done = json.loads(mark.read_bytes())
         expected = {"n_in": n_in, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
         if isinstance(done, dict) and "tally" in done and expected.items() <= done.items():

@@ -106,7 +106,7 @@ def progress_of(run: Path) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((run / FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not set(found) >= KEYS:
         return None

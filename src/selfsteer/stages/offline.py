@@ -1,6 +1,7 @@
 """`selfsteer train`: one objective on stored triples, under torchrun if there are ranks."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from contextlib import nullcontext
@@ -44,7 +45,7 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
         ConfigError: the output holds something made with other settings or ranks.
         DataError: the triples lack a response that the objective needs, or none is left of them.
     """
-    output = Path(config.output)
+    output = Path(os.path.expanduser(config.output))
     model = resolve_path(model)
     found = import_records(triples_path, trainable=True)
     for example in found.examples:
@@ -103,7 +104,7 @@ def _train(
 ) -> dict[str, Any]:
     objective, output = (
         Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
-        Path(config.output),
+        Path(os.path.expanduser(config.output)),
     )
     check_trainable(model, config, config.lora)
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)

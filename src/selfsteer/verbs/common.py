@@ -120,7 +120,8 @@ def stop_in_time(until_time: str | None) -> None:
     seconds = stopping.seconds_of(until_time)
     if not seconds:
         raise ConfigError(
-            f"--until-time takes a time such as 110m, 2h or 1h30m, found {short(until_time)}."
+            "--until-time takes a time such as 110m, 2h or 1h30m, at most a year, found "
+            f"{short(until_time)}."
         )
     if not ranks.in_world():
         stopping.after(seconds)
