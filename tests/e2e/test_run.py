@@ -207,6 +207,7 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         assert f"process {running.pid} on" in second.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path, here: Here) -> None:
     """In one ``runs_dir``, on the same queries: the first ends while the second is in a stage."""
     tiny = [s for s in TINY if not s.startswith(("generator", "evaluation"))]

@@ -30,7 +30,8 @@ def test_plain_answers_are_ranked_by_the_models_own_reward_model(tmp_path: Path)
     assert [t.id for t in of.principles] == [
         t.id for t in stored_triples(recipe.folder / "ranker/principles.jsonl")
     ]
-    (sampled,) = of.sampled
+    sampled, competing = of.sampled
+    assert (competing.name, competing.ranked) == ("iteration-1/ranked", True)
     assert (sampled.name, [s.kind for s in sampled.takers]) == ("ranker/samples", ["FilterTriples"])
     index = Index(build(sampled))
     assert index.about["of"] == 8
