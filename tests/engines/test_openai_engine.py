@@ -778,3 +778,11 @@ def test_it_answers_beside_a_loop_that_runs_already(engine: Make) -> None:
 
     with ThreadPoolExecutor(1) as apart:  # browser tests leave a loop in the main thread
         assert apart.submit(asyncio.run, cell()).result() == alone
+
+
+def test_prompts_go_to_no_server_that_was_not_named(server: Server, engine: Make) -> None:
+    with serving() as other:
+        server.always = status(307, "elsewhere", location=f"{other.url}/chat/completions")
+        with pytest.raises(EngineError, match=f"307: it sends requests on to {other.url}"):
+            ask(engine(), GREEDY, 0)
+        assert not other.asked

@@ -186,7 +186,9 @@ def _is_count(tokens: int) -> bool:
 def status_fault(status: int, said: str, code: str | None, headers: Mapping[str, str]) -> Fault:
     """What an HTTP error means for its request."""
     reason, text = f"http_{status}", f"{status}: {' '.join(said.split())[:300]}"
-    if status in (401, 403, 404) or code == "insufficient_quota":
+    if 300 <= status < 400:
+        text = f"{status}: it sends requests on to {clip(headers.get('location', ''), 200)}"
+    if status < 400 or status in (401, 403, 404) or code == "insufficient_quota":
         return Fault(reason, text, again=False, stop=True)
     if status in (408, 409, 429) or status >= 500:
         return Fault(reason, text, pause=retry_after(headers))
@@ -261,6 +263,7 @@ class OpenAIEngine(ProbedEngine):
             timeout=settings.timeout,
             http_client=openai.DefaultAsyncHttpxClient(
                 trust_env=not here,  # a proxy would look for its own loopback
+                follow_redirects=False,  # prompts go to the server that was named
                 event_hooks={"response": [_bound]},
             ),
             # what is packed could be longer than it looks
