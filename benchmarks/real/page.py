@@ -17,7 +17,8 @@ CONFIGS = {
     "style": (
         "A house style",
         """The shipped recipe (`selfsteer run smollm2`): a catalogue of four features with rules,
-152 prompts of ours, 48 held out. The figure of an answer is the share of the rules it keeps.""",
+152 prompts of ours, 48 held out. The figure of an answer is the share of the rules it keeps. The
+recipe's principles ask for one feature, drawn for each query, those of *contrast-all* for all.""",
     ),
     "first-try": (
         "One short sentence",

@@ -223,23 +223,24 @@ def fill(method: str, seed: int, args: argparse.Namespace, given: Sequence[str])
     trains = method not in UNTRAINED
     beside = args.methods if method in ("sso", "pbaa") else ()
     by = "sso" if not trains or (method == "pbaa" and "sso" in beside) else method
-    name = f"{args.config}-{by}-{seed}"
+    name = f"{args.config}-{args.label or by}-{seed}"
     settings = [f"name={name}", f"runs_dir={args.runs.absolute()}", f"seed={seed}", *given]
     recipe = recipe_for(by, settings, beside)
     ifeval, undecided = quarter(args.ifeval, args.limit)
-    path = args.out / f"{args.config}-{method}-{seed}.json"
+    label = args.label or method
+    path = args.out / f"{args.config}-{label}-{seed}.json"
     settings_are = settings_digest(recipe, method, ifeval)
     if path.exists():
         if json.loads(path.read_text("utf-8"))["settings"] != settings_are:
             raise SystemExit(f"{path} has other settings; choose another --out, or remove it")
         return
     model = resolve_path(recipe.policy.model)
-    result: dict[str, Any] = {"config": args.config, "method": method, "seed": seed}
+    result: dict[str, Any] = {"config": args.config, "method": label, "seed": seed}
     if trains:
         execute(recipe, recipe.model_dump(mode="json", exclude_unset=True))
         model = str(policy_of(recipe, method))
         result |= trained(recipe, method)
-    store = args.runs / f"{args.config}-{method}-{seed}"
+    store = args.runs / f"{args.config}-{label}-{seed}"
     result["settings"], result["ifeval_undecided"] = settings_are, len(undecided)
     result["given"] = list(args.set)
     if method == "good":  # the style is asked for; IFEval asks for other things
@@ -271,6 +272,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="of the first try")
     parser.add_argument("--limit", type=int, help="most prompts of each kind, for a trial")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument("--label", help="what the page calls a method that --set changes")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
     if not args.page:
