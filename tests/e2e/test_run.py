@@ -134,7 +134,7 @@ def test_until_stops_behind_the_stage_and_the_rest_follows(tmp_path: Path, here:
     ("stage", "seconds"),
     [
         pytest.param("iteration-1/principles", 0.3, marks=pytest.mark.slow),
-        ("iteration-1/triples", 0.6),
+        pytest.param("iteration-1/triples", 0.6, marks=pytest.mark.slow),
         pytest.param("iteration-1/generator", 0.4, marks=pytest.mark.slow),
         ("iteration-1/policy", 0.3),
     ],

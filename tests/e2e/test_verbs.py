@@ -120,6 +120,7 @@ def test_train_drops_what_a_run_would_drop(tmp_path: Path, here: Here) -> None:
     assert not (tmp_path / "p.partial").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "a.json"
     # four a step: in the last one a single query is left, and one rank without work

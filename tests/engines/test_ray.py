@@ -51,6 +51,7 @@ def test_replicas_give_the_texts_of_one_process(engine: RayEngine) -> None:
     assert engine._replicas() is pool, "replicas stay between two calls"
 
 
+@pytest.mark.slow
 def test_two_engines_that_do_not_fit_take_turns(
     engine: RayEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
