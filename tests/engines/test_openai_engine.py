@@ -780,9 +780,15 @@ def test_it_answers_beside_a_loop_that_runs_already(engine: Make) -> None:
         assert apart.submit(asyncio.run, cell()).result() == alone
 
 
-def test_prompts_go_to_no_server_that_was_not_named(server: Server, engine: Make) -> None:
+def test_prompts_go_to_no_server_that_was_not_named(
+    server: Server, engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef")
     with serving() as other:
-        server.always = status(307, "elsewhere", location=f"{other.url}/chat/completions")
-        with pytest.raises(EngineError, match=f"307: it sends requests on to {other.url}"):
+        place = f"{other.url}/chat/completions?key=sk-0123456789abcdef"
+        server.always = status(307, "elsewhere", location=place)
+        with pytest.raises(EngineError, match=f"307: it sends requests on to {other.url}") as e:
             ask(engine(), GREEDY, 0)
         assert not other.asked
+    assert "key=[key]" in str(e.value)
+    assert "0123456789" not in str(e.value)

@@ -607,8 +607,8 @@ class OpenAIEngine(ProbedEngine):
         )
 
     def _status_fault(self, error: openai.APIStatusError) -> Fault:
-        said, code = self._hidden(error.message), error.code
-        return status_fault(error.status_code, said, code, error.response.headers)
+        headers = {name: self._hidden(text) for name, text in error.response.headers.items()}
+        return status_fault(error.status_code, self._hidden(error.message), error.code, headers)
 
     def _hidden(self, text: str) -> str:
         """The text without the key: servers quote what they refuse.
