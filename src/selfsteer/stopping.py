@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 #: How long a deferred block may take to end by itself: many schedulers kill 30 s after SIGTERM.
 GRACE_S = 28.0
@@ -117,6 +118,17 @@ def if_asked() -> None:
     """Raises `KeyboardInterrupt` if this process was asked to stop and should have, but works."""
     if _asked is not None and (_at_once or not _deferred):
         raise KeyboardInterrupt
+
+
+def end(number: int) -> NoReturn:
+    """Ends this process as it ends at a signal, one that somebody else has taken.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    global _asked
+    _asked = signal.Signals(number)
+    raise KeyboardInterrupt
 
 
 def exit_code() -> int:

@@ -231,6 +231,17 @@ def test_a_text_file_holds_a_prompt_per_line(tmp_path: Path) -> None:
         load_queries(Queries(path=str(path)))
 
 
+def test_prompts_are_not_run_together_where_lines_end_in_cr(tmp_path: Path) -> None:
+    path = tmp_path / "q.txt"
+    path.write_bytes(b"Why?\rWho?\rWhen?\r")
+    with pytest.raises(DataError, match=r"line 1: a carriage return .*tr '\\r' '\\n'"):
+        load_queries(Queries(path=str(path)))
+    path.write_bytes(b"Why?\rWho?\nWhen?\r\nWhere?\r")
+    found = load_queries(Queries(path=str(path)))
+    assert sorted(q.text for q in found.queries) == ["When?", "Where?"]
+    assert found.dropped == {"malformed": 1}
+
+
 def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     rows = [{"prompt": "a\u2028b\u0085c"}, {"prompt": "d"}]

@@ -31,7 +31,7 @@ from selfsteer.methods import METHODS, Aligning
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.sections import Augment, EngineConfig
 from selfsteer.view import RoundView, RunView, StageView
-from tests.e2e.support import TESTBED, Here, command, environment, fails
+from tests.e2e.support import TESTBED, Here, command, environment, fails, full_for
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "src/selfsteer/testbed/checkpoint"
@@ -233,6 +233,34 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
     )
 
 
+@pytest.mark.parametrize(
+    ("fmt", "file"),
+    [
+        ("--model", "README.md"),
+        ("--format=trl", "train.jsonl"),
+        ("--format=llama-factory", "dataset_info.json"),
+        ("--format=parquet", "README.md"),
+    ],
+)
+def test_an_export_that_filled_the_disk_is_gone_and_can_be_repeated(
+    smoke: Path, tmp_path: Path, here: Here, fmt: str, file: str
+) -> None:
+    to = tmp_path / "out"
+    with full_for(file):
+        fails(here("export", smoke, fmt, "--to", to), 3, "disk is full")
+    assert list(tmp_path.iterdir()) == []
+    assert here("export", smoke, "--model", "--to", to).code == 0
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    with full_for("dataset_info.json"):
+        fails(here("export", smoke, "--format=llama-factory", "--to", tmp_path), 3, "disk is full")
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
 #: Takes the arguments of llama.cpp's converter; a real GGUF file, but with transformers' names.
 CONVERTER = """
 import sys
@@ -268,7 +296,7 @@ def test_a_policy_becomes_a_gguf_file_by_llama_cpps_converter(
     broken.write_text(CONVERTER)
     ended = here("export", smoke, *to, "--llama-cpp", broken)
     fails(ended, 3, "exit code 1", "pre-tokenizer was not recognized", "Nothing was exported")
-    assert not (tmp_path / "model").exists()
+    assert list(tmp_path.iterdir()) == [broken]
 
     broken.rename(tmp_path / "convert_hf_to_gguf.py")
     ended = here("export", smoke, *to, "--llama-cpp", tmp_path)

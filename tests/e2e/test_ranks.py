@@ -82,7 +82,7 @@ def assert_same_training(one: Path, two: Path, stage: str) -> None:
     assert mean < 1e-3 * moved, f"{stage}: weights {mean:.2g} apart on average"
 
 
-def test_two_ranks_train_like_one_and_one_goes_on_after_ctrl_c(
+def test_two_ranks_train_like_one_and_one_goes_on_after_they_were_stopped(
     smoke: Path, tmp_path: Path, here: Here
 ) -> None:
     """A checkpoint of two ranks is right for one: a step's queries do not depend on the ranks."""
@@ -91,10 +91,10 @@ def test_two_ranks_train_like_one_and_one_goes_on_after_ctrl_c(
     with process("run", run, "tracking=[tensorboard]", "--nproc", "2", *CLOSELY) as running:
         until((run / f"{stages[1]}.partial/checkpoint-1/complete").exists, running)
         workers = ranks_of(running.pid)
-        running.send_signal(signal.SIGINT)
+        running.terminate()
         _, err = running.communicate(timeout=300)
         assert not psutil.wait_procs(workers, timeout=120)[1]
-    fails(Ended(running.returncode, "", err), 130, "interrupted")
+    fails(Ended(running.returncode, "", err), 143, f"Go on with: selfsteer run {run} --nproc 2")
     assert err.count("[1/2] iteration-1/generator") == 1  # one rank speaks
     assert len(list(run.glob("tracking/events.out.*"))) == 1
     ended = here("run", run)
@@ -102,6 +102,20 @@ def test_two_ranks_train_like_one_and_one_goes_on_after_ctrl_c(
     assert "resuming after step" in ended.err
     for stage in stages:
         assert_same_training(smoke, run, stage)
+
+
+def test_ranks_that_had_not_begun_have_nothing_to_go_on_with(tmp_path: Path) -> None:
+    args = ("run", "smoke", f"runs_dir={tmp_path}", "name=r", "--nproc", "2")
+    with process(*args) as running:
+        until(lambda: bool(ranks_of(running.pid)), running)
+        workers = ranks_of(running.pid)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=300)
+        assert not psutil.wait_procs(workers, timeout=120)[1]
+    assert not (tmp_path / "r").exists()
+    assert running.returncode == 130
+    said = "selfsteer: interrupted; finished work is kept, and the same command resumes"
+    assert err.splitlines()[-1] == said, "before it, ranks may show what they were importing"
 
 
 @pytest.mark.slow

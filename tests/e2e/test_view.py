@@ -142,6 +142,12 @@ def test_steering_gaps_of_the_rows_are_those_that_quality_averages(client: TestC
         assert sum(r["gaps"][side] for r in records) / len(records) == pytest.approx(gap, abs=1e-6)
 
 
+def test_an_order_that_is_none_is_refused(client: TestClient) -> None:
+    for path in ("/api/rows", "/api/export"):
+        found = get(client, path, 400, run="done", set=TRIPLES, sort="bad; DROP TABLE rows")
+        assert "Rows are sorted by gap, " in found["error"]
+
+
 def test_an_export_is_the_selection(client: TestClient) -> None:
     answer = client.get("/api/export", params={"run": "done", "set": TRIPLES, "fate": "kept"})
     lines = [json.loads(line) for line in answer.text.splitlines()]
@@ -324,7 +330,12 @@ def test_half_written_files_are_no_error(smoke: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join([*whole, metrics[-1][:17]]))
     shard = run / TRIPLES / "shard-00001.jsonl"
     shard.write_text(shard.read_text()[:-30])
-    for text in ("", "{", '{"state": "working"}', "[]"):
+    said = json.loads((run / "progress.json").read_text()) | {"state": "working"}
+    damaged = [said | {"state": ["working"]}, said | {"todo": 5}, said | {"todo": [[{}]]}]
+    damaged += [said | {"bar": [1]}, said | {"bar": {"done": {}}}, said | {"time": "noon"}]
+    damaged += [said | {"host": "elsewhere", "time": {}}, said | {"stage": {"a": [1]}}]
+    texts = ("", "{", '{"state": "working"}', "[]", "[" * 9_999, *map(json.dumps, damaged))
+    for text in texts:
         (run / "progress.json").write_text(text)
         with TestClient(app(run), "http://localhost") as client:
             found = get(client, "/api/live")
@@ -496,6 +507,38 @@ def test_the_report_holds_the_same_browser_without_a_server(
         assert visit.said == []
     with browser.visit(f"file://{written.html}#recipe") as visit:
         expect(visit.page.locator(ROWS)).to_have_count(16)
+
+
+#: Counts what is read out anew of a page's live regions.
+READ_OUT = """() => {
+  window.readOut = 0;
+  const count = (changes) => { window.readOut += changes.length; };
+  const all = { childList: true, subtree: true, characterData: true };
+  for (const node of document.querySelectorAll("[role=status], [role=alert]")) {
+    new MutationObserver(count).observe(node, all);
+  }
+}"""
+
+
+def test_a_state_is_read_out_when_it_changes(browser: Browser, smoke: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(smoke, tmp_path / "run")
+    path = run / "progress.json"
+    said = json.loads(path.read_text()) | {"state": "interrupted", "stage": "evaluation"}
+    said["todo"] = ["evaluation"]
+    path.write_text(json.dumps(said))
+    with served(run) as url, browser.visit(url) as visit:
+        page = visit.page
+        page.wait_for_selector("#live-state.interrupted")
+        page.evaluate(READ_OUT)
+        for _ in range(2):
+            with page.expect_response("**/api/live*"):
+                pass
+        assert page.evaluate("window.readOut") == 0
+        path.write_text(json.dumps(said | {"state": "failed", "error": "It broke."}))
+        page.wait_for_selector("[role=status] .warn")
+        assert page.evaluate("window.readOut") == 1
+        assert visit.texts("[role=status] b") == ["evaluation"]
+        assert visit.said == []
 
 
 def test_a_page_follows_a_run_that_is_killed_and_resumed(browser: Browser, tmp_path: Path) -> None:

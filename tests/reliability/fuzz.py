@@ -479,10 +479,15 @@ def run_files() -> dict[str, Any]:
             "host": "elsewhere",
             "pid": 1,
             "process_began": 1.0,
+            "began": 1.0,
             "time": 1.0,
+            "error": None,
             "todo": ["queries"],
             "stage": "queries",
-            "bar": {"what": "x", "done": 1, "total": 2},
+            "bar": {
+                **{"label": "x", "done": 1, "total": 2, "tokens": 3},
+                **{"items_per_s": 0.5, "tokens_per_s": 1.5, "seconds_left": 2.0},
+            },
         },
         "usage/a.json": {"requests": 1, "retried": 0, "failed": {}},
     }

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,19 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(
         with pytest.raises(ArtifactError, match=r"disk is full.*a\.json"):
             write_atomic(path, "new")
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]  # what would keep the disk full
     write_atomic(path, "newer")
     assert path.read_text() == "newer"
+
+
+def test_write_atomic_leaves_nothing_of_pieces_that_break_off(tmp_path: Path) -> None:
+    def pieces() -> Iterator[str]:
+        yield "one\n"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "a.json", pieces())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_atomic_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import signal
@@ -304,6 +305,22 @@ def test_answers_are_not_scored_after_the_thoughts_of_others(
     selector.begin(loaded.model, tmp_path, 8)
     assert scored
     assert not any(t.reasoning for t in scored)
+
+
+def test_weights_that_fill_the_disk_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: Any, path: Path) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("selfsteer.stages.selector.save_file", full)
+    loaded, held = tiny_world(2)
+    selector = make_selector(loaded, held, load_start=lambda: tiny_world(0)[0])
+    selector.begin(loaded.model, tmp_path, 1)
+    with pytest.raises(OSError, match="No space"):
+        selector.visit(1)
+    assert [p.name for p in tmp_path.iterdir()] == ["candidate-000000.json"]
 
 
 @pytest.mark.parametrize("half", ["good", "bad"])

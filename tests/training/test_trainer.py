@@ -1,3 +1,4 @@
+import errno
 import math
 import shutil
 import signal
@@ -627,7 +628,10 @@ def test_lora_begins_at_the_reference_and_saves_a_plain_checkpoint(
 
 
 def test_merging_the_adapters_makes_the_saved_model(
-    load: Callable[..., LoadedModel], checkpoints: dict[str, Path], tmp_path: Path
+    load: Callable[..., LoadedModel],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded, objective = load("qwen2"), Objective.named("pbaa")
     examples = make_examples(loaded, objective, 4)
@@ -650,6 +654,17 @@ def test_merging_the_adapters_makes_the_saved_model(
     moved = tmp_path / "copy of the base"
     shutil.copytree(checkpoints["qwen2"], moved)
     merge_adapter(tmp_path / "m" / "adapter", tmp_path / "again", policy, str(moved))
+
+    def full(model: Any, chat: Any, folder: Path, dtype: Any) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfsteer.models.merge.save_model", full)
+        with pytest.raises(ArtifactError, match="disk is full"):
+            merge_adapter(tmp_path / "m" / "adapter", tmp_path / "full", policy, str(moved))
+    assert not list(tmp_path.glob("full*"))
     assert torch.equal(weights(tmp_path / "again")[name], merged[name])
     other = resolve_path("package:selfsteer.testbed/checkpoint")
     with pytest.raises(ArtifactError, match=r"do not fit .*testbed.*--base"):

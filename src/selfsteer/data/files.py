@@ -237,6 +237,11 @@ def _prompt(line: str) -> str:
         raise DataError(
             "a prompt that looks like a JSON object; a file of such lines must end in .jsonl"
         )
+    if "\r" in text:
+        raise DataError(
+            "a carriage return (CR) within a line. If the lines of the file end in CR alone, "
+            "convert it, for example with tr '\\r' '\\n'; a prompt of several lines needs .jsonl"
+        )
     return text
 
 

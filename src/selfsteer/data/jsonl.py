@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -178,21 +179,33 @@ def write_atomic(path: Path, text: str | bytes | Iterable[str], *, sync: bool = 
         sync: whether it must outlive the machine, not only the process.
 
     Raises:
-        ArtifactError: the disk is full or the folder cannot be written; the old file stays.
+        ArtifactError: the disk is full or the folder cannot be written; the old file stays, and
+            the temporary one is removed.
     """
-    partial = path.with_name(f".{path.name}.partial")
     whole = text.encode("utf-8") if isinstance(text, str) else text
     pieces = [whole] if isinstance(whole, bytes) else (piece.encode("utf-8") for piece in whole)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if partial.is_symlink():  # of a folder from elsewhere; it could lead anywhere
-            partial.unlink()
-        with open(partial, "wb") as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             file.writelines(pieces)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to: it becomes the file, or is removed where the block fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.is_symlink():  # of a folder from elsewhere; it could lead anywhere
+        partial.unlink()
+    try:
+        yield partial
         partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 @contextmanager
@@ -216,6 +229,18 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path} cannot be written ({e.strerror}). Choose another runs_dir or fix the "
                 "folder's permissions."
             ) from e
+        raise
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """A folder that was not there, or was empty, is removed where the block fails."""
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

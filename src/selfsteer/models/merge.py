@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.digests import ADAPTER_CONFIG, adapter_base
+from selfsteer.data.jsonl import all_or_nothing, disk_errors
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import CPU, resolve_dtype
@@ -35,7 +36,8 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         The base that was used.
 
     Raises:
-        ArtifactError: no LoRA adapters, they name no base, or base and adapters do not fit.
+        ArtifactError: no LoRA adapters, they name no base, base and adapters do not fit, or the
+            disk is full.
         ConfigError: the output is there already.
     """
     try:
@@ -87,8 +89,9 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
     check_finite(plain, str(adapter))
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(plain, chat, partial, dtype)
-    partial.replace(output)
+    with all_or_nothing(partial), disk_errors(output):
+        save_model(plain, chat, partial, dtype)
+        partial.replace(output)
     return base
 
 

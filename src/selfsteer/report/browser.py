@@ -466,6 +466,11 @@ class Wanted:
     sort: str = ""
     ascending: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises DataError: an unknown order."""
+        if self.sort and self.sort not in SORTS:
+            raise DataError(f"Rows are sorted by {', '.join(SORTS)}, not by {short(self.sort)}.")
+
 
 class Index:
     """A set's rows, opened for reading."""
@@ -499,13 +504,7 @@ class Index:
         return {**self.about, **counted, "features": dict(self._select(named))}
 
     def _find(self, wanted: Wanted) -> list[int]:
-        """Row numbers of what is wanted, in its order; rows without a figure come last.
-
-        Raises:
-            DataError: an unknown order.
-        """
-        if wanted.sort and wanted.sort not in SORTS:
-            raise DataError(f"rows are sorted by {', '.join(SORTS)}, not by {short(wanted.sort)}.")
+        """Row numbers of what is wanted, in its order; rows without a figure come last."""
         dropped = wanted.fate == "dropped"
         asked = {
             f"fate NOT IN ('{KEPT}', '{PENDING}', ?)": wanted.fate if dropped else "",

@@ -40,7 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfsteer.data.digests import digest
-from selfsteer.errors import ConfigError, SelfsteerError, short
+from selfsteer.errors import ConfigError, DataError, SelfsteerError, short
 from selfsteer.report import live
 from selfsteer.report.browser import Index, Wanted, index_file
 from selfsteer.report.colours import LEVELS
@@ -415,7 +415,7 @@ class Pages:
 
     def api_rows(self, request: Request) -> Response:
         """A page of the list."""
-        rows, query = self.rows(request), request.query_params
+        rows, query, wanted = self.rows(request), request.query_params, _wanted(request)
         offset, limit = _whole(query.get("offset"), 0), _whole(query.get("limit"), 50)
         index, building = self.index(rows)
         working = rows.round.run.state == "working"
@@ -424,7 +424,7 @@ class Pages:
             # the next answer has it: making one takes seconds, even of nothing
             empty = {"rows": [], "building": building or {"done": 0, "total": 0}}
             return Figures(answer | empty)
-        found = index.find(wanted := _wanted(request))
+        found = index.find(wanted)
         answer |= {"rows": index.page(wanted, offset, min(limit, MOST_ROWS)), "total": len(found)}
         return Figures(answer | index.summary())
 
@@ -478,7 +478,10 @@ def _whole(text: str | None, default: int) -> int:
 
 def _wanted(request: Request) -> Wanted:
     texts = {f.name: request.query_params.get(f.name, "") for f in fields(Wanted)}
-    return Wanted(**{**texts, "ascending": bool(texts["ascending"])})  # type: ignore[arg-type]
+    try:
+        return Wanted(**{**texts, "ascending": bool(texts["ascending"])})  # type: ignore[arg-type]
+    except DataError as e:
+        raise HTTPException(400, str(e)) from None
 
 
 def app(root: Path, token: str | None = None, hosts: Sequence[str] = ()) -> Guard:

@@ -18,10 +18,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+from typing_extensions import TypedDict  # pydantic asks for this one on Python 3.11
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, SelfsteerError
 from selfsteer.run.folder import RunFolder
@@ -33,7 +35,27 @@ FILE = "progress.json"
 SILENT_AFTER_S = 600.0
 
 
-KEYS = {"state", "pid", "host", "process_began", "began", "time", "stage", "todo", "bar", "error"}
+class _Bar(TypedDict):
+    label: str
+    done: int
+    total: int | None
+    tokens: int
+    items_per_s: float
+    tokens_per_s: float
+    seconds_left: float | None
+
+
+class _Progress(TypedDict):
+    state: Literal["working", "ended", "interrupted", "failed"]
+    pid: int
+    host: str
+    process_began: float
+    began: float
+    time: float
+    error: str | None
+    stage: str | None
+    todo: list[str]
+    bar: _Bar | None
 
 
 class Reporter:
@@ -98,17 +120,15 @@ def reported(run: RunFolder, stages: Sequence[str]) -> Iterator[Reporter]:
 
 
 def progress_of(run: Path) -> dict[str, Any] | None:
-    """What a run's folder says of its last or present process; None where it says nothing.
+    """What a run's folder says of its last or present process; None where it says nothing sound.
 
     ``state`` is ``working``, ``ended``, ``interrupted`` or ``failed`` as the process wrote it;
     ``killed`` where that process is gone without a word; ``silent`` where it works, or worked, on
     another machine and has written nothing for `SILENT_AFTER_S`.
     """
     try:
-        found = json.loads((run / FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not set(found) >= KEYS:
+        found: dict[str, Any] = read_json(_Progress, run / FILE)
+    except ArtifactError:
         return None
     if found["state"] == "working":
         elsewhere = found["host"] != socket.gethostname()
@@ -119,8 +139,8 @@ def progress_of(run: Path) -> dict[str, Any] | None:
     return found
 
 
-def _began(pid: Any) -> float | None:
-    with suppress(psutil.Error, TypeError, ValueError):
+def _began(pid: int) -> float | None:
+    with suppress(psutil.Error, ValueError):
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     return None

@@ -25,6 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
+from selfsteer import stopping
 from selfsteer.errors import ConfigError, EngineError, short
 from selfsteer.terminal import is_main_process
 
@@ -124,6 +125,7 @@ def launch(ranks: int, profile: str | None = None) -> NoReturn:
     """Starts this very command as ``ranks`` processes on this machine, through torchrun, and waits.
 
     Never returns. Where a rank fails, the others are ended and its error is this command's.
+    A signal ends the ranks, and then this command like one that works alone.
 
     Args:
         ranks: how many; each drives the GPU of its number, if there are any.
@@ -156,7 +158,7 @@ def launch(ranks: int, profile: str | None = None) -> NoReturn:
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "selfsteer", *sys.argv[1:])
     except SignalException as e:
-        raise SystemExit(128 + e.sigval) from None
+        stopping.end(e.sigval)
     except ChildFailedError as e:
         text, code = verdict({rank: _failure(f) for rank, f in e.failures.items()})
         print(f"selfsteer: {text}", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import replacing, write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
@@ -313,8 +313,8 @@ class Selector:
             # a whole model is saved in its computing precision anyway, adapters are merged before
             dtype = torch.float32 if self._adapters else self.loaded.dtype
             state = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self._trained()}
-            save_file(state, self.work / "kept.partial")
-            (self.work / "kept.partial").replace(keep)
+            with replacing(keep) as partial:
+                save_file(state, partial)
         write_atomic(
             self.work / f"candidate-{step:06d}.json", json.dumps(record, ensure_ascii=False) + "\n"
         )

@@ -164,6 +164,7 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
         ConfigError: no question file is named, and the run has judged no set of that style, or
             several.
     """
+    from selfsteer.data.jsonl import all_or_nothing
     from selfsteer.evaluation.official import write_official
     from selfsteer.recipe.sections import Benchmarks, JudgedSet
     from selfsteer.run.folder import RunFolder
@@ -190,4 +191,5 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
     with RunFolder(run.folder).locked():
         asked, given = stage.answers(sets[0], run.folder, {})
     named = {f"{recipe.name}-{label}": found for label, found in given.items()}
-    return write_official(style, asked, named, to)
+    with all_or_nothing(to):
+        return write_official(style, asked, named, to)

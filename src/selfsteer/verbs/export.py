@@ -70,6 +70,7 @@ def export(
             "--model takes neither --queries-license nor a --format other than gguf: those are for "
             "data."
         )
+    from selfsteer.data.jsonl import all_or_nothing
     from selfsteer.formats.gguf import converter
     from selfsteer.verbs.exporting import export_model, export_round
     from selfsteer.view import RunView
@@ -81,7 +82,8 @@ def export(
         folder = str(export_model(of, to, command))
         emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
-    exported = export_round(of, fmt or "trl", to, queries_license)
+    with all_or_nothing(to):
+        exported = export_round(of, fmt or "trl", to, queries_license)
     paths = list(map(str, exported.paths))
     result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
     emit(result, as_json, _print)

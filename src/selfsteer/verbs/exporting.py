@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import Records, Stored, disk_errors, write_atomic
+from selfsteer.data.jsonl import Records, Stored, all_or_nothing, disk_errors, write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
@@ -149,8 +149,12 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
             "not be meant for others. Put the file itself there."
         )
     partial = folder.with_name(f".{folder.name}.partial")
-    with disk_errors(folder), progress_bar("copy", len(files)) as bar:
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    with (
+        all_or_nothing(partial),
+        disk_errors(folder),
+        progress_bar("copy", len(files)) as bar,
+    ):
         partial.mkdir(parents=True)
         for path in files:
             shutil.copy2(path, partial / path.name)

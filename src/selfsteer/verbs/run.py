@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from selfsteer import stopping
 from selfsteer.terminal import is_main_process, out, say
 from selfsteer.verbs.common import (
     AsJson,
@@ -75,9 +76,16 @@ def run(
             emit(states, as_json, lambda _: out.print(text))
         return
     stop_in_time(until_time)
-    on_ranks(nproc, profile)
-    beside = f", with {' and '.join(others)} beside it" if (others := checked.methods[1:]) else ""
     resume = ["selfsteer", "run", str(checked.folder), *(["--until", until] if until else [])]
+    try:
+        on_ranks(nproc, profile)
+    except KeyboardInterrupt:
+        if (checked.folder / "recipe.yaml").is_file():
+            ranked = ["--nproc", str(nproc)] if nproc else []
+            sharded = ["--profile", profile] if profile else []
+            stopping.way_on = shlex.join([*resume, *ranked, *sharded])
+        raise
+    beside = f", with {' and '.join(others)} beside it" if (others := checked.methods[1:]) else ""
     ran = execute(
         checked,
         given,

@@ -123,7 +123,7 @@
     byId("browser-before").disabled = state.page === 0;
     byId("browser-after").disabled = state.page >= pages - 1;
     byId("browser-export").disabled = !found.total;
-    byId("browser-status").textContent = status(found);
+    tell(byId("browser-status"), status(found));
     cursor = Math.min(cursor, Math.max(found.rows.length - 1, 0));
     const rows = found.rows.map((r, i) => make("tr", { "aria-selected": String(i === cursor), onclick: () => go({ id: r.id }) },
       make("td", {}, make("a", { href: address({ ...state, id: r.id }) }, r.query)),
@@ -311,7 +311,7 @@
 
   // -- following the address --------------------------------------------------------------------------
 
-  const fail = (e) => { byId("browser-status").textContent = e.message; };
+  const fail = (e) => { tell(byId("browser-status"), e.message); };
 
   const follow = async () => {
     clearTimeout(again);

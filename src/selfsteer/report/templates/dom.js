@@ -10,6 +10,13 @@ const make = (tag, attributes = {}, ...children) => {
   return node;
 };
 const byId = (id) => document.getElementById(id);
+// Into a region that is read out when it changes: the same again would be read out again.
+const tell = (node, ...children) => {
+  const text = children.map((c) => c.textContent ?? c).join("\n");
+  if (node.dataset.told === text) return;
+  node.dataset.told = text;
+  node.replaceChildren(...children);
+};
 const count = (n) => n.toLocaleString("en-US");
 const number = (x, digits = 2) => (x == null ? "" : x.toFixed(digits));
 const signed = (x, digits = 2) => (x == null ? "" : (x > 0 ? "+" : "") + x.toFixed(digits));

@@ -13,13 +13,16 @@
 
   const head = (found) => {
     const { progress, state } = found;
-    const box = byId("live-now");
-    box.replaceChildren(make("div", { class: `state ${state}`, id: "live-state" }, SAID[state] ?? state));
-    if (!progress) return;
+    const told = [make("div", { class: `state ${state}`, id: "live-state" }, SAID[state] ?? state)];
+    const box = byId("live-facts");
+    box.replaceChildren();
+    if (!progress) return tell(byId("live-told"), ...told);
     const at = progress.todo.indexOf(progress.stage);
     if (state !== "finished" && progress.stage) {
-      box.append(make("p", {}, make("b", {}, progress.stage), ` (${at + 1} of ${progress.todo.length})`));
+      told.push(make("p", {}, make("b", {}, progress.stage), ` (${at + 1} of ${progress.todo.length})`));
     }
+    if (progress.error && state !== "working" && state !== "finished") told.push(make("p", { class: "warn" }, progress.error));
+    tell(byId("live-told"), ...told);
     const bar = progress.bar;
     if (bar && state === "working") {
       const share = bar.total ? bar.done / bar.total : 0;
@@ -30,7 +33,6 @@
       if (bar.seconds_left != null) facts.push(`about ${span(bar.seconds_left)} left of this step`);
       box.append(make("p", { class: "small muted", id: "live-bar" }, facts.join(" · ")));
     }
-    if (progress.error && state !== "working" && state !== "finished") box.append(make("p", { class: "warn" }, progress.error));
     const since = state === "working" ? `since ${new Date(progress.began * 1000).toLocaleString()}` : `last sign ${ago(progress.time)} ago`;
     box.append(make("p", { class: "small muted" }, `process ${progress.pid} on ${progress.host}, ${since}`));
     if (["killed", "interrupted", "failed", "stopped"].includes(state)) box.append(make("p", { class: "small" }, "The same command goes on where it was: ", make("code", {}, `selfsteer run ${found.folder}`)));
@@ -120,7 +122,7 @@
         stages(found);
       } catch (e) {
         byId("live-gone").hidden = false;
-        byId("live-gone").textContent = e instanceof TypeError ? "The server does not answer; what is below is from before." : e.message;
+        tell(byId("live-gone"), e instanceof TypeError ? "The server does not answer; what is below is from before." : e.message);
       }
     }
     setTimeout(look, 1000 * next);

@@ -28,7 +28,7 @@
           : make("p", { class: "muted" }, "No run here yet."));
       } catch (e) {
         byId("live-gone").hidden = false;
-        byId("live-gone").textContent = e instanceof TypeError ? "The server does not answer; what is below is from before." : e.message;
+        tell(byId("live-gone"), e instanceof TypeError ? "The server does not answer; what is below is from before." : e.message);
       }
     }
     setTimeout(look, 5000);
