@@ -22,7 +22,8 @@ from selfsteer.models.score import score_sequences
 from selfsteer.objectives import BASES, OBJECTIVES, Objective
 from selfsteer.recipe.sections import Lora, Optimisation, Policy, resolve_path
 from selfsteer.stages.fit import encode
-from selfsteer.training.preference import Example, PreferenceTask
+from selfsteer.training.examples import Example
+from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import (
     COMPLETE_MARK,
     RowBudget,
@@ -193,17 +194,17 @@ def test_loss_of_a_batch_equals_the_float64_recomputation(
 
 
 def test_a_response_that_is_cut_in_two_contexts_is_one_truncated_response(
-    load: Callable[..., LoadedModel],
+    load: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
     loaded, objective = load("llama"), Objective.named("sso-online")
     triple = make_triple(3)
     whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
     limit = min(len(whole["good/good"]), len(whole["bad/good"])) - 1
     assert limit >= max(len(s) for n, s in whole.items() if not n.endswith("/good"))
-    (example,), dropped, truncated = encode(loaded, [triple], objective, limit)
+    (example,), dropped, truncated = encode(loaded, [triple], objective, limit, tmp_path)
     cut = example.sequences
     assert len(cut["good/good"]) == len(cut["bad/good"]) == limit
-    assert (example.id, dropped, truncated) == (triple.id, [], 1)
+    assert (example.id, dropped, truncated) == (triple.id, {}, 1)
 
 
 def test_logged_loss_and_metrics_are_means_over_the_queries_of_a_step(

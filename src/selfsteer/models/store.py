@@ -79,30 +79,48 @@ class ScoreStore:
     ) -> list[Tensor]:
         """Per-token log-probs (float32) of each sequence's response, in the order given.
 
+        Arguments are those of `fill`.
+        """
+        self.fill(loaded, sequences, label=label, batch_size=batch_size, advance=advance)
+        return [value for value in self.find(sequences) if value is not None]
+
+    def fill(
+        self,
+        loaded: LoadedModel,
+        sequences: Sequence[EncodedSequence],
+        *,
+        label: str | None = None,
+        batch_size: int = 32,
+        advance: Callable[[int, int], None] = lambda items, tokens: None,
+    ) -> None:
+        """Scores what is not there yet; no more than `CHUNK` sequences are held at a time.
+
         Args:
             loaded: the model.
-            sequences: what is asked for; only what is not there yet is scored.
+            sequences: what is asked for.
             label: of a progress bar; None: ``advance`` is told instead.
             batch_size: sequences per forward.
             advance: told the sequences and tokens that were scored.
         """
-        keys = [sequence_key(s) for s in sequences]
-        missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in self._places}
-        if missing:
-            with ExitStack() as stack:
-                stack.enter_context(loaded.evaluating())
-                if label is not None:
-                    advance = stack.enter_context(progress_bar(label, len(missing))).advance
-                for part in batched(missing.items(), CHUNK):
-                    found = score_sequences(
-                        loaded.model,
-                        [s for _, s in part],
-                        layout=loaded.layout,
-                        batch_size=batch_size,
-                        advance=advance,
-                    )
-                    self._add([k for k, _ in part], [v.numpy() for v in found])
-        return [value for value in self.find(sequences) if value is not None]
+        missing: dict[bytes, int] = {}
+        for number, sequence in enumerate(sequences):
+            if (key := sequence_key(sequence)) not in self._places:
+                missing.setdefault(key, number)
+        if not missing:
+            return
+        with ExitStack() as stack:
+            stack.enter_context(loaded.evaluating())
+            if label is not None:
+                advance = stack.enter_context(progress_bar(label, len(missing))).advance
+            for part in batched(missing.items(), CHUNK):
+                found = score_sequences(
+                    loaded.model,
+                    [sequences[number] for _, number in part],
+                    layout=loaded.layout,
+                    batch_size=batch_size,
+                    advance=advance,
+                )
+                self._add([k for k, _ in part], [v.numpy() for v in found])
 
     def find(self, sequences: Sequence[EncodedSequence]) -> list[Tensor | None]:
         """Per-token log-probs of each sequence's response, None where it is not here."""

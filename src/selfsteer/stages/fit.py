@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from selfsteer.engines.base import SamplingParams
 from selfsteer.errors import DataError
 from selfsteer.judges.load import load_judge
 from selfsteer.models.load import LoadedModel, load_model
-from selfsteer.models.store import scored
+from selfsteer.models.store import open_scores
 from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import Sampling
 from selfsteer.run import ranks
@@ -24,7 +24,8 @@ from selfsteer.stages.inputs import stored_pairs
 from selfsteer.stages.selector import Selector
 from selfsteer.stages.teach import taught
 from selfsteer.terminal import is_main_process, say, warn
-from selfsteer.training.preference import DistilTask, Example, PreferenceTask
+from selfsteer.training.examples import Examples
+from selfsteer.training.preference import DistilTask, PreferenceTask
 from selfsteer.training.select import FEWEST, hold_out
 from selfsteer.training.trainer import RowBudget, Task, publish, train
 
@@ -39,45 +40,49 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     ``no_targets`` or ``no_figures``: what the teacher, or `FigurePairs`, dropped.
     """
     start, settings, lora = str(stage.start.path), stage.settings, stage.lora
-    triples = list(stored_pairs(stage.data.path))
+    triples = stored_pairs(stage.data.path)
     lessons = taught(stage.teacher.path) if stage.teacher else {}
     figures = stored_figures(stage.figures.path) if stage.figures else {}
     needed = lessons if stage.teacher else figures if stage.figures else None
-    known = [t for t in triples if needed is None or t.id in needed]
-    lacking = [t for t in triples if needed is not None and t.id not in needed]
+    known = (t for t in triples if needed is None or t.id in needed)
     loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
     ranks.join(loaded.device.type)
-    examples, dropped, truncated = encode(loaded, known, stage.objective, settings.max_length)
-    dropped += [Dropped(t.id, "no_targets" if stage.teacher else "no_figures", t) for t in lacking]
+    objective, longest = stage.objective, settings.max_length
+    examples, reasons, truncated = encode(loaded, known, objective, longest, run.path)
+    if needed is not None:
+        reason = "no_targets" if stage.teacher else "no_figures"
+        reasons |= {t.id: reason for t in triples if t.id not in needed}
+
+    def dropped() -> Iterator[Dropped]:
+        return (Dropped(t.id, reasons[t.id], t) for t in triples if t.id in reasons)
+
     if not examples:
-        return with_drops(stage, run, StageResult(len(triples), 0), dropped)
+        return with_drops(stage, run, StageResult(len(triples), 0), dropped())
     began = time.monotonic()
     selector = None
-    held_out = hold_out([e.id for e in examples], settings.selection, stage.seed)
+    held_out = hold_out(examples.ids, settings.selection, stage.seed)
     if held_out:
-        kept_out = [t for t in triples if t.id in held_out]
-        selector = _selector(stage, run, loaded, kept_out)
-        dropped += [Dropped(t.id, "held_out", t) for t in kept_out]
-        examples = [e for e in examples if e.id not in held_out]
+        selector = _selector(stage, run, loaded, [t for t in triples if t.id in held_out])
+        reasons |= dict.fromkeys(held_out, "held_out")
+        examples = examples.without(held_out)
     elif settings.selection.points:
         say(
             f"  no selection: a tenth of {len(examples):,} queries is fewer than {FEWEST}; the "
             "last step is kept"
         )
     reference = str(stage.reference.path)
-    examples = with_reference(
+    refer(
         examples,
-        stage.objective,
+        objective,
         lambda: loaded if reference == start else load_model(reference, stage.loading),
         run / "scores",
     )
+    examples.lessons, examples.figures = lessons, figures
     task: Task
-    if isinstance(stage.objective, TokenObjective):
-        with_lessons = [replace(e, lesson=lessons[e.id]) for e in examples]
-        task = DistilTask(loaded, stage.objective, with_lessons)
+    if isinstance(objective, TokenObjective):
+        task = DistilTask(loaded, objective, examples)
     else:
-        with_figures = [replace(e, figures=figures.get(e.id, {})) for e in examples]
-        task = PreferenceTask(loaded, stage.objective, with_figures)
+        task = PreferenceTask(loaded, objective, examples)
     last = train(
         loaded,
         task,
@@ -107,7 +112,7 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
         }
         if text := selector.collapse():
             result.notes["warnings"] = [text]
-    return with_drops(stage, run, result, dropped)
+    return with_drops(stage, run, result, dropped())
 
 
 def _selector(
@@ -148,7 +153,7 @@ def common(stage: "Train | TrainReward", run: RunFolder) -> dict[str, Any]:
 
 
 def with_drops(
-    stage: "Train | TrainReward", run: RunFolder, result: StageResult, dropped: Sequence[Dropped]
+    stage: "Train | TrainReward", run: RunFolder, result: StageResult, dropped: Iterable[Dropped]
 ) -> StageResult:
     """The result with what was dropped, which the first rank writes down."""
     if is_main_process():
@@ -159,24 +164,33 @@ def with_drops(
 
 def encode(
     loaded: LoadedModel,
-    triples: Sequence[Triple],
+    triples: Iterable[Triple],
     objective: Objective | TokenObjective,
     max_length: int,
-) -> tuple[list[Example], list[Dropped], int]:
+    folder: Path,
+) -> tuple[Examples, dict[str, str], int]:
     """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
 
+    Args:
+        loaded: the model, whose chat format encodes.
+        triples: N records.
+        objective: says which sequences are read.
+        max_length: tokens of prompt and response; the response's end is cut.
+        folder: on the disk that holds the token ids.
+
     Returns:
-        Examples without a reference, the dropped, and how many responses were cut in one context
-        or several.
+        Examples without a reference, the ids of those that are dropped with their reason, and how
+        many responses were cut in one context or several.
 
     Raises:
         DataError: a sequence is longer than the model's own context.
     """
-    examples, dropped, truncated, longest = [], [], 0, 0
+    examples, dropped = Examples(objective.sequences, folder), dict[str, str]()
+    truncated = longest = 0
     for triple in triples:
         whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
         if any(len(s.prompt_ids) >= max_length for s in whole.values()):
-            dropped.append(Dropped(triple.id, "prompt_too_long", triple))
+            dropped[triple.id] = "prompt_too_long"
             continue
         cut = {
             n: replace(s, response_ids=s.response_ids[: max_length - len(s.prompt_ids)])
@@ -184,7 +198,7 @@ def encode(
         }
         truncated += len({n.partition("/")[2] for n in whole if len(cut[n]) < len(whole[n])})
         longest = max(longest, *map(len, cut.values()))
-        examples.append(Example(triple.id, cut))
+        examples.append(triple.id, cut)
     limit = loaded.context_length
     if limit is not None and longest > limit:
         raise DataError(
@@ -194,25 +208,24 @@ def encode(
     return examples, dropped, truncated
 
 
-def with_reference(
-    examples: Sequence[Example],
+def refer(
+    examples: Examples,
     objective: Objective | TokenObjective,
     load_reference: Callable[[], LoadedModel],
     scores: Path,
-) -> list[Example]:
-    """The examples with the reference's log-probs, scored once and kept.
+) -> None:
+    """Gives examples the reference's log-probs, scored once and kept, where they are needed.
 
     Each rank scores its share and writes it down for the others.
     """
     if not objective.needs_reference:
-        return list(examples)
-    label = "reference: scoring"
-    flat = [s for e in examples for s in e.sequences.values()]
-    loaded = load_reference()
-    loaded.settle(flat)  # before they are shared out: all ranks must choose the same layout
+        return
+    label, flat, loaded = "reference: scoring", examples.flat(), load_reference()
+    # the layout is settled before they are shared out: all ranks must choose the same
+    store = open_scores(scores, loaded, flat)
     if ranks.size() > 1:
-        mine = [s for e in examples[ranks.number() :: ranks.size()] for s in e.sequences.values()]
-        scored(scores, loaded, mine, label)
+        store.fill(loaded, examples.flat(ranks.number(), ranks.size()), label=label)
         ranks.barrier()
-    values = iter(scored(scores, loaded, flat, label))
-    return [replace(e, reference={n: next(values) for n in e.sequences}) for e in examples]
+        store = open_scores(scores, loaded, flat)
+    store.fill(loaded, flat, label=label)
+    examples.refer(lambda part: [v for v in store.find(part) if v is not None])

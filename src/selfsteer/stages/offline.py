@@ -20,7 +20,7 @@ from selfsteer.run import ranks
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import identity
 from selfsteer.stages.filter import unfit
-from selfsteer.stages.fit import encode, with_reference
+from selfsteer.stages.fit import encode, refer
 from selfsteer.terminal import is_main_process, say, warn
 from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
@@ -109,8 +109,9 @@ def _train(
     check_trainable(model, config, config.lora)
     loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
     n_in = len(triples) + len(dropped)
-    examples, too_long, truncated = encode(loaded, triples, objective, config.max_length)
-    dropped = [*dropped, *too_long]
+    limit, folder = config.max_length, work.path
+    examples, reasons, truncated = encode(loaded, triples, objective, limit, folder)
+    dropped = dropped + [Dropped(t.id, reasons[t.id], t) for t in triples if t.id in reasons]
     if not examples:
         raise _nothing_left(dropped)
     if is_main_process():
@@ -120,7 +121,7 @@ def _train(
         f"{len(objective.sequences)} sequences each, {truncated:,} responses truncated"
     )
     ranks.join(loaded.device.type)
-    examples = with_reference(examples, objective, lambda: loaded, work / "scores")
+    refer(examples, objective, lambda: loaded, work / "scores")
     queries = config.batch_size * config.accumulate * ranks.size()
     last = train(
         loaded,

@@ -1,46 +1,23 @@
 """The losses of preference objectives, and of objectives of tokens, over encoded triples.
 
-The reference is a table of log-probs computed beforehand. One example::
-
-    {"id": "q1", "sequences": {"good/good": EncodedSequence(…), "good/bad": …},
-     "reference": {"good/good": tensor of per-token log-probs, …}}
+The reference is a table of log-probs computed beforehand.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from selfsteer.models.chat import EncodedSequence
 from selfsteer.models.head import TokenScores, with_collisions, with_token_loss
 from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import batch_scores, pack, sums_by_row
-from selfsteer.models.teacher import Lesson, Targets, targets
+from selfsteer.models.teacher import Targets, targets
 from selfsteer.objectives import Objective, TokenObjective, steering_loss, wpo_weights
+from selfsteer.training.examples import Example
 from selfsteer.training.trainer import Metrics
-
-
-@dataclass(frozen=True)
-class Example:
-    """One triple, encoded, with the reference's per-token log-probs where the base needs them."""
-
-    id: str
-    sequences: Mapping[str, EncodedSequence]
-    reference: Mapping[str, Tensor] | None = None
-    #: Where the targets of its tokens lie, for objectives of tokens.
-    lesson: Lesson | None = None
-    #: Its weight or margin, where the objective has them computed beforehand.
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-    def tokens(self) -> int:
-        """Tokens of the sequences, each prompt counted once."""
-        prompts = {s.prompt_ids for s in self.sequences.values()}
-        return sum(map(len, prompts)) + sum(len(s.response_ids) for s in self.sequences.values())
-
 
 Kind = TypeVar("Kind", Objective, TokenObjective)
 
