@@ -199,6 +199,25 @@ def quality(folder: Path) -> int:
     return done(folder, "quality")
 
 
+def examples(folder: Path) -> int:
+    """Preferences to token ids and made-up reference log-probs, then an epoch of reading them."""
+    import torch
+
+    from selfsteer.models.load import load_model
+    from selfsteer.objectives import Objective
+    from selfsteer.recipe.sections import Loading, resolve_path
+    from selfsteer.stages.fit import encode
+    from selfsteer.stages.inputs import stored_pairs
+    from selfsteer.training.batches import StepSampler
+
+    loaded = load_model(resolve_path("package:selfsteer.testbed/checkpoint"), Loading())
+    pairs = stored_pairs(folder / "preferences")
+    found, _, _ = encode(loaded, pairs, Objective.named("pbaa"), 2048, folder)
+    found.refer(lambda part: [torch.full((len(s.response_ids),), -1.0) for s in part])
+    steps = StepSampler([e.tokens() for e in found], 128, seed=0)
+    return sum(len([found[i] for i in step]) for step in steps)
+
+
 def export(folder: Path, fmt: str) -> int:
     """Preferences, or triples, to the files of another program."""
     from selfsteer.formats import export as write
@@ -233,6 +252,7 @@ def tasks() -> Iterator[tuple[str, Callable[[Path], int]]]:
     yield "filter: hygiene, lengths", hygiene
     yield "filter by scripted log-probs", scripted_filter
     yield "preferences", preferences
+    yield "training's examples", examples
     yield "quality, scripted log-probs", quality
     for fmt in EXPORTED:
         yield f"export {fmt}", lambda folder, fmt=fmt: export(folder, fmt)  # type: ignore[misc]
@@ -244,9 +264,10 @@ def measure(task: str, folder: Path, count: int) -> dict[str, Any]:
     work = dict(tasks())[task]
     work(folder / str(WARM))
     reset_peak()
-    before, start = peak_mb(), time.process_time()
+    before, start, began = peak_mb(), time.process_time(), time.time()
     out = work(folder / str(count))
     seconds = time.process_time() - start
+    stats = [p.stat() for p in (folder / str(count)).rglob("*") if p.is_file()]
     return {
         "task": task,
         "records": count,
@@ -255,6 +276,7 @@ def measure(task: str, folder: Path, count: int) -> dict[str, Any]:
         "us_per_record": round(seconds / count * 1e6, 1),
         "peak_mb": round(peak_mb()),
         "added_mb": round(peak_mb() - before, 1),
+        "written_mb": round(sum(s.st_size for s in stats if s.st_mtime >= began) / 2**20, 1),
     }
 
 
@@ -270,6 +292,7 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     found = {(r["task"], r["records"]): r for r in rows}
     names = list(dict.fromkeys(r["task"] for r in rows))
     columns = [f"{what} at {n:,}" for what in ("µs", "MB") for n in sizes]
+    kept = "kept on disk, bytes/record"
     lines = [
         "# A million records",
         "",
@@ -281,8 +304,8 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
         "CPU time per record, µs; and memory on top of what the process held before, MB, with the "
         "largest size's in bytes per record:",
         "",
-        f"| stage | {' | '.join(columns)} | bytes/record |",
-        "|---|" + "---:|" * (2 * len(sizes) + 1),
+        f"| stage | {' | '.join(columns)} | bytes/record | {kept} |",
+        "|---|" + "---:|" * (2 * len(sizes) + 2),
     ]
     for name in names:
         mine = [found.get((name, n)) for n in sizes]
@@ -290,7 +313,10 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
         each = last["added_mb"] * 2**20 / last["records"]
         cells = [f"{r['us_per_record']:,.0f}" if r else "-" for r in mine]
         cells += [f"{r['added_mb']:,.0f}" if r else "-" for r in mine]
-        lines.append(f"| {name} | {' | '.join(cells)} | {each:,.0f} |")
+        kept = (
+            f"{last['written_mb'] * 2**20 / last['records']:,.0f}" if "written_mb" in last else "-"
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {each:,.0f} | {kept} |")
     return "\n".join(lines) + "\n"
 
 
@@ -317,6 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--only", nargs="+", help="names of stages; default: all")
+    parser.add_argument("--minutes", type=float, help="begin no stage later")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-million"))
     parser.add_argument("--output", type=Path, default=ROOT / "results")
@@ -331,11 +358,15 @@ def main() -> None:
         if not (folder / "prompts.jsonl").exists():
             write_prompts(folder / "prompts.jsonl", count, args.seed)
     warmed: set[str] = set()
+    began = time.monotonic()
     for count in args.sizes:
         for task, work in tasks():
             chosen = task in args.only if args.only else count <= MOST.get(task, count)
             if not chosen:
                 continue
+            if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
+                print(f"stopped before {task!r} at {count:,}: {args.minutes:g} minutes are over")
+                return
             if task not in warmed:
                 work(args.work / str(WARM))
                 warmed.add(task)
