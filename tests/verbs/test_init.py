@@ -97,6 +97,17 @@ def test_an_option_without_effect_is_refused(
         init.written("mine", w, recipe, held_out)
 
 
+def test_a_policy_that_learns_the_mean_of_all_queries_is_asked_for_the_whole_style() -> None:
+    def features(recipe: str | None, goal: str) -> int:
+        w = Wishes(SMALL, "p.jsonl", prompts(), CPU, Goal.read(goal))
+        text, _ = init.written("mine", w, recipe)
+        return int(yaml.safe_load(text)["principles"]["features_per_query"])
+
+    assert features("contrast", "style") == 4
+    assert features(None, "style") == 1  # sso
+    assert features("contrast", "quality") == 1
+
+
 def test_what_no_gpu_has_room_for_is_said_and_ranks_are_in_the_next_step(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
