@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,6 +117,37 @@ def test_ranks_that_had_not_begun_have_nothing_to_go_on_with(tmp_path: Path) -> 
     assert running.returncode == 130
     said = "selfsteer: interrupted; finished work is kept, and the same command resumes"
     assert err.splitlines()[-1] == said, "before it, ranks may show what they were importing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "profile"), [(1, "ddp"), (2, "fsdp2")])
+def test_two_launchers_that_meet_train_like_one_process(
+    ranks: int, profile: str, smoke: Path, tmp_path: Path
+) -> None:
+    """As two nodes with one file system: each has a launcher, and the launchers meet at a port."""
+    stages = ("iteration-1/generator", "iteration-1/policy")
+    run = again(smoke, tmp_path / "two", *stages)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", ranks]
+    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--rdzv-id", "test"]
+    sharded = environment_of(profile, 2 * ranks)
+    nodes = [
+        subprocess.Popen(
+            [*map(str, (sys.executable, *words, "--node-rank", k)), "-m", "selfsteer", "run", run],
+            env=environment(**sharded),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    errors = [node.communicate(timeout=600)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    # the first rank speaks, on whichever node it is
+    assert "".join(errors).count("[1/2] iteration-1/generator") == 1
+    for stage in stages:
+        assert_same_training(smoke, run, stage)
 
 
 @pytest.mark.slow
