@@ -771,8 +771,8 @@ less SSO's: {sso}; greedily {greedy}; its score less that of annotated pairs: {a
 on [a harder world](#a-harder-world) {hard_pbaa}, though greedily {hard_greedy}; there contrast
 distillation's less SSO's: {hard_contrast}.
 - **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
-model](../real/README.md) of 135M parameters SSO is far above PBAA (two seeds) and above contrast
-distillation (one seed). So measure on yours: `selfsteer check` says what can work."""
+model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above contrast
+distillation (three seeds each). So measure on yours: `selfsteer check` says what can work."""
 HEAD = """\
 # The evidence, in miniature
 

@@ -390,8 +390,8 @@ class Wishes:
         if self.goal.kind == "style":
             return "sso", (
                 "a model of 135M parameters kept 0.91 of a house style's rules after SSO, 0.62 "
-                "after PBAA (three seeds) and 0.88 after contrast, which takes about half the "
-                "time, with all features in each principle (one seed)"
+                "after PBAA and 0.87 after contrast, which takes about half the time, with all "
+                "features in each principle (three seeds each)"
             )
         if not self.pairs:
             return "contrast", (
@@ -469,7 +469,7 @@ def _principles(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
             min(TOGETHER, features),
             (
                 "it learns the mean over all queries, so each should ask for the whole style; a "
-                "model of 135M parameters kept 0.88 of four rules with all in each, 0.73 with one"
+                "model of 135M parameters kept 0.87 of four rules with all in each, 0.73 with one"
             ),
         )
     elif w.small:
