@@ -162,15 +162,7 @@ def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
         with MAKING[cell.base, cell.seed]:
             selfsteer(*first, "--until", "principles", log=log)
         copy_whole(runs / "runs" / prefix, folder)
-    target = folder / "evaluation" / "answers-base.jsonl"
-    # the same seed and settings give the same answers of the base in every arm
-    answers = runs / "answers" / f"base{cell.base}-seed{cell.seed}-{cell.split}.jsonl"
-    if answers.exists() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(answers, target)
     selfsteer("run", "demo", *shared, *given, f"name={cell.name}", *words, log=log)
-    if target.exists() and not answers.exists():
-        write_atomic(answers, target.read_bytes())
     return folder
 
 
@@ -183,8 +175,8 @@ def train_policy(cell: Cell, runs: Path) -> dict[str, Any]:
     found = figures(folder)
     if cell in SHARP_CELLS:
         asked = folder / "evaluation" / "answers-base.jsonl"
-        (policy,) = folder.glob("iteration-*/policy")
-        found["sharpness"] = rounded(sharpness(str(policy), asked, cell.seed))
+        last = max(folder.glob("iteration-*/policy"))
+        found["sharpness"] = rounded(sharpness(str(last), asked, cell.seed))
         known = runs / "answers" / f"sharpness-base{cell.base}-seed{cell.seed}.json"
         if not known.exists():
             of_base = sharpness(resolve_path(base_model(cell.base, runs)), asked, cell.seed)
