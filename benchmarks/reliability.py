@@ -565,7 +565,8 @@ def part_kills(
             seconds = time.monotonic() - began
             known |= {"seconds": round(seconds, 1), "changes": dict(ended.counts)}
             while sum(outcome.kills.values()) < before + points and not outcome.failed:
-                rng = random.Random(f"{method} {sum(outcome.kills.values())}")
+                # the runs count too: a chain that met no point would be drawn again
+                rng = random.Random(f"{method} {sum(outcome.kills.values())} {outcome.runs}")
                 draw = chain_of_several if method in SEVERAL else chain
                 kills = draw(rng, ended.counts, seconds, per_run)
                 killed(method, Path(scratch), calm, kills, outcome)
@@ -704,10 +705,11 @@ def page(results: Mapping[str, Any]) -> str:
     if several := {name: k for name, k in (kills or {}).items() if name in SEVERAL}:
         text += [
             "",
-            "Runs of several processes: two ranks (gloo), a server that the run launches, two "
-            "replicas of Ray. They are killed (SIGKILL) some time after a line of the ledger or of "
-            "the metrics, or at a random time. `another` is a rank, the server (or what watches "
-            "it) or a replica. All processes must be gone two minutes after the end of the run.",
+            "Runs of several processes: two ranks (gloo), also with sharded weights (FSDP2), a "
+            "server that the run launches, two replicas of Ray. They are killed (SIGKILL) some "
+            "time after a line of the ledger or of the metrics, or at a random time. `another` is "
+            "a rank, the server (or what watches it) or a replica. All processes must be gone two "
+            "minutes after the end of the run.",
             "",
             "| run | all processes killed | the command alone | another alone | "
             "runs compared | other results | failures |",
