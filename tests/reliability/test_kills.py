@@ -71,6 +71,23 @@ def test_a_difference_and_a_failure_are_seen(bench: Any, tmp_path: Path) -> None
     assert "nothing-of-that-name" in ended.said
 
 
+def test_points_that_no_run_met_are_not_drawn_again(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+
+    def killed(method: str, folder: Path, calm: Any, kills: Any, outcome: Any) -> None:
+        drawn.append(kills)
+        outcome.runs += 1
+        outcome.kills["time"] += len(drawn) - 1
+
+    calm = bench.Ended(0, "", {"change": 99, "torn": 99})
+    monkeypatch.setattr(bench, "undisturbed", lambda method, folder: ({}, calm))
+    monkeypatch.setattr(bench, "killed", killed)
+    assert len(list(bench.part_kills({}, ["pbaa"], 1, 3))) == 2
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_survives_kills(bench: Any, tmp_path: Path, method: str) -> None:
