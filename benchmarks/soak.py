@@ -90,6 +90,33 @@ def summary(found: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def page(slices: list[dict[str, Any]]) -> str:
+    """``soak.md``."""
+    rows = [
+        f"| {'on' if s['cache_words'] else 'off'} | {s['minutes']:.1f} | {s['turns']} | "
+        f"{s['first']['rss_mib']:.0f} → {s['last']['rss_mib']:.0f} | "
+        f"{s['slope_per_turn']['rss_mib']:+.2f} | "
+        f"{s['first']['descriptors']} → {s['last']['descriptors']} | "
+        f"{s['slope_per_turn']['descriptors']:+.2f} | {s['slope_per_turn']['threads']:+.2f} | "
+        f"{' '.join(s['settings']) or 'of smoke'} |"
+        for s in slices
+    ]
+    lines = [
+        "# Soak: the same run again and again in one process",
+        "",
+        f"Made by `python benchmarks/soak.py --minutes N`; each line is a process of its own, "
+        f"compared from turn {WARM_UP + 1} on. The library tokenizers does not free its cache of "
+        "words with a tokenizer: that is what grows where it is on, as it is in runs.",
+        "",
+        "| cache of words | minutes | turns | RSS, MiB | per turn | descriptors | per turn | "
+        "threads per turn | settings |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs, and adds its slice to ``results/soak.{json,md}``."""
     parser = argparse.ArgumentParser()
@@ -120,29 +147,9 @@ def main() -> None:
         }
     )
     path.write_text(json.dumps({"slices": slices}, indent=1) + "\n")
-    rows = [
-        f"| {'on' if s['cache_words'] else 'off'} | {s['minutes']:.1f} | {s['turns']} | "
-        f"{s['first']['rss_mib']:.0f} → {s['last']['rss_mib']:.0f} | "
-        f"{s['slope_per_turn']['rss_mib']:+.2f} | "
-        f"{s['first']['descriptors']} → {s['last']['descriptors']} | "
-        f"{s['slope_per_turn']['descriptors']:+.2f} | {s['slope_per_turn']['threads']:+.2f} |"
-        for s in slices
-    ]
-    lines = [
-        "# Soak: the same run again and again in one process",
-        "",
-        f"Made by `python benchmarks/soak.py --minutes N`; each line is a process of its own, "
-        f"compared from turn {WARM_UP + 1} on. The library tokenizers does not free its cache of "
-        "words with a tokenizer: that is what grows where it is on, as it is in runs.",
-        "",
-        "| cache of words | minutes | turns | RSS, MiB | per turn | descriptors | per turn | "
-        "threads per turn |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
-    (RESULTS / "soak.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    text = page(slices)
+    (RESULTS / "soak.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
