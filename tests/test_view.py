@@ -167,3 +167,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "resolved.json").write_text('{"method"')
     with pytest.raises(ArtifactError, match=r"resolved\.json is damaged"):
         RunView.open(tmp_path)
+
+
+def test_what_a_judge_asked_of_a_server_counts_as_well(tmp_path: Path) -> None:
+    run = make(tmp_path, finish("queries"))
+    for place, cost in (("usage", 1.5), ("judgements/abc/usage", 0.25)):
+        path = run / place / "x.json"
+        path.parent.mkdir(parents=True)
+        counts = {"requests": 2, "retried": 0, "prompt_tokens": 9, "completion_tokens": 3}
+        path.write_text(json.dumps({**counts, "failed": {}, "cost": cost}))
+    view = RunView.open(run)
+    assert (view.usage["requests"], view.cost) == (4, 1.75)

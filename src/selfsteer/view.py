@@ -612,7 +612,8 @@ class RunView:
 
     @property
     def _usages(self) -> list[Usage]:
-        return [Usage(path) for path in sorted((self.folder / "usage").glob("*.json"))]
+        places = ("usage/*.json", "judgements/*/usage/*.json")
+        return [Usage(path) for place in places for path in sorted(self.folder.glob(place))]
 
     @property
     def loading(self) -> Loading:

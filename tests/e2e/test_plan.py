@@ -47,6 +47,19 @@ def test_the_plan_is_printed_with_what_dominates_and_what_was_assumed(
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
+def test_a_judge_at_a_server_is_in_the_plan(here: Here, tmp_path: Path) -> None:
+    engine = "{kind: openai, base_url: 'http://h/v1', price: {input: 1, output: 4}, batch: true}"
+    judge = f"judge={{kind: chat, model: m, engine: {engine}}}"
+    given = ("plan", "sso", "--queries", "60000", *SIZES, f"runs_dir={tmp_path}", judge)
+    ended = here(*given)
+    assert ended.code == 0, ended.err
+    found = json.loads(here(*given, "--json").out)["totals"]
+    assert found["judge"]["requests"] > 0
+    shown = " ".join(ended.out.split())
+    assert f"judge: {found['judge']['requests']:,} requests, " in shown
+    assert f"servers: {found['cost']:,.2f} at their price: judge of iteration-1/quality" in shown
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -654,6 +654,12 @@ def recipe(**more: Any) -> Any:
         ({**LAUNCH, "launch": "serve --port {port}"}, r"no place for \{model\}"),
         ({**LAUNCH, "model": "m"}, "the stage names the model"),
         ({**LAUNCH, "api_key_env": "K"}, "a launched server gets no key"),
+        ({**LAUNCH, "batch": True}, "a launched server answers at once"),
+        ({"kind": "vllm", "batch": True}, "batch has no effect with kind vllm"),
+        (
+            {**HERE, "price": {"input": 1, "output": 1, "batch": 0.3}},
+            r"price\.batch has no effect without batch",
+        ),
         ({**HERE, "base_url": "h:1"}, "must look like http"),
         ({**HERE, "base_url": "http://me:key@h/v1"}, "must hold no secret"),
         ({**HERE, "extra_body": {"seed": 1}}, r"extra_body\.seed is what the engine itself sends"),

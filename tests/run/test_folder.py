@@ -457,6 +457,25 @@ def test_a_damaged_shard_is_done_again(tmp_path: Path, damage: Any) -> None:
     assert snapshot(folder) == whole
 
 
+def test_shards_that_are_asked_for_at_once_have_the_same_borders(tmp_path: Path) -> None:
+    """The shard in the middle is there already; the others come in one call."""
+    folder, calls = tmp_path / "a", list[tuple[int, Sequence[int]]]()
+    run_shards(folder, ITEMS, 4, Worker())
+    whole = snapshot(folder)
+    for number in (0, 2):
+        (folder / f"shard-0000{number}.jsonl").unlink()
+
+    def work(number: int, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
+        calls.append((number, items))
+        return Worker()(number, items)
+
+    for _ in range(2):
+        result = run_shards(folder, ITEMS, 4, work, at_once=True)
+        assert calls == [(0, [0, 1, 2, 3, 8, 9])]
+        assert (result.n_in, result.n_out, result.dropped) == (10, 6, {"three": 4})
+        assert snapshot(folder) == whole
+
+
 def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:
     run_shards(tmp_path, ITEMS[:6], 4, Worker())
     worker = Worker()

@@ -155,6 +155,7 @@ def test_what_is_marked_as_cost_is_known_by_name() -> None:
         "max_tokens_total",
         "price",
         "max_cost",
+        "batch",
         "memory",
         "replicas",
         "resources",

@@ -1,6 +1,7 @@
 """The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,3 +332,21 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
     assert rounds(monkeypatch, lambda n: False, left=20, each=2)[0] == [8]
     assert rounds(monkeypatch, lambda n: False, left=2)[0] == [3], "0.3 s a query, half of the time"
     assert rounds(monkeypatch, lambda n: False, left=0)[0] == [2]
+
+
+def test_what_a_judge_at_a_server_will_be_asked() -> None:
+    """4 pairs took 400 tokens in and 40 out, so 100 pairs take 25 times as much."""
+    price = {"input": 1e6, "output": 2e6, "batch": 0.25}
+    server = {"kind": "openai", "base_url": "http://h/v1", "batch": True, "price": price}
+    served = JudgeConfig.model_validate({"kind": "chat", "model": "m", "engine": server})
+    seen = Counter(pairs=4, prompt_tokens=400, completion_tokens=40)
+    assert checks._judge_cost(served, 100, seen) == {
+        "requests": 200,
+        "prompt_tokens": 10000,
+        "completion_tokens": 1000,
+        "cost": (10000 + 2 * 1000) / 4,
+    }
+    here = JudgeConfig(kind="chat", model="m")
+    for judge, pairs, judged in ((here, 100, seen), (None, 100, seen), (served, 0, seen)):
+        assert checks._judge_cost(judge, pairs, judged) == {}
+    assert checks._judge_cost(served, 100, Counter()) == {}

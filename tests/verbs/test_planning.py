@@ -181,6 +181,35 @@ def test_a_response_is_never_longer_than_its_budget(tmp_path: Path) -> None:
     assert found["assumptions"]["response_tokens"] == 50
 
 
+def test_what_a_judge_at_a_server_is_asked_is_in_the_estimate(tmp_path: Path) -> None:
+    """By hand: 2 orders of 10 pairs of preferences, 10 of triples and 2·5 of the evaluation."""
+    price = "price: {input: 1000000, output: 10000000}"
+    recipe = smoke(tmp_path, "baseline=null", "iterations=1")
+    pairs = {s.name: s.cost(Scale(10, 5)).judged for s in recipe.plan()}
+    pairs = {name: n for name, n in pairs.items() if n}
+    assert sum(pairs.values()) > 20
+    for more, share in (("", 1.0), (", batch: true", 0.5)):
+        engine = f"{{kind: openai, base_url: 'http://h/v1', {price}{more}}}"
+        judge = f"judge={{kind: chat, model: m, max_new_tokens: 50, engine: {engine}}}"
+        judged = smoke(tmp_path, "baseline=null", "iterations=1", judge)
+        found = planning.plan(judged, Scale(10, 5), TINY, Lengths(2, 3, 4), Machine())
+        read, written = planning.QUESTION + 2 + 2 * 4, 50
+        by_stage = {r["stage"]: r["judge"] for r in found["stages"] if r["judge"]}
+        assert by_stage == {
+            name: {
+                "requests": 2 * n,
+                "prompt_tokens": 2 * n * read,
+                "completion_tokens": 2 * n * written,
+                "cost": share * 2 * n * (read + 10 * written),
+            }
+            for name, n in pairs.items()
+        }
+        assert found["totals"]["judge"]["requests"] == 2 * sum(pairs.values())
+        assert found["totals"]["cost"] == sum(j["cost"] for j in by_stage.values())
+    found = planning.plan(recipe, Scale(10, 5), TINY, Lengths(2, 3, 4), Machine())
+    assert found["totals"]["judge"] is None
+
+
 def test_servers_with_a_price_are_in_the_estimate(tmp_path: Path) -> None:
     """By hand: 10 queries, each with one answer of 20 tokens on features and one on principles."""
     price = "price: {input: 1000000, output: 10000000}"

@@ -191,6 +191,10 @@ class ProbedEngine:
         Raises:
             EngineError: the temperature is ignored, a request has a contrast, or the engine failed.
         """
+        self._prepare(requests, sampling)
+        yield from self._answer(requests, sampling, advance)
+
+    def _prepare(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
         if any(r.contrast for r in requests):
             raise EngineError(
                 f"{self.who} cannot contrast two contexts: that needs the logits of both at every "
@@ -199,7 +203,6 @@ class ProbedEngine:
         if sampling.temperature > 0 and not self._probed:
             self._probe(sampling)
             self._probed = True
-        yield from self._answer(requests, sampling, advance)
 
     def _answer(
         self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance

@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ class Engines(ExitStack):
     """The engines of one stage, each made when it is first needed; a block that ends them.
 
     Args:
-        home: folder for counts of requests (``usage/``) and for logs of servers that failed
-            (``logs/``); None: counts are forgotten, logs are in a temporary folder.
+        home: folder for counts of requests (``usage/``), for what is asked in batches
+            (``batches/``) and for logs of servers that failed (``logs/``); None: counts are
+            forgotten, nothing is asked in batches, logs are in a temporary folder.
     """
 
     def __init__(self, home: Path | None) -> None:
@@ -102,7 +104,7 @@ class Engines(ExitStack):
             batch_size: of an engine in process.
             at_hand: whether ``source`` can be read here even if a server answers.
         """
-        asked = [settings.kind, settings.identity, loading.chat_template_kwargs]
+        asked = [settings.kind, settings.identity, settings.batch, loading.chat_template_kwargs]
         key = digest([*asked, source, batch_size])
         if key in self._made:
             return self._made[key]
@@ -137,6 +139,7 @@ class Engines(ExitStack):
         self, settings: EngineSettings, source: str, loading: Loading, *, at_hand: bool
     ) -> "OpenAIEngine":
         """Asks a server; its prompts are checked here where the model can be loaded."""
+        from selfsteer.engines.batch import BatchEngine
         from selfsteer.engines.openai import OpenAIEngine
 
         name = digest(settings.identity)
@@ -156,6 +159,9 @@ class Engines(ExitStack):
 
             local["chat"] = load_chat(source, loading)
             local["context_length"] = load_context_length(source, loading)
+        if settings.batch and self.home:
+            folder = self.home / "batches" / name
+            return BatchEngine(folder, settings, model, base_url, usage, **local)
         return OpenAIEngine(settings, model, base_url, usage, **local)
 
 
@@ -190,9 +196,11 @@ def check_engine(settings: EngineSettings) -> None:
     elif settings.launch is not None:
         check_command(settings.launch)
     elif settings.base_url is not None:
+        from selfsteer.engines.batch import BatchEngine
         from selfsteer.engines.openai import OpenAIEngine
 
-        engine = OpenAIEngine(settings, settings.model or "", settings.base_url, Usage())
+        make = partial(BatchEngine, Path()) if settings.batch else OpenAIEngine
+        engine = make(settings, settings.model or "", settings.base_url, Usage())
         with closing(engine):
             engine.check()
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
@@ -56,8 +56,9 @@ DEAD_AFTER = 5
 #: Longest wait of our own, and the longest that a server may ask for, in seconds.
 LONGEST_BACKOFF, LONGEST_PAUSE = 60.0, 3600.0
 
-#: Bytes of a reply at most: a thousand times what the longest answers take.
-LONGEST_REPLY = 64 << 20
+#: Bytes of a reply at most: a thousand times what the longest answers take; and of a file of
+#: answers: 50,000 of them with 2,048 tokens each, twice.
+LONGEST_REPLY, LONGEST_FILE = 64 << 20, 1 << 30
 
 #: Tokens that a reply may say it took: what JSON carries exactly.
 MOST_TOKENS = 1 << 53
@@ -345,8 +346,16 @@ class OpenAIEngine(ProbedEngine):
     def _answer(
         self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
     ) -> Iterator[Completion]:
+        yield from self._as_they_come(lambda put: self._ask_all(requests, sampling, put), advance)
+
+    def _as_they_come(
+        self,
+        ask: Callable[[Callable[[Completion], None]], Coroutine[Any, Any, None]],
+        advance: Advance,
+    ) -> Iterator[Completion]:
+        """What ``ask`` puts, while it goes on."""
         answered: SimpleQueue[Completion | None] = SimpleQueue()
-        asking = self._start(self._ask_all(requests, sampling, answered.put))
+        asking = self._start(ask(answered.put))
         asking.add_done_callback(lambda _: answered.put(None))
         try:
             while (answer := answered.get()) is not None:
@@ -404,8 +413,10 @@ class OpenAIEngine(ProbedEngine):
             self._told = told
             say(f"  {self.base_url} gets {told}")
 
-    async def _ask(self, request: Request, sampling: SamplingParams) -> Completion:
-        """One answer, whatever it takes within the retries."""
+    def _body(
+        self, request: Request, sampling: SamplingParams
+    ) -> tuple[dict[str, Any], int] | Completion:
+        """What to send, and tokens of the prompt at most; or that the prompt is too long."""
         name, messages = request.id, request.messages
         tokens = sum(len(m.content.encode()) + TEMPLATE_TOKENS for m in messages)
         if self._chat is not None:
@@ -413,7 +424,7 @@ class OpenAIEngine(ProbedEngine):
             if self._limit is not None and tokens + sampling.max_new_tokens > self._limit:
                 return Completion(name, "", PROMPT_TOO_LONG, tokens, 0)
             messages = tuple(self._chat.folded(messages))
-        body: dict[str, Any] = {
+        body = {
             "model": self.model,
             "messages": [m.to_dict() for m in messages],
             "seed": request.seed & 0x7FFFFFFF,  # 31 bits: some servers keep a seed in an int32
@@ -421,6 +432,14 @@ class OpenAIEngine(ProbedEngine):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
+        return body, tokens
+
+    async def _ask(self, request: Request, sampling: SamplingParams) -> Completion:
+        """One answer, whatever it takes within the retries."""
+        name, made = request.id, self._body(request, sampling)
+        if isinstance(made, Completion):
+            return made
+        body, tokens = made
         tries = 0
         while True:
             try:
@@ -431,14 +450,8 @@ class OpenAIEngine(ProbedEngine):
                     self._budget = NEW_BUDGET  # of all requests from now on
                     body[NEW_BUDGET] = body.pop(BUDGET)
                     continue
-                if fault.reason == NO_SUCH_BUDGET:
-                    raise EngineError(
-                        f"{self.who} refuses answers of up to {sampling.max_new_tokens:,} tokens "
-                        f"({fault.said}). Lower max_new_tokens of what asks it, such as sampling "
-                        "or principles, then run the same command again."
-                    ) from None
                 if fault.stop:
-                    raise self._refused(fault.said) from None
+                    raise self._stopped(fault, sampling) from None
                 if self._server is not None:
                     self._server.check()
                 if not fault.again or tries == self.settings.retries:
@@ -446,6 +459,9 @@ class OpenAIEngine(ProbedEngine):
                 await self._wait(fault, tries)
                 self.usage.counts["retried"] += 1
                 tries += 1
+        return self._answered(name, reply)
+
+    def _answered(self, name: str, reply: Reply) -> Completion:
         self._failed_in_a_row = 0
         if reply.finish_reason not in ("stop", "length"):
             known = reply.finish_reason in NO_ANSWER
@@ -498,11 +514,24 @@ class OpenAIEngine(ProbedEngine):
         usage.counts["requests"] += 1
         usage.under_way += most_tokens
         try:
-            async with asyncio.timeout(self.settings.timeout):
-                found = await self._client.chat.completions.with_raw_response.create(
-                    **body, extra_body=self._extra or None
-                )
-            reply = read_reply(found.http_response.content, self._chat, self._hidden)
+            with self._faults():
+                async with asyncio.timeout(self.settings.timeout):
+                    found = await self._client.chat.completions.with_raw_response.create(
+                        **body, extra_body=self._extra or None
+                    )
+            reply = self._read(found.http_response.content)
+        finally:
+            usage.under_way -= most_tokens
+            usage.save()
+        usage.counts["prompt_tokens"] += reply.prompt_tokens
+        usage.counts["completion_tokens"] += reply.completion_tokens
+        return reply
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """A block whose errors of the client become `Fault`."""
+        try:
+            yield
         except openai.APIStatusError as e:
             raise self._status_fault(e) from None
         except (openai.APITimeoutError, TimeoutError):
@@ -510,11 +539,10 @@ class OpenAIEngine(ProbedEngine):
             raise Fault("timeout", f"no answer within {seconds}") from None
         except openai.APIConnectionError as e:
             raise Fault("connection", clip(self._hidden(_cause(e)), 300)) from None
-        finally:
-            usage.under_way -= most_tokens
-            usage.save()
-        usage.counts["prompt_tokens"] += reply.prompt_tokens
-        usage.counts["completion_tokens"] += reply.completion_tokens
+
+    def _read(self, body: bytes) -> Reply:
+        """`read_reply`, without the key."""
+        reply = read_reply(body, self._chat, self._hidden)
         if len(self._key) < SECRET:
             return reply
         text, thoughts = self._hidden(reply.text), self._hidden(reply.reasoning)
@@ -599,6 +627,16 @@ class OpenAIEngine(ProbedEngine):
         warn(f"a request failed for good {what}")
         return Completion(name, "", reason, 0, 0)
 
+    def _stopped(self, fault: Fault, sampling: SamplingParams) -> EngineError:
+        """What a fault means after which no request at all can succeed."""
+        if fault.reason == NO_SUCH_BUDGET:
+            return EngineError(
+                f"{self.who} refuses answers of up to {sampling.max_new_tokens:,} tokens "
+                f"({fault.said}). Lower max_new_tokens of what asks it, such as sampling "
+                "or principles, then run the same command again."
+            )
+        return self._refused(fault.said)
+
     def _refused(self, said: str) -> EngineError:
         return EngineError(
             f"{self.who} refuses model {self.model!r} ({said}). Check base_url, model "
@@ -623,10 +661,11 @@ class OpenAIEngine(ProbedEngine):
 
 
 async def _bound(response: Any) -> None:
-    """Makes a reply that is packed, or longer than `LONGEST_REPLY`, a `Fault`."""
+    """Makes a reply that is packed, or longer than it may be, a `Fault`."""
     if response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise Fault("packed_reply", "its Content-Encoding is not identity, which was asked for")
     stream, read = response.stream, 0
+    longest = LONGEST_FILE if response.url.path.endswith("/content") else LONGEST_REPLY
 
     class Bounded(type(stream)):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -636,8 +675,8 @@ async def _bound(response: Any) -> None:
             nonlocal read
             async for chunk in stream:
                 read += len(chunk)
-                if read > LONGEST_REPLY:
-                    raise Fault("long_reply", f"it is longer than {LONGEST_REPLY:,} bytes")
+                if read > longest:
+                    raise Fault("long_reply", f"it is longer than {longest:,} bytes")
                 yield chunk
 
         async def aclose(self) -> None:

@@ -15,6 +15,9 @@ from selfsteer.recipe.sections import Price
 #: What is counted of all requests; those that failed for good are counted by their reason.
 COUNTED = ("requests", "retried", "prompt_tokens", "completion_tokens")
 
+#: What of those tokens was asked in batches; stored where there are any.
+BATCHED = ("batch_prompt_tokens", "batch_completion_tokens")
+
 #: Seconds between two writings of the counts.
 SAVE_EVERY_S = 2.0
 
@@ -24,9 +27,10 @@ def as_stored(counts: Counter[str], price: Price | None = None) -> dict[str, Any
 
     Where the price is known, ``cost`` is in its currency.
     """
-    reasons = sorted((+counts).keys() - set(COUNTED))
+    reasons = sorted((+counts).keys() - {*COUNTED, *BATCHED})
+    known = (*COUNTED, *(n for n in BATCHED if counts[n]))
     cost = {} if price is None else {"cost": round(price.of(counts), 6)}
-    return {**{n: counts[n] for n in COUNTED}, "failed": {n: counts[n] for n in reasons}, **cost}
+    return {**{n: counts[n] for n in known}, "failed": {n: counts[n] for n in reasons}, **cost}
 
 
 class Kept(TypedDict, total=False):
@@ -36,6 +40,8 @@ class Kept(TypedDict, total=False):
     retried: int
     prompt_tokens: int
     completion_tokens: int
+    batch_prompt_tokens: int
+    batch_completion_tokens: int
     failed: Required[dict[str, int]]
     cost: float
 

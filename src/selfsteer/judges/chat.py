@@ -152,7 +152,12 @@ class ChatJudge:
         """Its answers as they are stored: ``text``, ``finish_reason``, tokens and seconds."""
         keys = [_key(c) for c in conversations]
         questions = dict(zip(keys, conversations, strict=True))
-        answers = self._store.fetch(questions, self._ask, f"judge {self.name}")
+        answers = self._store.fetch(
+            questions,
+            self._ask,
+            f"judge {self.name}",
+            at_once=self.settings.engine.batch,
+        )
         return [answers[k] for k in keys]
 
     def _ask(

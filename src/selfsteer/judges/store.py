@@ -73,6 +73,8 @@ class AnswerStore:
         questions: Mapping[str, Any],
         ask: Callable[[Sequence[str], Sequence[Any], Advance], Sequence[dict[str, Any]]],
         label: str,
+        *,
+        at_once: bool = False,
     ) -> dict[str, dict[str, Any]]:
         """The answer to each question, stored or asked now.
 
@@ -81,12 +83,14 @@ class AnswerStore:
             ask: (keys, questions, advance) → one JSON object each; ``seconds`` is added to it,
                 the chunk's wall time in equal shares.
             label: of the progress bar.
+            at_once: ask all of them together, not a file's worth at a time.
         """
         missing = [key for key in questions if key not in self._values]
         if missing:
             with progress_bar(label, len(missing)) as bar:
-                for start in range(0, len(missing), CHUNK):
-                    keys = missing[start : start + CHUNK]
+                chunk = len(missing) if at_once else CHUNK
+                for start in range(0, len(missing), chunk):
+                    keys = missing[start : start + chunk]
                     began = time.monotonic()
                     answers = ask(keys, [questions[k] for k in keys], bar.advance)
                     share = (time.monotonic() - began) / len(keys)

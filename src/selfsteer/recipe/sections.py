@@ -311,10 +311,20 @@ class Price(Section):
 
     input: float = _f(..., "of prompts", ge=0)
     output: float = _f(..., "of answers, reasoning included", ge=0)
+    batch: float = _f(
+        0.5, "share of both that batches cost: half (OpenAI's guide to its Batch API)", ge=0, le=1
+    )
 
     def of(self, counts: Mapping[str, int]) -> float:
-        """The cost of so many ``prompt_tokens`` and ``completion_tokens``."""
-        read, written = counts["prompt_tokens"], counts["completion_tokens"]
+        """The cost of so many ``prompt_tokens`` and ``completion_tokens``.
+
+        Those that were asked in batches are counted again, as ``batch_prompt_tokens`` and
+        ``batch_completion_tokens``.
+        """
+        read, written = (
+            counts[name] - (1 - self.batch) * counts.get(f"batch_{name}", 0)
+            for name in ("prompt_tokens", "completion_tokens")
+        )
         return (read * self.input + written * self.output) / 1e6
 
 
@@ -376,6 +386,12 @@ class EngineSettings(Section):
         None, "most that a run costs at this price; null: no limit", kind="openai",
         costs_only=True, gt=0,
     )  # fmt: skip
+    batch: bool = _f(
+        False,
+        "ask through /files and /batches, which answer within 24 h, at half the price (OpenAI)",
+        kind="openai",
+        costs_only=True,
+    )
     extra_body: dict[str, Any] = _f({}, "more fields of each request, such as top_k", kind="openai")
     memory: float = _f(
         0.9, "share of each GPU's memory (on a CPU: of the machine's)",
@@ -396,6 +412,12 @@ class EngineSettings(Section):
         """What answers depend on; tries, limits and concurrency change none."""
         fields = EngineSettings.model_fields.items()
         return {name: getattr(self, name) for name, f in fields if not mark(f, "costs_only")}
+
+    def cost_of(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """What so many tokens cost, in batches where it asks so; None without a price."""
+        asked = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        batched = {f"batch_{name}": n for name, n in asked.items() if self.batch}
+        return None if self.price is None else self.price.of({**asked, **batched})
 
     def conflicts(self, where: str, *, named: bool = False) -> Iterator[str]:
         """What contradicts itself, and settings that have no effect.
@@ -435,6 +457,15 @@ class EngineSettings(Section):
             ),
             ".max_cost has no effect without price: give what the server takes": (
                 openai and self.max_cost is not None and self.price is None
+            ),
+            ".batch has no effect with launch: a launched server answers at once; remove it": (
+                openai and launched and self.batch
+            ),
+            ".price.batch has no effect without batch; remove it": (
+                openai
+                and self.price is not None
+                and not self.batch
+                and "batch" in self.price.model_fields_set
             ),
             ".base_url must look like http://HOST:PORT/v1": (
                 openai and (url.scheme not in ("http", "https") or not url.hostname)

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
@@ -534,6 +535,8 @@ def run_shards(
     work: Callable[[int, Sequence[T]], Sequence[Record | Mapping[str, Any]]],
     skipped: Callable[[int], None] = lambda n: None,
     tally: Counter[str] | None = None,
+    *,
+    at_once: bool = False,
 ) -> StageResult:
     """Maps ``items`` to records shard by shard; finished shards of an earlier try are kept.
 
@@ -545,17 +548,33 @@ def run_shards(
         work: (shard number, items) → records, `Dropped` among them; deterministic in its arguments.
         skipped: told the number of items of each shard that was already there.
         tally: what ``work`` counts; the counts of shards that were already there are added.
+        at_once: give the items of all unfinished shards to ``work`` in one call, with the number of
+            the first of them; it returns one record for each.
     """
     tally = Counter() if tally is None else tally
+    made_of_all: Iterator[Record | Mapping[str, Any]] | None = None
+
+    def in_one_go(first: int) -> Iterator[Record | Mapping[str, Any]]:
+        rest = [
+            item
+            for number, part in enumerate(batched(items, shard_size))
+            if number >= first and _finished_shard(*_names(folder, number), len(part)) is None
+            for item in part
+        ]
+        return iter([made for _, made in zip(rest, work(first, rest), strict=True)])
+
     result = StageResult(len(items), 0)
     with Drops(folder.with_name(f"{folder.name}.dropped.jsonl")) as drops:
         for number, part in enumerate(batched(items, shard_size)):
-            shard = folder / f"shard-{number:05d}.jsonl"
-            mark = shard.with_suffix(".done.json")
+            shard, mark = _names(folder, number)
             done = _finished_shard(shard, mark, len(part))
             if done is None:
                 before = tally.copy()
-                made = work(number, part)
+                if at_once:
+                    made_of_all = made_of_all or in_one_go(number)
+                    made = list(islice(made_of_all, len(part)))
+                else:
+                    made = list(work(number, part))
                 kept = [record for record in made if not isinstance(record, Dropped)]
                 text = dump_lines(kept).encode()
                 write_atomic(shard, text)
@@ -577,6 +596,12 @@ def run_shards(
                 drops.add(Dropped(**one))
     result.dropped = drops.counts
     return result
+
+
+def _names(folder: Path, number: int) -> tuple[Path, Path]:
+    """A shard and its mark."""
+    shard = folder / f"shard-{number:05d}.jsonl"
+    return shard, shard.with_suffix(".done.json")
 
 
 def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:

@@ -155,7 +155,9 @@ class Relabel(Stage):
                 return list(map(_labelled, part, said))
 
             folder, size = run / self.name, self.shard_size
-            result = run_shards(folder, pairs, size, work, bar.skip, swapped)
+            result = run_shards(
+                folder, pairs, size, work, bar.skip, swapped, at_once=self.judge.engine.batch
+            )
         result.notes = dict(swapped)
         say(f"  {swapped['swapped']:,} of {result.n_out:,} pairs changed places")
         return result

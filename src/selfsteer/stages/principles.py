@@ -108,7 +108,12 @@ class WritePrinciples(Stage):
                     return list(map(given.triple, part))
 
                 result = run_shards(
-                    folder, queries, settings.shard_size, work, lambda n: bar.skip(n * passes)
+                    folder,
+                    queries,
+                    settings.shard_size,
+                    work,
+                    lambda n: bar.skip(n * passes),
+                    at_once=(settings.writer or self.engine).batch,
                 )
             notes |= engines.notes
         seen, system = Tally(), kept_system(settings, str(self.policy.path), self.loading)

@@ -321,7 +321,14 @@ class RankAnswers(Stage):
                     for c, s in zip(part, scores, strict=True)
                 ]
 
-            ranked = run_shards(folder, found, sampling.shard_size, work, bar.skip)
+            ranked = run_shards(
+                folder,
+                found,
+                sampling.shard_size,
+                work,
+                bar.skip,
+                at_once=settings.engine.batch,
+            )
         # one file of drops for both halves
         halves = (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl")
         dropped = run.drop(self.name, chain.from_iterable(map(read_dropped, halves)))

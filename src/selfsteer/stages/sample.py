@@ -121,6 +121,7 @@ class Asking(Generic[R]):
         *,
         seed: int,
         label: str,
+        at_once: bool = False,
     ) -> StageResult:
         """Writes what is made of all records; warns once where the answers say nothing.
 
@@ -131,6 +132,7 @@ class Asking(Generic[R]):
             sampling: how.
             seed: of the stage.
             label: of the progress bar.
+            at_once: whether all are asked for together; see `run_shards`.
         """
         params, each, sampled = params_of(sampling), len(self.wanted), Counter[str]()
         warned = False
@@ -162,6 +164,7 @@ class Asking(Generic[R]):
                 work,
                 lambda n: bar.skip(n * each),
                 sampled,
+                at_once=at_once,
             )
         if text := noticed():
             result.notes["warnings"] = [text]
@@ -214,6 +217,7 @@ class Asking(Generic[R]):
                 sampling,
                 seed=derive_seed(stage.seed, stage.name),
                 label=stage.title,
+                at_once=(writer or sampling.engine).batch,
             )
         result.notes |= engines.notes
         return result

@@ -40,6 +40,7 @@ from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import (
     ContrastRanking,
+    JudgeConfig,
     Loading,
     PrincipledHygiene,
     Queries,
@@ -57,6 +58,7 @@ from selfsteer.stages.sample import Sample, Wanted, in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import amount, size
+from selfsteer.verbs.planning import ASKED
 
 #: Shares above which something ordinary becomes a warning: written principles that cannot be used,
 #: answers cut off, equal answers, and pairs that the judge's answer says nothing of.
@@ -172,7 +174,13 @@ def check(
         missing = " and ".join(what for what, there in needed.items() if not there)
         c.skip("disk principles budgets sampling steering ranking time", missing)
     else:
-        todo = total(stage.cost(Scale(len(queries), len(held_out))) for stage in stages)
+        costs = [stage.cost(Scale(len(queries), len(held_out))) for stage in stages]
+        todo, judges = total(costs), (getattr(stage, "judge", None) for stage in stages)
+        pairs = sum(
+            cost.judged
+            for cost, judge_ in zip(costs, judges, strict=True)
+            if judge_ == recipe.judge
+        )
         _disk(c, recipe, todo, probed)
         if isinstance(recipe, Principled):
             with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
@@ -182,7 +190,7 @@ def check(
                     c.skip("ranking", "answers")
                 else:
                     _ranking(c, recipe, probed, judge, probe, until)
-            _time(c, stages, todo, rates)
+            _time(c, stages, todo, rates, _judge_cost(recipe.judge, pairs, probe.judged))
         else:
             c.skip("principles budgets sampling steering ranking time", "a method with principles")
     lines = {line.name: asdict(line) for line in c.lines}
@@ -441,6 +449,8 @@ class Probe:
 
     scratch: Path
     triples: list[Triple] = field(default_factory=list)
+    #: pairs judged, and the tokens in and out that this took
+    judged: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -798,6 +808,9 @@ def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Ver
     first = judge.compare_all(pairs[:1])
     with probe.timed("judging"):
         rest = judge.compare_all(pairs[1:])
+    for j in (*first, *rest):
+        tokens = {"prompt_tokens": j.prompt_tokens, "completion_tokens": j.completion_tokens}
+        probe.judged.update({"pairs": 1, **tokens})
     return [j.verdict for j in (*first, *rest)]
 
 
@@ -956,20 +969,40 @@ def _with_principles(triple: Triple) -> dict[str, Any]:
     return {**triple.extra, "principles": triple.principles.to_dict()}
 
 
-def _time(c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None) -> None:
+def _judge_cost(judge: JudgeConfig | None, pairs: int, judged: Counter[str]) -> dict[str, Any]:
+    """What a judge at a server will be asked, by the mean of what it was asked so far."""
+    if judge is None or judge.engine.kind != "openai" or not pairs or not judged["pairs"]:
+        return {}
+    read, written = (
+        round(judged[name] * pairs / judged["pairs"])
+        for name in ("prompt_tokens", "completion_tokens")
+    )
+    asked = dict(zip(ASKED, (2 * pairs, read, written), strict=True))
+    return {**asked, "cost": judge.engine.cost_of(read, written)}
+
+
+def _time(
+    c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None, asked: Mapping[str, Any]
+) -> None:
     if rates is None:
         c.skip("time", "the rates of sampling and scoring")
         return
     with c.line("time") as line:
         kinds = seconds(todo, rates)
         unknown = [*todo.unknown, *(["judge"] if todo.judged and rates.per_judged is None else [])]
-        line.figures = {"seconds": kinds, "not_counted": unknown}
+        line.figures = {"seconds": kinds, "not_counted": unknown, "judge": dict(asked)}
         parts = ", ".join(f"{k} {duration(s)}" for k, s in kinds.items() if s >= 1)
         line.found = (
             f"about {duration(sum(kinds.values()))} for {len(stages)} stages to do"
             + (f": {parts}" if parts else "")
             + " (estimate from the rates above)"
         )
+        if asked:
+            line.found += (
+                f"; the judge gets {asked['requests']:,} requests, "
+                f"{asked['prompt_tokens']:,} tokens in, {asked['completion_tokens']:,} out"
+            )
+            line.found += "" if asked["cost"] is None else f", cost {asked['cost']:,.4g}"
         line.warn(f"Not counted: {', '.join(unknown)}.", bool(unknown))
 
 

@@ -122,8 +122,17 @@ def tell(found: Mapping[str, Any]) -> None:
     out.print(held)
     parts = ", ".join(f"{kind} {size(n)}" for kind, n in found["disk"].items() if n)
     out.print(f"disk: {size(totals['disk'])}: {parts}")
+    if judge := totals["judge"]:
+        out.print(
+            f"judge: {judge['requests']:,} requests, {judge['prompt_tokens']:,} tokens in, "
+            f"{judge['completion_tokens']:,} out"
+        )
     if totals["cost"] is not None:
-        priced = ", ".join(f"{r['stage']} {r['cost']:,.2f}" for r in found["stages"] if r["cost"])
+        parts_of = ((r["stage"], r) for r in found["stages"])
+        judges = ((f"judge of {r['stage']}", r["judge"] or {}) for r in found["stages"])
+        priced = ", ".join(
+            f"{who} {r['cost']:,.2f}" for who, r in (*parts_of, *judges) if r.get("cost")
+        )
         out.print(f"servers: {totals['cost']:,.2f} at their price: {priced}")
     out.print(f"host memory of the largest training: {size(found['host_memory'])} a rank")
     stage, share = _largest({row["stage"]: row["hours"] for row in found["stages"]})
@@ -140,7 +149,7 @@ def tell(found: Mapping[str, Any]) -> None:
         f"GPU, of which "
         f"{assumed['utilisation']:.0%} in training and scoring, "
         f"{assumed['sampling_utilisation']:.0%} in sampling; all GPUs busy in every stage; nothing "
-        "dropped; judges, selection and loading are not counted",
+        "dropped; judges in process, selection and loading are not counted",
         style="dim",
     )
     if found["not_counted"]:

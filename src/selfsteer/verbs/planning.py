@@ -14,7 +14,15 @@ from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
-from selfsteer.recipe.sections import Generator, Loading, Lora, PolicyStage, Price, Sampling
+from selfsteer.recipe.sections import (
+    EngineConfig,
+    Generator,
+    JudgeConfig,
+    Loading,
+    Lora,
+    PolicyStage,
+    Sampling,
+)
 from selfsteer.run.cost import TEXT, Cost, Scale, disk_bytes, total
 from selfsteer.run.stage import Stage
 from selfsteer.stages.principles import WritePrinciples
@@ -29,6 +37,13 @@ GPUS = {
 
 #: Tokens of what a model says of a query's features, and of what it is shown before it writes.
 FEATURE_ANSWER, INSTRUCTION = 20, 200
+
+#: Tokens of a chat judge's question without conversation and answers, and of what it says: a
+#: verdict after three sentences.
+QUESTION, VERDICT = 130, 80
+
+#: What is counted of a judge at a server.
+ASKED = ("requests", "prompt_tokens", "completion_tokens")
 
 #: Bytes per parameter: float32 weights, gradients, two moments, bfloat16 copies of autocast.
 WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2
@@ -249,6 +264,7 @@ def plan(
         cost = stage.cost(scale)
         rows.append(_stage(stage, cost, before, lengths, shape, machine))
         before = total((before, cost))
+    judged = [row["judge"] for row in rows if row["judge"]]
     disk = disk_bytes(
         before,
         tokens=lengths.response,
@@ -287,7 +303,10 @@ def plan(
             "training_flops": sum(r["flops"]["training"] for r in rows),
             "flops": sum(sum(r["flops"].values()) for r in rows),
             "hours": sum(r["hours"] for r in rows),
-            "cost": sum(costs) if (costs := [r["cost"] for r in rows if r["cost"]]) else None,
+            "judge": {n: sum(j[n] for j in judged) for n in ASKED} if judged else None,
+            "cost": sum(costs)
+            if (costs := [r["cost"] for r in (*rows, *judged) if r["cost"]])
+            else None,
             "memory_per_rank": {name: sum(parts.values()) for name, parts in memory.items()},
             "disk": sum(disk.values()),
         },
@@ -327,24 +346,40 @@ def _stage(
         flops["training"] += training.passes * once
     work = flops["scoring"] + flops["training"]
     seconds = flops["sampling"] / machine.sampling + work / machine.training
-    price = _price(stage)
-    asked = {"prompt_tokens": read, "completion_tokens": sampled}
+    engine = _engine(stage)
     return {
         "stage": stage.name,
         "records": cost.records,
         "sampled_tokens": sampled,
-        "cost": None if price is None else price.of(asked),
+        "cost": engine and engine.cost_of(read, sampled),
+        "judge": judge_asked(getattr(stage, "judge", None), cost.judged, lengths),
         "flops": flops,
         "hours": seconds / machine.peak / 3600,
     }
 
 
-def _price(stage: Stage) -> Price | None:
-    """The price of the server that answers in this stage; None if it is not set."""
+def _engine(stage: Stage) -> EngineConfig | None:
+    """The engine that answers in this stage, where one does."""
     if isinstance(stage, WritePrinciples):
-        return (stage.settings.writer or stage.engine).price
+        return stage.settings.writer or stage.engine
     sampling: Sampling | None = getattr(stage, "sampling", None)
-    return sampling.engine.price if sampling else None
+    return sampling.engine if sampling else None
+
+
+def judge_asked(judge: JudgeConfig | None, pairs: int, lengths: Lengths) -> dict[str, Any] | None:
+    """What a judge at a server is asked, each pair in both orders; None where there is none.
+
+    Args:
+        judge: of a stage.
+        pairs: that it compares.
+        lengths: of conversations and answers.
+    """
+    if judge is None or judge.engine.kind != "openai" or not pairs:
+        return None
+    read = 2 * pairs * (QUESTION + lengths.query + 2 * lengths.response)
+    written = 2 * pairs * min(VERDICT, judge.max_new_tokens)
+    asked = dict(zip(ASKED, (2 * pairs, read, written), strict=True))
+    return {**asked, "cost": judge.engine.cost_of(read, written)}
 
 
 def memory_bytes(

@@ -1,0 +1,507 @@
+"""Batches against a server on loopback: nothing is lost, nothing is asked twice."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer.data.records import Message, Query, Verdict
+from selfsteer.engines import batch, openai
+from selfsteer.engines.answers import answers
+from selfsteer.engines.base import PROMPT_TOO_LONG, SamplingParams
+from selfsteer.engines.load import Engines, check_engine
+from selfsteer.engines.openai import OpenAIEngine
+from selfsteer.engines.usage import Usage
+from selfsteer.errors import EngineError
+from selfsteer.judges import store
+from selfsteer.judges.base import Pair
+from selfsteer.judges.load import load_judge
+from selfsteer.recipe.read import validate
+from selfsteer.recipe.sections import (
+    EngineConfig,
+    JudgeConfig,
+    Loading,
+    PrinciplesConfig,
+    resolve_path,
+)
+from selfsteer.run.folder import RunFolder
+from selfsteer.run.stage import Artifact
+from selfsteer.stages.principles import WritePrinciples
+from tests.engines.batches import (
+    GREEDY,
+    BatchServer,
+    Ending,
+    ask,
+    asking,
+    requests,
+    run,
+    serving_batches,
+)
+from tests.fakes import sends, status
+from tests.make import write_jsonl
+
+EXPIRED = (0, {"code": "batch_expired", "message": "This request could not be executed."})
+BUSY = (503, {"message": "overloaded"})
+KEY = "sk-3f9c0d/Ae71b62+84d5c9a0f21=="
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchServer]:
+    monkeypatch.setattr(batch, "FIRST_LOOK", 0.001)
+    monkeypatch.setattr(batch, "LAST_LOOK", 0.002)
+    with serving_batches() as found:
+        yield found
+
+
+def calls(server: BatchServer) -> list[str]:
+    """What was asked, without repeated looks."""
+    seen = [s for i, s in enumerate(server.seen) if i == 0 or server.seen[i - 1] != s]
+    return [s.replace("/batches/batch_", "/batch_") for s in seen]
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted((folder / "batches").iterdir())]
+
+
+def test_a_batch_answers_as_requests_one_by_one_do(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direct = EngineConfig(kind="openai", base_url=server.url, model="canned")
+    one_by_one = OpenAIEngine(direct, "canned", server.url, Usage())
+    expected = answers(one_by_one, requests(7), GREEDY)
+    one_by_one.close()
+    server.asked.clear()
+    server.endings = [Ending(looks=4)]
+    with asking(server.url, tmp_path, extra_body={"top_k": 5}) as engine:
+        told = list[tuple[int, int]]()
+        found = answers(engine, requests(7), GREEDY, advance=lambda *n: told.append(n))
+        assert found == expected
+    assert sum(n for n, _ in told) == 7
+    assert not server.asked, "nothing but the batch"
+    looks = ["GET /batch_0", "GET /files/output_batch_0/content"]
+    assert calls(server) == ["POST /files", "POST /batches", *looks]
+    (lines,) = (b["lines"] for b in server.batches.values())
+    assert {(x["method"], x["url"], x["body"]["top_k"]) for x in lines} == {
+        ("POST", "/v1/chat/completions", 5)
+    }
+    assert max(server.paid.values()) == 1
+    usage = Usage(tmp_path / "usage.json").counts
+    assert usage["requests"] == 7
+    assert usage["prompt_tokens"] == usage["batch_prompt_tokens"] == 70
+    shown = capsys.readouterr()
+    assert "batch batch_0: 7 requests" in shown.err + shown.out
+    assert "7 of 7 answered" in shown.err + shown.out
+
+
+def test_a_hot_engine_is_looked_at_first_one_by_one(server: BatchServer, tmp_path: Path) -> None:
+    hot = SamplingParams(0.7, 0.8, 64)
+    with asking(server.url, tmp_path) as engine:
+        answers(engine, requests(3), hot)
+    assert len(server.asked) == 8
+    usage = Usage(tmp_path / "usage.json").counts
+    assert (usage["requests"], usage["prompt_tokens"], usage["batch_prompt_tokens"]) == (
+        11,
+        110,
+        30,
+    )
+
+
+def test_what_failed_or_expired_is_asked_again_and_nothing_else(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    """The line of query 4 is nowhere."""
+    server.endings = [
+        Ending("expired", lines={1: EXPIRED, 2: BUSY, 4: None}),
+        Ending(lines={2: BUSY}),
+        Ending(),
+    ]
+    with asking(server.url, tmp_path) as engine:
+        found = ask(engine, tmp_path, requests(6))
+        assert {c.finish_reason for c in found.values()} == {"stop"}
+        assert engine.usage.counts["retried"] == 4
+    assert [len(b["lines"]) for b in server.batches.values()] == [6, 3, 1]
+    assert server.paid == {f"Query {i}": 1 for i in range(6)}
+
+
+def test_what_fails_every_time_is_counted_by_its_reason(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    long = (400, {"message": "maximum context length is 9", "code": "context_length_exceeded"})
+    wrong = (400, {"message": "bad seed"})
+    server.endings = [Ending(lines={0: EXPIRED, 1: long, 2: wrong, 3: (0, {"message": "no"})})]
+    with asking(server.url, tmp_path, retries=2) as engine:
+        found = ask(engine, tmp_path, requests(9))
+    assert [found[f"q{i}"].finish_reason for i in range(5)] == [
+        "request_failed:batch_expired",
+        PROMPT_TOO_LONG,
+        "request_failed:http_400",
+        "request_failed:batch_error",
+        "stop",
+    ]
+    assert [len(b["lines"]) for b in server.batches.values()] == [9, 2, 2]
+    # another run of the command asks for what failed, and for nothing else
+    server.endings = [Ending()]
+    with asking(server.url, tmp_path) as engine:
+        found = ask(engine, tmp_path, requests(9))
+    assert [c.id for c in found.values() if c.finish_reason != "stop"] == ["q1"]
+    assert len(server.batches["batch_3"]["lines"]) == 3
+    assert max(server.paid.values()) == 1
+
+
+def test_a_server_that_answers_nothing_stops_the_stage(server: BatchServer, tmp_path: Path) -> None:
+    server.endings = [Ending(lines=dict.fromkeys(range(9), (400, {"message": "bad seed"})))]
+    with (
+        asking(server.url, tmp_path) as engine,
+        pytest.raises(EngineError, match=r"refuses one request after .* bad seed"),
+    ):
+        ask(engine, tmp_path, requests(9))
+
+
+@pytest.mark.parametrize("bound", ["requests", "bytes"])
+def test_files_are_bounded_and_all_are_under_way_at_once(
+    bound: str, server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bound == "requests":
+        monkeypatch.setattr(batch, "MOST_REQUESTS", 3)
+    else:
+        monkeypatch.setattr(batch, "MOST_BYTES", 900)
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(8))
+    assert [len(b["lines"]) for b in server.batches.values()] == [3, 3, 2]
+    assert all(len(server.files[f"file_{i}"]) < 900 for i in range(3))
+    made = [s.partition(" ")[0] for s in calls(server)]
+    assert made == ["POST"] * 6 + ["GET"] * 6
+    assert server.paid == {f"Query {i}": 1 for i in range(8)}
+
+
+def killed(server: BatchServer, folder: Path) -> int | None:
+    """The exit code of a run in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engines.batches"])
+    process = context.Process(target=run, args=(server.url, folder, 5, 3))
+    server.process = process  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_killed_at_any_call_pays_nothing_twice(
+    when: str, server: BatchServer, tmp_path: Path
+) -> None:
+    """Before the server takes a request, or before it answers; one batch fails in part."""
+    number, ended = 0, False
+    while not ended:
+        with serving_batches() as one:
+            one.endings = [Ending("expired", 1, lines={1: EXPIRED}), Ending(looks=1)]
+
+            def die(at: int, one: BatchServer = one, number: int = number) -> bool:
+                if at == number:
+                    os.kill(one.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+                return at == number
+
+            setattr(one, when, die)
+            folder = tmp_path / str(number)
+            ended = killed(one, folder) == 0
+            assert ended or killed(one, folder) == 0
+            assert one.paid == {f"Query {i}": 1 for i in range(5)}, one.seen
+            assert [len(b["lines"]) for b in one.batches.values()] == [3, 2, 1], one.seen
+            assert all(row["id"] and row["counted"] for row in kept(folder))
+            counts = Usage(folder / "usage.json").counts
+            assert (counts["requests"], counts["prompt_tokens"]) == (6, 50)
+        number += 1
+    assert number == 14
+
+
+def test_a_lost_reply_makes_no_second_batch(server: BatchServer, tmp_path: Path) -> None:
+    """It is on the second page of the server's list."""
+    server.page = 2
+    server.files["file_x"] = b""
+    dropped = list[int]()
+
+    def drop(number: int) -> bool:
+        if dropped or server.seen[number] != "POST /batches":
+            return False
+        dropped.append(number)
+        for mark in "abc":
+            server.make("file_x", {"selfsteer": mark})
+        return True
+
+    server.after = drop
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(4))
+    assert server.seen.count("POST /batches") == 1
+    assert server.seen.count("GET /batches") == 2
+    assert server.paid == {f"Query {i}": 1 for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_requests": 3}, r"4 requests .* max_requests 3: .* come to 4 "),
+        ({"max_tokens_total": 100}, "max_tokens_total 100"),
+        ({"price": {"input": 0, "output": 1e4}, "max_cost": 1.2}, r"max_cost 1\.2: .* to 1\.28 "),
+    ],
+)
+def test_nothing_is_sent_that_could_pass_a_limit(
+    limits: dict[str, Any], said: str, server: BatchServer, tmp_path: Path
+) -> None:
+    """4 requests of 64 tokens at 0.01 apiece, half of that in batches."""
+    with asking(server.url, tmp_path, **limits) as engine:
+        with pytest.raises(EngineError, match=said):
+            ask(engine, tmp_path, requests(4))
+        assert not server.seen
+        if "price" in limits:
+            ask(engine, tmp_path, requests(3))
+            written = engine.usage.counts["completion_tokens"]
+            cost = json.loads((tmp_path / "usage.json").read_text())["cost"]
+            assert cost == pytest.approx(written * 0.005)
+
+
+def test_the_price_of_a_batch_may_be_another_one(server: BatchServer, tmp_path: Path) -> None:
+    price = {"input": 1e6, "output": 0, "batch": 0.25}
+    with asking(server.url, tmp_path, price=price) as engine:
+        ask(engine, tmp_path, requests(4))
+        assert engine.settings.price
+        assert engine.settings.price.of(engine.usage.counts) == pytest.approx(10)
+
+
+def test_a_full_queue_gets_fewer_requests_at_a_time(server: BatchServer, tmp_path: Path) -> None:
+    full = Ending("failed", errors={"code": "token_limit_exceeded", "message": "Limit: 90,000"})
+    server.endings = [full, full, Ending()]
+    with asking(server.url, tmp_path, retries=0) as engine:
+        found = ask(engine, tmp_path, requests(8))
+        assert engine.usage.counts["requests"] == 8
+    assert {c.finish_reason for c in found.values()} == {"stop"}
+    assert [len(b["lines"]) for b in server.batches.values()] == [8, 4, 2, 2, 2, 2]
+    assert server.paid == {f"Query {i}": 1 for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (
+            Ending("failed", errors={"code": "x", "message": f"bad file {KEY}"}),
+            r"refuses batch batch_0 of 4 requests: bad file \[key\]",
+        ),
+        (
+            Ending("failed", errors={"code": "token_limit_exceeded", "message": "Limit: 9"}),
+            "batch_2 of 1 requests: Limit: 9",
+        ),
+        (Ending("cancelled", lines={2: None}), "batch_0 was cancelled"),
+        (
+            Ending(lines=dict.fromkeys(range(4), (401, {"message": f"wrong key {KEY}"}))),
+            r"refuses model .* wrong key \[key\]",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_succeed_stops_and_the_next_run_goes_on(
+    ending: Ending,
+    said: str,
+    server: BatchServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.endings = [ending]
+    with asking(server.url, tmp_path) as engine:
+        with pytest.raises(EngineError, match=said) as caught:
+            ask(engine, tmp_path, requests(4))
+        assert KEY[:6] not in str(caught.value)
+        server.endings = [Ending()]
+        assert {c.finish_reason for c in ask(engine, tmp_path, requests(4)).values()} == {"stop"}
+    assert server.paid == {f"Query {i}": 1 for i in range(4)}
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("lacking", ["files", "batches"])
+def test_a_server_without_batches_is_named(
+    lacking: str, server: BatchServer, tmp_path: Path
+) -> None:
+    server.lacks = lacking
+    with (
+        asking(server.url, tmp_path) as engine,
+        pytest.raises(EngineError, match=r"has no batch endpoint; remove batch .* Not Found"),
+    ):
+        ask(engine, tmp_path, requests(2))
+    if lacking == "batches":
+        with pytest.raises(EngineError, match=r"does not list its batches; remove batch"):
+            check_engine(engine.settings)
+    else:
+        check_engine(engine.settings)
+
+
+def test_a_batch_that_is_gone_is_not_paid_for_again_unasked(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(2))
+        (tmp_path / "answers.jsonl").unlink()
+        assert len(ask(engine, tmp_path, requests(2))) == 2, "it is looked at again"
+        assert server.paid.total() == 2
+        assert engine.usage.counts["prompt_tokens"] == 20
+        (tmp_path / "answers.jsonl").unlink()
+        server.batches.clear()
+        with pytest.raises(EngineError, match=r"does not have batch batch_0 .*00000\.json"):
+            ask(engine, tmp_path, requests(2))
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (sends(b"not JSON"), "malformed_json"),
+        (sends([]), "malformed_answer"),
+        (sends({"id": "../models"}), "malformed_batch"),
+        (sends({"id": KEY.replace("/", "_")}), "malformed_batch"),
+        (sends({"id": "k" + KEY[:2], "object": "x" * 300}), "long_reply|is longer"),
+        (status(500, f"about {KEY}"), r"about \[key\]"),
+        (status(307, "elsewhere", location=f"http://127.0.0.1:9/?{KEY}"), r"on to .*\[key\]"),
+    ],
+)
+def test_replies_are_guarded(
+    reply: Callable[[Any], bool],
+    said: str,
+    server: BatchServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY.replace("/", "_") if "batch" in said else KEY)
+    monkeypatch.setattr(openai, "LONGEST_REPLY", 200)
+    server.always = reply
+    with (
+        asking(server.url, tmp_path, retries=1) as engine,
+        pytest.raises(EngineError, match=said) as caught,
+    ):
+        ask(engine, tmp_path, requests(1))
+    assert KEY[:8] not in str(caught.value)
+
+
+def test_a_file_of_answers_may_be_longer_than_a_reply_but_not_endless(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai, "LONGEST_REPLY", 2000)
+    server.answer = lambda body: "long \u2028 " * 2000
+    with asking(server.url, tmp_path, retries=0) as engine:
+        found = ask(engine, tmp_path, requests(2))
+        assert found["q1"].text == ("long \u2028 " * 2000).strip()
+        monkeypatch.setattr(openai, "LONGEST_FILE", 3000)
+        with pytest.raises(EngineError, match="longer than 3,000 bytes"):
+            ask(engine, tmp_path, requests(3)[2:])
+
+
+def test_a_line_that_cannot_be_read_is_asked_again(server: BatchServer, tmp_path: Path) -> None:
+    def garble(number: int) -> bool:
+        if server.seen[number] == "GET /files/output_batch_0/content":
+            return False
+        if (name := "output_batch_0") in server.files and server.seen[number].startswith("GET /b"):
+            first, *rest = server.files[name].splitlines()
+            server.files[name] = b"\n".join([first[:40], *rest, b"[]", b"null", first[:20]])
+        return False
+
+    server.after = garble
+    with asking(server.url, tmp_path) as engine:
+        found = ask(engine, tmp_path, requests(3))
+    assert {c.finish_reason for c in found.values()} == {"stop"}
+    assert [len(b["lines"]) for b in server.batches.values()] == [3, 1]
+
+
+def test_a_batch_without_an_end_is_given_up(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.endings = [Ending(looks=10**9)]
+    monkeypatch.setattr(batch, "LONGEST_BATCH", 0.01)
+    with (
+        asking(server.url, tmp_path) as engine,
+        pytest.raises(EngineError, match=r"batch_0 .* is not over after"),
+    ):
+        ask(engine, tmp_path, requests(1))
+
+
+def test_ctrl_c_says_that_the_batch_goes_on(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.endings = [Ending(looks=40)]
+
+    def interrupt(number: int) -> bool:
+        if number == 4:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return False
+
+    server.after = interrupt
+    with asking(server.url, tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+        ask(engine, tmp_path, requests(3))
+    shown = capsys.readouterr()
+    assert "goes on with batch_0 and charges for it; the same command" in shown.err + shown.out
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(3))
+    assert server.seen.count("POST /batches") == 1
+
+
+def test_a_budget_under_its_new_name_costs_no_try(server: BatchServer, tmp_path: Path) -> None:
+    new = (400, {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."})
+    server.endings = [Ending(lines={0: new, 1: new}), Ending()]
+    with asking(server.url, tmp_path, retries=0) as engine:
+        found = ask(engine, tmp_path, requests(2))
+    assert {c.finish_reason for c in found.values()} == {"stop"}
+    bodies = [line["body"] for b in server.batches.values() for line in b["lines"]]
+    assert [sorted(k for k in b if k.startswith("max")) for b in bodies] == [
+        *[["max_tokens"]] * 2,
+        *[["max_completion_tokens"]] * 2,
+    ]
+
+
+def test_an_engine_of_a_run_asks_in_batches_and_one_without_does_not(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"kind": "openai", "base_url": server.url, "model": "canned"}
+    plain, batched = EngineConfig(**given), EngineConfig(**given, batch=True)
+    assert plain.identity == batched.identity
+    with Engines(None) as engines:
+        assert type(engines.get(batched, "", Loading(), 1)) is OpenAIEngine
+    with Engines(tmp_path) as engines:
+        assert type(engines.get(plain, "", Loading(), 1)) is OpenAIEngine
+        answers(engines.get(batched, "", Loading(), 1), requests(3), GREEDY)
+    (name,) = (tmp_path / "usage").iterdir()
+    assert (tmp_path / "batches" / name.stem / "00000.json").exists()
+
+
+def test_a_judge_asks_all_in_one_batch_and_nothing_twice(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK", 2)
+    server.answer = lambda body: "Verdict: " + "BA"["Answer A ===\\nlong" in str(body)]
+    engine = {"kind": "openai", "base_url": server.url, "batch": True}
+    values = {"kind": "chat", "model": "canned", "engine": engine}
+    pairs = [
+        Pair(Query(f"q{i}", (Message("user", f"Query {i}"),)), f"long {i}", "no") for i in range(5)
+    ]
+    for _ in range(2):
+        judge = load_judge(validate(JudgeConfig, values, "judge"), tmp_path)
+        assert judge is not None
+        assert {j.verdict for j in judge.compare_all(pairs)} == {Verdict.FIRST}
+    assert [len(b["lines"]) for b in server.batches.values()] == [10]
+
+
+def test_a_stage_asks_for_all_its_shards_in_one_batch(server: BatchServer, tmp_path: Path) -> None:
+    server.answer = lambda body: f"Good: Say {body['seed']}.\nBad: Say nothing."
+    writer = {"kind": "openai", "base_url": server.url, "model": "canned", "batch": True}
+    given = {"features": "random", "mode": "generated", "shard_size": 2, "writer": writer}
+    rows = ({"id": f"q{i}", "prompt": f"Query {i}"} for i in range(5))
+    folder = RunFolder(tmp_path)
+    stage = WritePrinciples(
+        Artifact(write_jsonl(folder / "queries.jsonl", *rows)),
+        Artifact(Path(resolve_path("package:selfsteer.testbed/checkpoint"))),
+        PrinciplesConfig.model_validate(given),
+        EngineConfig(),
+    )
+    result = stage.run(folder)
+    assert (result.n_out, result.notes["sources"]) == (5, {"generated": 5})
+    assert [len(b["lines"]) for b in server.batches.values()] == [5]
+    (asked,) = result.notes["asked"].values()
+    assert asked["batch_prompt_tokens"] == 50
