@@ -105,6 +105,15 @@ def test_no_secret_is_in_it_and_each_is_counted(
         ("serve --api-key abcd1234 --port 1", "serve --api-key [secret] --port 1"),
         ("Authorization: Bearer abcd1234", "Authorization: Bearer [secret]"),
         ("password: hunter22", "password: [secret]"),
+        (
+            "ENV {'MY_JUDGE_KEY': 'ab, c\"d', 'N': '1'}",
+            "ENV {'MY_JUDGE_KEY': '[secret]', 'N': '1'}",
+        ),
+        ("OPENAI_API_KEY='a, b'", "OPENAI_API_KEY='[secret]'"),
+        ("A=1 HF_TOKEN=abcd1234 B=2", "A=1 HF_TOKEN=[secret] B=2"),
+        (r'"{\"X_PASSWORD\": \"abcd\"}"', r'"{\"X_PASSWORD\": \"[secret]\"}"'),
+        ("'A_SECRET': 'abcd12", "'A_SECRET': '[secret]"),
+        ("export PGPASSWORD=abcd1234", "export PGPASSWORD=[secret]"),
         # names of variables, and what only looks like it, stay
         ("api_key_env: OPENAI_API_KEY\nconcurrency: 32\n", None),
         ('"api_key_env": "OPENAI_API_KEY", "model": "x"', None),

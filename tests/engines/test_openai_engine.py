@@ -30,7 +30,7 @@ from selfsteer.engines.base import (
     no_news,
 )
 from selfsteer.engines.launch import LaunchedServer
-from selfsteer.engines.load import Engines
+from selfsteer.engines.load import Engines, check_engine
 from selfsteer.engines.openai import OpenAIEngine, retry_after, status_fault
 from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError, EngineError
@@ -452,6 +452,20 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert "sk-secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["sk-sécret", "\ufeffsk-secret", "sk-se\u200bcret", "sk\nsecret"])
+def test_a_key_that_no_header_can_have_is_refused_by_its_name(
+    key: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    settings = EngineConfig(kind="openai", base_url=server.url, model="m", api_key_env="MY_KEY")
+    with pytest.raises(ConfigError, match="The key in MY_KEY holds a character") as caught:
+        check_engine(settings)
+    assert "cret" not in str(caught.value)
+    with Engines(None) as engines, pytest.raises(ConfigError, match="The key in MY_KEY"):
+        engines.get(settings, "m", Loading(), 1)
+    assert not server.asked
+
+
 KEY = "sk-3f9c0d/Ae71b62+84d5c9a0f21=="
 
 
@@ -568,7 +582,7 @@ def test_two_models_of_one_server_are_counted_together(server: Server, tmp_path:
 
 
 def launched(tmp_path: Path, launch: str) -> LaunchedServer:
-    return LaunchedServer(launch, "m", tmp_path / "logs" / "s.log", "OPENAI_API_KEY")
+    return LaunchedServer(launch, "m", tmp_path / "logs" / "s.log")
 
 
 def test_a_launched_server_lives_as_long_as_its_block(tmp_path: Path) -> None:

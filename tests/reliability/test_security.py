@@ -18,7 +18,8 @@ import selfsteer
 from selfsteer.data.files import read_rows
 from selfsteer.data.records import Message
 from selfsteer.engines.launch import LaunchedServer
-from selfsteer.engines.openai import Fault, read_reply
+from selfsteer.engines.openai import Fault, OpenAIEngine, read_reply
+from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError
 from selfsteer.formats.export import export
 from selfsteer.formats.hub import plan_upload
@@ -26,6 +27,7 @@ from selfsteer.models.chat import ChatFormat
 from selfsteer.models.store import NOT_WHOLE, read_chunk
 from selfsteer.principles import catalogue
 from selfsteer.recipe.read import read_yaml
+from selfsteer.recipe.sections import EngineConfig
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.verbs.exporting import export_model
@@ -264,15 +266,67 @@ def test_what_is_no_secret_is_none() -> None:
     assert recipe(sampling={"engine": {"kind": "openai", "launch": launch, "extra_body": body}})
 
 
-def test_a_launched_server_gets_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setenv("OTHER", "passed on")
-    shows = f"{sys.executable} -S -c 'import os; print(os.environ)' {{model}} {{port}}"
-    log = tmp_path / "log"
-    with LaunchedServer(shows, "m", log, "OPENAI_API_KEY") as server, pytest.raises(EngineError):
+#: What a server prints of its environment, and a key that it found elsewhere, in two pieces.
+SHOWS = """
+import os, sys, time
+print(os.environ, flush=True)
+sys.stdout.write("found hosted-se")
+sys.stdout.flush()
+time.sleep(0.5)
+sys.exit("cret and hub-secret")
+"""
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Secrets in the environment; a recipe's judge names the third."""
+    found = {
+        "OPENAI_API_KEY": "openai-secret",
+        "HF_TOKEN": "hub-secret",
+        "MY_AUTH": "hosted-secret",
+    }
+    for name, value in {**found, "OTHER": "passed on"}.items():
+        monkeypatch.setenv(name, value)
+    judge = {"kind": "openai", "base_url": "http://host/v1", "api_key_env": "MY_AUTH"}
+    recipe(judge={"kind": "chat", "model": "m", "engine": judge})
+    return list(found.values())
+
+
+def test_a_launched_server_gets_no_key(tmp_path: Path, keys: list[str]) -> None:
+    (tmp_path / "shows.py").write_text(
+        "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[2], 'w'))"
+    )
+    shows, seen = f"{sys.executable} -S {tmp_path}/shows.py {{port}} {{model}}", tmp_path / "env"
+    with LaunchedServer(shows, str(seen), tmp_path / "log") as server:
+        server._process.wait(30)
+    given = json.loads(seen.read_text())
+    assert given["OTHER"] == "passed on"
+    assert given["HF_TOKEN"] == "hub-secret", "it may have to fetch the model"
+    assert not {"OPENAI_API_KEY", "MY_AUTH"} & given.keys()
+
+
+def test_what_a_launched_server_prints_shows_no_key(tmp_path: Path, keys: list[str]) -> None:
+    (tmp_path / "shows.py").write_text(SHOWS)
+    shows = f"{sys.executable} -S {tmp_path}/shows.py {{model}} {{port}}"
+    with (
+        LaunchedServer(shows, "m", tmp_path / "log") as server,
+        pytest.raises(EngineError, match=r"found \[key\] and \[key\]") as caught,
+    ):
         server.wait(30)
-    assert "passed on" in log.read_text()
-    assert "sk-secret" not in log.read_text()
+    shown = (tmp_path / "log").read_text() + str(caught.value)
+    assert "passed on" in shown
+    assert [key for key in keys if key in shown] == []
+
+
+def test_a_launched_server_answers_no_key(keys: list[str]) -> None:
+    """The hub's token, which it may have, is in none of its faults."""
+    settings = EngineConfig(kind="openai", launch="serve {model} {port}")
+    launched: Any = object()
+    engine = OpenAIEngine(settings, "m", "http://127.0.0.1:1/v1", Usage(), server=launched)
+    engine.close()
+    assert engine._hidden("no access with hub-secret, hosted-secret") == (
+        "no access with [key], [key]"
+    )
 
 
 def test_a_reply_holds_no_half_characters() -> None:

@@ -1,5 +1,6 @@
 """Servers and libraries that start processes of their own, outside of the ranks of a training."""
 
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from selfsteer.errors import ConfigError, EngineError, short
+from selfsteer.recipe import secrets
 from selfsteer.terminal import progress_bar, say
 
 #: Seconds between two looks at a server that is starting.
@@ -76,11 +78,12 @@ class LaunchedServer:
     Args:
         launch: the command; ``{model}`` and ``{port}`` are filled in. No shell reads it.
         model: folder or hub id.
-        log: file that gets what the server prints.
-        hidden: environment variable that the server does not get: the key of hosted servers.
+        log: file that gets what the server prints, with ``[key]`` in place of secrets.
+
+    It gets this process's environment without keys of hosted servers (`secrets.KEYS`).
     """
 
-    def __init__(self, launch: str, model: str, log: Path, hidden: str) -> None:
+    def __init__(self, launch: str, model: str, log: Path) -> None:
         check_command(launch)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -98,9 +101,14 @@ class LaunchedServer:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={k: v for k, v in plain_environment().items() if k != hidden},
+                env={k: v for k, v in plain_environment().items() if k not in secrets.KEYS},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the server
             )
+        kept = secrets.KEYS | secrets.HUB_TOKENS | set(secrets.named_like_secrets())
+        hidden = secrets.spellings(secrets.values_of(kept).values())
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it ended at once; `check` says so
+            os.write(self._process.stdin.fileno(), f"{json.dumps(hidden)}\n".encode())
 
     def __enter__(self) -> Self:
         return self

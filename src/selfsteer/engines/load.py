@@ -13,6 +13,7 @@ from selfsteer.engines.base import Engine
 from selfsteer.engines.launch import LaunchedServer, check_command
 from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError
+from selfsteer.recipe import secrets
 from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
 from selfsteer.terminal import say
 
@@ -126,9 +127,8 @@ class Engines(ExitStack):
         elif isinstance(settings, EngineConfig) and settings.kind == "ray":
             from selfsteer.engines.ray import RayEngine
 
-            engine = RayEngine(
-                settings, source, loading, batch_size, at_hand=at_hand, make=make_engine
-            )
+            make = partial(make_engine, *sorted(secrets.KEYS))
+            engine = RayEngine(settings, source, loading, batch_size, at_hand=at_hand, make=make)
         else:
             engine = self._server(settings, source, loading, at_hand=at_hand)
         if settings.kind != "transformers":
@@ -151,7 +151,7 @@ class Engines(ExitStack):
         if settings.launch is not None:
             logs = self.home / "logs" if self.home else Path(tempfile.mkdtemp(prefix="selfsteer-"))
             log = logs / f"server-{name}-{len(self._made)}.log"
-            server = LaunchedServer(settings.launch, source, log, hidden=settings.api_key_env)
+            server = LaunchedServer(settings.launch, source, log)
             self.enter_context(server).wait(settings.launch_timeout)
             model, base_url, local["server"] = source, server.base_url, server
         if at_hand:
@@ -205,6 +205,12 @@ def check_engine(settings: EngineSettings) -> None:
             engine.check()
 
 
-def make_engine(**model: Any) -> Engine:
-    """The engine of a replica, which keeps no counts; arguments as of `Engines.get`."""
+def make_engine(*keys: str, **model: Any) -> Engine:
+    """The engine of a replica, which keeps no counts.
+
+    Args:
+        keys: variables with keys, which another process has read in a recipe.
+        model: arguments of `Engines.get`.
+    """
+    secrets.KEYS.update(keys)
     return Engines(None).get(**model)

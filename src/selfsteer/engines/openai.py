@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import openai
 
@@ -45,6 +45,7 @@ from selfsteer.engines.usage import Usage
 from selfsteer.errors import ConfigError, EngineError, clip, short
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.reasoning import bare_thoughts, split
+from selfsteer.recipe import secrets
 from selfsteer.recipe.sections import EngineSettings
 from selfsteer.terminal import say, warn
 
@@ -255,6 +256,17 @@ class OpenAIEngine(ProbedEngine):
         more = {"chat_template_kwargs": dict(template)} if template else {}
         self._extra = {**settings.extra_body, **more}
         self._key = "" if server else os.environ.get(settings.api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(
+                f"The key in {settings.api_key_env} holds a character that no HTTP header can "
+                "have: one that is not ASCII, or is invisible, as a copied text may begin or end "
+                f"with. Copy the key again, and set {settings.api_key_env} to that."
+            )
+        # one that was launched may have a token of the hub, and it could find more than it got
+        told = secrets.values_of(secrets.KEYS | secrets.HUB_TOKENS).values()
+        own = told if server else [self._key]
+        self._spelled = secrets.spellings(own)
+        self._spelled_long = secrets.spellings(k for k in own if len(k) >= SECRET)
         host = urlsplit(base_url).hostname or ""
         here = host in ("localhost", "::1") or host.startswith("127.")
         self._client = openai.AsyncOpenAI(
@@ -543,9 +555,10 @@ class OpenAIEngine(ProbedEngine):
     def _read(self, body: bytes) -> Reply:
         """`read_reply`, without the key."""
         reply = read_reply(body, self._chat, self._hidden)
-        if len(self._key) < SECRET:
+        if not self._spelled_long:
             return reply
-        text, thoughts = self._hidden(reply.text), self._hidden(reply.reasoning)
+        text = secrets.without(reply.text, self._spelled_long)
+        thoughts = secrets.without(reply.reasoning, self._spelled_long)
         return reply._replace(text=text, reasoning=thoughts)
 
     async def _admitted(self, tokens: int) -> None:
@@ -649,15 +662,8 @@ class OpenAIEngine(ProbedEngine):
         return status_fault(error.status_code, self._hidden(error.message), error.code, headers)
 
     def _hidden(self, text: str) -> str:
-        """The text without the key: servers quote what they refuse.
-
-        It must be whole: of a key that was cut, the rest would not be found.
-        """
-        if key := self._key:
-            quoted = json.dumps(key)[1:-1]  # and PHP writes "\/" for a slash
-            for form in (key, quoted, quoted.replace("/", r"\/"), quote(key, safe="")):
-                text = text.replace(form, "[key]")
-        return text
+        """The text without the key: servers quote what they refuse."""
+        return secrets.without(text, self._spelled)
 
 
 async def _bound(response: Any) -> None:

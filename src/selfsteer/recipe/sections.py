@@ -39,6 +39,7 @@ from selfsteer.objectives import (
     ObjectiveName,
     Weighting,
 )
+from selfsteer.recipe import secrets
 
 GeneratorObjective = Literal["sso", "sso-plus-only", "sso-minus-only", "sso-direct-minus"]
 Dtype = Literal["float32", "bfloat16", "auto"]
@@ -406,6 +407,10 @@ class EngineSettings(Section):
     )
 
     short: ClassVar[str | None] = "kind"
+
+    @override
+    def model_post_init(self, context: Any) -> None:
+        secrets.KEYS.add(self.api_key_env)  # for servers that other sections launch
 
     @property
     def identity(self) -> dict[str, Any]:

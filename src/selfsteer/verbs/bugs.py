@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from selfsteer.errors import ArtifactError
+from selfsteer.recipe import secrets
 from selfsteer.run.folder import LEDGER, versions
 
 #: Lines of each log, and records of each file with ``--with-data``.
@@ -28,16 +29,19 @@ MOST_BYTES, MOST_LINE = 5_000_000, 200_000
 #: Files of the run that are packed whole.
 WHOLE = ("recipe.yaml", "resolved.json", LEDGER, "progress.json")
 
-#: Environment variables whose values are secrets, by their names.
-_SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
-#: Shorter values, such as ``true``, would be replaced everywhere.
-_LEAST_SECRET = 8
 #: How secrets look, whoever wrote them, and what takes their place.
 _SHAPES = {
     "keys and tokens": (
         r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza)[A-Za-z0-9_\-]{12,}"
         r"|\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*",
         "[secret]",
+    ),
+    # as a program prints its environment, whether or not they are set in this one
+    "values of variables that are named like secrets": (
+        r"(?<![A-Za-z0-9_])([A-Z0-9_]*(?:_KEY|_TOKEN|_SECRET|PASSWORD|PASSWD|CREDENTIALS?)"
+        r"(?:\\?[\"'])?[ \t]*[=:][ \t]*)(?:(\\?[\"'])(?!\[secret\]).+?\2|"
+        r"(\\?[\"']?)[^\s\"'\\,}\[]{4,})",
+        r"\1\2\3[secret]\2",
     ),
     "values of settings that are named like secrets": (
         r"(?i)((?:\bBearer\s+|(?<![a-z])(?:(?:api|auth|access|hf)[-_]?(?:key|token|secret)|password)"
@@ -88,16 +92,11 @@ def redacted(text: str) -> tuple[str, Counter[str]]:
     or a token, users and passwords in addresses, and their queries.
     """
     found: Counter[str] = Counter()
-    own = {
-        f"value of {name}": value
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET
-    }
+    own = secrets.values_of(secrets.named_like_secrets())
     # the longest first: one may hold another
-    for what, value in sorted(own.items(), key=lambda item: -len(item[1])):
-        # as it stands in JSON, too
-        for spelled in dict.fromkeys((value, json.dumps(value)[1:-1])):
-            found[what] += text.count(spelled)
+    for name, value in sorted(own.items(), key=lambda item: -len(item[1])):
+        for spelled in secrets.spellings([value]):
+            found[f"value of {name}"] += text.count(spelled)
             text = text.replace(spelled, "[secret]")
     for what, (shape, instead) in _SHAPES.items():
         text, times = re.subn(shape, instead, text)

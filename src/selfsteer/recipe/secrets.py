@@ -1,0 +1,50 @@
+"""Secrets: which environment variables hold them, and how texts are freed of their values."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from urllib.parse import quote
+
+#: Variables with keys of hosted servers: the protocol's own, and each ``api_key_env`` that this
+#: process has read, whichever section names it. No launched server gets one.
+KEYS = {"OPENAI_API_KEY"}
+
+#: Variables that a launched server may need to fetch its model.
+HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+
+#: How variables are called whose values are secrets.
+SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+
+#: Shorter values, such as ``true``, would be replaced everywhere.
+LEAST = 8
+
+
+def values_of(names: Iterable[str]) -> dict[str, str]:
+    """Those of the variables that hold a secret: a value of at least `LEAST` characters."""
+    found = {name: os.environ.get(name, "").strip() for name in names}
+    return {name: value for name, value in found.items() if len(value) >= LEAST}
+
+
+def named_like_secrets() -> list[str]:
+    """Variables of the environment that are named like one."""
+    return [name for name in os.environ if SECRET_NAME.search(name)]
+
+
+def spellings(values: Iterable[str]) -> list[str]:
+    """How secrets may stand in a text: as they are, in JSON, in an address; the longest first.
+
+    One secret may hold another, so the longest are to be replaced first.
+    """
+    found = set()
+    for value in values:
+        quoted = json.dumps(value)[1:-1]  # and PHP writes "\/" for a slash
+        found |= {value, quoted, quoted.replace("/", r"\/"), quote(value, safe="", errors="ignore")}
+    return sorted(found - {""}, key=lambda text: (-len(text), text))
+
+
+def without(text: str, spelled: Iterable[str]) -> str:
+    """The text with ``[key]`` in place of those; it must be whole, as a part is not found."""
+    for form in spelled:
+        text = text.replace(form, "[key]")
+    return text
