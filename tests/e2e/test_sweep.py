@@ -51,7 +51,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, here: Here) -> None:
     pbaa = ("method=pbaa", "generator=null", "baseline=null")
     fails(here(*args, *pbaa, "generator.gamma=0.1,1"), 2, "pbaa", "generator")
     fails(here(*args, "training.beta=0.1,1", "training.selection.points=0"), 2, "is off here")
+    # all values are looked at before anything runs
+    fails(here(*args, "training.base=sigmoid,../../../escaped"), 2, "escaped")
+    named = "training.lora.targets=q_proj,a/b"
+    fails(here(*args, named.replace("lora.targets", "optim")), 2, "optim")
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, here: Here) -> None:
+    args = ("sweep", "smoke", f"runs_dir={tmp_path}", "name=s", "queries.limit=24")
+    fails(here(*args, "training.beta=0.1,1"), 2, "at least 16; the recipe has 24")
+    assert finished(tmp_path / "s-sweep" / "shared") == ["queries"]
 
 
 def test_a_grid_larger_than_the_budget_is_thinned_the_same_way_each_time() -> None:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from selfsteer.data.digests import hub_commit, model_digest
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models import adapters
 from selfsteer.models.load import check_trainable, load_chat, load_model, load_reward_start
 from selfsteer.models.merge import merge_adapter
 from selfsteer.models.save import save_tokenizer
@@ -233,6 +235,77 @@ def test_merging_keeps_the_adapters_template_and_the_base_may_have_none(
     merge_adapter(own, tmp_path / "second", CPU, None)
     ours = AutoTokenizer.from_pretrained(checkpoints["llama"]).chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "second").chat_template == ours
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("r", x) for x in ("abc", 4.5, -1, True)),
+        *(("target_modules", x) for x in ([1], {"a": 1}, 5, "(", "(.*)*(.*)*(.*)*(.*)*(.*)*X")),
+        ("exclude_modules", "(a"),
+        ("lora_alpha", "x"),
+        ("lora_dropout", "x"),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"(.*)*(.*)*(.*)*(.*)*(.*)*X": 2}),
+        ("layers_to_transform", "x"),
+        ("modules_to_save", [5]),
+        *(("base_model_name_or_path", x) for x in ({"a": 1}, 5)),
+        ("revision", 5),
+        ("loftq_config", "x"),
+        ("init_lora_weights", [1]),
+    ],
+)
+def test_a_config_of_adapters_that_peft_did_not_write_is_refused(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: Any,
+) -> None:
+    monkeypatch.setattr(adapters, "MATCH_S", 1.0)
+    adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ArtifactError, match=r"adapter(_config\.json|s in)"):
+        merge_adapter(adapter, tmp_path / "merged", CPU, None)
+    with pytest.raises(ArtifactError, match=r"adapter(_config\.json|s in)"):
+        load_chat(str(adapter), CPU)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "5", "{"])
+def test_a_config_of_adapters_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    for use in (lambda: merge_adapter(tmp_path, tmp_path / "out", CPU, None),
+                lambda: load_chat(str(tmp_path), CPU)):  # fmt: skip
+        with pytest.raises(ArtifactError, match=r"adapter_config\.json is damaged"):
+            use()
+
+
+def test_adapters_that_are_not_safetensors_need_permission(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"])
+    weights = adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    weights.unlink()
+    for use in (lambda: merge_adapter(adapter, tmp_path / "out", CPU, None),
+                lambda: load_chat(str(adapter), CPU)):  # fmt: skip
+        with pytest.raises(ArtifactError, match=r"adapter_model\.bin could run code.*allow_pickle"):
+            use()
+    allowed = CPU.model_copy(update={"allow_pickle": True})
+    assert merge_adapter(adapter, tmp_path / "out", allowed, None) == str(checkpoints["llama"])
+
+
+def test_merging_removes_nothing_that_is_there(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"])
+    write_atomic(tmp_path / "out.partial" / "mine.txt", "kept")
+    with pytest.raises(ConfigError, match=r"out\.partial is there already"):
+        merge_adapter(adapter, tmp_path / "out", CPU, None)
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "kept"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of what these tests are about

@@ -162,6 +162,13 @@ def test_where_no_answer_is_of_use_it_says_why(
     assert import_rules(file, "another", tmp_path / "rules.yaml")["n_out"] == 2
 
 
+def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    told(tmp_path / "rules.yaml.partial" / "mine.txt", "kept")
+    with pytest.raises(DataError, match="nowhere"):
+        import_rules(tmp_path / "nowhere.txt", "writer", tmp_path / "rules.yaml")
+    assert (tmp_path / "rules.yaml.partial" / "mine.txt").read_text() == "kept"
+
+
 def test_the_partial_work_of_a_kill_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +181,11 @@ def test_the_partial_work_of_a_kill_is_used(
     answer_with(monkeypatch, FakeEngine(dies))
     with pytest.raises(KeyboardInterrupt):
         import_rules(file, "writer", to, settings=["rules.tries=2"])
+    # a command that finds no rules takes nothing of it away
+    begun = sorted((tmp_path / "rules.yaml.partial").rglob("*"))
+    with pytest.raises(DataError, match="a pipe or a device"):
+        import_rules(Path("/dev/null"), "writer", to, settings=["rules.tries=2"])
+    assert sorted((tmp_path / "rules.yaml.partial").rglob("*")) == begun
     engine = answer_with(monkeypatch, FakeEngine(opposite))
     assert import_rules(file, "writer", to, settings=["rules.tries=2"])["n_out"] == 2
     assert len(engine.asked) < 4

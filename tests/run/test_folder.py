@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from selfsteer.data.digests import derive_seed, digest, digest_path
-from selfsteer.data.jsonl import read_shards, write_atomic
+from selfsteer.data.jsonl import disk_errors, read_shards, write_atomic
 from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.run.folder import RunFolder, StageResult, logged, read_dropped, refuse, run_shards
@@ -51,6 +51,17 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]  # what would keep the disk full
     write_atomic(path, "newer")
     assert path.read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EFBIG, "File too large"), ValueError("I/O error (os error 27)")]
+)
+def test_a_limit_of_files_is_not_called_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(ArtifactError, match=r"larger than a file may be here.*ulimit -f"),
+        disk_errors(tmp_path / "model"),
+    ):
+        raise error
 
 
 def test_write_atomic_leaves_nothing_of_pieces_that_break_off(tmp_path: Path) -> None:

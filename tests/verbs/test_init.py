@@ -170,9 +170,14 @@ def test_hardware_is_this_machine_or_what_is_said() -> None:
     assert advice.hardware("cpu").gpus == ()
     assert advice.hardware("4x80").gpus == (80.0,) * 4
     assert advice.hardware("24").gpus == (24.0,)
-    for text in ("0", "4x", "H100"):
+    for text in ("0", "4x", "H100", "00", f"{'9' * 24}x80", f"4x{'9' * 400}"):
         with pytest.raises(ConfigError, match="--hardware takes"):
             advice.hardware(text)
+
+
+def test_a_model_that_is_a_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero is a pipe or a device"):
+        advice.look_at_model("/dev/zero")
 
 
 def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(

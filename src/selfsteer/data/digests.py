@@ -94,9 +94,11 @@ def adapter_base(folder: Path) -> str | None:
     try:
         found = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
         base, revision = found.get("base_model_name_or_path"), found.get("revision")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return f"{base}@{revision}" if base and revision and is_hub_id(base) else base or None
+    if not base or not isinstance(base, str):
+        return None
+    return f"{base}@{revision}" if revision and is_hub_id(base) else base
 
 
 def derive_seed(*parts: Any) -> int:

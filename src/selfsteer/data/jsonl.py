@@ -222,6 +222,13 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"The disk is full: {path} could not be written. Everything finished before is "
                 "kept; free some room and run the same command again."
             ) from e
+        if "(os error 27)" in str(e) or (isinstance(e, OSError) and e.errno == errno.EFBIG):
+            raise ArtifactError(
+                f"{path} could not be written: it would be larger than a file may be here. "
+                "Everything finished before is kept; raise the limit (ulimit -f), or put the run "
+                "on a file system that takes larger files (runs_dir), and run the same command "
+                "again."
+            ) from e
         if not isinstance(e, OSError):
             raise
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):

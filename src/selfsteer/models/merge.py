@@ -1,15 +1,14 @@
 """`selfsteer merge`: adapters added to their base, on the CPU."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfsteer.data.digests import ADAPTER_CONFIG, adapter_base
+from selfsteer.data.digests import adapter_base
 from selfsteer.data.jsonl import all_or_nothing, disk_errors
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.models.adapters import adapter_config, check_expressions
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import CPU, resolve_dtype
 from selfsteer.models.save import merged, save_model
@@ -40,26 +39,16 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
             disk is full.
         ConfigError: the output is there already.
     """
-    try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise ArtifactError(
-            f"{adapter} holds no adapters: adapter_config.json cannot be read ({e}). Give the "
-            "folder that peft wrote; that of a run is …/policy/adapter."
-        ) from e
-    kind = (config.get("peft_type"), config.get("task_type") or "CAUSAL_LM")
-    if kind != ("LORA", "CAUSAL_LM"):
-        raise ArtifactError(
-            f"{adapter} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM "
-            "can be added to a base."
-        )
+    config = adapter_config(adapter, settings)
     given, base = base, base or adapter_base(adapter)
     if not base:
         raise ArtifactError(
             f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
         )
-    if output.exists():
-        raise ConfigError(f"{output} is there already; choose another folder or move it away.")
+    partial = output.with_name(f"{output.name}.partial")
+    for path in (output, partial):
+        if path.exists():
+            raise ConfigError(f"{path} is there already; choose another folder or move it away.")
     try:
         found = checkpoint(base, settings)
         method = quantisation(found, settings)
@@ -78,17 +67,16 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
     kept = "auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU)
     model = load_whole(AutoModelForCausalLM, "base", found, settings, dtype=kept)
     dtype = model.dtype
+    check_expressions(config, adapter, (name for name, _ in model.named_modules()))
     try:
         plain = merged(model, adapter)
-    except (RuntimeError, ValueError, KeyError, UserWarning) as e:
+    except Exception as e:  # peft believes the fields that `adapter_config` does not know
         first = " ".join(str(e).split())[:300]
         raise ArtifactError(
             f"The adapters in {adapter} do not fit {base}: {first} "
             f"{_advice(str(e), base, given=given is not None)}"
         ) from e
     check_finite(plain, str(adapter))
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with all_or_nothing(partial), disk_errors(output):
         save_model(plain, chat, partial, dtype)
         partial.replace(output)

@@ -31,6 +31,7 @@ from selfsteer.methods.contrast import Distilled
 from selfsteer.principles.catalogue import CATALOGUES, load_catalogue
 from selfsteer.recipe.read import method_of, validate
 from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, JudgedRanking, Queries, resolve_path
+from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.run.folder import by_reason
 from selfsteer.verbs.common import amount
 
@@ -99,7 +100,7 @@ def hardware(text: str) -> Hardware:
         return Hardware(cores, memory)
     if text == "auto":
         return Hardware(cores, memory, _gpus())
-    if not (found := re.fullmatch(r"(?:(\d+)x)?(\d+)", text)) or "0" in found.groups():
+    if not (found := re.fullmatch(r"(?:([1-9]\d{0,4})x)?([1-9]\d{0,4})", text)):
         raise ConfigError(
             f"--hardware takes auto, cpu, or GPUs by their memory in GB: 80, or 4x80 for four of "
             f"them; found {text!r}."
@@ -162,6 +163,8 @@ def look_at_model(source: str) -> Model:
             )
         found = look_at_model(base)
         return Model(source, found.parameters, found.by_name, found.context)
+    if is_endless(path):
+        raise ConfigError(f"{source} {ENDLESS}.")
     if not path.is_dir():
         return Model(source, *_named(path.name))
     if not (config := path / "config.json").is_file():

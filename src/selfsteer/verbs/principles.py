@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.terminal import out, say, table
 from selfsteer.verbs.common import AsJson, emit
 
@@ -232,11 +233,7 @@ def import_rules(
 
     writer = {"kind": "openai", "base_url": server, "model": model} if server else {"model": model}
     given = {"path": str(file), "rules": {"writer": writer}}
-    try:
-        return _made(Importing, given, to, list(settings))
-    except DataError:  # its answers are of no use to another try
-        shutil.rmtree(to.with_name(f"{to.name}.partial"), ignore_errors=True)
-        raise
+    return _made(Importing, given, to, list(settings))
 
 
 def _print_imported(report: dict[str, Any], path: Path) -> None:
@@ -329,7 +326,14 @@ def _made(
             f"{work} holds principles that were begun with other settings or queries. Finish "
             "those, choose another name, or remove that folder."
         )
-    execute(writing, values)
+    own = not work.exists() or run.last(last.name) is not None
+    try:
+        execute(writing, values)
+    except DataError:
+        if own and "path" in given:  # answers that make no catalogue are of no use to another try
+            with suppress(ArtifactError), run.locked():
+                shutil.rmtree(work)
+        raise
     made, entry = run / last.outputs[0], run.last(last.name) or {}
     found = {
         "fingerprint": last.fingerprint,

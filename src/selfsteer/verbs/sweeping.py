@@ -6,6 +6,7 @@ training is done twice. The figures are those of checkpoint selection, and so is
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,15 @@ from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge, read_yaml
 from selfsteer.recipe.sections import Selection
 from selfsteer.run.execute import execute
+from selfsteer.run.folder import RunFolder
 from selfsteer.stages.train import Train
 from selfsteer.terminal import say
-from selfsteer.training.select import Candidate, Drift, choose
+from selfsteer.training.select import FEWEST, Candidate, Drift, choose
 
 REPORT = "sweep.json"
+
+#: Bytes that most file systems allow in a name, with room for ``.partial``.
+NAME_MAX = 240
 SHARED = "shared"
 
 
@@ -100,27 +105,47 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
             f"{training.section}.selection.points."
         )
     folder = recipe.folder.with_name(f"{recipe.name}-sweep")
+    cells = [(cell, *_cell(values, cell, folder)) for cell in cells_of(axes, budget, recipe.seed)]
     say(f"sweep: what the cells share, in {folder / SHARED}", "bold")
     # the rest of the recipe stays: it says what is held out, and how queries are shared out
-    _run({**values, "runs_dir": str(folder), "name": SHARED}, before)
-    cells = cells_of(axes, budget, recipe.seed)
+    shared = {**values, "runs_dir": str(folder), "name": SHARED}
+    _run(shared, stages[0].name)
+    queries = (RunFolder(folder / SHARED).last(stages[0].name) or {})["n_out"]
+    if min(selection.queries, queries // 10) < FEWEST:
+        raise ConfigError(
+            f"A sweep compares on queries that are held out, a tenth of them and at least "
+            f"{FEWEST}; the recipe has {queries:,}. Give it {10 * FEWEST} or more, and let "
+            f"{training.section}.selection.queries be {FEWEST} or more."
+        )
+    _run(shared, before)
     found = []
-    for number, cell in enumerate(cells, 1):
+    for number, (cell, name, own) in enumerate(cells, 1):
         shown = " ".join(f"{k}={shown_value(v)}" for k, v in cell.items())
         say(f"sweep: cell {number} of {len(cells)}: {shown}", "bold")
-        named = (f"{k.rpartition('.')[2]}-{shown_value(v)}" for k, v in cell.items())
-        name = f"cell-{'-'.join(named)}"
         if not (folder / name).exists():
             copy = folder / f"{name}.partial"
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(folder / SHARED, copy)
             copy.replace(folder / name)
-        own = merge(values, [f"{k}={json.dumps(v)}" for k, v in cell.items()])
-        _run({**own, "runs_dir": str(folder), "name": name}, training.name)
+        _run(own, training.name)
         found.append({"settings": cell, **_kept(folder / name / training.name)})
     report = {"stage": stage, "best": _best(found, selection), "cells": found}
     write_atomic(folder / REPORT, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _cell(values: dict[str, Any], cell: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    """The name of a cell's run folder, and its recipe, which is checked."""
+    named = (f"{k.rpartition('.')[2]}-{shown_value(v)}" for k, v in cell.items())
+    name = f"cell-{'-'.join(named)}"
+    own = merge(values, [f"{k}={json.dumps(v)}" for k, v in cell.items()])
+    recipe_of(own, f"recipe of {short(name)}")
+    if "/" in name or len(os.fsencode(name)) > NAME_MAX:
+        raise ConfigError(
+            f"The run of a cell would be called {short(name)}, which is no name of a folder. Try "
+            "such values in recipes of their own."
+        )
+    return name, {**own, "runs_dir": str(folder), "name": name}
 
 
 def _run(values: dict[str, Any], until: str) -> None:
