@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from selfsteer.errors import ConfigError
-from selfsteer.verbs.sweeping import axes_of, cells_of, shown_value
+from selfsteer.recipe.read import load_values
+from selfsteer.verbs.sweeping import _cell, axes_of, cells_of, shown_value
 from tests.e2e.support import Here, fails, finished
 from tests.e2e.test_selection import ARGS
 
@@ -53,15 +54,20 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, here: Here) -> None:
     fails(here(*args, "training.beta=0.1,1", "training.selection.points=0"), 2, "is off here")
     # all values are looked at before anything runs
     fails(here(*args, "training.base=sigmoid,../../../escaped"), 2, "escaped")
-    named = "training.lora.targets=q_proj,a/b"
-    fails(here(*args, named.replace("lora.targets", "optim")), 2, "optim")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cell_is_a_folder_of_its_sweep(tmp_path: Path) -> None:
+    values = {**load_values("smoke"), "runs_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match="no name of a folder"):
+        _cell(values, {"queries.path": "../../up.jsonl"}, tmp_path)
+    assert _cell(values, {"training.beta": 1}, tmp_path)[0] == "cell-beta-1"
 
 
 def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, here: Here) -> None:
     args = ("sweep", "smoke", f"runs_dir={tmp_path}", "name=s", "queries.limit=24")
     fails(here(*args, "training.beta=0.1,1"), 2, "at least 16; the recipe has 24")
-    assert finished(tmp_path / "s-sweep" / "shared") == ["queries"]
+    assert finished(tmp_path / "s-sweep" / "shared").keys() == {"queries"}
 
 
 def test_a_grid_larger_than_the_budget_is_thinned_the_same_way_each_time() -> None:

@@ -163,6 +163,7 @@ def test_where_no_answer_is_of_use_it_says_why(
 
 
 def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml.partial").mkdir()
     told(tmp_path / "rules.yaml.partial" / "mine.txt", "kept")
     with pytest.raises(DataError, match="nowhere"):
         import_rules(tmp_path / "nowhere.txt", "writer", tmp_path / "rules.yaml")
