@@ -6,7 +6,10 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError
 from selfsteer.formats.export import export
 from selfsteer.formats.hub import plan_upload
 from selfsteer.models.chat import ChatFormat
-from selfsteer.models.store import NOT_WHOLE, read_chunk
+from selfsteer.models.store import ScoreStore, read_chunk
 from selfsteer.principles import catalogue
 from selfsteer.recipe.read import read_yaml
 from selfsteer.recipe.sections import EngineConfig
@@ -125,11 +128,57 @@ def test_a_risky_source_is_found(source: str) -> None:
 def test_stored_log_probs_are_not_unpickled(tmp_path: Path) -> None:
     path, bomb = tmp_path / "scores-00000-0.npz", np.array([Bomb()], dtype=object)
     np.savez(path, keys=bomb, lengths=bomb, values=bomb)
-    with pytest.raises(NOT_WHOLE):
+    with pytest.raises(ValueError, match="is not whole"):
         read_chunk(path)
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(NOT_WHOLE):
+    with pytest.raises(ValueError, match="is not whole"):
         read_chunk(path)
+
+
+def npy(values: Any, shape: tuple[int, ...] | None = None) -> bytes:
+    """An array as numpy writes it, under a header with this shape."""
+    array, buffer = np.asarray(values), BytesIO()
+    about = {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
+    np.lib.format.write_array_header_1_0(buffer, about)
+    return buffer.getvalue() + array.tobytes()
+
+
+def pack(path: Path, values: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """A file of log-probs of one sequence, with these bytes as its values."""
+    with zipfile.ZipFile(path, "w", compression) as made:
+        made.writestr("keys.npy", npy(np.zeros((1, 16), np.uint8)))
+        made.writestr("lengths.npy", npy(np.array([4])))
+        made.writestr("values.npy", values)
+
+
+def test_no_file_of_log_probs_takes_more_memory_than_it_is_long(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    four = np.arange(4, dtype=np.float32)
+    pack(folder / "scores-00003-0.npz", npy(four))
+    assert len(ScoreStore(tmp_path, "m")) == 1  # so the others are refused for what they are
+    for number, compression in enumerate((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2), 4):
+        pack(folder / f"scores-{number:05d}-0.npz", npy(np.zeros(10**7, np.float32)), compression)
+    claims = {6: (10**13,), 7: (3,), 8: (-4,), 9: (2**62, 4)}
+    for number, shape in claims.items():
+        pack(folder / f"scores-{number:05d}-0.npz", npy(four, shape))
+    tracemalloc.start()
+    for path in sorted(folder.glob("scores-*.npz"))[1:]:
+        with pytest.raises(ValueError, match="is not whole"):
+            read_chunk(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+def test_files_that_are_no_log_probs_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "scores-abc.npz").write_bytes(b"")
+    (folder / "scores-00004-0 (copy).npz").write_bytes(b"")
+    (folder / "scores-00005-0.npz").write_bytes(npy(np.zeros(4, np.float32)))
+    pack(folder / "scores-00006-0.npz", b"\x93NUMPY\x01\x00\x0a\x00{((((((((")
+    pack(folder / "scores-00007-0.npz", npy(np.arange(4, dtype=np.float64)))
+    assert len(ScoreStore(tmp_path, "m")) == 0
 
 
 def test_nothing_of_a_model_runs_unless_it_is_asked_for() -> None:

@@ -7,7 +7,9 @@ A file that was cut short or belongs to another model is scored again, never use
 
 import hashlib
 import json
+import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,8 +33,8 @@ CHUNK = 2048
 #: Says whose log-probs a folder holds.
 ABOUT = "model.json"
 
-#: What `read_chunk` raises of a file that was cut short.
-NOT_WHOLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+#: Names of a store's own files.
+_OURS = re.compile(r"scores-([0-9]{5,9})-[0-9]+\.npz")
 
 
 def sequence_key(sequence: EncodedSequence) -> bytes:
@@ -53,10 +55,12 @@ class ScoreStore:
         self._paths: list[Path] = []
         self._number = 0
         for path in sorted(self.folder.glob("scores-*.npz")):
-            self._number = int(path.stem.split("-")[1]) + 1
+            if not (name := _OURS.fullmatch(path.name)):
+                continue  # a copy that somebody made
+            self._number = max(self._number, int(name[1]) + 1)
             try:
                 keys, _ = read_chunk(path)
-            except NOT_WHOLE:
+            except ValueError:
                 continue
             self._note(path, keys)
 
@@ -152,16 +156,40 @@ class ScoreStore:
 
 
 def read_chunk(path: Path) -> tuple[list[bytes], list[np.ndarray]]:
-    """Keys and log-probs of a file.
+    """Keys and log-probs of a file, which takes no more memory than the file does.
 
     Raises:
-        One of NOT_WHOLE: it was cut short.
+        ValueError: it was cut short, or is none that `ScoreStore` wrote.
     """
-    with np.load(BytesIO(path.read_bytes())) as data:
-        keys, lengths, values = data["keys"], data["lengths"], data["values"]
-    if lengths.sum() != len(values) or not len(keys) == len(lengths) <= CHUNK:
+    try:
+        with zipfile.ZipFile(path) as packed:
+            keys = _stored(packed, "keys", "u1").reshape(-1, 16)
+            lengths, values = _stored(packed, "lengths", "i8"), _stored(packed, "values", "f4")
+    except Exception as e:  # zipfile and numpy fail in many ways at bytes of anyone
+        raise ValueError(f"{path} is not whole: {e}") from e
+    whole = len(keys) == len(lengths) <= CHUNK and ((0 <= lengths) & (lengths <= len(values))).all()
+    if not whole or lengths.sum() != len(values):
         raise ValueError(f"{path} is not whole")
     return [k.tobytes() for k in keys], np.split(values, np.cumsum(lengths)[:-1])
+
+
+def _stored(packed: zipfile.ZipFile, name: str, kind: str) -> np.ndarray:
+    """An array, flat, that lies in a file as it is, not compressed.
+
+    Raises:
+        ValueError: it is compressed, larger than the file, or of another kind or size than it says.
+    """
+    about = packed.getinfo(f"{name}.npy")
+    size = Path(str(packed.filename)).stat().st_size
+    if about.compress_type != zipfile.ZIP_STORED or about.file_size > size:
+        raise ValueError(f"{name} is compressed")
+    with packed.open(about) as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        held = member.read()
+    if dtype != kind or math.prod(shape) * dtype.itemsize != len(held):
+        raise ValueError(f"{name} is not what it says")
+    return np.frombuffer(held, dtype)
 
 
 def open_scores(
