@@ -26,7 +26,7 @@ from selfsteer.engines.usage import Usage
 from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError
 from selfsteer.formats.export import export
 from selfsteer.formats.hub import plan_upload
-from selfsteer.models.chat import ChatFormat
+from selfsteer.models.chat import ChatFormat, _environment
 from selfsteer.models.store import ScoreStore, read_chunk
 from selfsteer.principles import catalogue
 from selfsteer.recipe.read import read_yaml
@@ -236,6 +236,26 @@ def test_a_template_reaches_nothing_of_the_program(text: str) -> None:
         "{{ '%*d' % (999999999, 1) }}",
         "{{ '%.999999999f' % 1 }}",
         "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ 1.5|round(9999999999, 'floor') }}",
+        "{% set n = messages|length * 9999999999 %}{{ 1.5|round(n, method='floor') }}",
+        "{{ 1.5|round(precision=9999999999, method='floor') }}",
+        "{{ [1.5]|map('round', 9999999999, 'floor')|list }}",
+        "{{ [1]|slice(1000000000)|join }}",
+        "{{ [1]|batch(1000000000, 'x')|first|join }}",
+        "{{ '%9999999999s'|format(1) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=999999999) }}",
+        "{{ '{a:999999999}'.format_map({'a': 1}) }}",
+        "{{ ('f' * 1000000)|int(0, 16) }}",
+        "{{ ('f' * 1000000)|int(base=16) }}",
+        "{{ (1).from_bytes(('a' * 1000000).encode(), 'big') }}",
+        "{{ (1).to_bytes(999999999, 'big') }}",
+        "{{ 'a'|center(999999999) }}{{ 'a'.zfill(999999999) }}",
+        "{{ ('\\n' * 100000)|indent(100000) }}",
+        "{{ ('a' * 1000000)|list|map('string')|join('b' * 1000000) }}",
+        "{{ ('b' * 1000000).join(('a' * 1000000)|list) }}",
+        "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+        "{{ {'a': [1]}|tojson(indent=999999999) }}",
     ],
 )
 def test_a_template_that_works_without_an_end_is_stopped(text: str) -> None:
@@ -245,13 +265,41 @@ def test_a_template_that_works_without_an_end_is_stopped(text: str) -> None:
         ChatFormat(names)
 
 
+def test_a_template_of_long_steps_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsteer.models.chat.SECONDS", 0.2)
+    names = tokenizer()
+    names.chat_template = TURNS[0] + (
+        "{% for i in range(99999) %}{% set y = range(99999)|sum %}{% endfor %}"
+    )
+    with pytest.raises(ArtifactError, match=r"has not ended after 0\.2 seconds"):
+        ChatFormat(names)
+
+
+def test_nothing_of_a_template_is_computed_while_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: list[int] = []
+    monkeypatch.setitem(_environment().filters, "abs", computed.append)
+    names = tokenizer()
+    names.chat_template = TURNS[0] + "{% if nothing %}{{ 1|abs }}{% set x = 2|abs %}{% endif %}"
+    ChatFormat(names)
+    assert not computed
+    names.chat_template = TURNS[0] + "{% autoescape 3|abs %}{% endautoescape %}"
+    with pytest.raises(ArtifactError, match="autoescape takes true or false"):
+        ChatFormat(names)
+    assert not computed
+
+
 def test_a_template_may_calculate() -> None:
     names = tokenizer()
     names.chat_template = (
         TURNS[0] + "{{ '%-3s|%5.1f' % ('a', 2) }}{{ '=' * 3 }}{{ 2 * 3 ** 2 % 5 }}"
+        "{{ 1234567.126|round(2) }}{{ '7'|int }}{{ 123456789|tojson }}{{ 'a'.rjust(2) }}"
+        "{{ '{:>3}{}'.format(1, 123456789) }}{{ messages|map(attribute='role')|join(', ') }}"
+        "{{ (messages[0].content * 999).replace('H', 'h' * 99)|length }}{{ 'a\\nb'|indent(2) }}"
     )
     said = ChatFormat(names).prompt_text([Message("user", "Hi")])
-    assert said.endswith("a  |  2.0===3")
+    assert said.endswith("a  |  2.0===31234567.137123456789 a  1123456789user99900a\n  b")
 
 
 # -- data ------------------------------------------------------------------------------------------

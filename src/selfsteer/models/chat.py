@@ -12,9 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from math import prod
 from operator import mod, mul
 from os.path import commonprefix
+from time import thread_time
+from types import BuiltinMethodType, MethodType
 from typing import Any, NamedTuple
 
 from selfsteer.data.records import Message, Triple
@@ -29,8 +32,9 @@ _HI = Message("user", "Hi")
 #: Variables of a template that no setting gives.
 _OWN = {"messages", "add_generation_prompt", "tools", "documents"}
 
-#: Steps of a template on a short conversation, at most; the longest templates need 6,000.
-STEPS = 200_000
+#: Steps of a template on a short conversation, at most; the longest templates need 6,000. And
+#: seconds of the processor: they take milliseconds.
+STEPS, SECONDS = 200_000, 10.0
 
 #: Noncharacters of Unicode: one of them marks where a control token in a text is taken apart.
 _MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
@@ -128,16 +132,10 @@ class ChatFormat:
         )
 
     def _compile(self) -> None:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
         self._text = self.tokenizer.get_chat_template()
-        # its environment, and not yet with this text: compiling computes what is constant
-        environment: Any = _compile_jinja_template("").environment
-        environment.intercepted_binops = frozenset(_LIMITED)
-        environment.call_binop = _limited
-        self._template = environment.from_string(self._text)
+        self._template = _environment().from_string(self._text)
         #: The variables that settings may give, and whether it writes today's date.
-        self.variables, self.writes_date = read_template(self._text, self._template.environment)
+        self.variables, self.writes_date = read_template(self._text, _environment())
 
     def _check_variables(self) -> None:
         for name in self.kwargs.keys() - self.variables:
@@ -481,11 +479,130 @@ class ChatFormat:
 #: Operators of templates with which one step can fill the memory, or never end.
 _LIMITED: dict[str, Callable[[Any, Any], Any]] = {"*": mul, "**": pow, "%": mod}
 
+#: Filters, and methods of texts and numbers, of which the same is true.
+_MAKERS = {
+    *("batch", "center", "expandtabs", "format", "format_map", "from_bytes", "indent", "int"),
+    *("join", "ljust", "replace", "rjust", "round", "slice", "to_bytes", "tojson", "wordwrap"),
+    "zfill",
+}
+
 #: The width and the precision of a format such as ``%-20s``.
 _WIDTHS = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 
+#: Those of a field such as ``{:>20}``, where they are long; a brace: a field of their own.
+_FIELDS = re.compile(r"\{[^{}]*?(\{|\d{6,})")
+
 #: Characters or items that one operation may make; bits of a number.
 _MOST_MADE, _MOST_BITS = 1_000_000, 10_000
+
+#: What a filter may make of a whole conversation; a width, a count or a precision given to it.
+_MOST_FILLED, _MOST_COUNT = 100_000_000, 10_000
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """What templates are compiled and rendered in: transformers' own environment, within bounds."""
+    from jinja2.compiler import CodeGenerator
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    made: Any = _compile_jinja_template.__wrapped__("").environment  # one of our own
+    made.code_generator_class = _unfolded(CodeGenerator)
+    made.intercepted_binops, made.call_binop = frozenset(_LIMITED), _limited
+    made.filters |= {name: _bounded(name, f) for name, f in made.filters.items() if name in _MAKERS}
+    made.wrap_str_format = _guarded(made.wrap_str_format)
+    return made
+
+
+def _unfolded(generator: Any) -> Any:
+    """A compiler that leaves what is constant to be computed by the rendering, which has limits."""
+    from jinja2 import nodes
+
+    class Unfolded(generator):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.optimizer = None
+
+        def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> Any:
+            if not isinstance(node, nodes.TemplateData | nodes.Const):
+                raise nodes.Impossible
+            return super()._output_child_to_const(node, frame, finalize)
+
+        def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Any) -> None:
+            if not all(isinstance(keyword.value, nodes.Const) for keyword in node.options):
+                self.fail("autoescape takes true or false", node.lineno)
+            super().visit_EvalContextModifier(node, frame)
+
+    return Unfolded
+
+
+def _bounded(name: str, given: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter within bounds."""
+    first = int(hasattr(given, "jinja_pass_arg"))  # where Jinja puts something before the value
+
+    @wraps(given)
+    def within_bounds(*args: Any, **kwargs: Any) -> Any:
+        if name == "format":
+            _check_widths(name, _WIDTHS, str(args[0]))
+        else:
+            _check_made(name, *args[first:], *kwargs.values())
+        return given(*args, **kwargs)
+
+    return within_bounds
+
+
+def _guarded(sandboxed: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """How the sandbox replaces methods that templates ask for: those of `_MAKERS` within bounds."""
+
+    def instead(method: Any) -> Any:
+        if not isinstance(method, MethodType | BuiltinMethodType) or method.__name__ not in _MAKERS:
+            return None
+        name, own, call = method.__name__, method.__self__, sandboxed(method) or method
+
+        def within_bounds(*args: Any, **kwargs: Any) -> Any:
+            if name.startswith("format"):
+                _check_widths(name, _FIELDS, str(own))
+            else:
+                _check_made(name, own, *args, *kwargs.values())
+            return call(*args, **kwargs)
+
+        return within_bounds
+
+    return instead
+
+
+def _check_made(name: str, value: Any, *given: Any) -> None:
+    """Refuses what a filter or a method would make too much of.
+
+    Raises:
+        OverflowError: it would.
+    """
+    if any(abs(v) > _MOST_COUNT for v in given if isinstance(v, int)):
+        raise OverflowError(f"its {name} is given a number of more than {_MOST_COUNT:,}")
+    sizes = sorted((_length(v) for v in (value, *given)), reverse=True)[:2]
+    number = name in ("int", "from_bytes")
+    made, most = (8 * sizes[0], _MOST_BITS) if number else (prod(sizes), _MOST_FILLED)
+    if made > most:
+        raise OverflowError(f"its {name} makes more than {most:,} at once")
+
+
+def _length(value: Any) -> int:
+    """How much of what it is given a filter may take; what is iterated over may be long."""
+    if isinstance(value, int):
+        return min(abs(value), _MOST_COUNT) or 1
+    if hasattr(value, "__len__"):
+        return len(value) or 1
+    return _MOST_MADE if hasattr(value, "__iter__") else 1
+
+
+def _check_widths(name: str, places: re.Pattern[str], text: str) -> None:
+    """Refuses a format that fills up to too much, or to a width that it gets from elsewhere.
+
+    Raises:
+        OverflowError: it does.
+    """
+    widths = [w for found in places.finditer(text) for w in found.groups() if w]
+    if sum(int(w[:9]) if w.isdecimal() else _MOST_MADE + 1 for w in widths) > _MOST_MADE:
+        raise OverflowError(f"its {name} makes more than {_MOST_MADE:,} at once")
 
 
 def _limited(context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -497,8 +614,7 @@ def _limited(context: Any, operator: str, left: Any, right: Any) -> Any:
     whole = isinstance(left, int) and isinstance(right, int)
     made, most = 0, _MOST_MADE
     if operator == "%" and isinstance(left, str):
-        widths = [width for both in _WIDTHS.findall(left) for width in both if width]
-        made = sum(most + 1 if width == "*" else int(width) for width in widths)
+        _check_widths(operator, _WIDTHS, left)
     elif operator == "**" and whole:
         made, most = left.bit_length() * max(right, 0), _MOST_BITS
     elif operator == "*" and whole:
@@ -520,7 +636,7 @@ def _repeats(a: Any, b: Any) -> bool:
 def read_template(template: str, environment: Any) -> tuple[frozenset[str], bool]:
     """The variables of a template that settings may give, and whether it asks for the date."""
     from jinja2 import nodes
-    from jinja2.meta import find_undeclared_variables
+    from jinja2.meta import TrackingCodeGenerator
 
     parsed = environment.parse(template)
     # names that it sets itself are no settings, unless it asks first whether they are given
@@ -528,20 +644,27 @@ def read_template(template: str, environment: Any) -> tuple[frozenset[str], bool
     set_here = {n.name for n in names if n.ctx == "store"}
     tests = (t.node for t in parsed.find_all(nodes.Test))
     asked = {n.name for n in tests if isinstance(n, nodes.Name)}
-    given = find_undeclared_variables(parsed) - _OWN - (set_here - asked)
+    reading = _unfolded(TrackingCodeGenerator)(environment)
+    reading.visit(parsed)
+    given = reading.undeclared_identifiers - _OWN - (set_here - asked)
     return frozenset(given), any(n.name == "strftime_now" for n in names)
 
 
 @contextmanager
 def few_steps(most: int) -> Iterator[None]:
-    """A block that may run so many lines of Python: templates are code, and some never end."""
-    before, left = sys.gettrace(), most
+    """A block that may run so many lines of Python: templates are code, and some never end.
+
+    Lines that take long are stopped after `SECONDS` of the processor.
+    """
+    before, left, end = sys.gettrace(), most, thread_time() + SECONDS
 
     def count(frame: Any, event: str, arg: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             raise RuntimeError(f"it has not ended after {most:,} steps")
+        if thread_time() > end:
+            raise RuntimeError(f"it has not ended after {SECONDS:g} seconds")
         return count
 
     sys.settrace(count)

@@ -167,7 +167,7 @@ def read_chunk(path: Path) -> tuple[list[bytes], list[np.ndarray]]:
             lengths, values = _stored(packed, "lengths", "i8"), _stored(packed, "values", "f4")
     except Exception as e:  # zipfile and numpy fail in many ways at bytes of anyone
         raise ValueError(f"{path} is not whole: {e}") from e
-    whole = len(keys) == len(lengths) <= CHUNK and ((0 <= lengths) & (lengths <= len(values))).all()
+    whole = len(keys) == len(lengths) <= CHUNK and ((lengths >= 0) & (lengths <= len(values))).all()
     if not whole or lengths.sum() != len(values):
         raise ValueError(f"{path} is not whole")
     return [k.tobytes() for k in keys], np.split(values, np.cumsum(lengths)[:-1])
