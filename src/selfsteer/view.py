@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
 
@@ -40,6 +40,17 @@ T = TypeVar("T")
 # -- figures that stages wrote ---------------------------------------------------------------------
 
 
+def _of(*names: str) -> AfterValidator:
+    """Refuses a mapping that lacks one of these names."""
+
+    def check(found: dict[str, float]) -> dict[str, float]:
+        if lacking := [name for name in names if name not in found]:
+            raise ValueError(f"lacks {lacking[0]}")
+        return found
+
+    return AfterValidator(check)
+
+
 @checked(frozen=True)
 class SetFigures:
     """Quality of one set of pairs, under the policy at the start of the round.
@@ -53,10 +64,10 @@ class SetFigures:
     pairs: int
     accuracy: float | None
     verdicts: dict[str, int] | None
-    on_policyness: dict[str, float]
-    logps: dict[str, float]
-    steering_gap: dict[str, float] | None
-    tokens: dict[str, float]
+    on_policyness: Annotated[dict[str, float], _of("both", "chosen", "rejected")]
+    logps: Annotated[dict[str, float], _of("chosen", "rejected")]
+    steering_gap: Annotated[dict[str, float], _of("good", "bad")] | None
+    tokens: Annotated[dict[str, float], _of("chosen", "rejected")]
 
 
 @checked(frozen=True)

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from selfsteer.data.artifacts import read_json
+from selfsteer.data.records import Message, Preference
+from selfsteer.errors import ArtifactError, DataError
+from selfsteer.report.logprobs import tokenizer
+from selfsteer.stages.filter import named_features
 from selfsteer.testbed import oracle
 from selfsteer.verbs.comparing import curves
-from selfsteer.view import RunView
+from selfsteer.view import Quality, RunView
 from tests.e2e.support import TESTBED, Here, accepted, fails
 from tests.make import entry
 
@@ -148,6 +154,100 @@ def test_comparing_a_run_starts_nothing_that_it_names(
     assert not list(tmp_path.glob("started*"))
     assert here("compare", other, "--judge", "own").code == 3, "touch serves nothing"
     assert list(tmp_path.glob("started*"))
+
+
+@pytest.fixture
+def strange(smoke: Path, tmp_path: Path) -> Path:
+    """A run of somebody else, whose model comes with code that its recipe permits to run."""
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    policy = other / "model"
+    shutil.copytree(other / "iteration-1" / "policy", policy)
+    for name in ("resolved.json", "recipe.yaml"):
+        recipe = yaml.safe_load((other / name).read_text())
+        recipe["policy"] |= {"model": str(policy), "trust_remote_code": True}
+        recipe["judge"] = {"kind": "reward", "model": str(policy), "allow_pickle": True}
+        (other / name).write_text(json.dumps(recipe))
+    about = json.loads((policy / "tokenizer_config.json").read_text())
+    about |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (policy / "tokenizer_config.json").write_text(json.dumps(about))
+    (policy / "own.py").write_text(
+        f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    return other
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "{}", "--format", "reward", "--to", "out"],
+        ["export", "{}", "--format", "mt-bench", "--questions", "q", "--to", "out"],
+        ["chat", "{}", "--question", "Why?"],
+        ["audit", "{}"],
+        ["judge", "{}"],
+        ["benchmark", "{}", "--task", "ifeval"],
+        ["check", "{}"],
+        ["preview", "{}"],
+        ["bench", "sampling", "{}"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_folder_permits_nothing_by_itself(
+    strange: Path, tmp_path: Path, here: Here, command: list[str]
+) -> None:
+    fails(here(*(part.format(strange) for part in command)), 2, "add --trust")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_looking_at_a_run_runs_nothing_of_it(strange: Path, tmp_path: Path, here: Here) -> None:
+    for path in (strange / "model").iterdir():
+        shutil.copy(path, strange / "iteration-1" / "policy")
+    for verb in ("show", "report"):
+        here(verb, strange)
+    tokenizer(RunView.open(strange))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_with_trust_a_run_is_taken_at_its_word(strange: Path, tmp_path: Path, here: Here) -> None:
+    here("export", strange, "--format", "reward", "--to", tmp_path / "out", "--trust")
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_page_reads_the_tokenizer_of_a_folder_and_no_base_of_adapters(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    policy = other / "iteration-1" / "policy"
+    adapters = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
+    (policy / "adapter_config.json").write_text(json.dumps(adapters))
+    recipe = json.loads((other / "resolved.json").read_text())
+    recipe["policy"]["model"] = str(policy)
+    (other / "resolved.json").write_text(json.dumps(recipe))
+    found = tokenizer(RunView.open(other))
+    assert found is not None
+    assert found.end_of_turn
+    done = here("export", other, "--format", "reward", "--to", tmp_path / "out")
+    fails(done, 2, "must first be made a plain checkpoint", "--trust")
+
+
+def test_figures_and_features_of_another_shape_are_named(smoke: Path, tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    figures = json.loads((smoke / "iteration-1" / "quality.json").read_text())
+    for kind, name in (("tokens", "chosen"), ("on_policyness", "both"), ("steering_gap", "bad")):
+        del figures["preferences"][kind][name]
+        path.write_text(json.dumps(figures))
+        with pytest.raises(ArtifactError, match=rf"quality\.json is damaged \(.*lacks {name}"):
+            read_json(Quality, path)
+        figures["preferences"][kind][name] = 0.5
+    path.write_text(json.dumps(figures))
+    read_json(Quality, path)
+    for features in (5, [5, "Accuracy"], "Accuracy"):
+        pair = Preference("p", [Message("user", "Hi")], "a", "b", extra={"features": features})
+        with pytest.raises(DataError, match="features must be a list of names"):
+            named_features(pair)
 
 
 def test_nothing_is_written_through_a_link_out_of_a_run(

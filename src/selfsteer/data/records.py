@@ -207,6 +207,18 @@ class Query:
         return _with_extra(out, self.extra)
 
 
+def feature_names(value: Any) -> tuple[str, ...]:
+    """The features in a record.
+
+    Raises:
+        DataError: no list of names.
+    """
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not listed or not all(isinstance(name, str) for name in value):
+        raise DataError(f"features must be a list of names, found {short(value)}")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Principles:
     """A good and a bad guideline (p+, p-), whole texts as they stand in the system message.
@@ -227,9 +239,7 @@ class Principles:
                 raise DataError(f"the {name} principle must be a non-empty UTF-8 text")
         if not isinstance(self.system, str):
             raise DataError(f"the principles' system must be a text, found {short(self.system)}")
-        if isinstance(self.features, str) or not isinstance(self.features, Sequence):
-            raise DataError(f"features must be a list of names, found {short(self.features)}")
-        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "features", feature_names(self.features))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

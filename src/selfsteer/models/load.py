@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,7 +27,7 @@ from selfsteer.models.sources import (
     load_whole,
     pretrained,
 )
-from selfsteer.recipe.sections import Loading, Lora
+from selfsteer.recipe.sections import PERMISSIONS, Loading, Lora
 from selfsteer.terminal import say
 
 CPU = torch.device("cpu")
@@ -120,23 +121,46 @@ def load_chat(source: str, settings: Loading) -> ChatFormat:
         ArtifactError: it cannot be read, or has no chat template.
         ConfigError: the template reads none of the variables that the settings give.
     """
-    tokenizer = pretrained(AutoTokenizer, "tokenizer", checkpoint(source, settings), settings)
+    return _chat(source, checkpoint(source, settings), settings)
+
+
+def read_chat(source: str, settings: Loading) -> ChatFormat:
+    """`load_chat` of files that are on this machine, as they are; for models that others named.
+
+    No permission holds, the hub is not asked, and adapters are not added to their base.
+
+    Raises:
+        ArtifactError: as `load_chat`, or a model of the hub is not on this machine.
+        ConfigError: as `load_chat`.
+    """
+    bare = settings.model_copy(update=dict.fromkeys(PERMISSIONS, False))
+    return _chat(source, source, bare, local_files_only=True)
+
+
+def _chat(source: str, held: str, settings: Loading, **more: Any) -> ChatFormat:
+    tokenizer = pretrained(AutoTokenizer, "tokenizer", held, settings, **more)
     return ChatFormat(
         tokenizer,
         source,
         settings.chat_template_kwargs,
         day=settings.date,
-        stops=lambda: configured_stops(source, settings),
+        stops=lambda: _stops(held, settings, **more),
     )
 
 
 def configured_stops(source: str, settings: Loading) -> list[int]:
     """The ids that end an answer by a checkpoint's generation config, or else by its config."""
+    return _stops(checkpoint(source, settings), settings)
+
+
+def _stops(held: str, settings: Loading, **more: Any) -> list[int]:
     try:
-        held = checkpoint(source, settings)
-        found = pretrained(GenerationConfig, "generation config", held, settings).eos_token_id
+        found = pretrained(
+            GenerationConfig, "generation config", held, settings, **more
+        ).eos_token_id
     except ArtifactError:
-        found = load_config(source, settings).get_text_config().eos_token_id
+        config = pretrained(AutoConfig, "config", held, settings, **more)
+        found = config.get_text_config().eos_token_id
     return [found] if isinstance(found, int) else list(found or ())
 
 

@@ -214,7 +214,8 @@ def pretrained(kind: Any, what: str, source: str, settings: Loading, **more: Any
     name = source
     if is_hub_id(source):
         name, revision = split_revision(source)
-        if revision := hub_commit(source) or revision:
+        commit = None if more.get("local_files_only") else hub_commit(source)
+        if revision := commit or revision:
             more["revision"] = revision
     try:
         with ExitStack() as stack:

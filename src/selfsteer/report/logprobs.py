@@ -31,16 +31,15 @@ SAMPLE = 1000
 def tokenizer(run: RunView) -> ChatFormat | None:
     """That of one of the run's own models, or else of the base model, if it is on this machine.
 
-    No code of a model is run.
+    Its files are read as they are: no code of a model is run, and no hub is asked.
     """
-    from selfsteer.models.load import load_chat
+    from selfsteer.models.load import read_chat
 
     base, *own = run.models.values()
-    loading = run.loading.model_copy(update={"trust_remote_code": False})
     for source in [*own, resolve_path(base)]:
         if Path(source).is_dir():
             try:
-                return load_chat(source, loading)
+                return read_chat(source, run.loading)
             except SelfsteerError:
                 continue
     return None

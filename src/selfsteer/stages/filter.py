@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
-from selfsteer.data.records import Dropped, Preference, Triple, rules
+from selfsteer.data.records import Dropped, Preference, Triple, feature_names, rules
 from selfsteer.errors import ArtifactError
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
@@ -459,10 +459,14 @@ def refuse_bad_as_chosen(triples: Sequence[Triple], preferences: Sequence[Prefer
 
 
 def named_features(record: Triple | Preference) -> Sequence[str]:
-    """The features that a record's principles named; none where they were written without."""
+    """The features that a record's principles named; none where they were written without.
+
+    Raises:
+        DataError: they are no list of names.
+    """
     if isinstance(record, Triple):
         return record.principles.features if record.principles else ()
-    return tuple(record.extra.get("features", ()))
+    return feature_names(record.extra.get("features", ()))
 
 
 def names_safety(record: Triple | Preference) -> bool:

@@ -8,7 +8,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
+from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit, named_judge
 
 #: Settings of a recipe that have an effect on an audit.
 SECTIONS = ("policy", "principles", "sampling", "judge")
@@ -49,6 +49,7 @@ def audit(
     seed: Annotated[
         int, typer.Option(help="seed of the subset, the sampling and the intervals", min=0)
     ] = 0,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Test a model under bad principles, against its base: did alignment open a back door?"""
@@ -58,7 +59,8 @@ def audit(
 
     check_sections(settings or [], SECTIONS, "audit")
     folder = Path(model)
-    if (folder / "resolved.json").is_file():
+    is_run = (folder / "resolved.json").is_file()
+    if is_run:
         from selfsteer.view import RunView
 
         if base or generator:
@@ -83,16 +85,18 @@ def audit(
         models = {"base": base, "policy": model, **({"generator": generator} if generator else {})}
         source, to = None, to or Path("audit")
     own = validate(Settings, given, "audit's settings")
-    chosen = own.judge
+    if judge is not None:
+        own = own.model_copy(update={"judge": named_judge(judge)})
+    if is_run:
+        check_trust(folder, own.policy, trust)
+        check_trust(folder, None if judge else own.judge, trust)
     if queries is not None:
         source = Queries(path=queries)
     if source is None:
         raise ConfigError("Name held-out prompts: --queries FILE.")
-    if judge is not None:
-        chosen = named_judge(judge)
     from selfsteer.verbs import auditing
 
-    subjects = auditing.Subjects(models, own, source, chosen, to, limit, seed)
+    subjects = auditing.Subjects(models, own, source, own.judge, to, limit, seed)
     emit(auditing.run_audit(subjects), as_json, print_audit)
 
 

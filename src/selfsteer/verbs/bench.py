@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from selfsteer.terminal import out, say, table
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, Trust, aligning, emit, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
@@ -22,11 +22,12 @@ def sampling(
     repeats: Annotated[
         int, typer.Option(help="how often each is measured; the median counts", min=1)
     ] = 3,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure an engine's tokens per second, asked directly and through the pipeline."""
     chosen = [] if engine is None else [f"sampling.engine={engine}"]
-    checked = aligning(load_recipe(recipe, [*(overrides or []), *chosen])[0])
+    checked = aligning(load_recipe(recipe, [*(overrides or []), *chosen], trust=trust)[0])
     from selfsteer.verbs import sampling_speed
 
     emit(sampling_speed.bench(checked, queries, repeats), as_json, tell)

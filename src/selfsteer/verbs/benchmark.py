@@ -7,7 +7,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out
-from selfsteer.verbs.common import AsJson, aligning
+from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust
 
 if TYPE_CHECKING:
     from selfsteer.evaluation.official import Official
@@ -57,6 +57,7 @@ def benchmark(
     to: Annotated[Path, typer.Option(help="folder for results; the same folder resumes")] = Path(
         "benchmarks"
     ),
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Benchmark models side by side: public tasks, your own tasks, judged question sets.
@@ -72,7 +73,7 @@ def benchmark(
         )
     named = {"tasks": task, "task_folders": task_folder, "judged": judged}
     given = [f"benchmarks.{k}={v}" for k, v in (("judge", judge), ("limit", limit)) if v]
-    stage = _stage(models, named, [*given, *(settings or [])])
+    stage = _stage(models, named, [*given, *(settings or [])], trust)
     list(stage.check())
     folder = RunFolder(to)
     with folder.locked():
@@ -84,7 +85,7 @@ def benchmark(
 
 
 def _stage(
-    models: list[str], named: dict[str, list[str] | None], settings: list[str]
+    models: list[str], named: dict[str, list[str] | None], settings: list[str], trust: bool
 ) -> "RunBenchmarks":
     """These benchmarks, with the settings of the first run's recipe if it is a run."""
     from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
@@ -98,6 +99,8 @@ def _stage(
     given = {name: value for name, value in values.items() if name in sections}
     given["benchmarks"] = {k: [read_yaml(v) for v in vs] for k, vs in named.items() if vs}
     own = validate(BenchmarkConfig, merge(given, settings), "settings of benchmark")
+    if recipe.is_file():
+        check_trust(recipe.parent, own, trust)
     judge = own.benchmarks.judge or own.judge
     rows, loading = _rows(models), own.policy.loading
     return RunBenchmarks(rows, own.benchmarks, judge, own.sampling, seed=own.seed, loading=loading)

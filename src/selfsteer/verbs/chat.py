@@ -12,7 +12,7 @@ from rich.text import Text
 
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.terminal import err, out
-from selfsteer.verbs.common import AsJson, aligning, emit
+from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit
 
 if TYPE_CHECKING:
     from selfsteer.engines.base import Completion
@@ -39,6 +39,7 @@ def chat(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask base, generator and policy the same question; plain, good and bad side by side."""
@@ -51,7 +52,9 @@ def chat(
     if contrast is not None:
         validate(PrincipledSampling, {"contrast": contrast}, "--contrast")
     named = tuple(f.strip() for f in features.split(",") if f.strip())
-    talk = Chat(RunView.open(run), named, seed=seed, contrast=contrast)
+    opened = RunView.open(run)
+    check_trust(run, opened.recipe.policy, trust)
+    talk = Chat(opened, named, seed=seed, contrast=contrast)
     if question is not None:
         said = talk.answers(question)
         result = {"question": question, "principles": talk.principles.to_dict()}

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfsteer.terminal import interval, out, say, table
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, Trust, aligning, emit, load_recipe
 
 if TYPE_CHECKING:
     from selfsteer.verbs.checks import Line
@@ -23,6 +23,7 @@ def check(
     minutes: Annotated[
         float, typer.Option(help="minutes after which no more queries are measured", min=0)
     ] = 3,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Check whether a run can start and the policy can be steered; writes nothing.
@@ -31,7 +32,7 @@ def check(
     queries whether the policy follows the principles, and on more until that is certain or the
     time is up. Exits with 0 if a run can start, even with warnings.
     """
-    checked = aligning(load_recipe(recipe, overrides or [])[0])
+    checked = aligning(load_recipe(recipe, overrides or [], trust=trust)[0])
     from selfsteer.verbs import checks
 
     figures = checks.check(checked, queries, minutes, (lambda line: None) if as_json else tell)

@@ -14,6 +14,7 @@ from selfsteer.terminal import out
 
 if TYPE_CHECKING:
     from selfsteer.methods import Aligning, AnyRecipe, Recipe
+    from selfsteer.recipe.sections import Section
 
 
 def complete_recipe(begun: str) -> list[str]:
@@ -51,6 +52,15 @@ Profile = Annotated[
     ),
 ]
 
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="the run folder is yours or its author's word is good: what its recipe permits "
+        "(trust_remote_code, allow_pickle) holds",
+    ),
+]
 
 Columns = Annotated[
     list[str] | None,
@@ -132,8 +142,30 @@ def stop_in_time(until_time: str | None) -> None:
         )
 
 
-def load_recipe(recipe: str, overrides: list[str]) -> "tuple[AnyRecipe, dict[str, Any]]":
-    """The checked recipe and its settings as given; a run folder stands for the recipe in it."""
+def check_trust(folder: Path, settings: "Section | None", trust: bool) -> None:
+    """Refuses what settings from a run folder permit, unless the command line does so, too.
+
+    Raises:
+        ConfigError: they permit something.
+    """
+    if settings is not None and settings.permits and not trust:
+        raise ConfigError(
+            f"The recipe in {folder} sets {' and '.join(sorted(settings.permits))}, with which "
+            "models can run code of their authors, and a run folder may be somebody else's. If "
+            "you trust this one, add --trust."
+        )
+
+
+def load_recipe(
+    recipe: str, overrides: list[str], *, trust: bool = True
+) -> "tuple[AnyRecipe, dict[str, Any]]":
+    """The checked recipe and its settings as given; a run folder stands for the recipe in it.
+
+    Args:
+        recipe: its name, file or run folder.
+        overrides: KEY=VALUE.
+        trust: whether that of a run folder may permit anything: always if it is to be run.
+    """
     import yaml
 
     from selfsteer.methods import recipe_of
@@ -145,7 +177,10 @@ def load_recipe(recipe: str, overrides: list[str]) -> "tuple[AnyRecipe, dict[str
         overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
         recipe = str(folder / "recipe.yaml")
     values = merge(load_values(recipe), overrides)
-    return recipe_of(values, f"recipe {recipe}"), yaml.safe_load(yaml.safe_dump(values))
+    checked = recipe_of(values, f"recipe {recipe}")
+    if (folder / "recipe.yaml").is_file():
+        check_trust(folder, checked, trust)
+    return checked, yaml.safe_load(yaml.safe_dump(values))
 
 
 def aligning(recipe: "Recipe") -> "Aligning":

@@ -18,6 +18,7 @@ from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import by_group, known_interval, verdict_counts, worth, worths
 from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.stages.filter import named_features
 from selfsteer.view import Answer, RoundView, RunView
 
 #: Kinds of judges that a run folder of somebody else may name: they start and ask nothing.
@@ -264,6 +265,6 @@ def _features(e: Entrant, settings: JudgeConfig | None, seed: int) -> dict[str, 
         return {}
     found = sorted(e.last.preferences, key=lambda p: derive_seed(seed, "compare", p.id))[:PAIRS]
     pairs = [Pair(p.query, p.chosen, p.rejected) for p in found]
-    named = [tuple(p.extra.get("features", ())) for p in found]
+    named = list(map(named_features, found))
     groups = by_group(worths(judge, pairs), named, np.random.default_rng(seed))
     return {name: {"pairs": n, "accuracy": figure} for name, (n, figure) in groups.items()}

@@ -9,7 +9,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson, emit
+from selfsteer.verbs.common import AsJson, Trust, check_trust, emit
 
 
 def export(
@@ -46,6 +46,7 @@ def export(
         Path | None,
         typer.Option(help="question file of the official benchmark; default: the run's judged set"),
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a run's preferences, its policy with a card, or its answers to a benchmark."""
@@ -57,7 +58,7 @@ def export(
                 f"--format {fmt} exports the answers of base, baseline and policy, and takes "
                 "neither --model, --baseline, --iteration nor --queries-license."
             )
-        _export_answers(run, str(fmt), questions, to, as_json)
+        _export_answers(run, str(fmt), questions, to, as_json, trust)
         return
     if questions is not None:
         raise ConfigError(f"--questions belongs to --format {', '.join(FILES)}.")
@@ -83,7 +84,9 @@ def export(
         emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
     with all_or_nothing(to):
-        exported = export_round(of, fmt or "trl", to, queries_license)
+        if fmt == "reward":
+            check_trust(run, of.recipe.policy, trust)
+        exported = export_round(of, fmt or "trl", to, queries_license, trust=trust)
     paths = list(map(str, exported.paths))
     result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
     emit(result, as_json, _print)
@@ -95,12 +98,16 @@ def _print(result: dict[str, Any]) -> None:
     out.print(f"{result['records']:,} records: {', '.join(result['paths'])}")
 
 
-def _export_answers(run: Path, style: str, questions: Path | None, to: Path, as_json: bool) -> None:
+def _export_answers(
+    run: Path, style: str, questions: Path | None, to: Path, as_json: bool, trust: bool
+) -> None:
     """Writes answers, and prints the commands that run the official tool on them."""
     from selfsteer.verbs.benchmark import export_answers
     from selfsteer.view import RunView
 
-    written = export_answers(RunView.open(run), style, questions, to)
+    opened = RunView.open(run)
+    check_trust(run, opened.recipe.policy, trust)
+    written = export_answers(opened, style, questions, to)
 
     def show(result: dict[str, Any]) -> None:
         for name, count in written.left_out.items():

@@ -20,7 +20,12 @@ from selfsteer.view import RoundView
 
 
 def export_round(
-    of: RoundView, fmt: str, folder: Path, queries_license: str | None = None
+    of: RoundView,
+    fmt: str,
+    folder: Path,
+    queries_license: str | None = None,
+    *,
+    trust: bool = False,
 ) -> Exported:
     """Writes one round's preferences, or its triples for the authors' format.
 
@@ -29,6 +34,7 @@ def export_round(
         fmt: one of `selfsteer.formats.FORMATS`, or ``reward``.
         folder: made if need be.
         queries_license: for the card of a Parquet data set.
+        trust: whether the model that a reward asks may be loaded as the run folder says.
 
     Raises:
         ConfigError: unknown format, a licence where there is no card, or a method without pairs.
@@ -54,7 +60,7 @@ def export_round(
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
     kept, unsafe = _allowed(of, records)
     if fmt == "reward":
-        return _export_reward(of, kept, folder, unsafe)
+        return _export_reward(of, kept, folder, unsafe, trust=trust)
 
     def card(files: list[str], left_out: list[str]) -> str:
         return dataset_card(
@@ -77,11 +83,17 @@ def export_round(
 
 
 def _export_reward(
-    of: RoundView, records: Stored[Triple], folder: Path, left_out: list[str]
+    of: RoundView, records: Stored[Triple], folder: Path, left_out: list[str], *, trust: bool
 ) -> Exported:
-    """Prompts with their principles, and the reward that the round's first policy gives them."""
+    """Prompts with their principles, and the reward that the round's first policy gives them.
+
+    Raises:
+        ConfigError: that policy has to be made of adapters or a GGUF file, without trust.
+        ArtifactError: without trust, its tokenizer is not on this machine.
+    """
+    from selfsteer.data.digests import ADAPTER_CONFIG
     from selfsteer.formats.reward import export_reward
-    from selfsteer.models.load import load_chat
+    from selfsteer.models.load import load_chat, read_chat
     from selfsteer.models.sources import checkpoint
 
     recipe = of.recipe
@@ -89,11 +101,17 @@ def _export_reward(
     loading = recipe.policy.loading
     loading = loading.model_copy(update={"date": loading.date or RunFolder(of.run.folder).day})
     trained = of.folder.with_name(f"iteration-{of.k - 1}") / "policy"
-    model = str(trained) if of.k > 1 else checkpoint(resolve_path(recipe.policy.model), loading)
+    model = str(trained) if of.k > 1 else resolve_path(recipe.policy.model)
+    if trust:
+        model = checkpoint(model, loading)
+    elif Path(model).is_file() or (Path(model) / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"The reward asks {model}, which must first be made a plain checkpoint, and that loads "
+            "a model that the run folder names. If you trust its author, add --trust."
+        )
+    chat = (load_chat if trust else read_chat)(model, loading)
     clip = getattr(getattr(recipe, "ranking", None), "clip", ContrastRanking().clip)
-    exported = export_reward(
-        records, folder, model=model, chat=load_chat(model, loading), loading=loading, clip=clip
-    )
+    exported = export_reward(records, folder, model=model, chat=chat, loading=loading, clip=clip)
     return Exported(exported.paths, exported.count, left_out)
 
 

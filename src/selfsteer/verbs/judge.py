@@ -10,7 +10,7 @@ import typer
 
 from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.terminal import interval, out, table
-from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
+from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit, named_judge
 
 if TYPE_CHECKING:
     from selfsteer.data.records import Preference
@@ -45,6 +45,7 @@ def judge(
         Path | None,
         typer.Option(help="judge nothing: write the pairs to a file, to label them by hand"),
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
@@ -71,7 +72,9 @@ def judge(
         source = made.folder / "preferences"
         principles = {t.id: t.principles.to_dict() for t in made.principles if t.principles}
         store = store or run.place("judgements")
-        given = given or ([own] if own else [])
+        if not given and own is not None and label_sheet is None:
+            check_trust(preferences, own, trust)
+            given = [own]
     elif iteration is not None or baseline:
         raise ConfigError(
             f"{preferences} is not a run folder, which --iteration and --baseline need."

@@ -14,7 +14,7 @@ from selfsteer import stopping
 from selfsteer.errors import ConfigError
 from selfsteer.report.colours import LEVELS, level
 from selfsteer.terminal import CONTROL, out, say
-from selfsteer.verbs.common import AsJson, Overrides, RecipeName, aligning, emit, load_recipe
+from selfsteer.verbs.common import AsJson, Overrides, RecipeName, Trust, aligning, emit, load_recipe
 
 if TYPE_CHECKING:
     from selfsteer.verbs.previewing import Answer, Preview, Row
@@ -33,6 +33,7 @@ def preview(
     overrides: Overrides = None,
     queries: Annotated[int, typer.Option("--queries", "-n", help="queries to show", min=1)] = 5,
     to: Annotated[Path | None, typer.Option(help="folder to keep the page in")] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what would be trained on: a few queries, their principles, answers, scores and drops.
@@ -40,7 +41,7 @@ def preview(
     Runs the recipe's own stages up to the first training, in a temporary folder. Nothing is
     trained and nothing is left in the run folder.
     """
-    checked, given = load_recipe(recipe, overrides or [])
+    checked, given = load_recipe(recipe, overrides or [], trust=trust)
     asked = aligning(checked)
     if to is not None and to.exists() and not to.is_dir():
         raise ConfigError(f"--to {to} is a file; name a folder.")
