@@ -245,7 +245,7 @@ def test_figures_and_features_of_another_shape_are_named(smoke: Path, tmp_path: 
     path.write_text(json.dumps(figures))
     read_json(Quality, path)
     for features in (5, [5, "Accuracy"], "Accuracy"):
-        pair = Preference("p", [Message("user", "Hi")], "a", "b", extra={"features": features})
+        pair = Preference("p", (Message("user", "Hi"),), "a", "b", extra={"features": features})
         with pytest.raises(DataError, match="features must be a list of names"):
             named_features(pair)
 
