@@ -138,6 +138,12 @@ ARMS = {
     "contrast": Arm(
         "contrast", CONTRAST, "the difference of the principles, distilled at plain answers' tokens"
     ),
+    "contrast-rounds": Arm(
+        "contrast",
+        (*CONTRAST, "iterations=3", "training.reference=first"),
+        "contrast distillation in three rounds over the same queries, each on the policy's answers "
+        "of then, under the eye of the first policy: no more compute than SSO",
+    ),
     "best-of-4-principles": Arm(
         "best-of-4-principles",
         RANKED,
@@ -226,7 +232,7 @@ TABLES = (
     Table(
         "uneven",
         "A harder world",
-        ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles"),
+        ("annotated", "pbaa", "sso", "contrast", "contrast-rounds", "best-of-4-principles"),
         (UNEVEN,),
         10,
     ),

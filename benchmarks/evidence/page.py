@@ -181,8 +181,11 @@ WHY_UNEVEN = """\
 On the tiny world every good method comes near the ceiling, which hides most of what is between
 them. Here SSO leads PBAA by far in sampled answers, and contrast distillation lies between them at
 less than a third of SSO's compute. Greedily the three are about equal: what SSO's policies have
-over PBAA's is that they slip less when they are sampled. Annotated pairs are far above all three,
-greedily too, so there is more to be learnt from plain answers than principles bring out."""
+over PBAA's is that they slip less when they are sampled. In three rounds, each on the policy's
+answers of then and all under the eye of the first policy, contrast distillation costs a little less
+than SSO and scores about the same sampled and more greedily and at temperature 1, with no less
+variety. Annotated pairs are far above all of them, greedily too, so there is more to be learnt from
+plain answers than principles bring out."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -338,6 +341,23 @@ CLAIMS = (
         why=WHY_UNEVEN,
     ),
     Claim(
+        "on the harder world, contrast distillation in three rounds is above SSO",
+        "contrast-rounds",
+        "sso",
+        "not in it",
+        "uneven",
+        why=WHY_UNEVEN,
+    ),
+    Claim(
+        "on the harder world, greedily, contrast distillation in three rounds is above SSO",
+        "contrast-rounds",
+        "sso",
+        "not in it",
+        "uneven",
+        sharp("greedy", 0.1),
+        why=WHY_UNEVEN,
+    ),
+    Claim(
         "on the harder world, contrast distillation is above annotated pairs",
         "contrast",
         "annotated",
@@ -463,6 +483,10 @@ def advice(judgements: dict[Claim, Judged]) -> str:
         hard_pbaa=said["on the harder world, SSO is above PBAA"],
         hard_greedy=said["on the harder world, greedily, SSO is above PBAA"],
         hard_contrast=said["on the harder world, contrast distillation is above SSO"],
+        hard_rounds=said["on the harder world, contrast distillation in three rounds is above SSO"],
+        hard_rounds_greedy=said[
+            "on the harder world, greedily, contrast distillation in three rounds is above SSO"
+        ],
         costs=costs,
     )
     found = text.replace("\n- ", "\0- ").replace("\n", " ").split("\0")
@@ -767,9 +791,10 @@ ADVICE = """\
 - **With the policy's weights at hand and little compute, take contrast distillation.** Its score
 less SSO's: {sso}; greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs
 {costs[contrast]} million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
-- **With three times the compute, or if you want pairs, take SSO.** SSO's score less PBAA's: {pbaa};
-on [a harder world](#a-harder-world) {hard_pbaa}, though greedily {hard_greedy}; there contrast
-distillation's less SSO's: {hard_contrast}.
+- **If you want pairs, take SSO; with three times the compute, SSO or contrast distillation in three
+rounds.** SSO's score less PBAA's: {pbaa}; on [a harder world](#a-harder-world) {hard_pbaa}, though
+greedily {hard_greedy}. There contrast distillation's less SSO's: {hard_contrast}; in three rounds
+{hard_rounds}, and greedily {hard_rounds_greedy}.
 - **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
 model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above contrast
 distillation (three seeds each). So measure on yours: `selfsteer check` says what can work."""
