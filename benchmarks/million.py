@@ -271,6 +271,7 @@ def measure(task: str, folder: Path, count: int) -> dict[str, Any]:
     return {
         "task": task,
         "records": count,
+        "date": time.strftime("%Y-%m-%d"),
         "out": out,
         "seconds": round(seconds, 2),
         "us_per_record": round(seconds / count * 1e6, 1),
@@ -290,15 +291,15 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     """The Markdown page."""
     sizes = sorted({r["records"] for r in rows})
     found = {(r["task"], r["records"]): r for r in rows}
-    names = list(dict.fromkeys(r["task"] for r in rows))
+    names, dates = list(dict.fromkeys(r["task"] for r in rows)), [r["date"] for r in rows]
     columns = [f"{what} at {n:,}" for what in ("µs", "MB") for n in sizes]
-    kept = "kept on disk, bytes/record"
+    kept, had = "kept on disk, bytes/record", header["versions"]
     lines = [
         "# A million records",
         "",
-        f"{header['date']}, one thread of {header['cores']} cores {header['cpu']} that other work "
-        f"shared, CPU time, seed {header['seed']}, Python {header['versions']['python']}, numpy "
-        f"{header['versions']['numpy']}, torch {header['versions']['torch']}. Made by `python "
+        f"{min(dates)} to {max(dates)}, one thread of {header['cores']} cores {header['cpu']} that "
+        f"other work shared, CPU time, seed {header['seed']}, Python {had['python']}, numpy "
+        f"{had['numpy']}, torch {had['torch']}. Made by `python "
         "benchmarks/million.py`, whose docstring says what is measured. A dash: not measured.",
         "",
         "CPU time per record, µs; and memory on top of what the process held before, MB, with the "
@@ -313,10 +314,9 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
         each = last["added_mb"] * 2**20 / last["records"]
         cells = [f"{r['us_per_record']:,.0f}" if r else "-" for r in mine]
         cells += [f"{r['added_mb']:,.0f}" if r else "-" for r in mine]
-        kept = (
-            f"{last['written_mb'] * 2**20 / last['records']:,.0f}" if "written_mb" in last else "-"
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} | {each:,.0f} | {kept} |")
+        sized = [r for r in mine if r and "written_mb" in r]
+        disk = f"{sized[-1]['written_mb'] * 2**20 / sized[-1]['records']:,.0f}" if sized else "-"
+        lines.append(f"| {name} | {' | '.join(cells)} | {each:,.0f} | {disk} |")
     return "\n".join(lines) + "\n"
 
 
@@ -328,7 +328,6 @@ def write_results(rows: Sequence[dict[str, Any]], seed: int, output: Path) -> No
     info = Path("/proc/cpuinfo").read_text()
     models = [x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")]
     header = {
-        "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "cpu": models[0] if models else platform.machine(),
         "seed": seed,
