@@ -131,7 +131,8 @@ class Examples(Sequence[Example]):
         """
         flat, found = self.flat(), Rows("float32", self._folder)
         for start in range(0, len(flat), AT_ONCE):
-            for values in logps(flat[start : start + AT_ONCE]):
+            part = flat[start : start + AT_ONCE]
+            for _, values in zip(part, logps(part), strict=True):
                 found.append(values.numpy())
         self._reference = found
 

@@ -1,7 +1,4 @@
-"""The losses of preference objectives, and of objectives of tokens, over encoded triples.
-
-The reference is a table of log-probs computed beforehand.
-"""
+"""The losses of preference objectives, and of objectives of tokens, over encoded triples."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -134,7 +134,6 @@ def tell(found: Mapping[str, Any]) -> None:
             f"{who} {r['cost']:,.2f}" for who, r in (*parts_of, *judges) if r.get("cost")
         )
         out.print(f"servers: {totals['cost']:,.2f} at their price: {priced}")
-    out.print(f"host memory of the largest training: {size(found['host_memory'])} a rank")
     stage, share = _largest({row["stage"]: row["hours"] for row in found["stages"]})
     kind, part = _largest(memory[ways[-1]])
     file, kept = _largest(found["disk"])

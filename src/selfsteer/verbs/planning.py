@@ -52,8 +52,8 @@ WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2
 #: hidden unit: each layer's input, and one whole layer (docs/scaling.md).
 ACTIVATION, LAYER_INPUT = 60, 4
 
-#: Bytes of a token id in memory, and of a stored log-prob.
-ID, SCORE = 8, 4
+#: Bytes of a token id and of a log-prob on disk.
+ID, SCORE = 4, 4
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def plan(
     # queries with their principles stand in three files of a record
     each = lengths.query + 2 * lengths.principles
     disk["queries and principles"] = 3 * before.principles * each * TEXT
+    disk["examples while it trains"] = machine.count * _examples_bytes(before, lengths)
     memory = {
         name: memory_bytes(lora, recipe.training, shape, lengths, machine, sharded=name != "ddp")
         for name in ("ddp", "sharded")
@@ -312,7 +313,6 @@ def plan(
         },
         "memory_per_rank": memory,
         "gpu_memory": gpu_memory,
-        "host_memory": _host_bytes(before, lengths),
         "disk": disk,
     }
 
@@ -429,11 +429,10 @@ def _adapters(shape: Shape, rank: int) -> int:
     return int(rank * wide * shape.layers)
 
 
-def _host_bytes(cost: Cost, lengths: Lengths) -> int:
-    """Of the largest training: its triples' texts, token ids and reference log-probs."""
-    text = (lengths.query + 2 * lengths.principles + 2 * lengths.response) * TEXT
+def _examples_bytes(cost: Cost, lengths: Lengths) -> int:
+    """Of the largest training: token ids and reference log-probs, which each rank has on disk."""
     sizes = [0]
     for training in cost.trainings:
-        tokens, _, responses = tokens_of(training.sequences, lengths, shared=True)
-        sizes.append(training.records * (tokens * ID + responses * SCORE + text))
+        tokens, _, responses = tokens_of(training.sequences, lengths, shared=False)
+        sizes.append(training.records * (tokens * ID + responses * SCORE))
     return max(sizes)
