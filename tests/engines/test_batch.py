@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,7 @@ def test_a_batch_that_is_gone_is_not_paid_for_again_unasked(
         (sends(b"not JSON"), "malformed_json"),
         (sends([]), "malformed_answer"),
         (sends({"id": "../models"}), "malformed_batch"),
+        (sends({"id": ".."}), "malformed_batch"),
         (sends({"id": KEY.replace("/", "_")}), "malformed_batch"),
         (sends({"id": "k" + KEY[:2], "object": "x" * 300}), "long_reply|is longer"),
         (status(500, f"about {KEY}"), r"about \[key\]"),
@@ -380,6 +382,46 @@ def test_replies_are_guarded(
     ):
         ask(engine, tmp_path, requests(1))
     assert KEY[:8] not in str(caught.value)
+
+
+def test_every_call_of_a_batch_waits_as_long_as_the_server_asks(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    """The one further try would otherwise come after a millisecond."""
+    for call in range(4):
+        allowed = 0.0
+
+        def busy(h: Any, call: int = call) -> bool:
+            nonlocal allowed
+            if len(server.seen) > call + 1 and not allowed:
+                allowed = time.monotonic() + 0.2
+                return status(429, retry_after="0.2")(h)
+            return allowed > time.monotonic() and status(429)(h)
+
+        server.always = busy
+        folder = tmp_path / str(call)
+        with asking(server.url, folder, retries=1) as engine:
+            ask(engine, folder, requests(1))
+        assert allowed
+        server.seen.clear()
+
+
+def test_no_backoff_never_overflows(server: BatchServer, tmp_path: Path) -> None:
+    with asking(server.url, tmp_path, backoff=0) as engine:
+        engine._start(engine._wait(openai.Fault("connection", "lost"), 1100)).result()
+
+
+def test_a_server_that_does_not_list_its_batches_in_time_is_too_slow(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for more patience than the check has."""
+    monkeypatch.setattr(batch, "LOOK_S", 0.1)
+    server.always = lambda h: "batches" in h.path and status(429, retry_after="2000")(h)
+    with (
+        asking(server.url, tmp_path) as engine,
+        pytest.raises(EngineError, match="too slow: asked for its batches"),
+    ):
+        engine.check()
 
 
 def test_a_file_of_answers_may_be_longer_than_a_reply_but_not_endless(

@@ -38,6 +38,7 @@ from selfsteer.engines.base import (
 from selfsteer.engines.openai import (
     BUDGET,
     LONGEST_PAUSE,
+    LOOK_S,
     NEW_BUDGET,
     Fault,
     OpenAIEngine,
@@ -65,7 +66,7 @@ PAGES = 100
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 
 #: Ids of files and batches, which become part of addresses.
-ID = re.compile(r"[\w.:=-]{1,200}", re.ASCII)
+ID = re.compile(r"[\w:=-][\w.:=-]{0,199}", re.ASCII)
 
 #: The code of a batch that waits for too many tokens beside those that wait already.
 QUEUE_FULL = "token_limit_exceeded"
@@ -117,7 +118,15 @@ class BatchEngine(OpenAIEngine):
     @override
     def check(self) -> None:
         super().check()
-        self._start(self._listed()).result()
+
+        async def look() -> None:
+            async with asyncio.timeout(LOOK_S):
+                await self._listed()
+
+        try:
+            self._start(look()).result()
+        except TimeoutError:
+            raise self._slow("its batches") from None
 
     @override
     def generate(
@@ -294,7 +303,7 @@ class BatchEngine(OpenAIEngine):
                 raise EngineError(
                     f"{count:,} requests in batches to {self.base_url} could pass {name} "
                     f"{limit:,}: with them the run would come to {reached:,.6g} if every answer "
-                    f"took all of its {budget:,} tokens. Nothing was sent, and finished answers "
+                    f"took all of its {budget:,} tokens. They were not sent, and finished answers "
                     "are kept. Raise the limit or lower max_new_tokens; without batch, requests "
                     "are sent one by one for as long as the limit allows."
                 )
@@ -479,6 +488,7 @@ class BatchEngine(OpenAIEngine):
         tries, began = 0, time.monotonic()
         while True:
             try:
+                await self._allowed()
                 with self._faults():
                     async with asyncio.timeout(self.settings.timeout):
                         return await send()

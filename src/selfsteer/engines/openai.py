@@ -337,11 +337,7 @@ class OpenAIEngine(ProbedEngine):
                     f"{' …' if len(names) > 5 else ''} ({fault.said}). Set model to one of those."
                 ) from None
         except (openai.APITimeoutError, TimeoutError):
-            raise EngineError(
-                f"{self.who} is too slow: asked for its models and for one word, it was not done "
-                f"within {LOOK_S:g} s. Wait until it has started or has less to do, or correct "
-                "base_url; then run the same command again."
-            ) from None
+            raise self._slow("its models and for one word") from None
         except openai.APIConnectionError as e:
             raise EngineError(
                 f"Nothing answers at {self.base_url} ({self._hidden(_cause(e))}). Start the "
@@ -354,6 +350,13 @@ class OpenAIEngine(ProbedEngine):
             ) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             pass  # what it lists cannot be read; its answers may be
+
+    def _slow(self, what: str) -> EngineError:
+        return EngineError(
+            f"{self.who} is too slow: asked for {what}, it was not done within {LOOK_S:g} s. Wait "
+            "until it has started or has less to do, or correct base_url; then run the same "
+            "command again."
+        )
 
     def _answer(
         self, requests: Sequence[Request], sampling: SamplingParams, advance: Advance
@@ -565,8 +568,7 @@ class OpenAIEngine(ProbedEngine):
         """Waits until the next request may be sent; raises EngineError if it never may."""
         s, counts = self.settings, self.usage.counts
         while True:
-            while (pause := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
+            await self._allowed()
             if s.max_requests is not None and counts["requests"] >= s.max_requests:
                 limit = f"max_requests {s.max_requests:,}"
             elif not (passed := self._passed(tokens)):
@@ -582,6 +584,11 @@ class OpenAIEngine(ProbedEngine):
                 f"{counts['completion_tokens']:,} out. Finished answers are kept; raise the limit "
                 "and run the same command to go on."
             )
+
+    async def _allowed(self) -> None:
+        """Waits until the pause that the server asked for is over."""
+        while (pause := self._not_before - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
 
     def _passed(self, tokens: int) -> str:
         """The limit that so many more tokens could pass; empty where none is.
@@ -610,7 +617,7 @@ class OpenAIEngine(ProbedEngine):
             say(f"  the server asks for a pause of {pause:.0f} s")
         self._not_before = max(self._not_before, time.monotonic() + pause)
         # also after a pause: all requests come back from it at once, and are refused again
-        wait = min(self.settings.backoff * 2**tries, LONGEST_BACKOFF)
+        wait = min(self.settings.backoff * 2.0 ** min(tries, 99), LONGEST_BACKOFF)
         await asyncio.sleep(wait * JITTER.uniform(0.5, 1.0))
 
     def _failed(self, name: str, fault: Fault, tries: int) -> Completion:
