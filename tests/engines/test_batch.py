@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines import batch, openai
 from selfsteer.engines.answers import answers
@@ -31,6 +32,7 @@ from selfsteer.recipe.sections import (
     PrinciplesConfig,
     resolve_path,
 )
+from selfsteer.run import folder as run_folder
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.principles import WritePrinciples
@@ -530,20 +532,47 @@ def test_a_judge_asks_all_in_one_batch_and_nothing_twice(
     assert [len(b["lines"]) for b in server.batches.values()] == [10]
 
 
-def test_a_stage_asks_for_all_its_shards_in_one_batch(server: BatchServer, tmp_path: Path) -> None:
+def principles(server: BatchServer, folder: RunFolder, **writer: Any) -> WritePrinciples:
+    """Of five queries in three shards."""
     server.answer = lambda body: f"Good: Say {body['seed']}.\nBad: Say nothing."
-    writer = {"kind": "openai", "base_url": server.url, "model": "canned", "batch": True}
+    writer = {"kind": "openai", "base_url": server.url, "model": "canned", **writer}
     given = {"features": "random", "mode": "generated", "shard_size": 2, "writer": writer}
     rows = ({"id": f"q{i}", "prompt": f"Query {i}"} for i in range(5))
-    folder = RunFolder(tmp_path)
-    stage = WritePrinciples(
+    return WritePrinciples(
         Artifact(write_jsonl(folder / "queries.jsonl", *rows)),
         Artifact(Path(resolve_path("package:selfsteer.testbed/checkpoint"))),
         PrinciplesConfig.model_validate(given),
         EngineConfig(),
     )
-    result = stage.run(folder)
+
+
+def test_a_stage_asks_for_all_its_shards_in_one_batch(server: BatchServer, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    result = principles(server, folder, batch=True).run(folder)
     assert (result.n_out, result.notes["sources"]) == (5, {"generated": 5})
     assert [len(b["lines"]) for b in server.batches.values()] == [5]
     (asked,) = result.notes["asked"].values()
     assert asked["batch_prompt_tokens"] == 50
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_no_shard_is_paid_for_again_after_a_stop_between_two(
+    batched: bool, server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next run asks one by one."""
+    folder = RunFolder(tmp_path)
+
+    def stop(path: Path, *args: Any) -> None:
+        if path.name == "shard-00001.jsonl":
+            raise KeyboardInterrupt
+        write_atomic(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_atomic", stop)
+        with pytest.raises(KeyboardInterrupt):
+            principles(server, folder, batch=True).run(folder)
+    asked, seen = len(server.asked), len(server.seen)
+    result = principles(server, folder, batch=batched).run(folder)
+    assert result.n_out == 5
+    assert (len(server.asked), len(server.seen)) == (asked, seen)
+    assert not list(tmp_path.rglob("answers-*"))

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from selfsteer.data.digests import derive_seed, digest, digest_path
 from selfsteer.data.jsonl import disk_errors, read_shards, write_atomic
 from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.run import folder as run_folder
 from selfsteer.run.folder import RunFolder, StageResult, logged, read_dropped, refuse, run_shards
 from selfsteer.run.stage import COSTS_ONLY, Stage
 
@@ -392,7 +394,8 @@ class Worker:
         self.asked: list[int] = []
         self.stop_at = stop_at
 
-    def __call__(self, number: int, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
+    def __call__(self, store: Path, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
+        number = items[0] // 4
         if number == self.stop_at:
             raise KeyboardInterrupt
         self.asked.append(number)
@@ -470,21 +473,55 @@ def test_a_damaged_shard_is_done_again(tmp_path: Path, damage: Any) -> None:
 
 def test_shards_that_are_asked_for_at_once_have_the_same_borders(tmp_path: Path) -> None:
     """The shard in the middle is there already; the others come in one call."""
-    folder, calls = tmp_path / "a", list[tuple[int, Sequence[int]]]()
+    folder, calls = tmp_path / "a", list[tuple[str, Sequence[int]]]()
     run_shards(folder, ITEMS, 4, Worker())
     whole = snapshot(folder)
     for number in (0, 2):
         (folder / f"shard-0000{number}.jsonl").unlink()
 
-    def work(number: int, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
-        calls.append((number, items))
-        return Worker()(number, items)
+    def work(store: Path, items: Sequence[int]) -> list[dict[str, int] | Dropped]:
+        calls.append((store.name, items))
+        return Worker()(store, items)
 
     for _ in range(2):
         result = run_shards(folder, ITEMS, 4, work, at_once=True)
-        assert calls == [(0, [0, 1, 2, 3, 8, 9])]
+        assert calls == [("answers-all", [0, 1, 2, 3, 8, 9])]
         assert (result.n_in, result.n_out, result.dropped) == (10, 6, {"three": 4})
         assert snapshot(folder) == whole
+
+
+def test_shards_that_are_asked_for_at_once_may_end_between_two_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No item is counted twice, and no answer is gone."""
+    whole, folder = Counter[str](), tmp_path / "a"
+
+    def work(tally: Counter[str], store: Path, items: Sequence[int]) -> Iterator[dict[str, int]]:
+        store.parent.mkdir(exist_ok=True)
+        store.with_suffix(".jsonl").touch()
+        for item in items:
+            tally["items"] += 1
+            yield {"x": item}
+
+    def full(path: Path, *args: Any) -> None:
+        if path.name == "shard-00001.jsonl":
+            raise KeyboardInterrupt
+        write_atomic(path, *args)
+
+    run_shards(tmp_path / "whole", ITEMS, 4, partial(work, whole), tally=whole)
+    tally = Counter[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_atomic", full)
+        with pytest.raises(KeyboardInterrupt):
+            run_shards(folder, ITEMS, 4, partial(work, tally), tally=tally, at_once=True)
+    assert (folder / "shard-00000.done.json").exists()
+    assert (folder / "answers-all.jsonl").exists()
+    tally = Counter()
+    run_shards(folder, ITEMS, 4, partial(work, tally), tally=tally, at_once=True)
+    assert tally == whole == {"items": 10}
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_a_shard_of_another_size_is_done_again(tmp_path: Path) -> None:

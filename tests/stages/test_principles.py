@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import Stored, read_jsonl
+from selfsteer.engines.answers import answers
 from selfsteer.engines.base import PROMPT_TOO_LONG, Request
+from selfsteer.engines.load import Engines
 from selfsteer.errors import ConfigError
 from selfsteer.principles import writer
 from selfsteer.recipe.sections import EngineConfig, PrinciplesConfig, resolve_path
 from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact
+from selfsteer.stages import principles as stage_of_principles
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.principles import Draft, Share, WritePrinciples
 from tests.fakes import FakeEngine, answer_with
@@ -235,3 +238,37 @@ def test_a_slice_of_a_fixed_size_does_not_depend_on_how_many_iterations_there_ar
     assert first(iterations=1) != first(iterations=3)
     asked = stages_of(recipe("sso-online", iterations=3))["iteration-1/principles"]
     assert asked.records(Scale(100)) == 34
+
+
+@pytest.mark.parametrize("batched", ["chooser", "author"])
+def test_only_who_answers_in_batches_is_asked_for_all_shards_at_once(
+    batched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other one computes together does not depend on it; it is asked again, too."""
+    chooser = FakeEngine(lambda request: "Honesty")
+    author = FakeEngine(lambda request: ONE)
+    calls: dict[str, list[list[str]]] = {"chooser": [], "author": []}
+
+    def counted(engine: Any, requests: Any, *args: Any, **more: Any) -> Any:
+        calls["author" if engine is author else "chooser"].append([r.id[:2] for r in requests])
+        return answers(engine, requests, *args, **more)
+
+    monkeypatch.setattr(stage_of_principles, "answers", counted)
+    monkeypatch.setattr(Engines, "sampler", lambda *args, **kwargs: chooser)
+    monkeypatch.setattr(Engines, "get", lambda *args, **kwargs: author)
+    server = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    names = [f"q{i}" for i in range(5)]
+    folder = RunFolder(tmp_path)
+    WritePrinciples(
+        Artifact(write_jsonl(folder / "queries.jsonl", *({"id": n, "prompt": n} for n in names))),
+        Artifact(Path(resolve_path("package:selfsteer.testbed/checkpoint"))),
+        PrinciplesConfig.model_validate(
+            {"shard_size": 2, "writer": {**server, "batch": batched == "author"}}
+        ),
+        EngineConfig.model_validate({**server, "batch": batched == "chooser"}),
+    ).run(folder)
+    shards = [names[:2], names[2:4], names[4:]]
+    together = calls.pop(batched)
+    (alone,) = calls.values()
+    assert together == [names] * (1 if batched == "chooser" else 2)
+    assert alone == (shards if batched == "author" else shards * 2)

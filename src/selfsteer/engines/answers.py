@@ -38,9 +38,10 @@ def answers(
         requests: with different ids.
         sampling: temperature, nucleus, budget.
         store: JSONL file that gets each answer as it comes. What an earlier try left there of the
-            same requests is not asked for again: whole batches of an engine that computes in
-            batches, single answers otherwise. Requests that failed are not stored; one that is
-            made from the answer to such a request may be another one in the next try.
+            same requests, or in the stores of other shards beside it, is not asked for again: whole
+            batches of an engine that computes in batches, single answers otherwise. Requests that
+            failed are not stored; one that is made from the answer to such a request may be another
+            one in the next try.
         advance: receives (requests, new tokens) as they finish.
 
     Raises:
@@ -87,9 +88,10 @@ def _stored(
 ) -> dict[str, Completion]:
     """The stored answers that count; lines that were cut short or changed are ignored."""
     known: dict[str, Completion] = {}
-    for request, answer in filter(None, _lines(store)):
-        if request == marks.get(answer.id):
-            known[answer.id] = answer
+    for path in {store, *store.parent.glob(f"answers-*{''.join(store.suffixes)}")}:
+        for request, answer in filter(None, _lines(path)):
+            if request == marks.get(answer.id):
+                known[answer.id] = answer
     batches = cut(requests, size) if size else [[r] for r in requests]
     return {
         r.id: known[r.id] for batch in batches if all(r.id in known for r in batch) for r in batch

@@ -532,7 +532,7 @@ def run_shards(
     folder: Path,
     items: Records[T],
     shard_size: int,
-    work: Callable[[int, Sequence[T]], Sequence[Record | Mapping[str, Any]]],
+    work: Callable[[Path, Sequence[T]], Iterable[Record | Mapping[str, Any]]],
     skipped: Callable[[int], None] = lambda n: None,
     tally: Counter[str] | None = None,
     *,
@@ -545,24 +545,27 @@ def run_shards(
             what was dropped, which all together makes ``folder.dropped.jsonl``.
         items: what goes in, in a fixed order; only one shard of it is in memory.
         shard_size: items per shard.
-        work: (shard number, items) → records, `Dropped` among them; deterministic in its arguments.
+        work: (store, items) → records, `Dropped` among them; they depend on the items alone.
+            Answers may wait in files with the store's name in front until the shards are written.
         skipped: told the number of items of each shard that was already there.
         tally: what ``work`` counts; the counts of shards that were already there are added.
-        at_once: give the items of all unfinished shards to ``work`` in one call, with the number of
-            the first of them; it returns one record for each.
+        at_once: give the items of all unfinished shards to ``work`` in one call, which makes one
+            record of each, one after the other; what it counts of a shard it counts while it makes
+            that shard's records. All these items are in memory.
     """
     tally = Counter() if tally is None else tally
-    made_of_all: Iterator[Record | Mapping[str, Any]] | None = None
 
-    def in_one_go(first: int) -> Iterator[Record | Mapping[str, Any]]:
+    def in_one_go() -> Iterator[Record | Mapping[str, Any]]:
         rest = [
             item
             for number, part in enumerate(batched(items, shard_size))
-            if number >= first and _finished_shard(*_names(folder, number), len(part)) is None
+            if _finished_shard(*_names(folder, number), len(part)) is None
             for item in part
         ]
-        return iter([made for _, made in zip(rest, work(first, rest), strict=True)])
+        for _, made in zip(rest, work(folder / "answers-all", rest), strict=True):
+            yield made
 
+    made_of_all = in_one_go()
     result = StageResult(len(items), 0)
     with Drops(folder.with_name(f"{folder.name}.dropped.jsonl")) as drops:
         for number, part in enumerate(batched(items, shard_size)):
@@ -571,10 +574,9 @@ def run_shards(
             if done is None:
                 before = tally.copy()
                 if at_once:
-                    made_of_all = made_of_all or in_one_go(number)
                     made = list(islice(made_of_all, len(part)))
                 else:
-                    made = list(work(number, part))
+                    made = list(work(folder / f"answers-{number:05d}", part))
                 kept = [record for record in made if not isinstance(record, Dropped)]
                 text = dump_lines(kept).encode()
                 write_atomic(shard, text)
@@ -589,13 +591,18 @@ def run_shards(
             else:
                 skipped(len(part))
                 tally.update(done["tally"])
-            for waiting in folder.glob(f"answers-{number:05d}.*"):  # all of them are in the shard
-                waiting.unlink()
+            _unlink(folder.glob(f"answers-{number:05d}.*"))  # all of them are in the shard
             result.n_out += done["n_out"]
             for one in done["dropped"]:
                 drops.add(Dropped(**one))
+    _unlink(folder.glob("answers-all.*"))
     result.dropped = drops.counts
     return result
+
+
+def _unlink(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink()
 
 
 def _names(folder: Path, number: int) -> tuple[Path, Path]:

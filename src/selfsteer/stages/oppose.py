@@ -147,12 +147,13 @@ class Relabel(Stage):
         swapped = Counter[str]()
         with progress_bar(f"{self.title}: judging", len(pairs)) as bar:
 
-            def work(shard: int, part: Sequence[Triple]) -> list[Triple | Dropped]:
+            def work(store: Path, part: Sequence[Triple]) -> Iterator[Triple | Dropped]:
                 asked = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in part]
                 said = [judgement.verdict for judgement in judge.compare_all(asked)]
                 bar.advance(len(part))
-                swapped["swapped"] += said.count(Verdict.SECOND)
-                return list(map(_labelled, part, said))
+                for triple, verdict in zip(part, said, strict=True):
+                    swapped["swapped"] += verdict is Verdict.SECOND
+                    yield _labelled(triple, verdict)
 
             folder, size = run / self.name, self.shard_size
             result = run_shards(

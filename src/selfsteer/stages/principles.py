@@ -3,8 +3,9 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class WritePrinciples(Stage):
             passes = author.passes if author else 1
             with progress_bar("principles", len(queries) * passes) as bar:
 
-                def work(shard: int, part: Sequence[Query]) -> list[Triple]:
+                def work(store: Path, part: Sequence[Query]) -> list[Triple]:
                     if author:
-                        return author.write(part, seed, folder / f"answers-{shard:05d}", bar)
+                        return author.write(part, seed, store, bar)
                     assert given
                     return list(map(given.triple, part))
 
@@ -113,7 +114,7 @@ class WritePrinciples(Stage):
                     settings.shard_size,
                     work,
                     lambda n: bar.skip(n * passes),
-                    at_once=(settings.writer or self.engine).batch,
+                    at_once=bool(author and author.together),
                 )
             notes |= engines.notes
         seen, system = Tally(), kept_system(settings, str(self.policy.path), self.loading)
@@ -132,15 +133,20 @@ class WritePrinciples(Stage):
     def _author(self, engines: Engines) -> "Author":
         """Who names the features (the policy), and who writes."""
         settings, policy = self.settings, str(self.policy.path)
+        together = set[Engine]()
 
         def engine(writer: WriterConfig | None) -> Engine:
             size = settings.batch_size
-            return who_answers(engines, self.engine, policy, self.loading, size, writer)
+            found = who_answers(engines, self.engine, policy, self.loading, size, writer)
+            if (writer or self.engine).batch:
+                together.add(found)
+            return found
 
         return Author(
             settings,
             engine(None) if settings.features == "model" else None,
             engine(settings.writer) if settings.mode == "generated" else None,
+            together,
         )
 
 
@@ -227,12 +233,18 @@ class Author:
         settings: how.
         chooser: who names the features; None: they are filled at random.
         author: who writes; None: the catalogue's texts are picked.
+        together: those of them that are asked for all shards at once; others one by one.
     """
 
     def __init__(
-        self, settings: PrinciplesConfig, chooser: Engine | None, author: Engine | None
+        self,
+        settings: PrinciplesConfig,
+        chooser: Engine | None,
+        author: Engine | None,
+        together: Collection[Engine] = (),
     ) -> None:
         self.settings, self.chooser, self.author = settings, chooser, author
+        self.together = together
         self.catalogue = catalogue_of(settings)
         if findings := lint(catalogue_text(settings.catalogue)):
             warn(
@@ -246,32 +258,36 @@ class Author:
         return (self.chooser is not None) + (self.author is not None) * self.settings.candidates
 
     def write(self, part: Sequence[Query], seed: int, store: Path, bar: Bar) -> list[Triple]:
-        """Principles for one shard of queries; equal arguments give equal principles.
+        """Principles for queries; equal arguments give equal principles.
 
         Args:
-            part: the queries.
+            part: the queries of one shard or of several.
             seed: of the stage.
-            store: where answers wait until the shard is written; this name in front.
+            store: where answers wait until the shards are written; this name in front.
             bar: told the answers as they finish.
         """
         s, catalogue = self.settings, self.catalogue
+        shard_of = {q.id: number // s.shard_size for number, q in enumerate(part)}
 
         def ask(
             engine: Engine, kind: str, prompts: Mapping[str, list[Message]], count: int
         ) -> dict[str, list[Completion]]:
-            asked = [
-                Request(f"{i}/{k}", tuple(messages), derive_seed(seed, i, kind, k))
-                for i, messages in prompts.items()
-                for k in range(count)
-            ]
-            found = answers(
-                engine,
-                asked,
-                SamplingParams(s.temperature, s.top_p, s.max_new_tokens),
-                store=store.with_name(f"{store.name}.{kind}.jsonl"),
-                # the number of retries is not known in advance
-                advance=lambda items, tokens: bar.advance(items * (kind != TRIES[1]), tokens),
-            )
+            found: dict[str, Completion] = {}
+            # what an engine in process computes together is the same, whatever another one does
+            for _, ids in groupby(prompts, lambda i: engine not in self.together and shard_of[i]):
+                asked = [
+                    Request(f"{i}/{k}", tuple(prompts[i]), derive_seed(seed, i, kind, k))
+                    for i in ids
+                    for k in range(count)
+                ]
+                found |= answers(
+                    engine,
+                    asked,
+                    SamplingParams(s.temperature, s.top_p, s.max_new_tokens),
+                    store=store.with_name(f"{store.name}.{kind}.jsonl"),
+                    # the number of retries is not known in advance
+                    advance=lambda items, tokens: bar.advance(items * (kind != TRIES[1]), tokens),
+                )
             return {i: [found[f"{i}/{k}"] for k in range(count)] for i in prompts}
 
         said: dict[str, list[Completion]] = {}

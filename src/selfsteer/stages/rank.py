@@ -313,7 +313,7 @@ class RankAnswers(Stage):
             judge = PrincipleContrast(policy, self.loading, clip=self.clip, folder=run / "scores")
         with progress_bar(f"{self.title}: ranking", len(found)) as bar:
 
-            def work(shard: int, part: Sequence[Candidates]) -> list[Preference | Dropped]:
+            def work(store: Path, part: Sequence[Candidates]) -> list[Preference | Dropped]:
                 scores = rank_all(judge, part)
                 bar.advance(len(part))
                 return [
@@ -327,7 +327,7 @@ class RankAnswers(Stage):
                 sampling.shard_size,
                 work,
                 bar.skip,
-                at_once=settings.engine.batch,
+                at_once=self.clip is None and settings.engine.batch,
             )
         # one file of drops for both halves
         halves = (folder / "candidates.dropped.jsonl", run / f"{self.name}.dropped.jsonl")

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 from typing_extensions import override
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import Record, Records
+from selfsteer.data.jsonl import Record, Records, batched
 from selfsteer.data.records import Dropped, Message, Query, Triple
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import (
@@ -143,19 +143,20 @@ class Asking(Generic[R]):
 
         with progress_bar(label, len(records) * each) as bar:
 
-            def work(shard: int, part: Sequence[R]) -> list[Record]:
-                store = folder / f"answers-{shard:05d}"
-                found = self.answers(
+            def work(store: Path, part: Sequence[R]) -> Iterator[Record]:
+                nonlocal warned
+                answered = self.answers(
                     part, engine, params, seed=seed, store=store, advance=bar.advance
                 )
-                nonlocal warned
-                sampled.update(tokens_kept(answer for row in found for answer in row))
-                for response in dict.fromkeys(w.response for w in self.wanted):
-                    sampled.update(signs(response, self._said(response, found)))
-                if not warned and (text := noticed()):  # while there is time to stop
-                    warned = True
-                    warn(f"{label}: {text}")
-                return list(map(self.make, part, found))
+                for shard in batched(zip(part, answered, strict=True), sampling.shard_size):
+                    found = [row for _, row in shard]
+                    sampled.update(tokens_kept(answer for row in found for answer in row))
+                    for response in dict.fromkeys(w.response for w in self.wanted):
+                        sampled.update(signs(response, self._said(response, found)))
+                    if not warned and (text := noticed()):  # while there is time to stop
+                        warned = True
+                        warn(f"{label}: {text}")
+                    yield from (self.make(record, row) for record, row in shard)
 
             result = run_shards(
                 folder,
