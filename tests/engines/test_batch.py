@@ -215,8 +215,9 @@ def test_a_run_that_is_killed_at_any_call_pays_nothing_twice(
             assert ended or killed(one, folder) == 0
             assert one.paid == {f"Query {i}": 1 for i in range(5)}, one.seen
             assert [len(b["lines"]) for b in one.batches.values()] == [3, 2, 1], one.seen
-            assert all(row["id"] and row["counted"] for row in kept(folder))
-            counts = Usage(folder / "usage.json").counts
+            usage = Usage(folder / "usage.json")
+            assert {row["mark"] for row in kept(folder) if row["id"]} == usage.batches
+            counts = usage.counts
             assert (counts["requests"], counts["prompt_tokens"]) == (6, 50)
         number += 1
     assert number == 14
@@ -284,6 +285,183 @@ def test_a_full_queue_gets_fewer_requests_at_a_time(server: BatchServer, tmp_pat
     assert {c.finish_reason for c in found.values()} == {"stop"}
     assert [len(b["lines"]) for b in server.batches.values()] == [8, 4, 2, 2, 2, 2]
     assert server.paid == {f"Query {i}": 1 for i in range(8)}
+
+
+FULL = Ending("failed", errors={"code": "token_limit_exceeded", "message": "Limit: 90,000"})
+
+
+@pytest.mark.parametrize(
+    ("count", "endings", "sizes"),
+    [
+        # the last one of a request is refused because of the other one
+        (9, [Ending(), FULL, Ending()], [8, 1, 1]),
+        # what is short says nothing of how long the others may be
+        (18, [FULL, FULL, Ending(), Ending(), FULL, Ending()], [8, 8, 2, 8, 8, 8]),
+        (18, [FULL, FULL, FULL, Ending()], [8, 8, 2, 4, 4, 4, 4, 2]),
+    ],
+)
+def test_a_queue_that_our_own_batches_fill_is_waited_for(
+    count: int,
+    endings: list[Ending],
+    sizes: list[int],
+    server: BatchServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch, "MOST_REQUESTS", 8)
+    server.endings = endings
+    with asking(server.url, tmp_path, retries=0) as engine:
+        assert len(ask(engine, tmp_path, requests(count))) == count
+        assert engine.usage.counts["requests"] == count
+    assert [len(b["lines"]) for b in server.batches.values()] == sizes
+    assert server.paid == {f"Query {i}": 1 for i in range(count)}
+
+
+def interrupted(server: BatchServer, folder: Path, at: int, **settings: Any) -> None:
+    """A run of seven requests that is stopped by Ctrl-C after so many calls."""
+
+    def interrupt(number: int) -> bool:
+        if number == at:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return False
+
+    server.after = interrupt
+    with asking(server.url, folder, **settings) as engine, pytest.raises(KeyboardInterrupt):
+        ask(engine, folder, requests(7))
+    server.after = lambda number: False
+
+
+def end(server: BatchServer, name: str = "batch_0") -> None:
+    """Ends a batch, whoever looks at it."""
+    server.batches[name]["left"] = 1
+
+
+def test_a_batch_that_is_left_behind_is_counted_and_holds_the_limits(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other settings: first while it waits, and then when it is over."""
+    server.endings = [Ending(looks=10**9), Ending()]
+    interrupted(server, tmp_path, 4)
+    other: dict[str, Any] = {"extra_body": {"top_k": 5}}
+    with (
+        asking(server.url, tmp_path, **other, max_requests=13) as engine,
+        pytest.raises(EngineError, match="come to 14"),
+    ):
+        ask(engine, tmp_path, requests(7))
+    assert "batch_0 of other settings goes on" in "".join(capsys.readouterr())
+    with asking(server.url, tmp_path, **other) as engine:
+        ask(engine, tmp_path, requests(7))
+        assert engine.usage.counts["requests"] == 7
+    end(server)
+    with asking(server.url, tmp_path, **other) as engine:
+        (tmp_path / "answers.jsonl").unlink()
+        ask(engine, tmp_path, requests(7))
+    counts = Usage(tmp_path / "usage.json").counts
+    assert (counts["requests"], counts["prompt_tokens"]) == (14, 140)
+    assert len(server.batches) == 2
+
+
+def test_a_batch_is_counted_once_if_the_run_ends_right_after_that(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Usage.save
+
+    def dies(self: Usage, *, now: bool = False) -> None:
+        save(self, now=now)
+        if self.counts["prompt_tokens"]:
+            raise EngineError("no power")
+
+    with monkeypatch.context() as patch, asking(server.url, tmp_path) as engine:
+        patch.setattr(Usage, "save", dies)
+        with pytest.raises(EngineError, match="no power"):
+            ask(engine, tmp_path, requests(2))
+        patch.undo()
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(2))
+        assert engine.usage.counts["prompt_tokens"] == 20
+    assert len(server.batches) == 1
+
+
+def test_a_queue_that_a_batch_left_behind_fills_is_waited_for(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    server.endings = [Ending(looks=30), FULL, Ending()]
+    interrupted(server, tmp_path, 4)
+    with asking(server.url, tmp_path, extra_body={"top_k": 5}) as engine:
+        ask(engine, tmp_path, requests(7))
+        assert engine.usage.counts["requests"] == 14
+    assert [len(b["lines"]) for b in server.batches.values()] == [7, 7, 7]
+
+
+def test_a_run_that_is_interrupted_drops_what_another_one_drops(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    """Six requests fail every time, which is no dead server, as the seventh was answered."""
+    fail: dict[int, tuple[int, Any] | None] = dict.fromkeys(range(6), BUSY)
+    for at in (None, 5, 9):
+        with serving_batches() as one:
+            one.endings = [Ending(lines=fail, looks=2), Ending(lines=fail, looks=10)]
+            folder = tmp_path / str(at)
+            if at is not None:
+                interrupted(one, folder, at, retries=2)
+            with asking(one.url, folder, retries=2) as engine:
+                found = ask(engine, folder, requests(7))
+            reasons = [c.finish_reason for c in found.values()]
+            assert reasons == ["request_failed:http_503"] * 6 + ["stop"]
+            assert [len(b["lines"]) for b in one.batches.values()] == [7, 6, 6], at
+
+
+def test_a_batch_that_nothing_waits_for_is_named(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"kind": "openai", "base_url": server.url, "model": "canned"}
+    server.endings = [Ending(looks=10**9)]
+
+    def interrupt(number: int) -> bool:
+        if number == 4:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return False
+
+    server.after = interrupt
+    with Engines(tmp_path) as engines:
+        engine = engines.get(EngineConfig(**given, batch=True), "", Loading(), 1)
+        with pytest.raises(KeyboardInterrupt):
+            answers(engine, requests(3), GREEDY)
+    capsys.readouterr()
+    with Engines(tmp_path) as engines:
+        engines.get(EngineConfig(**given), "", Loading(), 1)
+    assert "may go on with batch_0 and charge for it" in "".join(capsys.readouterr())
+
+
+def test_files_are_cut_to_what_their_answers_may_take(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tokens of 16 bytes and 2,048 of all else are 3,072 bytes."""
+    monkeypatch.setattr(batch, "LONGEST_FILE", 3 * 3072)
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(7))
+    assert [len(b["lines"]) for b in server.batches.values()] == [3, 3, 1]
+
+
+def test_a_file_may_take_longer_than_a_request(server: BatchServer, tmp_path: Path) -> None:
+    """A second apart from its timeout for each 100,000 bytes that it may have."""
+
+    def slowly(h: Any) -> bool:
+        if not h.path.endswith("/content"):
+            return False
+        data = server.files[h.path.split("/")[-2]]
+        h.send_response(200)
+        h.send_header("Content-Length", str(len(data)))
+        h.end_headers()
+        for start in range(0, len(data), len(data) // 4):
+            h.wfile.write(data[start : start + len(data) // 4])
+            h.wfile.flush()
+            time.sleep(0.15)
+        return True
+
+    server.always = slowly
+    with asking(server.url, tmp_path, timeout=0.4, retries=0) as engine:
+        assert len(ask(engine, tmp_path, requests(7))) == 7
 
 
 @pytest.mark.parametrize(
@@ -431,12 +609,13 @@ def test_a_file_of_answers_may_be_longer_than_a_reply_but_not_endless(
 ) -> None:
     monkeypatch.setattr(openai, "LONGEST_REPLY", 2000)
     server.answer = lambda body: "long \u2028 " * 2000
-    with asking(server.url, tmp_path, retries=0) as engine:
+    with asking(server.url, tmp_path, retries=3) as engine:
         found = ask(engine, tmp_path, requests(2))
         assert found["q1"].text == ("long \u2028 " * 2000).strip()
         monkeypatch.setattr(openai, "LONGEST_FILE", 3000)
         with pytest.raises(EngineError, match="longer than 3,000 bytes"):
             ask(engine, tmp_path, requests(3)[2:])
+    assert server.seen.count("GET /files/output_batch_1/content") == 1
 
 
 def test_a_line_that_cannot_be_read_is_asked_again(server: BatchServer, tmp_path: Path) -> None:

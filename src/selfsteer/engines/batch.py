@@ -8,7 +8,8 @@ The run folder keeps each batch in a file, which is written before the batch is 
 that the server keeps in its metadata, and again with its id. So a run that is killed at any moment
 finds its batches: by id, or by mark in the server's list if it was killed in between. Requests are
 known by what they ask, so the batches of a killed stage answer those that are still open. The files
-stay, as what was paid for; a request that failed is asked again in another batch.
+stay, as what was paid for; a request that failed is asked again in another batch. A batch counts
+when it is over, also where nobody needs its answers any more.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.openai import (
     BUDGET,
+    LONGEST_FILE,
     LONGEST_PAUSE,
     LOOK_S,
     NEW_BUDGET,
@@ -46,7 +48,7 @@ from selfsteer.engines.openai import (
     status_fault,
 )
 from selfsteer.errors import EngineError, clip
-from selfsteer.terminal import say
+from selfsteer.terminal import say, warn
 
 T = TypeVar("T")
 
@@ -65,6 +67,12 @@ PAGES = 100
 #: What a batch is over with; it may have answers with any of them but ``failed``.
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 
+#: Bytes of a token in a file of answers at most, on average, and of all else in an answer's line.
+TOKEN_BYTES, LINE_BYTES = 16, 2048
+
+#: Bytes a second of the slowest link that files may come and go by.
+SLOWEST = 100_000
+
 #: Ids of files and batches, which become part of addresses.
 ID = re.compile(r"[\w:=-][\w.:=-]{0,199}", re.ASCII)
 
@@ -80,15 +88,15 @@ class Batch:
         number: of its file.
         mark: in its metadata at the server.
         asked: keys of its requests.
+        most: tokens of their prompts and answers at most.
         id: the server's; None: not known, nor whether it was made.
-        counted: whether its tokens are in the counts of the run.
     """
 
     number: int
     mark: str
     asked: list[str]
+    most: tuple[int, int]
     id: str | None = None
-    counted: bool = False
 
 
 @dataclass
@@ -112,7 +120,7 @@ class BatchEngine(OpenAIEngine):
 
     def __init__(self, folder: Path, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._folder, self._most = folder, MOST_REQUESTS
+        self._folder = folder
         self._waiting = set[str]()
 
     @override
@@ -160,19 +168,25 @@ class BatchEngine(OpenAIEngine):
             named = {k: v for k, v in made[0].items() if k not in (BUDGET, NEW_BUDGET)}
             key = digest([request.id, named, sampling.max_new_tokens, self._extra])
             open_[key] = Asked(request, *made)
-        kept = [read_json(Batch, path) for path in sorted(self._folder.glob("[0-9]*.json"))]
-        earlier, answered = await self._earlier(open_, kept), False
+        kept = kept_in(self._folder)
+        earlier = await self._earlier(open_, kept)
+        # what is no longer open was answered
+        answered = any(
+            b.asked != keys for b in kept if (keys := [k for k in b.asked if k in open_])
+        )
+        most = MOST_REQUESTS
         try:
             while open_:
                 known = {key for _, keys in earlier for key in keys}
                 new = await self._submit(
-                    [k for k in open_ if k not in known], open_, kept, sampling
+                    [k for k in open_ if k not in known], open_, kept, sampling, most
                 )
                 faults: dict[str, Fault] = {}
-                for number, (batch, keys) in enumerate([*earlier, *new]):
-                    fresh, over = number >= len(earlier), await self._over(batch)
-                    if fresh and over["status"] == "failed":
-                        self._ask_fewer(batch, over)
+                refused = list[tuple[Batch, EngineError]]()
+                for batch, keys in [*earlier, *new]:
+                    fresh, over = batch.mark not in self.usage.batches, await self._over(batch)
+                    if over["status"] == "failed":
+                        refused.append((batch, self._objection(batch, over, kept)))
                         continue
                     for key, said in (await self._results(batch, over, keys)).items():
                         if isinstance(said, Reply):
@@ -185,6 +199,10 @@ class BatchEngine(OpenAIEngine):
                             f"Batch {batch.id} was cancelled at {self.base_url}. Its finished "
                             "answers are kept; run the same command again to ask for the others."
                         )
+                if refused and len(refused) == len(earlier) + len(new):
+                    most = await self._ask_fewer(refused, kept, most)
+                elif refused:
+                    say("  the server's queue was full; what it refused is sent again")
                 for key, fault in faults.items():
                     if failed := self._lost(open_[key], fault, sampling, answered):
                         put(failed)
@@ -214,22 +232,48 @@ class BatchEngine(OpenAIEngine):
         return self._failed(asked.request.id, fault, asked.tries)
 
     async def _earlier(
-        self, open_: Collection[str], kept: list[Batch]
+        self, open_: Mapping[str, Asked], kept: list[Batch]
     ) -> list[tuple[Batch, list[str]]]:
-        """Batches that were made for open requests, and for which: each one's last."""
+        """Batches that were made for open requests, and for which: each one's last.
+
+        Counts those that are over and were made for others, and the tries of the open requests: a
+        request that failed as often as it may is asked anew.
+        """
         found, left = [], set(open_)
         for batch in reversed(kept.copy()):
+            if batch.id is None and (name := await self._listed(batch.mark)):
+                self._made(batch, name)
+            if batch.id is None:  # it was never made
+                self._remove(batch, kept)
+                continue
+            counted = batch.mark in self.usage.batches
+            for key in left.intersection(batch.asked):
+                open_[key].tries -= not counted  # it is not over
+            for key in open_.keys() & set(batch.asked):
+                open_[key].tries += 1
             if keys := [key for key in batch.asked if key in left]:
-                if batch.id is None and (name := await self._listed(batch.mark)):
-                    self._made(batch, name)
-                if batch.id is None:  # it was never made
-                    self._path(batch).unlink()
-                    kept.remove(batch)
-                    continue
                 left -= set(keys)
-                self._waiting.add(batch.id)
                 found.append((batch, keys))
+                if not counted:
+                    self._waiting.add(batch.id)
+            elif not counted:
+                await self._left_behind(batch, kept)
+        for asked in open_.values():
+            asked.tries %= self.settings.retries + 1
         return found[::-1]
+
+    async def _left_behind(self, batch: Batch, kept: list[Batch]) -> None:
+        """Counts a batch whose answers nobody needs, if it is over."""
+        over = await self._look(batch)
+        if over["status"] == "failed":
+            self._remove(batch, kept)
+        elif over["status"] in OVER:
+            await self._results(batch, over, [])
+        else:
+            warn(
+                f"batch {batch.id} of other settings goes on at {self.base_url}, which charges for "
+                "it; cancel it there if you do not go back to those settings"
+            )
 
     async def _submit(
         self,
@@ -237,31 +281,36 @@ class BatchEngine(OpenAIEngine):
         open_: Mapping[str, Asked],
         kept: list[Batch],
         sampling: SamplingParams,
+        most: int,
     ) -> list[tuple[Batch, list[str]]]:
-        """New batches for requests; for some of them where the server takes only so many at once.
+        """New batches of so many requests at most; only the first where that is for the queue.
 
         Raises:
             EngineError: with all that is open they could pass a limit.
         """
         if not keys:
             return []
-        self._admit(len(keys), [a.tokens for a in open_.values()], sampling.max_new_tokens)
+        budget = sampling.max_new_tokens
+        waiting = [b for b in kept if b.mark not in self.usage.batches]
+        self._admit([open_[k].tokens for k in keys], budget, waiting)
+        fits = max(1, LONGEST_FILE // (TOKEN_BYTES * budget + LINE_BYTES))
         made = []
-        for part, lines in self._files(keys, open_):
+        for part, lines in self._files(keys, open_, min(most, fits)):
             number = kept[-1].number + 1 if kept else 0
-            batch = Batch(number, digest([time.time_ns(), part]), part)
+            tokens = sum(open_[key].tokens for key in part), len(part) * budget
+            batch = Batch(number, digest([time.time_ns(), part]), part, tokens)
             self._save(batch)
             kept.append(batch)
             await self._create(batch, lines)
             made.append((batch, part))
-            if self._most < MOST_REQUESTS:
+            if most < MOST_REQUESTS:
                 break
         return made
 
     def _files(
-        self, keys: Sequence[str], open_: Mapping[str, Asked]
+        self, keys: Sequence[str], open_: Mapping[str, Asked], most: int
     ) -> Iterator[tuple[list[str], bytes]]:
-        """Requests and the files that ask them."""
+        """So many requests at most, and the files that ask them."""
         part, lines = list[str](), bytearray()
         for key in keys:
             body = open_[key].body
@@ -275,23 +324,25 @@ class BatchEngine(OpenAIEngine):
                     "body": {**body, **self._extra},
                 }
             ).encode()
-            if part and (len(part) == self._most or len(lines) + len(line) >= MOST_BYTES):
+            if part and (len(part) == most or len(lines) + len(line) >= MOST_BYTES):
                 yield part, bytes(lines)
                 part, lines = [], bytearray()
             part.append(key)
             lines += line + b"\n"
         yield part, bytes(lines)
 
-    def _admit(self, count: int, prompts: Sequence[int], budget: int) -> None:
-        """Fails if so many more requests could pass a limit, each at its longest.
+    def _admit(self, prompts: Sequence[int], budget: int, waiting: Sequence[Batch]) -> None:
+        """Fails if more requests could pass a limit, each at its longest.
 
         Args:
-            count: requests that are sent.
-            prompts: most tokens of each prompt that is under way then.
+            prompts: most tokens of each request's prompt.
             budget: tokens of each answer.
+            waiting: batches that are not counted yet.
         """
-        s, used = self.settings, (sum(prompts), len(prompts) * budget)
-        most = self.usage.counts + Counter(requests=count) + _tokens(*used)
+        s, count = self.settings, len(prompts)
+        most = self.usage.counts + _used(count, sum(prompts), count * budget)
+        for batch in waiting:
+            most += _used(len(batch.asked), *batch.most)
         reaches = {
             "max_requests": most["requests"],
             "max_tokens_total": most["prompt_tokens"] + most["completion_tokens"],
@@ -333,13 +384,11 @@ class BatchEngine(OpenAIEngine):
             )
             return self._id(_object(found))
 
-        file = await self._tried(upload, lacks)
+        file = await self._tried(upload, lacks, transfer=len(lines))
         self._made(batch, await self._tried(create, lacks))
         say(f"  batch {batch.id}: {len(batch.asked):,} requests, to be answered within 24 h")
 
     def _made(self, batch: Batch, name: str) -> None:
-        self.usage.counts["requests"] += len(batch.asked)
-        self.usage.save(now=True)
         batch.id = name
         self._save(batch)
         self._waiting.add(name)
@@ -369,7 +418,7 @@ class BatchEngine(OpenAIEngine):
     async def _results(
         self, batch: Batch, over: Mapping[str, Any], keys: Sequence[str]
     ) -> dict[str, Reply | Fault]:
-        """What became of these requests of a batch that is over; counts its tokens once."""
+        """What became of these requests of a batch that is over; counts it once, in one write."""
         found, wanted, used = dict[str, Reply | Fault](), set(keys), [0, 0]
         for name in ("output_file_id", "error_file_id"):
             if over.get(name) is None:
@@ -380,20 +429,18 @@ class BatchEngine(OpenAIEngine):
                     used[1] += said.completion_tokens
                 if key in wanted and not isinstance(found.get(key), Reply):
                     found[key] = said
-        if not batch.counted:
-            self.usage.counts.update(_tokens(*used))
+        if batch.mark not in self.usage.batches:
+            self.usage.counts.update(_used(len(batch.asked), *used))
+            self.usage.batches.add(batch.mark)
             self.usage.save(now=True)
-            batch.counted = True
-            self._save(batch)
         reason = "batch_expired" if over["status"] == "expired" else "no_line"
         lost = Fault(reason, f"the files of batch {batch.id} hold nothing of it")
         return {key: found.get(key, lost) for key in keys}
 
-    async def _over(self, batch: Batch) -> dict[str, Any]:
-        """What the server says of a batch that is over."""
+    async def _look(self, batch: Batch) -> dict[str, Any]:
+        """What the server says of a batch."""
         assert batch.id is not None
-        name, pause, told, began = batch.id, FIRST_LOOK, "", time.monotonic()
-        gone = self._gone(batch)
+        name = batch.id
 
         async def look() -> dict[str, Any]:
             found = _object(await self._client.batches.with_raw_response.retrieve(name))
@@ -401,8 +448,14 @@ class BatchEngine(OpenAIEngine):
                 raise Fault("malformed_batch", "it says nothing of its status")
             return found
 
+        return await self._tried(look, self._gone(batch), patience=LONGEST_PAUSE)
+
+    async def _over(self, batch: Batch) -> dict[str, Any]:
+        """What the server says of a batch that is over."""
+        assert batch.id is not None
+        name, pause, told, began = batch.id, FIRST_LOOK, "", time.monotonic()
         while True:
-            found = await self._tried(look, gone, patience=LONGEST_PAUSE)
+            found = await self._look(batch)
             match found.get("request_counts"):
                 case {"completed": int(done), "total": int(total)} if total:
                     line = f"  batch {name}: {done:,} of {total:,} answered"
@@ -420,26 +473,45 @@ class BatchEngine(OpenAIEngine):
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, LAST_LOOK)
 
-    def _ask_fewer(self, batch: Batch, over: Mapping[str, Any]) -> None:
-        """After a batch of which nothing was asked, as it is too long for the server's queue.
+    def _objection(self, batch: Batch, over: Mapping[str, Any], kept: list[Batch]) -> EngineError:
+        """Why a batch was refused that is too long for the server's queue; it is forgotten.
 
         Raises:
-            EngineError: that is not why.
+            EngineError: it was refused for another reason.
         """
+        self._remove(batch, kept)
         code = message = None
         match over.get("errors"):
             case {"data": [{"code": code, "message": message}, *_]}:
                 pass
-        if code != QUEUE_FULL or len(batch.asked) == 1:
-            said = clip(self._hidden(str(message)), 300)
-            raise EngineError(
-                f"{self.who} refuses batch {batch.id} of {len(batch.asked):,} requests: {said}. "
-                "Nothing of it was asked; change what it objects to, then run the same command "
-                "again."
-            )
-        self.usage.counts["requests"] -= len(batch.asked)
-        self._most = len(batch.asked) // 2
-        say(f"  too much for the server's queue; now {self._most:,} requests at a time")
+        said = clip(self._hidden(str(message)), 300)
+        error = EngineError(
+            f"{self.who} refuses batch {batch.id} of {len(batch.asked):,} requests: {said}. "
+            "Nothing of it was asked; change what it objects to, then run the same command again."
+        )
+        if code != QUEUE_FULL:
+            raise error
+        return error
+
+    async def _ask_fewer(
+        self, refused: Sequence[tuple[Batch, EngineError]], kept: list[Batch], most: int
+    ) -> int:
+        """Most requests of a batch, after batches that were refused while none of these waited.
+
+        Raises:
+            EngineError: there is no room for a single request.
+        """
+        for batch in kept:
+            if batch.mark not in self.usage.batches:  # one that was left behind takes the room
+                await self._over(batch)
+                await self._left_behind(batch, kept)
+                return most
+        batch, error = max(refused, key=lambda one: len(one[0].asked))
+        if len(batch.asked) == 1:
+            raise error
+        most = len(batch.asked) // 2
+        say(f"  too much for the server's queue; now {most:,} requests at a time")
+        return most
 
     async def _lines(self, batch: Batch, file: str) -> list[tuple[str, Reply | Fault]]:
         """The lines of a file of answers or errors: keys, and what became of their requests."""
@@ -448,7 +520,7 @@ class BatchEngine(OpenAIEngine):
             found = await self._client.files.with_raw_response.content(file)
             return found.http_response.content
 
-        data = io.BytesIO(await self._tried(download, self._gone(batch)))
+        data = io.BytesIO(await self._tried(download, self._gone(batch), transfer=LONGEST_FILE))
         return [row for line in data if (row := self._row(line)) is not None]
 
     def _row(self, line: bytes) -> tuple[str, Reply | Fault] | None:
@@ -476,7 +548,11 @@ class BatchEngine(OpenAIEngine):
         return key, Fault(reason, clip(said, 300))
 
     async def _tried(
-        self, send: Callable[[], Awaitable[T]], missing: str, patience: float = 0.0
+        self,
+        send: Callable[[], Awaitable[T]],
+        missing: str,
+        patience: float = 0.0,
+        transfer: int = 0,
     ) -> T:
         """What a call gives, whatever it takes within the retries.
 
@@ -484,13 +560,15 @@ class BatchEngine(OpenAIEngine):
             send: the call.
             missing: what it means that there is nothing at its address.
             patience: seconds in which there is no end to the retries.
+            transfer: bytes of a file that the call may take with it.
         """
         tries, began = 0, time.monotonic()
+        timeout = self.settings.timeout + transfer / SLOWEST
         while True:
             try:
                 await self._allowed()
                 with self._faults():
-                    async with asyncio.timeout(self.settings.timeout):
+                    async with asyncio.timeout(timeout):
                         return await send()
             except Fault as fault:
                 if fault.reason in ("http_404", "http_405"):
@@ -526,11 +604,22 @@ class BatchEngine(OpenAIEngine):
     def _save(self, batch: Batch) -> None:
         write_atomic(self._path(batch), json.dumps(asdict(batch)) + "\n")
 
+    def _remove(self, batch: Batch, kept: list[Batch]) -> None:
+        """Forgets a batch of which nothing was asked."""
+        self._path(batch).unlink()
+        kept.remove(batch)
 
-def _tokens(prompts: int, answers: int) -> Counter[str]:
-    """Counts of so many tokens, as `Usage` has them."""
+
+def kept_in(folder: Path) -> list[Batch]:
+    """The batches of a run, in their order."""
+    return [read_json(Batch, path) for path in sorted(folder.glob("[0-9]*.json"))]
+
+
+def _used(requests: int, prompts: int, answers: int) -> Counter[str]:
+    """Counts of so many requests and tokens, as `Usage` has them."""
     used = {"prompt_tokens": prompts, "completion_tokens": answers}
-    return Counter({**used, **{f"batch_{name}": n for name, n in used.items()}})
+    batched = {f"batch_{name}": n for name, n in used.items()}
+    return Counter({"requests": requests, **used, **batched})
 
 
 def _object(found: Any) -> dict[str, Any]:

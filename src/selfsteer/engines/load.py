@@ -15,7 +15,7 @@ from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError
 from selfsteer.recipe import secrets
 from selfsteer.recipe.sections import EngineConfig, EngineSettings, Loading
-from selfsteer.terminal import say
+from selfsteer.terminal import say, warn
 
 if TYPE_CHECKING:
     from selfsteer.engines.openai import OpenAIEngine
@@ -139,7 +139,7 @@ class Engines(ExitStack):
         self, settings: EngineSettings, source: str, loading: Loading, *, at_hand: bool
     ) -> "OpenAIEngine":
         """Asks a server; its prompts are checked here where the model can be loaded."""
-        from selfsteer.engines.batch import BatchEngine
+        from selfsteer.engines.batch import BatchEngine, kept_in
         from selfsteer.engines.openai import OpenAIEngine
 
         name = digest(settings.identity)
@@ -159,9 +159,16 @@ class Engines(ExitStack):
 
             local["chat"] = load_chat(source, loading)
             local["context_length"] = load_context_length(source, loading)
-        if settings.batch and self.home:
+        if self.home:
             folder = self.home / "batches" / name
-            return BatchEngine(folder, settings, model, base_url, usage, **local)
+            if settings.batch:
+                return BatchEngine(folder, settings, model, base_url, usage, **local)
+            if left := [b.id or b.mark for b in kept_in(folder) if b.mark not in usage.batches]:
+                warn(
+                    f"{label} may go on with {', '.join(left)} and charge for it; without batch, "
+                    "nothing waits for those answers, and what they would answer is asked and paid "
+                    "for again. To use them, stop and set batch: true until they are there"
+                )
         return OpenAIEngine(settings, model, base_url, usage, **local)
 
 

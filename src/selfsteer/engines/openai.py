@@ -58,8 +58,8 @@ DEAD_AFTER = 5
 LONGEST_BACKOFF, LONGEST_PAUSE = 60.0, 3600.0
 
 #: Bytes of a reply at most: a thousand times what the longest answers take; and of a file of
-#: answers: 50,000 of them with 2,048 tokens each, twice.
-LONGEST_REPLY, LONGEST_FILE = 64 << 20, 1 << 30
+#: answers, which batches are cut to.
+LONGEST_REPLY, LONGEST_FILE = 64 << 20, 512 << 20
 
 #: Tokens that a reply may say it took: what JSON carries exactly.
 MOST_TOKENS = 1 << 53
@@ -678,7 +678,8 @@ async def _bound(response: Any) -> None:
     if response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise Fault("packed_reply", "its Content-Encoding is not identity, which was asked for")
     stream, read = response.stream, 0
-    longest = LONGEST_FILE if response.url.path.endswith("/content") else LONGEST_REPLY
+    is_file = response.url.path.endswith("/content")
+    longest = LONGEST_FILE if is_file else LONGEST_REPLY
 
     class Bounded(type(stream)):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -689,7 +690,8 @@ async def _bound(response: Any) -> None:
             async for chunk in stream:
                 read += len(chunk)
                 if read > longest:
-                    raise Fault("long_reply", f"it is longer than {longest:,} bytes")
+                    said = f"it is longer than {longest:,} bytes"
+                    raise Fault("long_reply", said, again=not is_file)
                 yield chunk
 
         async def aclose(self) -> None:

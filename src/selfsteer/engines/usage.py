@@ -42,6 +42,7 @@ class Kept(TypedDict, total=False):
     completion_tokens: int
     batch_prompt_tokens: int
     batch_completion_tokens: int
+    batches: list[str]
     failed: Required[dict[str, int]]
     cost: float
 
@@ -60,6 +61,8 @@ class Usage:
             kept = read_json(Kept, path)
         #: what the counts in the file came to, at the price of then
         self.cost: float | None = kept.pop("cost", None)
+        #: marks of the batches that are counted
+        self.batches = set(kept.pop("batches", ()))
         self.counts = Counter[str](kept.pop("failed") | kept)
         self.path, self.price = path, price
         #: tokens that requests under way may still use
@@ -74,5 +77,7 @@ class Usage:
     def save(self, *, now: bool = False) -> None:
         """Writes the counts, every other second or now."""
         if self.path is not None and (now or time.monotonic() - self._saved > SAVE_EVERY_S):
-            write_atomic(self.path, json.dumps(as_stored(self.counts, self.price)) + "\n")
+            batches = {"batches": sorted(self.batches)} if self.batches else {}
+            stored = as_stored(self.counts, self.price) | batches
+            write_atomic(self.path, json.dumps(stored) + "\n")
             self._saved = time.monotonic()
