@@ -34,6 +34,7 @@ QUERY_WORDS, ANSWER_WORDS = 60, 120
 SETTINGS = (
     "principles={mode: picked, features: random}",
     "sampling={max_new_tokens: 256}",
+    "generator.queries=1000000000",
     "baseline=null",
     "judge=null",
     "evaluation=null",

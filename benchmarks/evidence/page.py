@@ -846,9 +846,9 @@ settings are the same for all and were not searched; a mixture has both sets, so
 paper mixes its pairs with Skywork's: 84.5 alone, 86.3 with SSO's.""",
     "contrast": """\
 Two methods without papers of their own (docs/methods.md): contrast distillation and best of 4 by
-principles, each with a search of its own, beside the main arms of table 1. They are run on the
-first base so far, whose scores are higher than those of the others: compare them by the claims,
-which are paired, not by this table's means. Some cells of the main arms are of an earlier version
+principles, each with a search of its own, beside the main arms of table 1. Best of 4 is run on the
+first base alone so far, whose scores are higher than those of the others: compare it by the claim,
+which is paired, not by this table's means. Some cells of the main arms are of an earlier version
 of the engine: queries, principles' wording and settings are the same, random numbers are not.""",
     "sharpness": """\
 A policy that is merely surer of itself makes fewer slips when it is sampled. Greedy answers have no

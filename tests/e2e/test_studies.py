@@ -201,6 +201,29 @@ def test_a_run_folder_permits_nothing_by_itself(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("command", [["judge", "{}"], ["audit", "{}"], ["check", "{}"]])
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"launch": "touch {}/ran-{{port}}-{{model}}"}, "launch"),
+        ({"base_url": "https://example.org/v1"}, "base_url"),
+    ],
+    ids=["launch", "base_url"],
+)
+def test_a_run_folder_reaches_nothing_by_itself(
+    smoke: Path, tmp_path: Path, here: Here, command: list[str], engine: dict[str, str], said: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    engine = {name: value.format(tmp_path) for name, value in engine.items()}
+    for name in ("resolved.json", "recipe.yaml"):
+        recipe = yaml.safe_load((other / name).read_text())
+        recipe["judge"] = {"kind": "chat", "model": "m", "engine": {"kind": "openai", **engine}}
+        (other / name).write_text(json.dumps(recipe))
+    fails(here(*(part.format(other) for part in command)), 2, said, "add --trust")
+    assert not list(tmp_path.glob("ran*"))
+
+
 def test_looking_at_a_run_runs_nothing_of_it(strange: Path, tmp_path: Path, here: Here) -> None:
     for path in (strange / "model").iterdir():
         shutil.copy(path, strange / "iteration-1" / "policy")

@@ -1,5 +1,6 @@
-"""Secrets: which environment variables hold them, and how texts are freed of their values."""
+"""Secrets: which variables hold them, who may be told, how texts are freed of their values."""
 
+import ipaddress
 import json
 import os
 import re
@@ -18,6 +19,16 @@ SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 
 #: Shorter values, such as ``true``, would be replaced everywhere.
 LEAST = 8
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def values_of(names: Iterable[str]) -> dict[str, str]:

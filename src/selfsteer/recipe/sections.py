@@ -150,13 +150,29 @@ class Section(BaseModel):
         yield from ()
 
     @property
-    def permits(self) -> set[str]:
-        """Which of a model's risks are taken: ``trust_remote_code``, ``allow_pickle``."""
+    def every_section(self) -> Iterator["Section"]:
+        """This one and all below it."""
+        yield self
         given = [getattr(self, name) for name in type(self).model_fields]
         many = (v if isinstance(v, tuple) else (v,) for v in given)
-        below = (v for some in many for v in some if isinstance(v, Section))
-        own = {name for name in PERMISSIONS if getattr(self, name, False) is True}
-        return own.union(*(section.permits for section in below))
+        for section in (v for some in many for v in some if isinstance(v, Section)):
+            yield from section.every_section
+
+    @property
+    def permits(self) -> set[str]:
+        """Which of a model's risks are taken: ``trust_remote_code``, ``allow_pickle``."""
+        return {n for s in self.every_section for n in PERMISSIONS if getattr(s, n, False) is True}
+
+    @property
+    def reaches(self) -> set[str]:
+        """What starts a program, or sends prompts and a key to another machine."""
+        return {
+            name
+            for section in self.every_section
+            for name in ("launch", "base_url")
+            if (given := getattr(section, name, None)) is not None
+            and not (name == "base_url" and secrets.is_loopback(urlsplit(given).hostname or ""))
+        }
 
     def with_models(self, named: Callable[[str], str]) -> Self:
         """A copy with other names for its models, and for those of the sections in it.

@@ -58,7 +58,7 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         help="the run folder is yours or its author's word is good: what its recipe permits "
-        "(trust_remote_code, allow_pickle) holds",
+        "(trust_remote_code, allow_pickle) or reaches (launch, base_url of another machine) holds",
     ),
 ]
 
@@ -143,17 +143,23 @@ def stop_in_time(until_time: str | None) -> None:
 
 
 def check_trust(folder: Path, settings: "Section | None", trust: bool) -> None:
-    """Refuses what settings from a run folder permit, unless the command line does so, too.
+    """Refuses what settings from a run folder permit or reach, unless the command line does, too.
 
     Raises:
-        ConfigError: they permit something.
+        ConfigError: they permit or reach something.
     """
-    if settings is not None and settings.permits and not trust:
-        raise ConfigError(
-            f"The recipe in {folder} sets {' and '.join(sorted(settings.permits))}, with which "
-            "models can run code of their authors, and a run folder may be somebody else's. If "
-            "you trust this one, add --trust."
-        )
+    if settings is None or trust:
+        return
+    risks = {
+        "models can run code of their authors": settings.permits,
+        "it starts programs, or sends prompts and your key to other machines": settings.reaches,
+    }
+    for risk, given in risks.items():
+        if given:
+            raise ConfigError(
+                f"The recipe in {folder} sets {' and '.join(sorted(given))}, with which {risk}, "
+                "and a run folder may be somebody else's. If you trust this one, add --trust."
+            )
 
 
 def load_recipe(

@@ -9,7 +9,7 @@ import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import out, warn
-from selfsteer.verbs.common import AsJson, Trust, check_trust, emit
+from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit
 
 
 def export(
@@ -107,6 +107,7 @@ def _export_answers(
 
     opened = RunView.open(run)
     check_trust(run, opened.recipe.policy, trust)
+    check_trust(run, aligning(opened.recipe).sampling, trust)
     written = export_answers(opened, style, questions, to)
 
     def show(result: dict[str, Any]) -> None:

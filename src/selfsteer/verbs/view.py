@@ -45,6 +45,7 @@ def view(
     access requires the token in the printed URL; SELFSTEER_VIEW_TOKEN sets that token.
     """
     from selfsteer.errors import ConfigError
+    from selfsteer.recipe.secrets import is_loopback
     from selfsteer.run.sums import SMALL_BYTES
     from selfsteer.terminal import out, say
     from selfsteer.view import RunView
@@ -63,7 +64,7 @@ def view(
             "python -m pip install 'selfsteer[view]'."
         ) from None
     token = os.environ.get("SELFSTEER_VIEW_TOKEN") or None
-    if token is None and not server.is_loopback(host):
+    if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)
     bound = server.bind(host, port)
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
