@@ -248,7 +248,7 @@ def test_a_lost_reply_makes_no_second_batch(server: BatchServer, tmp_path: Path)
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ({"max_requests": 3}, r"4 requests .* max_requests 3: .* come to 4 "),
+        ({"max_requests": 3}, r"4 requests .* max_requests 3: .* come to 4 .* They were not sent"),
         ({"max_tokens_total": 100}, "max_tokens_total 100"),
         ({"price": {"input": 0, "output": 1e4}, "max_cost": 1.2}, r"max_cost 1\.2: .* to 1\.28 "),
     ],
@@ -664,6 +664,27 @@ def test_ctrl_c_says_that_the_batch_goes_on(
     with asking(server.url, tmp_path) as engine:
         ask(engine, tmp_path, requests(3))
     assert server.seen.count("POST /batches") == 1
+
+
+def test_ctrl_c_names_no_batch_that_is_over(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with asking(server.url, tmp_path) as engine:
+        ask(engine, tmp_path, requests(2))
+    (tmp_path / "answers.jsonl").unlink()
+    capsys.readouterr()
+    first = len(server.seen)
+
+    def interrupt(number: int) -> bool:
+        if number == first:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return False
+
+    server.after = interrupt
+    with asking(server.url, tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+        ask(engine, tmp_path, requests(3))
+    assert server.seen[first] == "POST /files"
+    assert "goes on with batch_0" not in "".join(capsys.readouterr())
 
 
 def test_a_budget_under_its_new_name_costs_no_try(server: BatchServer, tmp_path: Path) -> None:

@@ -393,6 +393,7 @@ def test_a_launched_server_gets_no_key(tmp_path: Path, keys: list[str]) -> None:
     (tmp_path / "shows.py").write_text(
         "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[2], 'w'))"
     )
+    EngineConfig(kind="openai", base_url="http://h/v1", model="m", api_key_env="HF_TOKEN")
     shows, seen = f"{sys.executable} -S {tmp_path}/shows.py {{port}} {{model}}", tmp_path / "env"
     with LaunchedServer(shows, str(seen), tmp_path / "log") as server:
         server._process.wait(30)

@@ -80,7 +80,8 @@ class LaunchedServer:
         model: folder or hub id.
         log: file that gets what the server prints, with ``[key]`` in place of secrets.
 
-    It gets this process's environment without keys of hosted servers (`secrets.KEYS`).
+    It gets this process's environment without keys of hosted servers (`secrets.KEYS`);
+    the hub's token, which may be such a key as well, is not withheld.
     """
 
     def __init__(self, launch: str, model: str, log: Path) -> None:
@@ -95,13 +96,14 @@ class LaunchedServer:
         ]
         self.name, self.log, self.failed = Path(words[0]).name, log, False
         log.parent.mkdir(parents=True, exist_ok=True)
+        withheld = secrets.KEYS - secrets.HUB_TOKENS
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "selfsteer.engines.keeper", *words],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={k: v for k, v in plain_environment().items() if k not in secrets.KEYS},
+                env={k: v for k, v in plain_environment().items() if k not in withheld},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the server
             )
         kept = secrets.KEYS | secrets.HUB_TOKENS | set(secrets.named_like_secrets())

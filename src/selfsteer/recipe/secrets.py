@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 #: Variables with keys of hosted servers: the protocol's own, and each ``api_key_env`` that this
-#: process has read, whichever section names it. No launched server gets one.
+#: process has read, whichever section names it. A launched server gets only those of `HUB_TOKENS`.
 KEYS = {"OPENAI_API_KEY"}
 
 #: Variables that a launched server may need to fetch its model.
