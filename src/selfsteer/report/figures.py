@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.judges.stats import WORTH, Interval, known_interval, mean_interval
+from selfsteer.methods.base import Paired
 from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report.logprobs import Likelihoods
 from selfsteer.report.page import asset
@@ -261,8 +262,8 @@ def results(run: RunView) -> Drawing:
         "results",
         f"{what} on held-out queries",
         f"{what} of the last policy of each method on {evaluation.queries:,} held-out queries; "
-        "a line is the 95 % bootstrap interval. Where lines of two models overlap widely, look at "
-        "the paired difference above, which is sharper.",
+        "a line is the 95 % bootstrap interval. Where lines of two models overlap widely, the "
+        "paired difference is sharper: `selfsteer compare` prints it.",
         Sheet("", ("model", "mean", "low", "high"), [(n, *value) for n, value in rows.items()]),
         chart.figure,
     )
@@ -287,10 +288,12 @@ def accuracy(run: RunView) -> Drawing:
         chart.text(label, (x, y), (9, -10 if of.is_baseline else 10), color=color)
         rows.append((of.method, of.k, kind, x, y, *value[1:]))
     if not rows:
-        raise NothingToDrawError(
-            "No pairs were judged (the recipe has no judge, or the quality stage has not run), so "
-            "accuracy is not drawn against on-policyness."
+        why = (
+            "No pairs were judged (the recipe has no judge, or the quality stage has not run)"
+            if isinstance(run.recipe, Paired)
+            else f"Method {run.recipe.method} makes no pairs"
         )
+        raise NothingToDrawError(f"{why}, so accuracy is not drawn against on-policyness.")
     chart.axes[0].margins(0.28, 0.3)
     chart.axes[0].yaxis.set_major_locator(MaxNLocator(5))
     chart.axes[0].set_ylabel("accuracy of the pairs")
