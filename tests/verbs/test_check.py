@@ -20,7 +20,7 @@ from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
-from selfsteer.verbs.check import conclusion
+from selfsteer.verbs.check import _tables, conclusion
 from selfsteer.verbs.checks import Checks, Line
 from tests import make
 from tests.fakes import FakeEngine, Said, answer_with
@@ -129,6 +129,16 @@ def test_too_few_triples_say_nothing_of_a_feature() -> None:
     features = steering(triples, steered(0.1), None, rng())["features"]
     assert features["Accuracy"]["steers"] is None
     assert features["Safety"]["steers"] is True
+
+
+def test_features_that_every_principle_holds_are_not_told_apart() -> None:
+    def shown(*features: str) -> list[str]:
+        triples = [triple(i, "Safety", *(features if i else ())) for i in range(1, 31)]
+        _, by_feature = _tables(steering(triples, steered(0.1), None, rng()))
+        return list(map(str, by_feature.columns[4].cells))
+
+    assert shown("Accuracy") == ["not separable"] * 2
+    assert shown()[0].startswith("+0.1"), "one feature is the whole"
 
 
 def test_strangers_never_lend_ones_own_text() -> None:
