@@ -348,7 +348,7 @@ def test_a_batch_that_is_left_behind_is_counted_and_holds_the_limits(
         pytest.raises(EngineError, match="come to 14"),
     ):
         ask(engine, tmp_path, requests(7))
-    assert "batch_0 of other settings goes on" in "".join(capsys.readouterr())
+    assert "batch_0 goes on at" in "".join(capsys.readouterr())
     with asking(server.url, tmp_path, **other) as engine:
         ask(engine, tmp_path, requests(7))
         assert engine.usage.counts["requests"] == 7

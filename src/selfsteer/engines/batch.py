@@ -271,8 +271,8 @@ class BatchEngine(OpenAIEngine):
             await self._results(batch, over, [])
         else:
             warn(
-                f"batch {batch.id} of other settings goes on at {self.base_url}, which charges for "
-                "it; cancel it there if you do not go back to those settings"
+                f"batch {batch.id} goes on at {self.base_url}, which charges for it; it was made "
+                "for other requests than those of now: of another part of the run or other settings"
             )
 
     async def _submit(
