@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,25 @@ def test_a_queue_that_our_own_batches_fill_is_waited_for(
     assert server.paid == {f"Query {i}": 1 for i in range(count)}
 
 
+@pytest.fixture(autouse=True)
+def _deaf() -> Iterator[None]:
+    """A Ctrl-C that comes late must not end the tests that follow."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """What is in it hears a Ctrl-C, which must come."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def interrupted(server: BatchServer, folder: Path, at: int, **settings: Any) -> None:
     """A run of seven requests that is stopped by Ctrl-C after so many calls."""
 
@@ -326,7 +346,7 @@ def interrupted(server: BatchServer, folder: Path, at: int, **settings: Any) -> 
         return False
 
     server.after = interrupt
-    with asking(server.url, folder, **settings) as engine, pytest.raises(KeyboardInterrupt):
+    with asking(server.url, folder, **settings) as engine, stopped():
         ask(engine, folder, requests(7))
     server.after = lambda number: False
 
@@ -425,7 +445,7 @@ def test_a_batch_that_nothing_waits_for_is_named(
     server.after = interrupt
     with Engines(tmp_path) as engines:
         engine = engines.get(EngineConfig(**given, batch=True), "", Loading(), 1)
-        with pytest.raises(KeyboardInterrupt):
+        with stopped():
             answers(engine, requests(3), GREEDY)
     capsys.readouterr()
     with Engines(tmp_path) as engines:
@@ -657,7 +677,7 @@ def test_ctrl_c_says_that_the_batch_goes_on(
         return False
 
     server.after = interrupt
-    with asking(server.url, tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+    with asking(server.url, tmp_path) as engine, stopped():
         ask(engine, tmp_path, requests(3))
     shown = capsys.readouterr()
     assert "goes on with batch_0 and charges for it; the same command" in shown.err + shown.out
@@ -681,7 +701,7 @@ def test_ctrl_c_names_no_batch_that_is_over(
         return False
 
     server.after = interrupt
-    with asking(server.url, tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+    with asking(server.url, tmp_path) as engine, stopped():
         ask(engine, tmp_path, requests(3))
     assert server.seen[first] == "POST /files"
     assert "goes on with batch_0" not in "".join(capsys.readouterr())
@@ -769,7 +789,7 @@ def test_no_shard_is_paid_for_again_after_a_stop_between_two(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "write_atomic", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with stopped():
             principles(server, folder, batch=True).run(folder)
     asked, seen = len(server.asked), len(server.seen)
     result = principles(server, folder, batch=batched).run(folder)
