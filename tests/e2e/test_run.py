@@ -136,7 +136,7 @@ def test_until_stops_behind_the_stage_and_the_rest_follows(tmp_path: Path, here:
         pytest.param("iteration-1/principles", 0.3, marks=pytest.mark.slow),
         pytest.param("iteration-1/triples", 0.6, marks=pytest.mark.slow),
         pytest.param("iteration-1/generator", 0.4, marks=pytest.mark.slow),
-        ("iteration-1/policy", 0.3),
+        pytest.param("iteration-1/policy", 0.3, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_like_an_undisturbed_one(
@@ -294,6 +294,7 @@ def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -> None:
     ended = here(
         "run",
