@@ -66,6 +66,7 @@ def test_two_engines_that_do_not_fit_take_turns(
     other.close()
 
 
+@pytest.mark.slow
 def test_what_a_replica_cannot_do_is_its_own_error(engine: RayEngine) -> None:
     lost = RayEngine(SETTINGS, "no/such-model", LOADING, 4, at_hand=True, make=make_engine)
     with pytest.raises(ArtifactError, match="no/such-model cannot be loaded"):
