@@ -9,7 +9,7 @@ that the server keeps in its metadata, and again with its id. So a run that is k
 finds its batches: by id, or by mark in the server's list if it was killed in between. Requests are
 known by what they ask, so the batches of a killed stage answer those that are still open. The files
 stay, as what was paid for; a request that failed is asked again in another batch. A batch counts
-when it is over, also where nobody needs its answers any more.
+when it is over, also where its answers are no longer needed.
 """
 
 import asyncio
@@ -263,7 +263,7 @@ class BatchEngine(OpenAIEngine):
         return found[::-1]
 
     async def _left_behind(self, batch: Batch, kept: list[Batch]) -> None:
-        """Counts a batch whose answers nobody needs, if it is over."""
+        """Counts a batch whose answers are no longer needed, if it is over."""
         over = await self._look(batch)
         if over["status"] == "failed":
             self._remove(batch, kept)

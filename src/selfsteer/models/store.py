@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,19 +74,13 @@ class ScoreStore:
         self._places.update((key, first + i) for i, key in enumerate(keys))
 
     def score(
-        self,
-        loaded: LoadedModel,
-        sequences: Sequence[EncodedSequence],
-        *,
-        label: str | None = None,
-        batch_size: int = 32,
-        advance: Callable[[int, int], None] = lambda items, tokens: None,
+        self, loaded: LoadedModel, sequences: Sequence[EncodedSequence], **told: Any
     ) -> list[Tensor]:
         """Per-token log-probs (float32) of each sequence's response, in the order given.
 
-        Arguments are those of `fill`.
+        ``told`` is for `fill`.
         """
-        self.fill(loaded, sequences, label=label, batch_size=batch_size, advance=advance)
+        self.fill(loaded, sequences, **told)
         return [value for value in self.find(sequences) if value is not None]
 
     def fill(
@@ -94,7 +89,6 @@ class ScoreStore:
         sequences: Sequence[EncodedSequence],
         *,
         label: str | None = None,
-        batch_size: int = 32,
         advance: Callable[[int, int], None] = lambda items, tokens: None,
     ) -> None:
         """Scores what is not there yet; no more than `CHUNK` sequences are held at a time.
@@ -103,7 +97,6 @@ class ScoreStore:
             loaded: the model.
             sequences: what is asked for.
             label: of a progress bar; None: ``advance`` is told instead.
-            batch_size: sequences per forward.
             advance: told the sequences and tokens that were scored.
         """
         missing: dict[bytes, int] = {}
@@ -121,7 +114,7 @@ class ScoreStore:
                     loaded.model,
                     [sequences[number] for _, number in part],
                     layout=loaded.layout,
-                    batch_size=batch_size,
+                    batch_size=32,
                     advance=advance,
                 )
                 self._add([k for k, _ in part], [v.numpy() for v in found])
