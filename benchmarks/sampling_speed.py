@@ -168,7 +168,13 @@ def of_vllm(plan: dict[str, Any]) -> Asked:
     from vllm import LLM, SamplingParams
 
     longest = max(len(p) for prompts in plan["ids"].values() for p in prompts)
-    llm = LLM(plan["model"], dtype="float32", max_model_len=longest + plan["tokens"])
+    llm = LLM(
+        plan["model"],
+        dtype="float32",
+        max_model_len=longest + plan["tokens"],
+        max_num_seqs=plan["batch"],
+        gpu_memory_utilization=0.3,  # the others hold a model each; on a CPU it is of its memory
+    )
     names = ("temperature", "top_p")
     params = SamplingParams(
         max_tokens=plan["tokens"], stop_token_ids=plan["stops"], **{n: plan[n] for n in names}
@@ -221,6 +227,8 @@ def contestant(name: str, args: argparse.Namespace, plan: Path) -> Iterator[Call
     python = args.vllm if name == VLLM else sys.executable
     threads = str(args.threads)
     env = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    # else vLLM on a CPU leaves one core to its scheduler, half of two
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if name == AGAINST:
         env["PYTHONPATH"] = str(args.against)
     command = [python, __file__, "--serve", name, "--plan", str(plan)]
