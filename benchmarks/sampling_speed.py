@@ -426,6 +426,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints and writes `sampling_speed` or, with a model, `sampling_engines`."""
     args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.serve:
         serve(args.serve, args.plan)
     elif args.model:
