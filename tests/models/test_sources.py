@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 
 from selfsteer.data.digests import hub_commit, model_digest
 from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.records import Message
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models import adapters
 from selfsteer.models.load import check_trainable, load_chat, load_model, load_reward_start
@@ -427,6 +430,36 @@ def test_a_tokenizer_is_saved_as_all_versions_read_it(
     assert "extra_special_tokens" not in stored
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.all_special_ids == tokenizer.all_special_ids
+
+
+OLD = """
+import json, sys
+from transformers import AutoTokenizer
+asked = [{"role": "user", "content": "What does the bee eat?"}]
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(json.dumps(tokenizer.apply_chat_template(asked, add_generation_prompt=True)))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_a_saved_tokenizer(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """In an environment of its own, without torch; needs a package index."""
+    python = tmp_path / "old" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "old"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "transformers==4.57.6", "jinja2"], check=True
+    )
+    for name in ("llama", "gemma"):
+        chat = load_chat(str(checkpoints[name]), CPU)
+        save_tokenizer(chat.tokenizer, tmp_path / name)
+        said = subprocess.run(
+            [python, "-c", OLD, tmp_path / name], capture_output=True, text=True, check=True
+        )
+        assert json.loads(said.stdout) == list(
+            chat.prompt_ids((Message("user", "What does the bee eat?"),))
+        )
 
 
 # -- runs --------------------------------------------------------------------------------------
