@@ -109,6 +109,18 @@ class Example:
 
 
 @checked(frozen=True)
+class Rule:
+    """A rule of judge ``checks``: by label, the share of answers that keep it.
+
+    ``gained`` is that share minus the base's, paired by query.
+    """
+
+    queries: int
+    kept: dict[str, float]
+    gained: dict[str, Interval]
+
+
+@checked(frozen=True)
 class Evaluation:
     """``evaluation.json``: ``models`` is by label, ``finals`` names each method's last label."""
 
@@ -119,6 +131,7 @@ class Evaluation:
     models: dict[str, Answers]
     differences: tuple[Difference, ...] = ()
     example: Example | None = None
+    rules: dict[str, Rule] = field(default_factory=dict)
 
 
 @checked(frozen=True)

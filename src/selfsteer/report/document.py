@@ -27,7 +27,7 @@ SECTIONS = (
     (
         "training",
         "The trainings",
-        ("selection", "loss", "margins", "reward-accuracies", "rewards"),
+        ("selection", "loss", "kl", "margins", "reward-accuracies", "rewards"),
     ),
     ("cost", "Time", ("times",)),
 )
@@ -114,6 +114,7 @@ def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> d
         "result": [
             tables.results(run),
             tables.models(run),
+            tables.rules(run),
             *tables.benchmarks(run),
             tables.warnings(run),
         ],

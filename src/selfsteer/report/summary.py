@@ -21,6 +21,7 @@ def print_result(run: RunView) -> None:
     if run.evaluation is not None:
         tables.results(run).print()
         tables.models(run).print()
+        tables.rules(run).print()
         if text := tables.sentence(run):
             out.print(f"\n{escape(text)}")
         out.print(

@@ -69,6 +69,13 @@ class Sheet:
             title = f"\n{self.title}" if self.title else ""
             out.print(table(self.columns, cells, title=title, words=words))
 
+    @property
+    def filled(self) -> "Sheet":
+        """The same without the columns that hold nothing."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Sheet(self.title, [self.columns[i] for i in kept], rows)
+
 
 def counts(of: Mapping[str, int]) -> str:
     """``5 unfinished, 4 equals_plain``."""
@@ -110,6 +117,9 @@ def sentence(run: RunView) -> str:
     )
 
 
+#: The row below the rules.
+CUT_OFF = "(cut off by the token budget)"
+
 EVALUATED = ("score", "win rate vs base", "accuracy", "on-policy chosen", "rejected", "tokens")
 
 
@@ -130,7 +140,7 @@ def results(run: RunView) -> Sheet:
         if answers:
             rows.append([method, *_evaluated(answers, pairs), seconds and round(seconds)])
     title = f"{run.evaluation.queries:,} held-out queries" if run.evaluation else ""
-    return Sheet(title, ("model", *EVALUATED, "time, s"), rows)
+    return Sheet(title, ("model", *EVALUATED, "time, s"), rows).filled
 
 
 def models(run: RunView) -> Sheet:
@@ -142,7 +152,31 @@ def models(run: RunView) -> Sheet:
         figures = _evaluated(answers, quality.preferences if quality else None)
         rows.append([label, *figures, answers.unfinished])
     more = len(rows) > len(run.methods) + 1
-    return Sheet("Every model", ("model", *EVALUATED, "unfinished"), rows if more else [])
+    return Sheet("Every model", ("model", *EVALUATED, "unfinished"), rows if more else []).filled
+
+
+def rules(run: RunView, models: Mapping[str, str] | None = None) -> Sheet:
+    """Shares of the answers that keep each rule, and that the budget cut off; for judge ``checks``.
+
+    Args:
+        run: empty where its evaluation has no rules.
+        models: heading → label, the base first; None: the last policy of each method.
+    """
+    found = run.evaluation
+    if found is None or not found.rules:
+        return Sheet("", (), [])
+    if models is None:
+        names = ("base", *reversed(run.methods))
+        models = {name: found.finals.get(name, name) for name in names}
+    *_, (last, label) = models.items()
+    rows: list[list[Cell]] = [
+        [name, rule.queries, *map(rule.kept.get, models.values()), rule.gained.get(label)]
+        for name, rule in found.rules.items()
+    ]
+    cut_off = (found.models[x].unfinished / found.queries for x in models.values())
+    rows.append([CUT_OFF, found.queries, *cut_off, None])
+    columns = ("rule", "queries", *models, f"gain of {last}")
+    return Sheet("Share of the answers that keep each rule", columns, rows)
 
 
 def benchmarks(run: RunView) -> list[Sheet]:
@@ -203,7 +237,7 @@ def quality(run: RunView) -> Sheet:
         rows.append([*row, *(f.tokens[r] for r in PAIR)])
     columns = ("set", "records", "accuracy", "on-policy chosen", "rejected", "gap good", "bad",
                "tokens chosen", "rejected")  # fmt: skip
-    return Sheet("Quality of the data, under the policy before the iteration", columns, rows)
+    return Sheet("Quality of the data, under the policy before the iteration", columns, rows).filled
 
 
 def verdicts(run: RunView) -> Sheet:

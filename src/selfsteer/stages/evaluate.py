@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from selfsteer.engines.answers import answers as ask
 from selfsteer.engines.base import Completion, Request
 from selfsteer.engines.load import Engines
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import Interval, known_interval, verdict_counts, worth
 from selfsteer.principles import writer
@@ -209,7 +211,28 @@ class Evaluate(Stage):
             report["differences"] = list(self._differences(scores))
             if example := self._clearest(queries, said, scores):
                 report["example"] = example
+        if isinstance(judge, ChecksJudge):
+            report["rules"] = self._rules(judge, queries, said)
         return report
+
+    def _rules(
+        self, judge: ChecksJudge, queries: Sequence[Query], said: Mapping[str, list[Completion]]
+    ) -> dict[str, Any]:
+        """The share of each model's answers that keep a rule, and what it gained on the base."""
+        texts = {label: [c.text for c in found] for label, found in said.items()}
+        rng, out = np.random.default_rng(self.seed), {}
+        for rule, kept in judge.by_rule(queries, texts).items():
+            base = kept["base"]
+            out[rule] = {
+                "queries": len(base),
+                "kept": {label: float(np.mean(own)) for label, own in kept.items()},
+                "gained": {
+                    label: self._interval(map(sub, own, base), rng)
+                    for label, own in kept.items()
+                    if own is not base
+                },
+            }
+        return out
 
     def _clearest(
         self,
