@@ -14,9 +14,10 @@ from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.methods import METHODS, Aligning, Paired, Principled
 from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
-from selfsteer.report.tables import sentence
+from selfsteer.report import tables
+from selfsteer.report.tables import inline, sentence, show_cell
 from selfsteer.terminal import interval
-from selfsteer.view import RoundView
+from selfsteer.view import RoundView, StageView
 
 
 def public_name(source: str) -> str:
@@ -83,6 +84,7 @@ def dataset_card(
         "## How it was made",
         _how(
             of,
+            next((s for s in of.stages if s.kind == "WritePairs"), None),
             ("Model", public_name(recipe.policy.model)),
             ("Sampling", _settings(recipe.sampling, "temperature", "top_p", "max_new_tokens")),
         ),
@@ -128,6 +130,7 @@ def model_card(of: RoundView) -> str:
         "## How it was made",
         _how(
             of,
+            trained,
             ("Base model", base),
             (
                 "Trained on",
@@ -137,9 +140,9 @@ def model_card(of: RoundView) -> str:
         ),
         "## Data",
         _stages(of),
-        _quality(of),
+        *([_quality(of)] if paired else []),
         "## Evaluation",
-        _evaluation(of),
+        *_evaluation(of),
         "## How to use it",
         "An ordinary checkpoint for `from_pretrained`. In its folder:",
         f"```\nvllm serve . --served-model-name {recipe.name}\n"
@@ -174,17 +177,16 @@ def _license(given: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": given}
 
 
-def _how(of: RoundView, *about: tuple[str, str]) -> str:
+def _how(of: RoundView, stage: StageView | None, *about: tuple[str, str]) -> str:
     recipe, method = of.recipe, _method(of)
     grown = getattr(recipe.queries, "augment", None) is not None
     principles = []
     if issubclass(method, Principled) and isinstance(recipe, Principled):
         principles = [("Principles", _principles(recipe.principles))]
     made = "unknown"
-    for stage in of.stages:
-        if stage.kind == "WritePairs":
-            versions = ", ".join(f"{k} {v}" for k, v in stage.versions.items())
-            made = f"{time.strftime('%Y-%m-%d', time.gmtime(stage.began))}, with {versions}"
+    if stage is not None:
+        versions = ", ".join(f"{k} {v}" for k, v in stage.versions.items())
+        made = f"{time.strftime('%Y-%m-%d', time.gmtime(stage.began))}, with {versions}"
     return _list(
         ("Method", f"{of.method}: {str(method.__doc__).splitlines()[0]}"),
         ("Iteration", f"{of.k} of {recipe.iterations}"),
@@ -234,7 +236,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.items() if n) or "none"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -264,37 +266,50 @@ def _quality(of: RoundView) -> str:
         return "Not measured."
     figures, judge = of.quality.preferences, of.recipe.judge
     accuracy = "not measured, since the run had no judge"
-    if judge is not None and figures.accuracy is not None:
+    if judge is not None:
+        known = "unknown" if figures.accuracy is None else f"{figures.accuracy:.3f}"
         accuracy = (
-            f"{figures.accuracy:.3f} of {figures.pairs:,} pairs, by {_judge(judge)} ("
+            f"{known} of {figures.pairs:,} pairs, by {_judge(judge)} ("
             f"{_counts(figures.verdicts or {})}; first is the chosen answer)"
         )
     likely, tokens, gap = figures.on_policyness, figures.tokens, figures.steering_gap
+    steered = f"good {gap['good']:+.2f}, bad {gap['bad']:+.2f}" if gap else ""
     return _list(
         ("Accuracy of the pairs", accuracy),
         (
             "On-policyness (mean probability per token under the policy before training)",
             f"chosen {likely['chosen']:.3f}, rejected {likely['rejected']:.3f}",
         ),
-        (
-            "Steering gap (nats per token)",
-            f"good {gap['good']:+.2f}, bad {gap['bad']:+.2f}" if gap else "not measured",
-        ),
+        *([("Steering gap (nats per token)", steered)] if steered else []),
         ("Mean tokens", f"chosen {tokens['chosen']:.1f}, rejected {tokens['rejected']:.1f}"),
     )
 
 
-def _evaluation(of: RoundView) -> str:
+def _evaluation(of: RoundView) -> list[str]:
+    """Held-out queries by score and by rule, and benchmarks, as far as the run has them."""
     found, label, run = of.run.evaluation, f"{of.method}/iteration-{of.k}", of.run.recipe
     judge = run.judge if isinstance(run, Aligning) else None
-    if found is None or label not in found.models:
-        return "Not evaluated."
-    rows = []
-    for name, shown in (("base", "start"), (label, "this model")):
-        figures = found.models[name]
-        cells = [interval(value, ".3f") for value in (figures.score, figures.win_rate)]
-        rows.append((shown, *cells, f"{figures.tokens:.1f}"))
-    table = _table(("model", "score", "win rate against the start", "mean tokens"), rows)
-    who = "No judge." if judge is None else f"Judge: {_judge(judge)}."
-    text = f"{found.queries:,} held-out queries, 95 % intervals. {who}\n\n{table}"
-    return f"{text}\n\n{beside}" if (beside := sentence(of.run)) else text
+    parts = []
+    if found is not None and label in found.models:
+        rows, models = [], {"start": "base", "this model": label}
+        for shown, name in models.items():
+            figures = found.models[name]
+            cells = [interval(value, ".3f") for value in (figures.score, figures.win_rate)]
+            rows.append((shown, *cells, f"{figures.tokens:.1f}"))
+        who = "No judge." if judge is None else f"Judge: {_judge(judge)}."
+        scale = f" Score: {found.score_scale}." if found.score_scale else ""
+        head = ("model", "score", "win rate against the start", "mean tokens")
+        parts = [
+            f"{found.queries:,} held-out queries, 95 % intervals. {who}{scale}",
+            _table(head, rows),
+        ]
+        rules = tables.rules(of.run, models)
+        if rules.rows:
+            kept = ([inline(show_cell(cell)) for cell in row] for row in rules.rows)
+            parts += [f"{rules.title}:", _table(rules.columns, kept)]
+        parts += [beside] if (beside := sentence(of.run)) else []
+    if of.k == run.last_round and (measured := tables.benchmarks(of.run)):  # of last policies
+        # without the notes, which may name folders
+        parts.append("Benchmarks, ± standard error, [ ] 95 % interval over questions:")
+        parts += [_table(s.columns, [map(show_cell, row) for row in s.rows]) for s in measured]
+    return parts or ["Not evaluated."]

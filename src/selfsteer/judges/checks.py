@@ -50,7 +50,9 @@ class ChecksJudge:
                     "judge by. Give at least one feature a list of checks (docs/judges.md)."
                 )
         #: Rule as `results` names it → its feature.
-        self.features = {f"{name}: {rule}": name for name, own in self.rules.items() for rule in own}
+        self.features = {
+            f"{name}: {rule}": name for name, own in self.rules.items() for rule in own
+        }
 
     def check(self, queries: Sequence[Query]) -> None:
         """See `Judge.check`: every query has a rule, and every rule can be decided.

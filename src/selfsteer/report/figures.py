@@ -7,9 +7,9 @@ class ``mark``. Each figure has a caption that says what to see, and the table i
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from io import BytesIO
 from itertools import cycle, product
@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.judges.stats import WORTH, Interval, known_interval, mean_interval
 from selfsteer.methods.base import Paired
+from selfsteer.methods.contrast import Distilled
 from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report.logprobs import Likelihoods
 from selfsteer.report.page import asset
@@ -449,6 +450,7 @@ def funnel(run: RunView) -> Drawing:
         raise NothingToDrawError("No stage has finished, so there is nothing to count.")
     c = palette()
     names = [label_of(run, s) for s in steps]
+    generated = any(s.title.startswith("generator") for s in steps)
     chart = Chart(height=0.6 + 0.42 * len(steps), rows=names, room=0.9, xlabel="records")
     hatched: dict[str, Any] = {"facecolor": c["grid"], "edgecolor": c["muted"], "lw": 0.5}
     rows: list[Sequence[Cell]] = []
@@ -469,10 +471,11 @@ def funnel(run: RunView) -> Drawing:
     chart.ticks(4)
     return Drawing(
         "funnel",
-        "From queries to preferences",
+        f"From queries to {'answers' if isinstance(run.recipe, Distilled) else 'preferences'}",
         "Records that each stage handed on (solid) and dropped (hatched), with the two most common "
         "reasons; queries over the recipe's limit are only named. A training keeps some queries "
-        "back to choose its checkpoint by: held out. The generator may be trained on a subset."
+        "back to choose its checkpoint by: held out."
+        + (" The generator may be trained on a subset." if generated else "")
         + (f" Only iteration {run.recipe.last_round} is drawn." if cut else ""),
         Sheet("", ("stage", "in", "out", "dropped because", "n"), rows),
         chart.figure,
@@ -521,9 +524,14 @@ def lengths(run: RunView) -> Drawing:
     return Drawing(
         "lengths",
         "Do answers drift in length?",
-        "Mean tokens of the models' answers and of the pairs they were trained on. Chosen "
-        "responses much longer than rejected ones teach length, and answers that grow from "
-        "iteration to iteration show that it was learnt.",
+        "Mean tokens of the models' answers"
+        + (
+            " and of the pairs they were trained on. Chosen responses much longer than rejected "
+            "ones teach length, and answers that grow from iteration to iteration show that it "
+            "was learnt."
+            if "pairs" in panels
+            else "; those of the base model stand at iteration 0."
+        ),
         Sheet("", ("method", "of", "iteration", "tokens"), rows),
         chart.figure,
     )
@@ -534,12 +542,16 @@ def lengths(run: RunView) -> Drawing:
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure of logged metrics; of two metrics the second is dashed."""
+    """A figure of logged metrics; of two metrics the second is dashed.
+
+    ``told`` holds what its caption adds where a training logged that metric.
+    """
 
     name: str
     title: str
     metrics: tuple[str, ...]
     caption: str
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 CURVES = (
@@ -547,8 +559,12 @@ CURVES = (
         "loss",
         "Loss",
         ("loss",),
-        "It should fall, and settle. A DPO term (base sigmoid) starts at log 2 = 0.69; trainings "
-        "with several terms start at their weighted sum.",
+        "It should fall, and settle.",
+        {
+            "rewards/margins": " A DPO term (base sigmoid) starts at log 2 = 0.69; trainings with "
+            "several terms start at their weighted sum.",
+            "kl": " That of a distillation is the divergence from its target, see there.",
+        },
     ),
     Curve(
         "margins",
@@ -576,7 +592,8 @@ CURVES = (
         "Divergence from the target, per token",
         ("kl",),
         "What distillation minimises: how far the policy is from what its principles would make of "
-        "it. It falls from its start towards zero.",
+        "it, in nats. It starts at what there is to learn, and should fall towards zero; where it "
+        "starts near zero, the principles change nothing.",
     ),
 )
 
@@ -651,7 +668,9 @@ def curve(run: RunView, spec: Curve) -> Drawing:
             legend = {"loc": "lower left", "ncols": 2, "fontsize": 7, "columnspacing": 1}
         ax.legend(**legend)
         ax.margins(x=0.02)
-    caption = spec.caption + (" Each point is the mean of neighbouring steps." if thinned else "")
+    told = (text for metric, text in spec.told.items() if _lines(run, [metric]))
+    caption = "".join([spec.caption, *told])
+    caption += " Each point is the mean of neighbouring steps." if thinned else ""
     caption += " Iterations follow one another." if run.recipe.last_round > 1 else ""
     sheet = Sheet("", ("training", "line", "step", "value"), rows)
     return Drawing(spec.name, spec.title, caption, sheet, chart.figure)

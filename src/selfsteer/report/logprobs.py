@@ -187,7 +187,8 @@ def likelihoods(run: RunView, sample: int = SAMPLE) -> tuple[list[Likelihoods], 
     found, missing = list[Likelihoods](), list[str]()
     rounds = run.rounds_of(run.recipe.method)
     if rounds and not any(r.scores for r in rounds):
-        return [], ["The run has kept no log-probs of pairs, so their distributions are not drawn."]
+        why = "The run has kept no log-probs of pairs, so their distributions are not drawn."
+        return [], [] if isinstance(run.recipe, Distilled) else [why]  # which makes no pairs
     for k in sorted({r.k for r in (rounds[0], rounds[-1])}) if rounds else ():
         of = run.round(k)
         store = LogProbs(of)

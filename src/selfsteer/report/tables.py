@@ -248,7 +248,9 @@ def verdicts(run: RunView) -> Sheet:
     judged = {label: v for label, v in sets.items() if v}
     names = list(next(iter(judged.values()), {}))
     return Sheet(
-        "Verdicts; first is the chosen response, or the model's against base's",
+        "Verdicts; first is "
+        + ("the chosen response, or " if run.measured else "")
+        + "the model's answer, not base's",
         ("set", *names),
         [(label, *(v[n] for n in names)) for label, v in judged.items()],
     )
