@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 from selfsteer import RunView, execute, load_recipe
-from selfsteer.judges.checks import ChecksJudge
-from selfsteer.recipe.sections import JudgeConfig
 
 STYLE = r"""
 opening: "Be {adjectives}."
@@ -37,13 +35,6 @@ features:
 """
 
 
-def kept(judge: ChecksJudge, run: RunView, label: str) -> dict[str, float]:
-    """Each rule's share of the held-out answers that keep it."""
-    found = [judge.results(a.query, a.text) for a in run.answers(label).values()]
-    rules = [str(rule) for own in judge.rules.values() for rule in own]
-    return {rule: sum(r[i][1] for r in found) / len(found) for i, rule in enumerate(rules)}
-
-
 def main() -> None:
     """Writes the style, trains, and prints how often the answers keep each rule."""
     style = Path("house-style.yaml")
@@ -55,10 +46,9 @@ def main() -> None:
 
     run = RunView.open(recipe.folder)
     after = f"{recipe.method}/iteration-{recipe.last_round}"
-    judge = ChecksJudge(JudgeConfig(kind="checks", path=str(style)))
-    shares = [kept(judge, run, label) for label in ("base", after)]
-    for rule in shares[0]:
-        print(f"{rule:<40} {shares[0][rule]:.2f} before, {shares[1][rule]:.2f} after")
+    assert run.evaluation is not None
+    for rule, found in run.evaluation.rules.items():
+        print(f"{rule:<40} {found.kept['base']:.2f} before, {found.kept[after]:.2f} after")
     shown = next(iter(run.answers(after)))
     for label in ("base", after):
         print(f"\n{label}: {run.answers(label)[shown].text}")

@@ -46,7 +46,8 @@ def tell(line: "Line") -> None:
     """Prints a line as soon as it is known; what to do stands below."""
     style = STYLES[line.status]
     out.print(f"[{style}]{line.status:<8}[/{style}] {line.name:<10} {escape(line.found)}")
-    for made in _tables(line.figures) if line.name == "steering" and line.figures else ():
+    drawn = {"steering": _tables, "rules": _rules}.get(line.name)
+    for made in drawn(line.figures) if drawn and line.figures else ():
         out.print(made)
     for todo in line.todo:
         out.print(f"{'':<19} [{style}]{escape(todo)}[/{style}]")
@@ -72,6 +73,22 @@ def _tables(figures: dict[str, Any]) -> tuple[Table, Table]:
     names = ("feature", "queries", "gap good", "bad", "adds to net gap", "accuracy")
     of_both = table(["", "gap", "net gap"], whole, title="steering, in nats per token")
     return of_both, table(names, features)
+
+
+def _rules(figures: dict[str, Any]) -> tuple[Table]:
+    """Shares of plain and good answers that keep each rule."""
+    rows = (
+        [
+            rule,
+            f["queries"],
+            interval(f["plain"], ".2f"),
+            interval(f["good"], ".2f"),
+            interval(f["gain"], "+.2f"),
+        ]
+        for rule, f in figures["rules"].items()
+    )
+    title = "share of the answers that keep each rule, where the principle names its feature"
+    return (table(["rule", "queries", "plain", "good", "gain"], rows, title=title),)
 
 
 def conclusion(figures: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request,
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError, short
 from selfsteer.judges.base import Judge, Pair
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality, steering, strangers
-from selfsteer.judges.stats import above, mean_interval, verdict_counts
+from selfsteer.judges.stats import FEW, above, known_interval, mean_interval, verdict_counts
 from selfsteer.methods import Aligning, Principled
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
@@ -63,6 +65,9 @@ from selfsteer.verbs.planning import ASKED
 #: Shares above which something ordinary becomes a warning: written principles that cannot be used,
 #: answers cut off, equal answers, and pairs that the judge's answer says nothing of.
 FALLEN_BACK, UNFINISHED, EQUAL, UNPARSEABLE = 0.1, 0.2, 0.2, 0.2
+
+#: A rule that this share of the plain answers keeps needs no principle.
+KEPT = 0.9
 
 #: Good answers this many times as long as bad ones, or the reverse, teach length.
 LENGTH_RATIO = 2.0
@@ -499,7 +504,9 @@ def _clear(found: Checks, size: int) -> bool:
     broken = any(
         lines[name].status == "FAILED" for name in ("principles", "budgets") if name in lines
     )
-    return broken or (size >= ENOUGH and lines["steering"].figures.get("steers", False))
+    unsure = size < DECIDING and "rules" in lines and lines["rules"].figures["unsure"]
+    steers = size >= ENOUGH and lines["steering"].figures.get("steers", False)
+    return broken or (steers and not unsure)
 
 
 def _round(
@@ -541,6 +548,9 @@ def _round(
         # what was written for a few queries includes loading the model for them
         writing = max(probe.seconds["writing"] - probe.seconds["loading"], 0)
         rates = Rates(writing / len(triples), per_answer, *measured)
+    if isinstance(judge, ChecksJudge):
+        with c.line("rules") as line:
+            _by_rule(line, recipe, kept, judge)
     return rates
 
 
@@ -861,6 +871,51 @@ def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
     line.warn(
         f"{lost} of {len(verdicts)} pairs are unparseable for the judge: they do not count.",
         lost > UNPARSEABLE * len(verdicts),
+    )
+
+
+def _by_rule(line: Line, recipe: Principled, triples: Sequence[Triple], judge: ChecksJudge) -> None:
+    """How many plain answers keep each rule, and how many under the good principle.
+
+    A rule of a feature is looked at where the principle names that feature, unless the recipe's
+    principles know no such feature.
+    """
+    rng = np.random.default_rng(derive_seed(recipe.seed, "check/rules"))
+    texts = {name: [t.responses[name] for t in triples] for name in ("plain", "good")}
+    fixed = recipe.principles.mode == "fixed"
+    known = () if fixed else load_catalogue(recipe.principles.catalogue).by_name
+    rules, missing, few = dict[str, dict[str, Any]](), list[str](), False
+    for rule, kept in judge.by_rule([t.query for t in triples], texts).items():
+        both = list(zip(kept["plain"], kept["good"], strict=True))
+        if (feature := judge.features.get(rule)) in known:
+            named = (t.principles and feature in t.principles.features for t in triples)
+            both = list(compress(both, named))
+        plain, good = (float(np.mean(x)) for x in zip(*both, strict=True)) if both else (None, None)
+        gain = known_interval((b - a for a, b in both), rng)
+        rules[rule] = {"queries": len(both), "plain": plain, "good": good, "gain": gain}
+        few |= len(both) < FEW
+        if plain is None or gain is None or len(both) < FEW or above(gain, 0):
+            continue
+        lowered = gain[2] is not None and gain[2] < 0
+        if plain < KEPT or lowered:
+            missing.append(rule)
+            line.warn(
+                f"{rule}: {plain:.2f} of the plain answers keep it, {good:.2f} under the good "
+                f"principle ({len(both)} queries): "
+                + ("fewer." if lowered else "no gain beyond chance.")
+            )
+    line.figures = {"rules": rules, "missing": missing, "unsure": few or bool(missing)}
+    raised = sum(bool(r["gain"]) and above(r["gain"], 0) for r in rules.values())
+    line.found = (
+        f"the good principle has more answers keep {raised} of {len(rules)} rules, on "
+        f"{len(triples)} queries"
+    )
+    more = any(rules[rule]["queries"] < DECIDING for rule in missing)
+    line.warn(
+        "What the principle does not bring about cannot be learnt from it. Say what the rule wants "
+        "in the feature's good guideline, give the rule a feature of its own, or drop it"
+        + ("; or measure more queries: --queries 200 --minutes 15." if more else "."),
+        bool(missing),
     )
 
 

@@ -1,23 +1,27 @@
 """A few queries through a recipe's own stages, up to the first training, in a temporary folder."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import read_jsonl, read_shards
 from selfsteer.data.records import RESPONSES, Principles, Query, Triple
+from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.judges.base import Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.methods import Aligning, Principled
+from selfsteer.methods.contrast import Distilled
 from selfsteer.recipe.sections import ContrastRanking, resolve_path
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import by_reason, read_dropped
 from selfsteer.run.stage import Stage
 from selfsteer.stages.filter import FilterTriples
+from selfsteer.stages.sample import in_contexts, params_of
 from selfsteer.stages.train import Train, TrainReward
 from selfsteer.view import RunView, answers_of
 
@@ -37,7 +41,7 @@ class Answer:
 
     name: str
     text: str
-    #: ``chosen`` or ``rejected``, where it is in a pair.
+    #: ``chosen`` or ``rejected``, where it is in a pair; or what else it is for.
     role: str | None = None
     finished: bool = True
     score: float | None = None
@@ -127,7 +131,10 @@ def preview(recipe: Aligning, given: Mapping[str, Any], count: int, folder: Path
             raise
         notes.append(str(e))
     made = Preview(rows, _kept_as(small), None, None, notes)
+    if isinstance(recipe, Distilled):
+        _good_answers(recipe, rows, folder)
     _judge(recipe, made)
+    notes += _means(rows)
     if isinstance(recipe, Principled):
         _contrast(recipe, made.rows)
     return made
@@ -256,6 +263,28 @@ def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any], oth
         answer.score = score
 
 
+def _good_answers(recipe: Distilled, rows: Iterable[Row], folder: Path) -> None:
+    """Adds what the policy says under the good principle, which no stage of the method asks."""
+    asked = [
+        (row, Triple(row.query.id, row.query.messages, row.principles, {}))
+        for row in rows
+        if row.principles and row.answers
+    ]
+    s, policy = recipe.sampling, resolve_path(recipe.policy.model)
+    with Engines(None) as engines:
+        said = in_contexts({"good": policy}, s).answers(
+            [triple for _, triple in asked],
+            lambda source: engines.sampler(s.engine, source, recipe.policy.loading, s.batch_size),
+            params_of(s),
+            seed=derive_seed(recipe.seed, "preview"),
+            store=folder / "good",
+        )
+    for (row, _), (c,) in zip(asked, said, strict=True):
+        if not c.missing:
+            finished = c.finish_reason != "length"
+            row.answers["good"] = Answer("good", c.text, "for comparison", finished)
+
+
 # -- scores ----------------------------------------------------------------------------------------
 
 
@@ -278,6 +307,20 @@ def _judge(recipe: Aligning, made: Preview) -> None:
     names = {"first": "the good one is better", "second": "the bad one is better"}
     for row, said in zip(both, judge.compare_all(pairs), strict=True):
         row.verdict = names.get(said.verdict, str(said.verdict))
+
+
+def _means(rows: Sequence[Row]) -> list[str]:
+    """Whether the good principle raises the score, where plain answers stand beside good ones."""
+    kinds = {"plain": "without a principle", "good": "under the good one"}
+    both = [row.answers for row in rows if kinds.keys() <= row.answers.keys()]
+    scores = [[answers[k].score for k in kinds] for answers in both]
+    known = [[s for s in each if s is not None] for each in zip(*scores, strict=True)]
+    if not all(known) or not known:
+        return []
+    said = (
+        f"{sum(x) / len(x):.2f} {where}" for x, where in zip(known, kinds.values(), strict=True)
+    )
+    return [f"Mean score of {len(both)} answers each: {', '.join(said)}."]
 
 
 def _contrast(recipe: Aligning, rows: Iterable[Row]) -> None:
