@@ -11,7 +11,7 @@ from tests.make import SMALL, write_jsonl
 
 @pytest.mark.parametrize(
     ("method", "names"),
-    [("contrast", ["plain"]), ("pbaa", ["good", "bad"]), ("sso", ["good", "bad", "plain"])],
+    [("contrast", ["good", "plain"]), ("pbaa", ["good", "bad"]), ("sso", ["good", "bad", "plain"])],
 )
 def test_a_method_shows_its_answers_and_what_would_be_dropped(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, method: str, names: list[str]
@@ -34,8 +34,17 @@ def test_a_method_shows_its_answers_and_what_would_be_dropped(
     if method == "contrast":
         assert not lost
         assert found["summary"] == "2 queries: 2 kept as answers whose every token is trained on"
+        roles = [[a["role"] for a in row["answers"]] for row in found["queries"]]
+        assert roles == [[None, "for comparison"]] * 2
     else:
         assert lost == {f"unfinished in {'triples' if method == 'sso' else 'samples'}"}
+    means = [
+        sum(a["score"] for row in found["queries"] for a in row["answers"] if a["name"] == name) / 2
+        for name in ("plain", "good")
+        if name in names
+    ]
+    said = "Mean score of 2 answers each: {:.2f} without a principle, {:.2f} under the good one."
+    assert (len(means) == 2) == (found["notes"][-1:] == [said.format(*means, *means)])
     page = (tmp_path / "page" / "preview.html").read_text()
     assert found["queries"][0]["messages"][0]["content"] in page
     assert 'style="background: color-mix' in page

@@ -8,6 +8,7 @@ import pytest
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Pair, ScoringJudge
+from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.fixed import Fixed
@@ -40,8 +41,9 @@ features:
 """
 
 
-def judge_of(settings: Any) -> ScoringJudge:
+def judge_of(settings: Any) -> ChecksJudge:
     judge = load_judge(JudgeConfig.model_validate(settings))
+    assert isinstance(judge, ChecksJudge)
     assert isinstance(judge, ScoringJudge)
     return judge
 
@@ -175,6 +177,19 @@ def test_rules_of_the_query_are_added(style: Path) -> None:
     judge, bee = judge_of(f"checks:{style}"), query(checks=[{"contains": "pollen"}])
     assert judge.score_all([(bee, "It eats nectar.")]) == [0.75]
     assert judge_of("checks").score_all([(bee, "It eats nectar."), (bee, "Pollen")]) == [0, 1]
+
+
+def test_answers_are_told_by_rule_and_those_of_queries_by_kind(style: Path) -> None:
+    judge = judge_of(f"checks:{style}")
+    river = query(checks=[{"lacks": "Nile"}, {"lacks": "Loire"}, {"words": {"max": 2}}])
+    answers = {"before": ["It eats nectar!", "The Nile"], "after": ["It eats nectar.", "The Po"]}
+    calm, brief = 'Calm: no_match: "!"', 'Brevity: words: {"max": 5}'
+    found = judge.by_rule([query(), river], answers)
+    assert len(found) == 5
+    assert found[calm] == {"before": [0, 1], "after": [1, 1]}
+    assert found[brief] == {"before": [1, 1], "after": [1, 1]}
+    assert found["lacks (of queries)"] == {"before": [0.5], "after": [1]}
+    assert (judge.features[calm], judge.features.get("lacks (of queries)")) == ("Calm", None)
 
 
 def test_a_query_without_a_rule_is_named_in_time() -> None:

@@ -1,6 +1,7 @@
 """The whole method on the tiny world: what it learns from, what it resumes, what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from selfsteer.errors import ConfigError
 from selfsteer.formats.cards import model_card
 from selfsteer.methods import load_recipe
+from selfsteer.report.document import write_report
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import Artifact
@@ -141,8 +143,18 @@ def test_another_direction_has_the_same_targets(tmp_path: Path) -> None:
 def test_the_card_of_the_model_tells_of_no_pairs(done: Path) -> None:
     card = model_card(RunView.open(done).round())
     assert "12 answers" in card
-    for word in ("pair", "dpo", "rejected"):
+    for word in ("pair", "dpo", "rejected", "Not measured", "unknown"):
         assert word not in card
+
+
+def test_the_report_speaks_of_what_there_is(done: Path, tmp_path: Path) -> None:
+    made = write_report(done, tmp_path / "page.html")
+    text = made.markdown.read_text()
+    drawn = {p.stem for p in made.figures}
+    assert "kl" in drawn
+    assert set(re.findall(r"\(page/(\S+)\.png\)", text)) == drawn, "each has its caption"
+    for word in ("DPO", "Chosen", "preferences", "generator", "log-probs"):
+        assert word not in text
 
 
 def test_there_are_no_pairs_to_export(done: Path) -> None:

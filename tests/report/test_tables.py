@@ -1,10 +1,13 @@
 """What the tables of a run hold, for the terminal and the page alike."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
+from selfsteer.formats.cards import model_card
 from selfsteer.report import summary, tables
 from selfsteer.report.document import content
 from selfsteer.view import RunView
@@ -33,3 +36,67 @@ def test_what_stages_warned_of_is_shown_wherever_a_run_is(
         assert f"warning: {stage}: {text}" in said
     (result,) = (s for s in content(run, [], [])["sections"] if s["anchor"] == "result")
     assert tables.warnings(run) in result["sheets"]
+
+
+def evaluated(folder: Path) -> RunView:
+    """SSO beside PBAA, on 10 held-out queries, by one rule."""
+    run = make(folder, "", "baseline=pbaa", "judge=checks:style.yaml")
+    labels = ("base", "sso/iteration-1", "pbaa/iteration-1")
+    rule = {
+        "queries": 10,
+        "kept": dict(zip(labels, (0.1, 0.5, 0.2), strict=True)),
+        "gained": dict(zip(labels[1:], ((0.4, 0.2, 0.6), (0.1, -0.1, 0.3)), strict=True)),
+    }
+    found: dict[str, Any] = {
+        "queries": 10,
+        "judge": "checks:style.yaml",
+        "score_scale": "share of the checks passed",
+        "finals": {"sso": labels[1], "pbaa": labels[2]},
+        "models": {
+            label: {"tokens": 9.0, "unfinished": n, "score": [0.5, None, None]}
+            for label, n in zip(labels, (9, 2, 5), strict=True)
+        },
+        "rules": {'Calm: no_match: "[!|]"': rule},
+    }
+    (run / "evaluation.json").write_text(json.dumps(found))
+    return RunView.open(run)
+
+
+def test_each_rule_stands_with_its_shares_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluated(tmp_path)
+    sheet = tables.rules(run)
+    assert sheet.columns == ("rule", "queries", "base", "pbaa", "sso", "gain of sso")
+    assert sheet.rows == [
+        ['Calm: no_match: "[!|]"', 10, 0.1, 0.2, 0.5, (0.4, 0.2, 0.6)],
+        ["(cut off by the token budget)", 10, 0.9, 0.5, 0.2, None],
+    ]
+    assert run.to_json()["evaluation"]["rules"]
+    summary.print_result(run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'Calm: no_match: "[!|]" 10 0.100 0.200 0.500 0.400 [.20, .60]' in said
+    (result,) = (s for s in content(run, [], [])["sections"] if s["anchor"] == "result")
+    assert sheet in result["sheets"]
+    card = model_card(run.round())
+    assert "| rule | queries | start | this model | gain of this model |" in card
+    assert 'no_match: "[!\\|]" | 10 | 0.100 | 0.500 | 0.400 [0.200, 0.600] |' in card
+    assert "| (cut off by the token budget) | 10 | 0.900 | 0.200 |  |" in card
+
+
+def test_a_column_that_holds_nothing_is_left_out(tmp_path: Path) -> None:
+    run = evaluated(tmp_path)
+    assert tables.results(run).columns == ["model", "score", "tokens", "time, s"]
+
+
+def test_benchmarks_stand_in_the_card_of_the_last_policy(tmp_path: Path) -> None:
+    run = make(tmp_path, "")
+    cell = {"score": 0.25, "metric": "acc", "stderr": 0.1, "questions": 40, "truncated": 0}
+    models = {"base": cell, "sso": {**cell, "score": 0.625}}
+    column = {"name": "arc", "kind": "task", "models": models}
+    found = {"models": [*models], "limit": None, "benchmarks": [column], "differences": []}
+    assert "Not evaluated." in model_card(RunView.open(run).round())
+    (run / "benchmarks.json").write_text(json.dumps(found))
+    card = model_card(RunView.open(run).round())
+    assert "| sso | 62.5 ± 10.0 |" in card
+    assert "Not evaluated." not in card

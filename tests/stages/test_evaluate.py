@@ -82,11 +82,15 @@ def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("after", "shown"),
-    [(("A", "A b.", "A."), "Where is it then?"), (("A b c d.",) * 3, None)],
+    ("after", "shown", "kept"),
+    [(("A", "A b.", "A."), "Where is it then?", 1), (("A b c d.",) * 3, None, 0)],
 )
-def test_the_query_that_gained_most_is_shown(
-    after: tuple[str, ...], shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_query_that_gained_most_and_the_rules_are_shown(
+    after: tuple[str, ...],
+    shown: str | None,
+    kept: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At most 3 words score 1: the second and third gain, and the second's answers are shorter."""
     before = ("A b.", "A b c d.", "A b c d e f.")
@@ -105,7 +109,13 @@ def test_the_query_that_gained_most_is_shown(
             judge=JudgeConfig(kind="checks"),
         )
     )
-    example = json.loads((run / "evaluation.json").read_text()).get("example")
+    report = json.loads((run / "evaluation.json").read_text())
+    example, rule = report.get("example"), report["rules"].pop("words (of queries)")
+    assert not report["rules"]
+    assert (rule["queries"], rule["kept"]) == (3, {"base": 1 / 3, "sso/iteration-1": kept})
+    gain, low, high = rule["gained"]["sso/iteration-1"]
+    assert gain == pytest.approx(kept - 1 / 3)
+    assert low <= gain <= high
     assert (example and example["query"]) == shown
     if example:
         assert example["answers"] == {"base": "A b c d.", "sso/iteration-1": "A b."}

@@ -20,7 +20,7 @@ from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
-from selfsteer.verbs.check import _tables, conclusion
+from selfsteer.verbs.check import _tables, conclusion, tell
 from selfsteer.verbs.checks import Checks, Line
 from tests import make
 from tests.fakes import FakeEngine, Said, answer_with
@@ -298,6 +298,85 @@ def test_nothing_is_ranked_that_would_end_too_late(
 ) -> None:
     found, scored = ranking(monkeypatch, tmp_path, lambda request: request.id, left=25)
     assert (found.lines[0].status, scored) == ("skipped", [])
+
+
+# -- which rules the principles bring about ------------------------------------------------------
+
+
+STYLE = """
+closing: ""
+features:
+- {name: Calm, good_adjective: calm, bad_adjective: loud, good: C., bad: L.,
+   checks: [{no_match: "!"}, {words: {max: 2}}]}
+- {name: Candour, good_adjective: frank, bad_adjective: sly, good: F., bad: S.,
+   checks: [{starts_with: Frankly}]}
+- {name: End, good_adjective: ended, bad_adjective: open, good: E., bad: O.,
+   checks: [{ends_with: [".", "!"]}]}
+"""
+
+
+def by_rule(tmp_path: Path, n: int, *, mode: str = "picked", say: str = "It is so.") -> Line:
+    """Half of the principles name Candour; all good answers lose their "!" and have three words."""
+    path = tmp_path / "style.yaml"
+    path.write_text(STYLE)
+    settings: dict[str, Any] = {"mode": mode, "catalogue": str(path), "features": "random"}
+    settings["features_per_query"] = 1
+    if mode == "fixed":
+        settings = {"mode": mode, "good": "G.", "bad": "B."}
+    triples = [
+        make.triple(f"q{i}", "Calm", "End", *(["Candour"] if i % 2 else []), good=say, plain="So!")
+        for i in range(n)
+    ]
+    line = Line("rules")
+    judge = ChecksJudge(JudgeConfig(kind="checks", path=str(path)))
+    recipe = make.recipe("contrast", principles=settings)
+    checks._by_rule(line, recipe, triples, judge)
+    return line
+
+
+def test_a_rule_that_the_good_principle_does_not_bring_about_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = by_rule(tmp_path, 32)
+    calm, words, candour, end = line.figures["rules"].values()
+    assert (calm["queries"], calm["plain"], calm["good"], calm["gain"]) == (32, 0, 1, (1, 1, 1))
+    assert (words["plain"], words["good"]) == (1, 0)
+    assert (candour["queries"], candour["gain"]) == (16, (0, 0, 0))
+    assert (end["plain"], end["gain"][0]) == (1, 0)
+    assert (line.status, line.figures["unsure"]) == ("warning", True)
+    low, none, advice = line.todo
+    assert low.startswith('Calm: words: {"max": 2}: 1.00 of the plain answers keep it, 0.00 under')
+    assert low.endswith("(32 queries): fewer.")
+    assert none.startswith("Candour: starts_with: ")
+    assert none.endswith("(16 queries): no gain beyond chance.")
+    assert "measure more queries" in advice
+    tell(line)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has more answers keep 1 of 4 rules, on 32 queries" in said
+    assert 'Calm: no_match: "!" 32 0.00 1.00 +1.00 [+1.00, +1.00]' in said
+
+
+def test_too_few_queries_say_nothing_of_a_rule(tmp_path: Path) -> None:
+    line = by_rule(tmp_path, 2 * FEW - 2, say="Frankly so.")
+    assert line.figures["rules"]['Candour: starts_with: ["Frankly"]']["queries"] == FEW - 1
+    assert (line.status, line.todo, line.figures["unsure"]) == ("ok", [], True)
+    line = by_rule(tmp_path, 2 * FEW, say="Frankly so.")
+    assert (line.status, line.figures["unsure"]) == ("ok", False)
+
+
+def test_principles_that_know_no_feature_are_measured_on_all_queries(tmp_path: Path) -> None:
+    line = by_rule(tmp_path, 32, mode="fixed")
+    assert {r["queries"] for r in line.figures["rules"].values()} == {32}
+
+
+def test_more_queries_are_asked_while_a_rule_is_not_sure() -> None:
+    found = Checks(lambda line: None)
+    with found.line("steering") as line:
+        line.figures["steers"] = True
+    assert checks._clear(found, 16)
+    with found.line("rules") as line:
+        line.figures["unsure"] = True
+    assert [checks._clear(found, n) for n in (16, 32)] == [False, True]
 
 
 # -- how many queries ------------------------------------------------------------------------------

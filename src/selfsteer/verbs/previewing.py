@@ -311,16 +311,16 @@ def _judge(recipe: Aligning, made: Preview) -> None:
 
 def _means(rows: Sequence[Row]) -> list[str]:
     """Whether the good principle raises the score, where plain answers stand beside good ones."""
-    kinds = {"plain": "without a principle", "good": "under the good one"}
-    both = [row.answers for row in rows if kinds.keys() <= row.answers.keys()]
-    scores = [[answers[k].score for k in kinds] for answers in both]
-    known = [[s for s in each if s is not None] for each in zip(*scores, strict=True)]
-    if not all(known) or not known:
+    said = [row.answers for row in rows if {"plain", "good"} <= row.answers.keys()]
+    both = [(a["plain"].score, a["good"].score) for a in said]
+    known = [(p, g) for p, g in both if p is not None and g is not None]
+    if not known:
         return []
-    said = (
-        f"{sum(x) / len(x):.2f} {where}" for x, where in zip(known, kinds.values(), strict=True)
-    )
-    return [f"Mean score of {len(both)} answers each: {', '.join(said)}."]
+    plain, good = (sum(scores) / len(known) for scores in zip(*known, strict=True))
+    return [
+        f"Mean score of {len(known)} answers each: {plain:.2f} without a principle, {good:.2f} "
+        "under the good one."
+    ]
 
 
 def _contrast(recipe: Aligning, rows: Iterable[Row]) -> None:
