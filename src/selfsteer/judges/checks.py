@@ -49,10 +49,6 @@ class ChecksJudge:
                     f"judge.path: no feature of {self.path} has checks, so there is nothing to "
                     "judge by. Give at least one feature a list of checks (docs/judges.md)."
                 )
-        #: Rule as `results` names it → its feature.
-        self.features = {
-            f"{name}: {rule}": name for name, own in self.rules.items() for rule in own
-        }
 
     def check(self, queries: Sequence[Query]) -> None:
         """See `Judge.check`: every query has a rule, and every rule can be decided.
@@ -72,16 +68,14 @@ class ChecksJudge:
     def results(self, query: Query, answer: str) -> list[tuple[str, bool]]:
         """Each rule of the query with whether the answer keeps it.
 
-        A rule is its own name, after that of its feature if it has one.
+        A rule is named after its feature, or is itself the name.
 
         Raises:
             ConfigError: see `check`.
             DataError: an instruction of IFEval is unknown, or its arguments do not fit.
         """
         found = [
-            (f"{feature}: {rule}", rule.passes(answer))
-            for feature, own in self.rules.items()
-            for rule in own
+            (feature, rule.passes(answer)) for feature, own in self.rules.items() for rule in own
         ]
         if "checks" in query.extra:
             rules = read_checks(query.extra["checks"], f"'checks' of query {query.id}")
@@ -95,20 +89,24 @@ class ChecksJudge:
     ) -> dict[str, dict[str, list[float]]]:
         """Rule → name → how far each answer keeps it: 1 or 0.
 
-        Rules that the queries bring, which may all differ, are taken together by kind; of several
-        of a kind it is the share kept. Queries without the rule are left out.
+        A rule of the catalogue stands after its feature: ``Brevity: words: {"max": 40}``. Those
+        that the queries bring, which may all differ, are taken together by kind; of several of a
+        kind it is the share kept. Queries without the rule are left out.
 
         Args:
             queries: N of them.
             answers: name → N answers, for example of one model.
         """
+        shared = [f"{feature}: {rule}" for feature, own in self.rules.items() for rule in own]
         out: dict[str, dict[str, list[float]]] = {}
         for name, texts in answers.items():
             for query, text in zip(queries, texts, strict=True):
                 found = defaultdict[str, list[bool]](list)
-                for rule, kept in self.results(query, text):
-                    own = rule in self.features
-                    found[rule if own else f"{rule.partition(': ')[0]} (of queries)"].append(kept)
+                results = self.results(query, text)
+                for rule, (_, kept) in zip(shared, results, strict=False):
+                    found[rule].append(kept)
+                for own, kept in results[len(shared) :]:
+                    found[f"{own.partition(': ')[0]} (of queries)"].append(kept)
                 for rule, each in found.items():
                     out.setdefault(rule, {}).setdefault(name, []).append(sum(each) / len(each))
         return out

@@ -887,7 +887,8 @@ def _by_rule(line: Line, recipe: Principled, triples: Sequence[Triple], judge: C
     rules, missing, few = dict[str, dict[str, Any]](), list[str](), False
     for rule, kept in judge.by_rule([t.query for t in triples], texts).items():
         both = list(zip(kept["plain"], kept["good"], strict=True))
-        if (feature := judge.features.get(rule)) in known:
+        feature = next((f for f in judge.rules if rule.startswith(f"{f}: ")), None)
+        if feature in known:
             named = (t.principles and feature in t.principles.features for t in triples)
             both = list(compress(both, named))
         plain, good = (float(np.mean(x)) for x in zip(*both, strict=True)) if both else (None, None)
