@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from selfsteer.data.records import Principles, Triple, Verdict
 from selfsteer.engines.base import Completion, Request
 from selfsteer.errors import ArtifactError, DataError
+from selfsteer.judges.base import Judgement
 from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.quality import FEW, steering, strangers
-from selfsteer.recipe.sections import JudgeConfig
+from selfsteer.recipe.sections import JudgeConfig, Loading
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
@@ -171,19 +173,71 @@ def test_a_failure_ends_its_own_check_only() -> None:
 
 
 def test_the_conclusion_names_what_to_mend() -> None:
-    ok = {"status": "ok", "figures": {"steers": True, "undecided": False}}
-    odd = {"status": "warning", "figures": {"steers": False, "undecided": False}}
-    few = {"status": "warning", "figures": {"steers": False, "undecided": True}}
+    def steering(status: str, steers: bool, undecided: bool, safe: bool = True) -> dict[str, Any]:
+        features = {"Safety": {"steers": safe}, "Relevance": {"steers": None}}
+        figures = {"steers": steers, "undecided": undecided, "triples": 40, "features": features}
+        return {"status": status, "figures": figures}
+
+    def ranking(status: str, decides: bool = True) -> dict[str, Any]:
+        return {"status": status, "figures": {"decides": decides, "decided": 33}}
+
+    def told(steering: dict[str, Any], ranking: dict[str, Any], **more: Any) -> str:
+        return conclusion({"checks": {"steering": steering, "ranking": ranking, **more}})
+
+    ok, skipped = steering("ok", True, False), {"status": "skipped", "figures": {}}
+    assert told(ok, skipped) == "ready: the policy steers on 40 queries (no warnings)"
+    assert told(steering("warning", False, False), skipped) == (
+        "it would run, but the policy does not steer on 40 queries (1 warning)"
+    )
+    assert told(steering("warning", False, True), skipped) == (
+        "it would run; 40 queries do not say whether the policy steers (1 warning)"
+    )
+    assert told(steering("warning", True, False, safe=False), ranking("ok")) == (
+        "ready: the policy steers on 40 queries, but not by Safety (1 warning)"
+    )
+    assert told(ok, ranking("warning")) == (
+        "it would run; the policy steers on 40 queries, but the principles do not rank 33 pairs "
+        "of plain answers (1 warning)"
+    )
+    assert told(ok, ranking("warning", decides=False)).startswith("ready"), "not this method"
     bad = {"status": "FAILED", "figures": {}}
-    assert conclusion({"checks": {"steering": ok}}) == "ready: the policy steers (no warnings)"
-    assert conclusion({"checks": {"steering": odd}}) == (
-        "it would run, but the policy does not steer (1 warning)"
-    )
-    assert conclusion({"checks": {"steering": few}}) == (
-        "it would run; too few queries to say whether the policy steers (1 warning)"
-    )
-    text = conclusion({"checks": {"judge": bad, "steering": ok, "disk": bad}})
-    assert text == "not ready: fix judge, disk, then check again"
+    assert told(ok, skipped, judge=bad, disk=bad) == "not ready: fix judge, disk, then check again"
+
+
+def test_the_verdict_claims_no_more_than_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same gaps on more queries, under one principle each or under one for all."""
+
+    def verdict(count: int, judge: Any, one: bool = False) -> tuple[str, bool, str]:
+        made = [triple(i, "Safety") for i in range(count)]
+        own = {"plain": "Paris.", **made[0].responses}
+        triples = [
+            replace(t, responses=own, principles=(made[0] if one else t).principles) for t in made
+        ]
+        # each answer has one token, which is the likelier the better it fits its context
+        scores = {"good/good": -1.0, "bad/bad": -1.0, "stranger": -2.0}
+        chat = SimpleNamespace(sequence=lambda t, name: name)
+        monkeypatch.setattr(checks, "load_model", lambda *_: SimpleNamespace(chat=chat))
+        monkeypatch.setattr(
+            checks,
+            "scored",
+            lambda folder, loaded, flat, label: [torch.tensor([scores.get(n, -3.0)]) for n in flat],
+        )
+        line = Line("steering")
+        probe = checks.Probe(tmp_path)
+        checks._measure(line, "m", Loading(), triples, judge, probe, seed=0)
+        return line.found.split(";")[0], line.figures["steers"], " ".join(line.todo)
+
+    good = SimpleNamespace(compare_all=lambda pairs: [Judgement(Verdict.FIRST) for _ in pairs])
+    assert verdict(15, None)[:2] == ("no verdict yet on 15 queries", False)
+    assert "15 queries are too few" in verdict(15, None)[2]
+    assert verdict(16, None)[:2] == ("steers on 16 queries", True)
+    found, steers, todo = verdict(16, None, one=True)
+    assert (found, steers) == ("no verdict on 16 queries", False)
+    assert "name a judge" in todo
+    assert "too few" not in todo
+    assert verdict(16, good, one=True)[:2] == ("steers on 16 queries", True)
 
 
 def test_a_folder_in_use_is_told_without_a_trace(tmp_path: Path) -> None:

@@ -481,6 +481,9 @@ class Paired(Aligning):
 class Principled(Aligning):
     """A method that asks under principles."""
 
+    #: Whether it learns from how far the principles tell answers apart.
+    by_contrast: ClassVar[bool] = False
+
     principles: PrinciplesConfig = PrinciplesConfig()
     queries: GrownQueries
     baseline: str | dict[str, dict[str, Any]] | None = Field(

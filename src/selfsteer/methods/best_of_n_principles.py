@@ -22,6 +22,7 @@ class BestOfNByPrinciples(Principled, Ranked):
     ranking: ContrastRanking = ContrastRanking()
     training: Training = Training()
 
+    by_contrast: ClassVar[bool] = True
     pair: ClassVar[str] = (
         "Both were written by a model to the prompt alone; of several the chosen one became most "
         "likely, and the rejected one least, under a good principle as against a bad one"

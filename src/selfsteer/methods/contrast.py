@@ -26,6 +26,7 @@ class Distilled(Principled):
     training: Distilling = Distilling()
 
     learnt: ClassVar[str] = "its own answers to the prompts alone"
+    by_contrast: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -5,7 +5,7 @@ The margin is how much more the good principle makes of the chosen answer than o
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from typing_extensions import override
 
@@ -22,6 +22,8 @@ class DLMA(PrincipledPairs):
     method: Literal["dlma"] = "dlma"
     margin: Margin = Margin()
     training: Training = Training()
+
+    by_contrast: ClassVar[bool] = True
 
     @override
     def round(self, plan: Plan, k: int, policy: Artifact) -> Artifact:

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from selfsteer.errors import listed
 from selfsteer.terminal import interval, out, say, table
 from selfsteer.verbs.common import AsJson, Overrides, RecipeName, Trust, aligning, emit, load_recipe
 
@@ -102,8 +103,15 @@ def conclusion(figures: dict[str, Any]) -> str:
     if lines["steering"]["status"] == "skipped":
         return f"ready: this method needs no principles ({count})"
     found = lines["steering"]["figures"]
-    if found["steers"]:
-        return f"ready: the policy steers ({count})"
+    on = f"{found['triples']} queries"
     if found["undecided"]:
-        return f"it would run; too few queries to say whether the policy steers ({count})"
-    return f"it would run, but the policy does not steer ({count})"
+        return f"it would run; {on} do not say whether the policy steers ({count})"
+    if not found["steers"]:
+        return f"it would run, but the policy does not steer on {on} ({count})"
+    weak = [name for name, f in found["features"].items() if f["steers"] is False]
+    steers = f"the policy steers on {on}" + f", but not by {listed(weak)}" * bool(weak)
+    ranking = lines["ranking"]
+    if ranking["status"] == "warning" and ranking["figures"]["decides"]:
+        pairs = f"{ranking['figures']['decided']} pairs of plain answers"
+        return f"it would run; {steers}, but the principles do not rank {pairs} ({count})"
+    return f"ready: {steers} ({count})"

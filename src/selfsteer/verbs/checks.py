@@ -789,25 +789,29 @@ def _measure(
     verdicts = _verdicts(judge, triples, probe) if judge else None
     rng = np.random.default_rng(derive_seed(seed, "check/steering"))
     found = steering(triples, {n: sums[n] / lengths[n] for n in texts}, verdicts, rng)
+    # of fewer queries, intervals are too wide to say that it does, or does not
+    few = len(triples) < (ENOUGH if found["steers"] else DECIDING)
+    only_gap = lent == principles
+    undecided = few or (found["steers"] and only_gap and not found["accuracy"])
     line.figures = {
         **found,
-        # of fewer queries, intervals are too wide to say that it does not steer
-        "undecided": not found["steers"] and len(triples) < DECIDING,
-        "one_principle_for_all": lent == principles,
+        "steers": found["steers"] and not undecided,
+        "undecided": undecided,
+        "one_principle_for_all": only_gap,
         "verdicts": None if verdicts is None else verdict_counts(verdicts),
         "on_policyness": figures["on_policyness"],
         "tokens": figures["tokens"],
     }
     right, policyness = found["accuracy"], figures["on_policyness"]
     missing = "judge" if judge is None else "verdict"
-    verdict = "steers" if found["steers"] else "does not steer"
-    verdict = "no verdict yet" if line.figures["undecided"] else verdict
+    verdict = "no verdict" if undecided else "steers" if found["steers"] else "does not steer"
+    verdict += " yet" * few
     line.found = (
         f"{verdict} on {len(triples)} queries"
         + (f"; accuracy {interval(right, '.2f')}" if right else f"; no {missing}")
         + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
     )
-    _advise(line, verdicts or ())
+    _advise(line, verdicts or (), few)
     per_judged = probe.seconds["judging"] / (len(triples) - 1) if judge else None
     return probe.seconds["scoring"] / len(flat), per_judged
 
@@ -824,10 +828,9 @@ def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Ver
     return [j.verdict for j in (*first, *rest)]
 
 
-def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
+def _advise(line: Line, verdicts: Sequence[Verdict], few: bool) -> None:
     """What the figures of steering mean, and what to do about it."""
     found, tokens, steers = line.figures, line.figures["tokens"], line.figures["steers"]
-    few = found["undecided"]
     for half in () if few else ("good", "bad"):
         gap, net = above(found["gap"][half], 0), above(found["net_gap"][half], 0)
         line.warn(
@@ -843,16 +846,17 @@ def _advise(line: Line, verdicts: Sequence[Verdict]) -> None:
     )
     line.warn(
         f"{found['triples']} queries are too few to tell whether the policy steers. Measure more: "
-        "--minutes 15.",
+        "--minutes 15, or more prompts.",
         few,
     )
     line.warn(
         "A run would learn noise. Use a model that follows a system message, or simpler "
         "principles (principles.mode=picked principles.features_per_query=1).",
-        not steers and not few,
+        not (steers or found["undecided"]),
     )
     line.warn(
-        "All queries have the same principles, so the net gap is only the gap.",
+        "All queries have the same principles, so the net gap is only the gap, which any model "
+        f"has: {'the' if found['accuracy'] else 'name a judge, whose'} accuracy decides.",
         found["one_principle_for_all"],
     )
     chosen, rejected = tokens["chosen"], tokens["rejected"]
@@ -988,6 +992,7 @@ def _ranking(
         agreed = [float((v is Verdict.FIRST) == (gap > 0)) for v, gap in decided]
         rng = np.random.default_rng(derive_seed(recipe.seed, "check/ranking"))
         line.figures = {
+            "decides": recipe.by_contrast,
             "pairs": len(both),
             "answers": 2 * len(usable),
             "cut_off": cut_off,
