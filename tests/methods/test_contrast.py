@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from selfsteer.errors import ConfigError
 from selfsteer.formats.cards import model_card
 from selfsteer.methods import load_recipe
+from selfsteer.models.teacher import Teacher
 from selfsteer.report.document import write_report
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
@@ -81,6 +82,46 @@ def test_targets_that_are_there_are_not_made_again(
     assert files[0].stat().st_mtime_ns == mark
     whole = load_file(done / "iteration-1/teacher/targets-00000.safetensors")
     assert sum(len(load_file(f)["kept"]) for f in files) == len(whole["kept"])
+
+
+def test_what_is_finished_of_a_file_outlives_an_interruption(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = recipe(tmp_path), list[int]()
+    execute(made, {"name": "given"}, until="samples")
+    stage, own = made.plan()[-2], Teacher._of
+
+    def of(self: Teacher, group: Any) -> Any:
+        asked.append(len(group))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return own(self, group)
+
+    monkeypatch.setattr(Teacher, "_of", of)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(RunFolder(made.folder))
+    folder = made.folder / "iteration-1/teacher"
+    (_part,) = folder.iterdir()
+    assert taught(folder) == {}, "half a file is none"
+    stage.run(RunFolder(made.folder))
+    assert sum(asked) - asked[2] == 12, "none of them twice"
+    (whole,) = folder.iterdir()
+    assert whole.read_bytes() == (done / "iteration-1/teacher" / whole.name).read_bytes()
+
+
+def test_a_bound_that_is_too_low_names_one_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(top_k: int, coverage: str) -> str:
+        folder = tmp_path / f"{top_k}-{coverage}"
+        more = (f"contrast={{top_k: {top_k}, coverage: {coverage}}}", "queries.limit=3")
+        execute(recipe(folder, *more), {"name": "given"}, until="teacher")
+        return " ".join(capsys.readouterr().err.split())
+
+    found = re.search(r"more than top_k 2 .* Set top_k (\d+), enough for 95%", said(2, "0.99"))
+    assert found is not None
+    enough = int(found[1])
+    assert "need more than top_k" not in said(enough, "0.99")
 
 
 def test_targets_of_other_answers_are_made_again(

@@ -93,6 +93,15 @@ def test_a_bound_on_entries_shows_in_what_is_covered(loaded: LoadedModel, tmp_pa
     assert made["covered"].min() < 0.99
 
 
+def test_of_tokens_with_too_few_entries_those_that_would_do_are_counted(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    _, few = taught(loaded, tmp_path, top_k=2, coverage=0.99)
+    _, made = taught(loaded, tmp_path, top_k=10_000, coverage=0.99)
+    assert not len(made["needed"])
+    assert few["needed"].tolist() == made["kept"][few["covered"] < 0.99].tolist()
+
+
 @pytest.mark.parametrize("layout", ["padded", "tree"])
 def test_loss_and_gradients_are_those_of_whole_logits(
     loaded: LoadedModel, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch

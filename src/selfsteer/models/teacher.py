@@ -9,6 +9,7 @@ the target; the others count together as the rest. A file holds the targets of s
 | `kept` | (T,) | entries of each token, T = the sum of `tokens` |
 | `index`, `logq` | (E,) | token ids and log q in nats, E = the sum of `kept` |
 | `reward` | (T,) | clip(log π0(y\\|x+) − log π0(y\\|x-)) of the token that stands there |
+| `needed` | (S,) | entries that would cover the mass, of tokens that have too few |
 
 Shape legend: R response tokens, V vocabulary, K entries of a token.
 """
@@ -31,8 +32,12 @@ from selfsteer.models.load import LoadedModel
 from selfsteer.models.score import pad
 from selfsteer.objectives import NO_MASS, TokenObjective, with_rest
 
-#: Tokens of one forward of the teacher.
-MAX_TOKENS = 8192
+#: Tokens of one forward of the teacher, the least that an interruption loses: seconds of a CPU.
+MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+#: Of more tokens of a chunk with too few entries, not all are asked how many would do, as that
+#: takes a sort of the vocabulary.
+SORTED = 32
 
 
 class Targets(NamedTuple):
@@ -115,19 +120,24 @@ class Teacher:
         self,
         answers: Sequence[Sequence[EncodedSequence]],
         advance: Callable[[int], None] = lambda count: None,
+        known: dict[int, dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors of one file; each answer is given in all contexts that the objective reads.
 
         Beside them ``covered``, (T,): the least mass that the entries of a token cover.
-        ``advance`` receives the number of answers that each forward read.
+        ``advance`` receives the number of answers that each forward read. ``known`` receives the
+        tensors of each answer; those of a forward that it has all of are not made again.
 
         Raises:
             NumericsError: a target is not finite; names the record.
         """
-        parts: dict[int, dict[str, Tensor]] = {}
+        parts = {} if known is None else known
+        lengths = [max(map(len, answer)) for answer in answers]
+        most = MAX_TOKENS.get(self.loaded.device.type, MAX_TOKENS["cuda"]) // len(answers[0])
         with self.loaded.evaluating():
-            for group in _groups([max(map(len, answer)) for answer in answers], len(answers[0])):
-                parts.update(zip(group, self._of([answers[i] for i in group]), strict=True))
+            for group in _groups(lengths, most):
+                if not parts.keys() >= set(group):
+                    parts.update(zip(group, self._of([answers[i] for i in group]), strict=True))
                 advance(len(group))
         ordered = [parts[i] for i in range(len(answers))]
         flat = {name: torch.cat([p[name] for p in ordered]) for name in ordered[0]}
@@ -172,37 +182,46 @@ class Teacher:
             logq_RV = self.objective.target(*logps)
             most_RV = torch.stack([*logps, logq_RV]).amax(dim=0)
             order_RK = most_RV.topk(min(self.top_k, vocabulary), dim=-1).indices
-            masses = torch.stack(
-                [p.gather(1, order_RK).exp().cumsum(dim=-1) for p in (*logps, logq_RV)]
-            ).amin(dim=0)
+            masses = _masses(order_RK, *logps, logq_RV)
             # the entry that reaches the mass is the last one kept
             kept_RK = torch.cat(
                 [torch.ones_like(masses[:, :1], dtype=torch.bool), masses[:, :-1] < self.coverage],
                 dim=-1,
             )
             kept = kept_RK.sum(dim=-1)
-            one = ids.unsqueeze(1)
+            one, covered = ids.unsqueeze(1), masses.gather(1, kept.unsqueeze(1) - 1)[:, 0]
+            few = (covered < self.coverage).nonzero()[:, 0]
+            few = few[:: max(len(few) // SORTED, 1)]
+            order_SV = most_RV[few].argsort(dim=-1, descending=True)
+            whole_SV = _masses(order_SV, *(p[few] for p in (*logps, logq_RV)))
+            needed = (whole_SV < self.coverage).sum(dim=-1) + 1
             out.append(
                 {
                     "kept": kept.int(),
                     "index": order_RK[kept_RK].int(),
                     "logq": logq_RV.gather(1, order_RK)[kept_RK],
                     "reward": self.objective.reward(*(p.gather(1, one) for p in logps))[:, 0],
-                    "covered": masses.gather(1, kept.unsqueeze(1) - 1)[:, 0],
+                    "covered": covered,
+                    "needed": needed.clamp(max=vocabulary).int(),
                 }
             )
         return {name: torch.cat([p[name] for p in out]).cpu() for name in out[0]}
 
 
-def _groups(lengths: Sequence[int], contexts: int) -> Iterator[list[int]]:
-    """Answers of similar length that one forward takes, the longest first.
+def _masses(order_RK: Tensor, *logs: Tensor) -> Tensor:
+    """The least mass that the first k of these entries cover, (R, K); log-probs (R, V)."""
+    return torch.stack([p.gather(1, order_RK).exp().cumsum(dim=-1) for p in logs]).amin(dim=0)
 
-    >>> list(_groups([100, 5000, 90, 4000], contexts=2))
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Answers of similar length that one forward takes, the longest first; ``most`` tokens.
+
+    >>> list(_groups([100, 5000, 90, 4000], 4096))
     [[1], [3], [0, 2]]
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and lengths[group[0]] * contexts * (len(group) + 1) > MAX_TOKENS:
+        if group and lengths[group[0]] * (len(group) + 1) > most:
             yield group
             group = []
         group.append(i)

@@ -20,6 +20,8 @@ from selfsteer.stages.inputs import stored_triples
 from selfsteer.terminal import Bar, progress_bar, warn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from selfsteer.models.chat import EncodedSequence
     from selfsteer.models.teacher import Lesson, Teacher
 
@@ -67,7 +69,7 @@ class Teach(Stage):
         triples = stored_triples(self.answers.path)
         source = str(self.teacher.path)
         loaded = load_model(source, self.loading, inference=True, bits=self.bits)
-        s, sums, n_out = self.settings, Counter[str](), 0
+        s, sums, needed, n_out = self.settings, Counter[str](), Counter[int](), 0
         teacher = Teacher(loaded, self.objective, s.top_k, s.coverage)
         with run.drops(self.name) as drops, progress_bar("teacher", len(triples)) as bar:
             for number, part in enumerate(batched(triples, ANSWERS)):
@@ -81,15 +83,15 @@ class Teach(Stage):
                 }
                 bar.advance(len(part) - len(kept))
                 if kept:
-                    sums.update(_written(path, teacher, kept, bar))
+                    found = _targets(path, teacher, kept, bar)
+                    needed.update(found["needed"].tolist())
+                    sums.update(_sums(found, s.coverage))
+                    sums["bytes"] += path.stat().st_size
                 n_out += len(kept)
         tokens = max(sums["tokens"], 1)
         notes = {k: sums[k] / tokens for k in ("entries", "covered", "short", "reward")}
         if notes["short"] > SHORT:
-            warn(
-                f"{notes['short']:.0%} of the tokens need more than top_k {s.top_k} "
-                f"entries to cover {s.coverage:g} of the mass. Raise it."
-            )
+            warn(_too_few(s, notes["short"], notes["covered"], needed))
         notes |= {k: sums[k] for k in ("tokens", "bytes")}
         return StageResult(len(triples), n_out, drops.counts, notes=notes)
 
@@ -104,27 +106,64 @@ class Teach(Stage):
         return found
 
 
-def _written(
+def _targets(
     path: Path, teacher: "Teacher", answers: "Mapping[str, list[EncodedSequence]]", bar: Bar
-) -> dict[str, float]:
-    """Makes a file of targets where it is not there yet; sums over its tokens."""
+) -> "dict[str, Tensor]":
+    """A file of targets, which is made where it is not there yet.
+
+    Raises:
+        KeyboardInterrupt: the process was asked to stop; what is finished of the file is kept.
+    """
     from safetensors.torch import load_file, save
 
     if path.exists() and _ids(path) == list(answers):
-        found = load_file(path)
         bar.skip(len(answers))
-    else:
-        found = teacher.teach(list(answers.values()), bar.advance)
-        write_atomic(path, save(found, {"ids": json.dumps(list(answers))}))
+        return load_file(path)
+    about, part = {"ids": json.dumps(list(answers))}, path.with_suffix(".part")
+    known: dict[int, dict[str, Tensor]] = {}
+    if part.exists() and _ids(part) == list(answers):
+        for key, value in load_file(part).items():
+            number, _, name = key.partition(".")
+            known.setdefault(int(number), {})[name] = value
+    try:
+        found = teacher.teach(list(answers.values()), bar.advance, known)
+    except KeyboardInterrupt:
+        flat = {f"{i}.{name}": value for i, made in known.items() for name, value in made.items()}
+        write_atomic(part, save(flat, about))
+        raise
+    write_atomic(path, save(found, about))
+    part.unlink(missing_ok=True)
+    return found
+
+
+def _sums(found: "Mapping[str, Tensor]", coverage: float) -> dict[str, float]:
+    """Sums over the tokens of a file."""
     covered = found["covered"]
     return {
         "tokens": len(covered),
         "entries": len(found["index"]),
         "covered": float(covered.sum()),
-        "short": int((covered < teacher.coverage).sum()),
+        "short": int((covered < coverage).sum()),
         "reward": float(found["reward"].sum()),
-        "bytes": path.stat().st_size,
     }
+
+
+def _too_few(s: Distillation, short: float, covered: float, needed: Counter[int]) -> str:
+    """What to say where this share of the tokens has too few entries.
+
+    >>> _too_few(Distillation(top_k=9), 0.5, 0.954, Counter([20, 10, 40, 30])).split("; ")[1]
+    'on average 0.954 is covered. Set top_k 40, enough for 95% of the tokens, or lower coverage.'
+    """
+    enough = sorted(needed.elements())[int(needed.total() * (1 - SHORT / short))]
+    return (
+        f"{short:.0%} of the tokens need more than top_k {s.top_k:,} entries to cover "
+        f"{s.coverage:g} of the mass; on average {covered:.3g} is covered. "
+        + (
+            f"Set top_k {enough}, enough for {1 - SHORT:.0%} of the tokens, or lower coverage."
+            if enough > s.top_k
+            else "That is the whole vocabulary: lower coverage."
+        )
+    )
 
 
 def _ids(path: Path) -> list[str]:
