@@ -152,6 +152,33 @@ def test_few_prompts_make_small_batches_and_many_on_a_cpu_are_limited() -> None:
     assert 1000 < many.queries.limit < 10_000
 
 
+def test_the_answer_budget_follows_from_rules_of_length(tmp_path: Path) -> None:
+    def budget(rule: str, machine: Hardware = CPU) -> int:
+        rules = {"name": "Brevity", "checks": [{"bullets": {"max": 0}}, yaml.safe_load(rule)]}
+        rules |= {"good": "Be brief.", "bad": "Go on.", "good_adjective": "a", "bad_adjective": "b"}
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({"domain": "all", "features": [rules]}))
+        wishes = Wishes(SMALL, "p", prompts(64), machine, Goal.read(f"style:{path}"))
+        return int(made(wishes).sampling.max_new_tokens)
+
+    assert budget("words: {max: 60}") == 180, "twice the tokens of 60 words"
+    assert budget("words: {min: 100, max: 200}") == 600
+    assert budget("sentences: {max: 2}") == 150
+    assert budget("words: {max: 2}") == 64
+    assert budget("words: {max: 2000}") == 2048
+    assert budget("match: a") == 256, "no rule of length"
+    assert budget("words: {max: 60}", GPU) == 2048
+
+
+def test_sizes_fit_the_number_of_prompts() -> None:
+    assert made(Wishes(SMALL, "p", prompts(64), GPU, pairs=True)).generator.queries == 64
+    assert made(Wishes(SMALL, "p", prompts(60_000), GPU, pairs=True)).generator.queries == 8000
+    text, _ = init.written("mine", Wishes(SMALL, "p", prompts(60_000), CPU), "sso")
+    found = yaml.safe_load(text)
+    assert found["generator"]["queries"] == found["queries"]["limit"] < 8000
+    assert found["training"]["batch_size"] * 16 <= found["queries"]["limit"]
+
+
 def test_a_short_context_leaves_room_for_the_prompt() -> None:
     found = made(Wishes(Model("m", 10**6, context=512), "p", prompts(long=800), GPU))
     assert found.sampling.max_new_tokens == 512 - 201 - 100

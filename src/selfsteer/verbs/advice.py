@@ -31,11 +31,16 @@ from selfsteer.methods.contrast import Distilled
 from selfsteer.principles.catalogue import CATALOGUES, load_catalogue
 from selfsteer.recipe.read import method_of, validate
 from selfsteer.recipe.sections import SCRIPTS, JudgeConfig, JudgedRanking, Queries, resolve_path
+from selfsteer.recipe.sections import Generator as DataGenerator
 from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.run.folder import by_reason
 from selfsteer.verbs.common import amount
 
 GB = 2**30
+
+#: Tokens of an answer at most, as SSO v2; tokens of a word, twice as many as English has, so that
+#: an answer can be seen to break a rule of length; words of a sentence.
+MOST, PER_WORD, SENTENCE = 2048, 3, 25
 
 #: Similarity of near-duplicates, and the most prompts that they are looked for in within seconds.
 NEAR = 0.8
@@ -443,13 +448,21 @@ def _data(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     else:
         near = f"{found.near:,} of {found.count:,} prompts are this similar to an earlier one"
     yield "queries.near_duplicates", NEAR, f"drops later ones; {near}"
-    if w.hardware and w.weak and w.model and w.model.parameters:
-        each = CPU_RATE * w.model.parameters * _new_tokens(w, kind) / w.hardware.cores
-        each *= COSTS.get(method_of(kind), 1.0)
-        most = max(round(NIGHT / each, -2), 100)
-        if found.count > most:
-            why = f"about a night on {w.hardware}, roughly; selfsteer check measures it"
-            yield "queries.limit", int(most), why
+    if (asked := _asked(w, kind)) < found.count:
+        why = f"about a night on {w.hardware}, roughly; selfsteer check measures it"
+        yield "queries.limit", asked, why
+    if asked < DataGenerator.model_fields["queries"].default:
+        yield "generator.queries", asked, "all of them; SSO v2: 8k of 60k"
+
+
+def _asked(w: Wishes, kind: type[Recipe]) -> int:
+    """How many of the prompts are asked: all that a CPU can do in a night."""
+    assert w.prompts is not None
+    if not (w.hardware and w.weak and w.model and w.model.parameters):
+        return w.prompts.count
+    each = CPU_RATE * w.model.parameters * _new_tokens(w, kind) / w.hardware.cores
+    each *= COSTS.get(method_of(kind), 1.0)
+    return min(w.prompts.count, int(max(round(NIGHT / each, -2), 100)))
 
 
 def _principles(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
@@ -496,9 +509,21 @@ def _judging(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
             yield place, f"checks:{given}", f"{many} a program checks; no model has to judge"
 
 
+def _ruled(w: Wishes) -> int:
+    """Tokens in which an answer can break the rules of length; 0: there are none."""
+    if w.goal.kind not in ("style", "constitution"):
+        return 0
+    rules = [c for checks in load_catalogue(w.goal.given).rules.values() for c in checks]
+    counts = [(c.words, 1) for c in rules if c.words]
+    counts += [(c.sentences, SENTENCE) for c in rules if c.sentences]
+    words_ = max((max(n.min or 0, n.max or 0) * each for n, each in counts), default=0)
+    return min(max(PER_WORD * words_, 64), MOST) if words_ else 0
+
+
 def _new_tokens(w: Wishes, kind: type[Recipe]) -> int:
-    """Tokens of an answer that the hardware and the model's context leave room for."""
-    tokens = 2048 if not w.weak else 128 if issubclass(kind, Distilled) else 256
+    """Tokens of an answer that rules, the hardware and the model's context leave room for."""
+    usual = 128 if issubclass(kind, Distilled) else 256
+    tokens = (_ruled(w) or usual) if w.weak else MOST
     context = w.model.context if w.model else None
     prompt = w.prompts.tokens if w.prompts else 256
     # principles take about 100 tokens
@@ -508,21 +533,23 @@ def _new_tokens(w: Wishes, kind: type[Recipe]) -> int:
 def _sizes(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     new = _new_tokens(w, kind)
     why = "no GPU: longer answers take hours" if w.weak else "as SSO v2"
-    if w.model and w.model.context and new < (128 if w.weak else 2048):
+    if w.weak and new == _ruled(w):
+        why = f"{PER_WORD} tokens for each word of the longest answer that the rules speak of"
+    elif w.model and w.model.context and new < (128 if w.weak else MOST):
         why = f"the model's context has {w.model.context:,} tokens, principle and prompt included"
     elif w.weak and issubclass(kind, Distilled):
         why += "; answers that are cut off teach as well"
     yield "sampling.max_new_tokens", new, why
     if w.weak and issubclass(kind, PrincipledPairs):
         yield "sampling.keep_unfinished", True, "dropping what is cut off would leave few pairs"
-    prompt = w.prompts.tokens if w.prompts else 2048 - new
+    prompt = w.prompts.tokens if w.prompts else MOST - new
     # the chat template and a principle, under which a generator is trained, take some tokens too
     longest = -(-(new + prompt + 192) // 256) * 256
     why = "as SSO v2"
-    if w.prompts and longest < 2048:
+    if w.prompts and longest < MOST:
         why = f"an answer and 95 % of the prompts; the longest has {w.prompts.longest:,} characters"
     for section in ("training", "generator"):
-        yield f"{section}.max_length", min(longest, 2048), why
+        yield f"{section}.max_length", min(longest, MOST), why
 
 
 def _training(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
@@ -545,15 +572,16 @@ def _training(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     for section in sections:
         yield f"{section}.learning_rate", rate, why
     if w.prompts:
+        asked = _asked(w, kind)
         usual = {"generator": 32, "training": 128 if distils else 256}
         for section, most in usual.items():
             size = most
-            while size > 8 and w.prompts.count < 16 * size:
+            while size > 8 and asked < 16 * size:
                 size //= 2
             if size < most:
-                steps = max(w.prompts.count // size, 1)
+                steps = max(asked // size, 1)
                 counted = f"{steps} step{'s' * (steps > 1)}"
-                why = f"{counted} per pass over {w.prompts.count:,} prompts"
+                why = f"{counted} per pass over {asked:,} prompts"
                 yield f"{section}.batch_size", size, why
     if w.weak:
         for section in sections:
