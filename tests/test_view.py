@@ -52,7 +52,7 @@ def test_a_resolved_recipe_is_the_recipe(tmp_path: Path, name: str) -> None:
     data += ["ranking.judge=oracle"] if name == "best-of-n" else []
     recipe = load_recipe(name, ["policy.model=a/b", "name=n", *data])
     (tmp_path / "resolved.json").write_text(recipe.model_dump_json())
-    assert RunView.open(tmp_path).recipe == recipe
+    assert RunView.open(str(tmp_path)).recipe == recipe
 
 
 def test_the_newest_entry_of_a_stage_counts_and_a_torn_line_does_not(tmp_path: Path) -> None:

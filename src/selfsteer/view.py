@@ -1,6 +1,6 @@
 """Everything that reads a run reads it here: one typed view of its folder.
 
-    run = RunView.open(Path("runs/mine"))
+    run = RunView.open("runs/mine")
     run.rounds[-1].quality.preferences.accuracy
 
 Opening reads ``resolved.json`` and ``ledger.jsonl``; everything else is read when it is asked for.
@@ -486,7 +486,7 @@ class RunView:
     stages: tuple[StageView, ...]
 
     @classmethod
-    def open(cls, folder: Path, methods: Sequence[type[Recipe]] = METHODS) -> "RunView":
+    def open(cls, folder: Path | str, methods: Sequence[type[Recipe]] = METHODS) -> "RunView":
         """Opens a run, finished or not.
 
         Args:
@@ -498,6 +498,7 @@ class RunView:
             ArtifactError: it is not a run folder, its recipe is not one that this version knows,
                 or its ledger is damaged.
         """
+        folder = Path(folder)
         resolved = folder / "resolved.json"
         if not resolved.exists():
             raise ArtifactError(

@@ -100,6 +100,17 @@ def test_a_run_folder_can_be_given_instead_of_its_recipe(smoke: Path, here: Here
     assert set(json.loads(ended.out).values()) == {"done"}
 
 
+def test_a_run_that_goes_on_by_its_folder_supersedes_nothing(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert here("run", "smoke", "--until", "queries", *TINY).code == 0
+    assert here("run", "runs/smoke", "--until", "queries").code == 0
+    assert not Path("runs/smoke/superseded").exists()
+    assert here("run", "runs/smoke", "--until", "queries", "training.row_tokens=512").code == 0
+    (_kept,) = Path("runs/smoke/superseded").glob("recipe-*")
+
+
 def test_a_recipe_that_would_change_finished_work_is_refused(smoke: Path, here: Here) -> None:
     before = artefacts(smoke)
     ended = here("run", smoke, "sampling.temperature=0.5")

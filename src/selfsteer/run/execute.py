@@ -214,6 +214,12 @@ def summary_line(result: StageResult) -> str:
     return f"{result.n_in:,} in, {result.n_out:,} out{tail}"
 
 
+def _but_place(resolved: str) -> list[str]:
+    """The lines of a recipe but those that say where the run lies."""
+    place = (' "name": ', ' "runs_dir": ')
+    return [line for line in resolved.splitlines() if not line.startswith(place)]
+
+
 def _write_recipe(run: RunFolder, recipe: Planned, given: Mapping[str, Any]) -> None:
     resolved = recipe.model_dump_json(indent=1) + "\n"
     path = run / "resolved.json"
@@ -221,7 +227,8 @@ def _write_recipe(run: RunFolder, recipe: Planned, given: Mapping[str, Any]) -> 
         old = path.read_text("utf-8")
         if old == resolved:
             return
-        for name in ("resolved.json", "recipe.yaml"):
+        moved = _but_place(old) == _but_place(resolved)
+        for name in () if moved else ("resolved.json", "recipe.yaml"):
             target = run / "superseded" / f"recipe-{digest(old)}" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if (run / name).exists() and not target.exists():
