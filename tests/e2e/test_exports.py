@@ -195,13 +195,14 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
 ) -> None:
     policy = smoke / "iteration-1" / "policy"
     before = model_digest(str(policy))
-    partial = tmp_path / ".model.partial"
-    partial.mkdir()
+    partial = tmp_path / "model" / ".partial"
+    partial.mkdir(parents=True)
+    there = (tmp_path / "model").stat().st_ino
     (partial / "left by a kill").touch()
     ended = here("export", smoke, "--model", "--to", tmp_path / "model")
     assert ended.code == 0, ended.err
     assert model_digest(str(policy)) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model").stat().st_ino == there, "it may be a mount point"
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(
         ["Modelfile", "README.md", *(p.name for p in policy.iterdir())]
     )
@@ -249,7 +250,12 @@ def test_an_export_that_filled_the_disk_is_gone_and_can_be_repeated(
     with full_for(file):
         fails(here("export", smoke, fmt, "--to", to), 3, "disk is full")
     assert list(tmp_path.iterdir()) == []
+    weights = smoke / "iteration-1/policy/model.safetensors"
+    mode = weights.stat().st_mode
+    weights.chmod(0o600)  # of a run that only its owner reads
     assert here("export", smoke, "--model", "--to", to).code == 0
+    weights.chmod(mode)
+    assert (to / weights.name).stat().st_mode == (to / "README.md").stat().st_mode
 
 
 def test_an_export_that_fails_leaves_what_was_there(

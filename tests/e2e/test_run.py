@@ -73,6 +73,11 @@ def test_quality_reports_every_figure(smoke: Path) -> None:
     assert "plain" in report["triples"]["on_policyness"]
 
 
+def test_every_file_has_the_mode_that_the_umask_gives(smoke: Path) -> None:
+    wanted = (smoke / "ledger.jsonl").stat().st_mode
+    assert [p for p in smoke.rglob("*") if p.is_file() and p.stat().st_mode != wanted] == []
+
+
 def test_the_same_command_again_has_nothing_to_do(smoke: Path, here: Here) -> None:
     before = artefacts(smoke)
     ended = here("run", "smoke", f"runs_dir={smoke.parent}", "name=done", "seed=7", *TINY)

@@ -119,3 +119,18 @@ def test_a_question_that_is_too_long_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(out, "_file", shown)  # "file" would keep this test's stdout for good
     chat.print_answers(asked(monkeypatch, "Hello.", none, none))
     assert shown.getvalue().count(f"({PROMPT_TOO_LONG})") == 2
+
+
+def test_an_answer_without_an_end_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, whole, thought = (
+        Completion("", "Nectar", "length", 9, 80),
+        Completion("", "Nectar.", "stop", 9, 4),
+        Completion("", "", "length", 9, 80, "Hm"),
+    )
+    assert chat.lacks(cut)[0] == " … (cut off after 80 tokens)"
+    assert chat.lacks(whole)[0] == ""
+    assert chat.lacks(thought)[0] == f"({thought.missing})"
+    shown = io.StringIO()
+    monkeypatch.setattr(out, "_file", shown)
+    chat.print_answers({"base": {"plain": cut}})
+    assert "cut off after 80 tokens" in shown.getvalue()

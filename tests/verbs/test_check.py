@@ -19,6 +19,7 @@ from selfsteer.judges.base import Judgement
 from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.quality import FEW, steering, strangers
 from selfsteer.recipe.sections import JudgeConfig, Loading
+from selfsteer.run.cost import Scale
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
@@ -475,6 +476,26 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
     assert rounds(monkeypatch, lambda n: False, left=20, each=2)[0] == [8]
     assert rounds(monkeypatch, lambda n: False, left=2)[0] == [3], "0.3 s a query, half of the time"
     assert rounds(monkeypatch, lambda n: False, left=0)[0] == [2]
+
+
+def test_a_judge_that_no_query_is_tried_with_is_counted_all_the_same() -> None:
+    """It meets 4 answers to each of 10 queries, each with each, in both orders."""
+    server = {"kind": "openai", "base_url": "http://h/v1", "price": {"input": 1e6, "output": 0}}
+    ranks = {"kind": "chat", "model": "m", "engine": server}
+    recipe = make.recipe("best-of-n", ranking={"judge": ranks, "samples": 4}, judge="oracle")
+    found = Checks(lambda line: None)
+    of = {s.name: (getattr(s, "judge", None), s.cost(Scale(10)).judged) for s in recipe.plan()}
+    checks._judging(found, recipe, of)
+    (line,) = found.lines
+    assert list(line.figures) == ["iteration-1/ranked"]
+    asked = line.figures["iteration-1/ranked"]
+    assert asked["requests"] == 2 * 10 * 6
+    assert asked["cost"] == asked["prompt_tokens"]
+    assert line.found.startswith("iteration-1/ranked: the judge gets 120 requests, ")
+    checks._judging(
+        found, make.recipe("pbaa", judge=ranks), {"quality": (JudgeConfig.model_validate(ranks), 9)}
+    )
+    assert found.lines == [line], "the recipe's own is measured"
 
 
 def test_what_a_judge_at_a_server_will_be_asked() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.digests import ADAPTER_CONFIG
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Objective
@@ -13,7 +14,7 @@ from selfsteer.recipe.sections import Loading, resolve_path
 from selfsteer.run.cost import Scale
 from selfsteer.verbs import planning
 from selfsteer.verbs.planning import Lengths, Machine, Shape, forward_flops, shape_of, tokens_of
-from tests.make import smoke
+from tests.make import make_adapter, make_gguf, smoke
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -50,6 +51,24 @@ def test_parameters_are_counted_in_the_files(checkpoints: dict[str, Path], famil
     folder = checkpoints[family]
     model = load_model(str(folder), Loading(device="cpu")).model
     assert shape_of(str(folder)).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_and_gguf_files_are_read_and_nothing_is_made_of_them(
+    tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    llama = checkpoints["llama"]
+    known = shape_of(str(llama))
+    assert shape_of(str(make_adapter(tmp_path / "adapter", llama))) == known
+    found = shape_of(str(make_gguf(tmp_path / "tiny.gguf", llama)))
+    assert (found.layers, found.hidden, found.body) == (known.layers, known.hidden, known.body)
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / ADAPTER_CONFIG).write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "loop")})
+    )
+    with pytest.raises(ConfigError, match="is not known here"):
+        shape_of(str(tmp_path / "loop"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_size_that_nobody_knows_is_asked_for(tmp_path: Path) -> None:

@@ -197,10 +197,12 @@ def write_atomic(path: Path, text: str | bytes | Iterable[str], *, sync: bool = 
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to: it becomes the file, or is removed where the block fails."""
     partial = path.with_name(f".{path.name}.partial")
-    if partial.is_symlink():  # of a folder from elsewhere; it could lead anywhere
-        partial.unlink()
+    partial.unlink(missing_ok=True)  # a link of a folder from elsewhere could lead anywhere
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors leaves 0600
         partial.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,7 +105,15 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     plain.config.use_cache = True  # the Trainer switched it off
     plain.config.dtype = dtype  # save_pretrained wrote that of the weights in memory
     plain.config.save_pretrained(folder)
+    as_umask(folder)
     save_tokenizer(chat.tokenizer, folder)
+
+
+def as_umask(folder: Path) -> None:
+    """Gives weights the mode of the files beside them: safetensors leaves 0600."""
+    plain = next(path for path in folder.iterdir() if path.suffix == ".json")
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(plain, path)
 
 
 def _refuse_broken(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
@@ -144,6 +153,7 @@ def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
     _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
     model.save_pretrained(folder, state_dict=dict(_stored(model)))
+    as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
     if not getattr(model, "is_quantized", False):
         return model.merge_and_unload()

@@ -43,7 +43,7 @@ from selfsteer.data.files import cache_home
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.finite import broken_weight
-from selfsteer.models.save import save_tokenizer
+from selfsteer.models.save import as_umask, save_tokenizer
 from selfsteer.recipe.sections import Loading
 from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.terminal import say
@@ -187,6 +187,7 @@ def _from_gguf(file: Path, folder: Path, settings: Loading) -> dict[str, Any]:
     plain.generation_config = model.generation_config
     plain.generation_config.do_sample = True  # as `save_model`
     plain.save_pretrained(folder, state_dict=model.state_dict())
+    as_umask(folder)
     save_tokenizer(tokenizer, folder)
     # transformers adds a token to vocabularies without <|endoftext|>, which the model cannot embed
     core = json.loads((folder / "tokenizer.json").read_text("utf-8"))

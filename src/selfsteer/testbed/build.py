@@ -45,6 +45,7 @@ from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ArtifactError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_model
+from selfsteer.models.save import as_umask
 from selfsteer.principles import catalogue, writer
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import Loading
@@ -226,6 +227,7 @@ def train(
         trainer.add_callback(_Bar(bar))
         trainer.train()
     model.bfloat16().save_pretrained(folder)
+    as_umask(folder)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # the class as every version of transformers knows it

@@ -27,7 +27,7 @@ from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import disk_errors, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError, named
 from selfsteer.models.finite import broken_weight
-from selfsteer.models.save import add_lora, disable_dropout, save_model
+from selfsteer.models.save import add_lora, as_umask, disable_dropout, save_model
 from selfsteer.run import ranks
 from selfsteer.run.sums import SMALL_BYTES, fault_of, sums_of
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
@@ -310,6 +310,7 @@ class RowTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(self.args.output_dir))
             saved = folder / f"checkpoint-{self.state.global_step}"
+            as_umask(saved)
             sums = sums_of(saved, ["."], most=SMALL_BYTES)
             mark = _Mark(sharding=ranks.sharding(), ranks=ranks.size(), sums=sums)
             write_atomic(saved / COMPLETE_MARK, json.dumps(asdict(mark)))

@@ -58,7 +58,8 @@ def chat(
     if question is not None:
         said = talk.answers(question)
         result = {"question": question, "principles": talk.principles.to_dict()}
-        for key, part in (("answers", "text"), ("reasoning", "reasoning")):
+        parts = {"answers": "text", "reasoning": "reasoning", "finish_reasons": "finish_reason"}
+        for key, part in parts.items():
             result[key] = {
                 n: {c: getattr(a, part) for c, a in of.items()} for n, of in said.items()
             }
@@ -150,17 +151,20 @@ class Chat:
 
 
 def print_answers(answers: Mapping[str, Mapping[str, "Completion"]]) -> None:
-    """A row per model, a column per context; thoughts are dimmed, as is why there is no answer."""
+    """A row per model, a column per context; thoughts are dimmed, as is what an answer lacks."""
     table = Table(show_lines=True)
     table.add_column("")
     for context in next(iter(answers.values())):
         table.add_column(context, ratio=1)
     for name, said in answers.items():
-        cells = (
-            Text.assemble(
-                (a.reasoning, "dim"), a.text, (f"({a.missing})" if a.missing else "", "dim")
-            )
-            for a in said.values()
-        )
+        cells = (Text.assemble((a.reasoning, "dim"), a.text, lacks(a)) for a in said.values())
         table.add_row(name, *cells)
     out.print(table)
+
+
+def lacks(answer: "Completion") -> tuple[str, str]:
+    """Why there is no answer, or that it has no end; dimmed."""
+    if answer.missing:
+        return f"({answer.missing})", "dim"
+    cut = answer.finish_reason == "length"
+    return f" … (cut off after {answer.completion_tokens:,} tokens)" if cut else "", "dim"

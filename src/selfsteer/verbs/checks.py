@@ -60,7 +60,7 @@ from selfsteer.stages.sample import Sample, Wanted, in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.verbs.common import amount, size
-from selfsteer.verbs.planning import ASKED
+from selfsteer.verbs.planning import ASKED, Lengths, judge_asked
 
 #: Shares above which something ordinary becomes a warning: written principles that cannot be used,
 #: answers cut off, equal answers, and pairs that the judge's answer says nothing of.
@@ -180,13 +180,18 @@ def check(
         c.skip("disk principles budgets sampling steering ranking time", missing)
     else:
         costs = [stage.cost(Scale(len(queries), len(held_out))) for stage in stages]
-        todo, judges = total(costs), (getattr(stage, "judge", None) for stage in stages)
+        todo, judges = total(costs), [getattr(stage, "judge", None) for stage in stages]
         pairs = sum(
             cost.judged
             for cost, judge_ in zip(costs, judges, strict=True)
             if judge_ == recipe.judge
         )
         _disk(c, recipe, todo, probed)
+        _judging(
+            c,
+            recipe,
+            {s.name: (j, cost.judged) for s, j, cost in zip(stages, judges, costs, strict=True)},
+        )
         if isinstance(recipe, Principled):
             with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
                 probe = Probe(Path(scratch))
@@ -1042,6 +1047,33 @@ def _judge_cost(judge: JudgeConfig | None, pairs: int, judged: Counter[str]) -> 
     return {**asked, "cost": judge.engine.cost_of(read, written)}
 
 
+def _judging(
+    c: Checks, recipe: Aligning, stages: Mapping[str, tuple[JudgeConfig | None, int]]
+) -> None:
+    """What judges are asked of which nothing is measured here, by stage."""
+    measured = recipe.judge if isinstance(recipe, Principled) else None
+    lengths = Lengths(response=min(Lengths.response, recipe.sampling.max_new_tokens))
+    asked = {
+        name: found
+        for name, (judge, pairs) in stages.items()
+        if judge != measured and (found := judge_asked(judge, pairs, lengths))
+    }
+    if asked:
+        with c.line("judging") as line:
+            line.figures = asked
+            line.found = "; ".join(f"{name}: {_told(found)}" for name, found in asked.items())
+            line.found += " (estimate from assumed lengths, as by selfsteer plan)"
+
+
+def _told(asked: Mapping[str, Any]) -> str:
+    """What a judge at a server gets, in words."""
+    cost = "" if asked["cost"] is None else f", cost {asked['cost']:,.4g}"
+    return (
+        f"the judge gets {asked['requests']:,} requests, {asked['prompt_tokens']:,} tokens in, "
+        f"{asked['completion_tokens']:,} out{cost}"
+    )
+
+
 def _time(
     c: Checks, stages: Sequence[Stage], todo: Cost, rates: Rates | None, asked: Mapping[str, Any]
 ) -> None:
@@ -1059,11 +1091,7 @@ def _time(
             + " (estimate from the rates above)"
         )
         if asked:
-            line.found += (
-                f"; the judge gets {asked['requests']:,} requests, "
-                f"{asked['prompt_tokens']:,} tokens in, {asked['completion_tokens']:,} out"
-            )
-            line.found += "" if asked["cost"] is None else f", cost {asked['cost']:,.4g}"
+            line.found += f"; {_told(asked)}"
         line.warn(f"Not counted: {', '.join(unknown)}.", bool(unknown))
 
 

@@ -158,7 +158,8 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
     if not any(policy.glob("*.safetensors")):
         raise ArtifactError(f"{of.folder} holds no policy yet; run it first.")
     of.run.check(policy)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    there, partial = folder.exists(), folder / ".partial"
+    if there and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
         raise ConfigError(f"{folder} is there already; choose another, or move it away.")
     files = sorted(p for p in policy.iterdir() if p.is_file())
     if foreign := [p for p in files if not of.run.owns(p)]:
@@ -166,16 +167,15 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
             f"{foreign[0]} is a link that leads out of the run folder, and what it leads to may "
             "not be meant for others. Put the file itself there."
         )
-    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with (
-        all_or_nothing(partial),
+        all_or_nothing(partial if there else folder),
         disk_errors(folder),
         progress_bar("copy", len(files)) as bar,
     ):
         partial.mkdir(parents=True)
         for path in files:
-            shutil.copy2(path, partial / path.name)
+            shutil.copyfile(path, partial / path.name)
             bar.advance(1)
         weights = "."
         if converter is not None:
@@ -184,7 +184,10 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
             convert(converter, partial, partial / weights)
         write_atomic(partial / "Modelfile", modelfile(of.recipe, weights))
         write_atomic(partial / "README.md", model_card(of))
-        partial.replace(folder)
+        # into the folder, which may be a mount point
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+        partial.rmdir()
     return folder
 
 

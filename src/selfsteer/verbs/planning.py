@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.digests import ADAPTER_CONFIG, is_hub_id, split_revision
+from selfsteer.data.digests import adapter_base, is_hub_id, split_revision
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
@@ -18,7 +18,6 @@ from selfsteer.recipe.sections import (
     EngineConfig,
     Generator,
     JudgeConfig,
-    Loading,
     Lora,
     PolicyStage,
     Sampling,
@@ -125,14 +124,13 @@ def shape_of(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if params and layers and hidden and vocabulary:
         return _whole(Shape(int(params), layers, hidden, vocabulary, hidden, 0), 2)
-    path = _config_path(model)
+    path, found, stored = _configuration(model)
     if path is None:
         raise ConfigError(
             f"The size of {model} is not known here: it is no folder with a config.json, and no "
             f"such file was fetched from the hub. Give {', '.join(missing)} as well, or a "
             "local policy.model."
         )
-    found = json.loads(path.read_text("utf-8"))
     c = {**found, **found.get("text_config", {})}
     sizes = {
         "num_hidden_layers": layers,
@@ -148,7 +146,7 @@ def shape_of(
     depth, width, tokens, heads = (value or int(c[key]) for key, value in sizes.items())
     head = int(c.get("head_dim") or width // heads)
     tables = 1 if c.get("tie_word_embeddings") else 2
-    total = int(params) if params else stored_parameters(path.parent)
+    total = int(params) if params else stored
     if total is None:
         if any("expert" in key for key in c) or "intermediate_size" not in c:
             raise ConfigError(
@@ -174,19 +172,33 @@ def _whole(shape: Shape, tables: int) -> Shape:
     return replace(shape, body=body)
 
 
-def _config_path(model: str) -> Path | None:
+def _configuration(model: str) -> tuple[Path | None, dict[str, Any], int | None]:
+    """Which file says what shape a model has, what it says, and the parameters beside it.
+
+    Adapters have the shape of their base. Nothing is fetched, merged or dequantised.
+    """
     from huggingface_hub import try_to_load_from_cache
 
+    path = Path(model) / "config.json"
     if is_hub_id(model):
         repo, revision = split_revision(model)
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-        return Path(cached) if isinstance(cached, str) else None
-    if Path(model).is_file() or (Path(model) / ADAPTER_CONFIG).is_file():
-        from selfsteer.models.sources import checkpoint
+        path = Path(cached) if isinstance(cached, str) else path
+    elif base := adapter_base(Path(model)):
+        return (None, {}, None) if adapter_base(Path(base)) else _configuration(base)
+    elif Path(model).is_file():
+        from gguf import GGUFReader
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        model = checkpoint(model, Loading())
-    path = Path(model) / "config.json"
-    return path if path.exists() else None
+        from selfsteer.models.sources import check_source
+
+        check_source(model)
+        tensors = GGUFReader(model).tensors
+        said = load_gguf_checkpoint(model)["config"]
+        return Path(model), said, sum(int(t.n_elements) for t in tensors)
+    if not path.exists():
+        return None, {}, None
+    return path, json.loads(path.read_text("utf-8")), stored_parameters(path.parent)
 
 
 def stored_parameters(folder: Path) -> int | None:
