@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from selfsteer.principles.writer import picked
+
 HERE = Path(__file__).parent
 CELLS = HERE / "cells"
 #: Alignment queries of a cell: of the world's 1,326, so that seeds differ in their queries.
@@ -50,9 +52,19 @@ WITHOUT_STEER = "training.use_steer=false"
 #: and those that the oracle scores an answer to the query on.
 WEAK_WRITER = "principles={mode: picked, features: random}"
 STRONG_WRITER = 'principles={mode: fixed, path: "{truth}"}'
+#: Shares of queries, in %, whose good and bad principle are swapped.
+SWAPPED = (10, 30)
+_one = picked(("Helpfulness", "Accuracy"))
+#: One principle for every query: what a user writes who knows the catalogue and no query.
+ONE_FOR_ALL = f"principles={{mode: fixed, good: '{_one.good}', bad: '{_one.bad}'}}"
 WPO = "training.weighting=wpo"
 #: A reward model trained on the annotated pairs of the same base and seed.
 REWARD_JUDGE = 'ranking.judge={kind: reward, model: "{reward}"}'
+
+
+def swapped(share: int) -> str:
+    """The setting of principles as the policy writes them, good and bad swapped for a share."""
+    return f'principles={{mode: fixed, path: "{{swapped-{share}}}"}}'
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,21 @@ ARMS["reward-annotated-longer"] = Arm(
     "reward model on the pairs of annotated, as many steps as on a mixture",
     sets=("annotated",),
 )
-for _name in ("annotated", "pbaa", "sso", "online"):
+for _name in ("contrast", "pbaa", "sso"):
+    ARMS[f"{_name}-one-for-all"] = replace(
+        ARMS[_name],
+        settings=(*ARMS[_name].settings, ONE_FOR_ALL),
+        says=f"{_name}, one principle on helpfulness and accuracy for every query",
+        shared=False,
+    )
+    for _share in SWAPPED:
+        ARMS[f"{_name}-swapped-{_share}"] = replace(
+            ARMS[_name],
+            settings=(*ARMS[_name].settings, swapped(_share)),
+            says=f"{_name}, good and bad principle swapped for {_share} % of the queries",
+            shared=False,
+        )
+for _name in ("annotated", "pbaa", "sso", "online", "contrast"):
     ARMS[f"audit-{_name}"] = replace(
         ARMS[_name], says=f"{_name}, its models asked under bad principles", audited=True
     )
@@ -278,6 +304,17 @@ TABLES = (
         "writers",
         "Table 5: weak and strong writers of principles",
         ("sso-weak-writer", "sso", "sso-strong-writer"),
+        (0,),
+        5,
+    ),
+    Table(
+        "noise",
+        "Principles that are wrong, or the same for all",
+        tuple(
+            f"{arm}{kind}"
+            for kind in ("", "-swapped-10", "-swapped-30", "-one-for-all")
+            for arm in ("contrast", "pbaa", "sso")
+        ),
         (0,),
         5,
     ),

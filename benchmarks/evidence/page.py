@@ -203,6 +203,8 @@ Principles on random features cost a tenth of the pairs' accuracy and leave reje
 more on-policy; the policy does not mind: it is as if the two balanced. Naming the features that
 count adds nothing to what the policy names itself. No arm has a writer whose text is bad, so
 that the paper's question, a weak model's wording against a strong one's, is asked only in part."""
+WHY_NOISE = """\
+TODO."""
 WHY_IPO = """\
 As with DPO in size and in the data behind it, with five seeds instead of thirty. On the tuning
 queries the search found less for SSO than for PBAA; their second axes differ."""
@@ -416,6 +418,37 @@ CLAIMS = (
         "table 5",
         "writers",
         why=WHY_WRITERS,
+    ),
+    *(
+        Claim(text, mine, theirs, "not in it", "noise", why=WHY_NOISE)
+        for text, mine, theirs in (
+            (
+                "10 % of swapped principles cost contrast distillation",
+                "contrast",
+                "contrast-swapped-10",
+            ),
+            ("10 % of swapped principles cost PBAA", "pbaa", "pbaa-swapped-10"),
+            ("10 % of swapped principles cost SSO", "sso", "sso-swapped-10"),
+            (
+                "30 % of swapped principles cost contrast distillation",
+                "contrast",
+                "contrast-swapped-30",
+            ),
+            ("30 % of swapped principles cost PBAA", "pbaa", "pbaa-swapped-30"),
+            ("30 % of swapped principles cost SSO", "sso", "sso-swapped-30"),
+            (
+                "with 30 % swapped, contrast distillation is above SSO",
+                "contrast-swapped-30",
+                "sso-swapped-30",
+            ),
+            (
+                "one principle for all costs contrast distillation",
+                "contrast",
+                "contrast-one-for-all",
+            ),
+            ("one principle for all costs PBAA", "pbaa", "pbaa-one-for-all"),
+            ("one principle for all costs SSO", "sso", "sso-one-for-all"),
+        )
     ),
     Claim("with IPO, SSO is above PBAA", "sso-ipo", "pbaa-ipo", "table 6", "ipo", why=WHY_IPO),
     Claim("online, SSO is above PBAA", "online", "online-pbaa", "v1", "online", why=WHY_ONLINE),
@@ -879,6 +912,11 @@ audit's own interval.""",
 The writers are no models here. Weak: features drawn at random, with the catalogue's text. Own: the
 policy names features and writes both principles, as in the main table. Strong: two of the features
 that the oracle scores an answer to the query on, with the catalogue's text.""",
+    "noise": """\
+What if the writer is wrong? The good and the bad principle are swapped for a seeded share of the
+queries; nothing tells the method which. Or one principle, on helpfulness and accuracy in the
+catalogue's words, stands for all queries, as a user writes it who has no writer. Settings are those
+of the main arms; fixed principles cost no tokens.""",
     "ipo": "β is v1's 0.2 in both trainings; learning rate and epochs are searched as in table 1.",
     "online": """\
 v1's settings (IPO, β 0.2, α 0.66, β_G 0.1) without its filter, which leaves one triple in twenty

@@ -22,8 +22,10 @@ from cells import (
     REWARD_JUDGE,
     SHARP_CELLS,
     STRONG_WRITER,
+    SWAPPED,
     UNEVEN,
     Cell,
+    swapped,
 )
 from measures import figures, rounded, sharpness
 
@@ -111,6 +113,19 @@ def principle_file(queries: Path, seed: int) -> Path:
     return path
 
 
+def swapped_file(written: Path, share: int, seed: int, target: Path) -> None:
+    """Principles of a run, good and bad swapped for a share of the queries, in %.
+
+    A larger share of the same seed holds the smaller one.
+    """
+    rows = [row for _, row in read_jsonl(written)]
+    order = sorted(rows, key=lambda row: derive_seed(seed, "swapped", row["id"]))
+    for row in order[: round(len(rows) * share / 100)]:
+        both = row["principles"]
+        both["good"], both["bad"] = both["bad"], both["good"]
+    write_atomic(target, dump_lines(rows))
+
+
 def fill(cell: Cell, runs: Path) -> dict[str, Any]:
     """Runs a cell and writes its JSON; a run that was broken off goes on.
 
@@ -156,12 +171,19 @@ def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
         f"evaluation.queries.path={QUERIES[cell.split]}",
     )
     folder, log = runs / "runs" / cell.name, runs / "logs" / f"{cell.name}.log"
-    if arm.shared and not folder.exists():
-        prefix = f"principles-base{cell.base}-seed{cell.seed}-{arm.size}"
-        first = ("run", "demo", *shared, *COMMON, *PBAA, f"name={prefix}")
+    wrong = next((share for share in SWAPPED if swapped(share) in settings), None)
+    swaps = runs / "queries" / f"base{cell.base}-seed{cell.seed}-swapped{wrong}.jsonl"
+    given = [s.replace(f"{{swapped-{wrong}}}", str(swaps)) for s in given]
+    if (arm.shared or wrong) and not folder.exists():
+        name = f"principles-base{cell.base}-seed{cell.seed}-{arm.size}"
+        first = ("run", "demo", *shared, *COMMON, *PBAA, f"name={name}")
         with MAKING[cell.base, cell.seed]:
             selfsteer(*first, "--until", "principles", log=log)
-        copy_whole(runs / "runs" / prefix, folder)
+        if arm.shared:
+            copy_whole(runs / "runs" / name, folder)
+        else:
+            written = runs / "runs" / name / "iteration-1" / "principles.jsonl"
+            swapped_file(written, wrong, cell.seed, swaps)
     selfsteer("run", "demo", *shared, *given, f"name={cell.name}", *words, log=log)
     return folder
 
