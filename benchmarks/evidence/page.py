@@ -204,7 +204,12 @@ more on-policy; the policy does not mind: it is as if the two balanced. Naming t
 count adds nothing to what the policy names itself. No arm has a writer whose text is bad, so
 that the paper's question, a weak model's wording against a strong one's, is asked only in part."""
 WHY_NOISE = """\
-TODO."""
+Wrong principles cost every method, PBAA most: it trains on the pairs as they are written. SSO's
+generator and the teacher of contrast distillation see all queries at once, and a few wrong ones
+among them do less harm. Contrast distillation's lead on SSO shrinks and is gone at 30 %. One
+principle for every query, from the catalogue, costs PBAA about two points, contrast distillation
+one and SSO nothing that five seeds could show: here a writer is worth less than a principle that is
+right."""
 WHY_IPO = """\
 As with DPO in size and in the data behind it, with five seeds instead of thirty. On the tuning
 queries the search found less for SSO than for PBAA; their second axes differ."""
@@ -916,7 +921,7 @@ that the oracle scores an answer to the query on, with the catalogue's text.""",
 What if the writer is wrong? The good and the bad principle are swapped for a seeded share of the
 queries; nothing tells the method which. Or one principle, on helpfulness and accuracy in the
 catalogue's words, stands for all queries, as a user writes it who has no writer. Settings are those
-of the main arms; fixed principles cost no tokens.""",
+of the main arms; compute counts the principles as if the policy had written them.""",
     "ipo": "β is v1's 0.2 in both trainings; learning rate and epochs are searched as in table 1.",
     "online": """\
 v1's settings (IPO, β 0.2, α 0.66, β_G 0.1) without its filter, which leaves one triple in twenty
