@@ -1,5 +1,7 @@
 """The program: what ``selfsteer`` and ``python -m selfsteer`` start, a rank's launcher included."""
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -13,6 +15,10 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(3)
+    if "SELFSTEER_LAUNCHER" in os.environ and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a rank ends at once while it has begun nothing
     from selfsteer.cli import main
 
     main()

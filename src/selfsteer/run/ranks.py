@@ -143,8 +143,7 @@ def launch(ranks: int, profile: str | None = None) -> NoReturn:
     os.environ[LAUNCHER] = str(os.getpid())
     # threads that spin while they wait made a busy machine many times slower
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
-    for name in ("elastic", "launcher"):
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    logging.disable()  # each module of torch's launcher has a logger with a level of its own
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -405,6 +404,8 @@ def leading() -> Iterator[Callable[[str, str], None]]:
         yield lambda name, fingerprint: None
         return
     _store()  # where no launcher hosts it, this rank does, and the others look for it now
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # there is work to end now
     yield lambda name, fingerprint: _store().set(
         _next_key("stage"), json.dumps([name, fingerprint])
     )
