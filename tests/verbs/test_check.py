@@ -196,6 +196,10 @@ def test_the_conclusion_names_what_to_mend() -> None:
     assert told(steering("warning", True, False, safe=False), ranking("ok")) == (
         "ready: the policy steers on 40 queries, but not by Safety (1 warning)"
     )
+    missing = {"status": "warning", "figures": {"missing": ["Brevity: words"]}}
+    assert told(ok, skipped, rules=missing) == (
+        "ready: the policy steers on 40 queries, but not by Brevity: words (1 warning)"
+    )
     assert told(ok, ranking("warning")) == (
         "it would run; the policy steers on 40 queries, but the principles do not rank 33 pairs "
         "of plain answers (1 warning)"

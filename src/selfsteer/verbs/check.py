@@ -109,6 +109,7 @@ def conclusion(figures: dict[str, Any]) -> str:
     if not found["steers"]:
         return f"it would run, but the policy does not steer on {on} ({count})"
     weak = [name for name, f in found["features"].items() if f["steers"] is False]
+    weak += lines.get("rules", {}).get("figures", {}).get("missing", ())
     steers = f"the policy steers on {on}" + f", but not by {listed(weak)}" * bool(weak)
     ranking = lines["ranking"]
     if ranking["status"] == "warning" and ranking["figures"]["decides"]:
