@@ -321,7 +321,7 @@ def answers_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 #: Kinds of stages whose answers can be browsed.
-SAMPLING = ("Sample", "RankAnswers")
+SAMPLING = ("Sample", "RankAnswers", "PickFurthest")
 
 
 @dataclass(frozen=True)
@@ -441,11 +441,15 @@ class RoundView:
 
     @property
     def sampled(self) -> list[Sampled]:
-        """What its stages sampled, in their order; the first round has what came before it, too."""
+        """What its stages sampled, in their order; the first round has what came before it, too.
+
+        Of sets that are picked from, the newest, and in the end what was picked.
+        """
         out = []
         stages = (*self.before, *self.stages) if self.k == 1 else self.stages
         for i, stage in enumerate(stages):
-            if stage.kind not in SAMPLING:
+            then = stages[i + 1].kind if i + 1 < len(stages) else None
+            if stage.kind not in SAMPLING or then in SAMPLING:  # others join what it sampled
                 continue
             ranked = stage.kind == "RankAnswers"
             made = self.run.folder / stage.outputs[0]

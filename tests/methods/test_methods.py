@@ -218,6 +218,7 @@ ROUNDS = {
     "bad-to-plain": ("principles", "samples", *TAIL),
     "best-of-n": ("ranked", *TAIL),
     "best-of-n-principles": ("principles", "ranked", *TAIL),
+    "pbaa-best-of-n": ("principles", *(f"answers/{i}" for i in (1, 2, 3, 4)), "samples", *TAIL),
     "rlcd": ("ranked", *TAIL),
     "self-rewarding": ("ranked", *TAIL),
     "sgpo": ("samples", "improved", *TAIL),

@@ -14,6 +14,7 @@ from selfsteer.methods.good_over_plain import GoodOverPlain
 from selfsteer.methods.irft import IRFT
 from selfsteer.methods.online import SSOOnline
 from selfsteer.methods.pbaa import PBAA
+from selfsteer.methods.pbaa_best_of_n import PBAABestOfN
 from selfsteer.methods.reward import RewardModel
 from selfsteer.methods.rlcd import RLCD
 from selfsteer.methods.self_rewarding import SelfRewarding
@@ -34,6 +35,7 @@ AnyRecipe = (
     | BadToPlain
     | BestOfN
     | BestOfNByPrinciples
+    | PBAABestOfN
     | RLCD
     | SelfRewarding
     | SGPO

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from selfsteer.methods.base import Paired, Plan, plain_pair
-from selfsteer.recipe.sections import ComparedRanking, GrownQueries, Ranking, Training
+from selfsteer.recipe.sections import ComparedRanking, GrownQueries, Ranking, Sampling, Training
 from selfsteer.run.stage import Artifact
 from selfsteer.stages.rank import RankAnswers
 
@@ -17,6 +17,15 @@ def written_plainly(method: str, training: Training) -> Iterator[str]:
         yield (
             "training.weighting dora asks under which principle an answer was written, and method "
             f"{method} trains on answers that are written without one; use wpo"
+        )
+
+
+def all_alike(method: str, sampling: Sampling) -> Iterator[str]:
+    """The fault of a sampling that gives every answer to a query alike."""
+    if sampling.temperature == 0:
+        yield (
+            f"method {method} needs answers that differ, and at sampling.temperature 0 there is "
+            "only one"
         )
 
 
@@ -53,11 +62,7 @@ class Ranked(Plain):
     @override
     def faults(self) -> Iterator[str]:
         """Settings under which there is nothing to rank, too."""
-        if self.sampling.temperature == 0:
-            yield (
-                f"method {self.method} needs answers that differ, and at sampling.temperature 0 "
-                "there is only one"
-            )
+        yield from all_alike(self.method, self.sampling)
         if self.sampling.keep_unfinished:
             yield f"method {self.method} ranks finished answers; unset sampling.keep_unfinished"
         yield from super().faults()

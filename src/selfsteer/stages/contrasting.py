@@ -1,7 +1,10 @@
-"""Principled answers to those whose order the principles themselves confirm."""
+"""Principled answers to those that the principles themselves find apart."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import merge
+from itertools import chain, groupby
+from operator import attrgetter
 from statistics import fmean
 
 from typing_extensions import override
@@ -13,11 +16,14 @@ from selfsteer.judges.quality import GAP_SEQUENCES
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.inputs import stored_triples
+from selfsteer.stages.inputs import renamed, stored_triples
 from selfsteer.terminal import progress_bar
 
 #: c of `PrincipleContrast`, as where it ranks answers.
 CLIP = 0.2
+
+#: Scores of a triple's two responses; None where one has none.
+Sides = tuple[float | None, float | None]
 
 #: Triples that are scored together.
 TOGETHER = 256
@@ -81,6 +87,14 @@ class KeepContrasting(Stage):
 
 def leads_of(ranker: PrincipleContrast, triples: Sequence[Triple]) -> list[float | None]:
     """By how much the good response of each leads the other one; None without a score."""
+    return [
+        None if good is None or other is None else good - other
+        for good, other in sides_of(ranker, triples)
+    ]
+
+
+def sides_of(ranker: PrincipleContrast, triples: Sequence[Triple]) -> list[Sides]:
+    """The scores of the good response of each, and of its bad or plain one."""
     asked = []
     for t in triples:
         assert t.principles is not None
@@ -88,7 +102,82 @@ def leads_of(ranker: PrincipleContrast, triples: Sequence[Triple]) -> list[float
         other = "bad" if "bad" in t.responses else "plain"
         asked += [(query, t.responses[name]) for name in ("good", other)]
     scores = iter(ranker.score_all(asked))
-    return [
-        None if good is None or other is None else good - other
-        for good, other in zip(scores, scores, strict=True)
-    ]
+    return list(zip(scores, scores, strict=True))
+
+
+@dataclass(frozen=True)
+class PickFurthest(Stage):
+    """Of several answers under each principle, the good and the bad one furthest apart.
+
+    Chosen are the good response with the highest r and the bad one with the lowest, with r of
+    `PrincipleContrast`; they may be of different triples. Dropped is ``prompt_too_long`` (no score
+    on one of the sides).
+
+    Args:
+        samples: sets of triples with a good and a bad response and their principles, each in id
+            order; a query need not be in all of them.
+        policy: under which they are scored.
+        clip: c of `PrincipleContrast`, nats.
+    """
+
+    samples: tuple[Artifact, ...]
+    policy: Artifact
+    clip: float
+
+    title = "samples"
+    passes_on = True
+
+    @property
+    @override
+    def read(self) -> Artifact:
+        return self.samples[0]
+
+    @override
+    def cost(self, scale: Scale) -> Cost:
+        n = self.records(scale)
+        each = [scoring(samples.texts, GAP_SEQUENCES, n) for samples in self.samples]
+        return Cost(n, scores=dict(chain.from_iterable(s.items() for s in each)))
+
+    @override
+    def run(self, run: RunFolder) -> StageResult:
+        sets, by_id = [stored_triples(s.path) for s in self.samples], attrgetter("id")
+        policy = str(self.policy.path)
+        ranker = PrincipleContrast(policy, self.loading, clip=self.clip, folder=run / "scores")
+        kept = 0
+
+        def picked() -> Iterator[str]:
+            nonlocal kept
+            same = (list(g) for _, g in groupby(merge(*sets, key=by_id), by_id))
+            with progress_bar(f"{self.title}: picking", sum(map(len, sets))) as bar:
+                for part in batched(same, TOGETHER):
+                    sides = iter(sides_of(ranker, list(chain.from_iterable(part))))
+                    for triples in part:
+                        made = furthest(triples, [next(sides) for _ in triples])
+                        if isinstance(made, Dropped):
+                            drops.add(made)
+                        else:
+                            kept += 1
+                            yield dump_line(made)
+                    bar.advance(sum(map(len, part)))
+
+        with run.drops(self.name) as drops:
+            write_atomic(run / self.name / "shard-00000.jsonl", picked())
+        return StageResult(kept + drops.counts.total(), kept, drops.counts)
+
+
+def furthest(triples: Sequence[Triple], sides: Sequence[Sides]) -> Triple | Dropped:
+    """The best good and the worst bad response among triples of one query, the first of equals."""
+    good = {i: score for i, (score, _) in enumerate(sides) if score is not None}
+    bad = {i: score for i, (_, score) in enumerate(sides) if score is not None}
+    if not good or not bad:
+        return Dropped(triples[0].id, "prompt_too_long", triples[0])
+    best, worst = triples[max(good, key=good.__getitem__)], triples[min(bad, key=bad.__getitem__)]
+    responses, reasons, thoughts = (
+        {**renamed(b, {"good": "good"}), **renamed(w, {"bad": "bad"})}
+        for b, w in (
+            (best.responses, worst.responses),
+            (best.finish_reasons, worst.finish_reasons),
+            (best.reasoning, worst.reasoning),
+        )
+    )
+    return replace(best, responses=responses, finish_reasons=reasons, reasoning=thoughts)

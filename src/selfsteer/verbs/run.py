@@ -53,8 +53,8 @@ def run(
     everything is done, it does nothing.
 
     Shipped recipes: demo, smoke, smollm2, sso, sso-online, pbaa, dlma, contrast, distil,
-    good-over-plain, bad-to-plain, best-of-n, best-of-n-principles, rlcd, self-rewarding, sgpo,
-    spin, spin-judged, irft, wpo, reward.
+    good-over-plain, bad-to-plain, best-of-n, best-of-n-principles, pbaa-best-of-n, rlcd,
+    self-rewarding, sgpo, spin, spin-judged, irft, wpo, reward.
     """
     from selfsteer.report import summary
     from selfsteer.run.execute import execute, pinned, select
