@@ -83,6 +83,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rlcd": (*PRINCIPLED, "reward={batch_size: 4, forward_pairs: 2}"),
     "best-of-n": ("ranking={samples: 2, judge: oracle}", *EVALUATED),
     "best-of-n-principles": (*PRINCIPLED, "ranking.samples=2"),
+    "pbaa-best-of-n": (*PRINCIPLED, "ranking.samples=2"),
     "sgpo": (GIVEN,),
     "spin": (GIVEN, "iterations=1"),
     "spin-judged": (GIVEN, "iterations=1", ORACLE),

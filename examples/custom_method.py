@@ -2,7 +2,7 @@
 
 `FirstBad` is the method of docs/house.md: its recipe class and its round are all that a method is.
 It runs, resumes, is measured and evaluated as the shipped ones are. To give it to the command line
-as well, follow the four steps of docs/house.md.
+as well, follow the steps of docs/house.md.
 
     python examples/custom_method.py
     python examples/custom_method.py iterations=2 queries.limit=480

@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
 
 METHODS = (
     *("sso", "pbaa", "sso-online", "contrast", "distil", "good-over-plain", "bad-to-plain", "dlma"),
-    *("rlcd", "best-of-n", "best-of-n-principles", "sgpo", "spin", "spin-judged"),
-    *("irft", "reward"),
+    *("rlcd", "best-of-n", "best-of-n-principles", "pbaa-best-of-n", "sgpo", "spin"),
+    *("spin-judged", "irft", "reward"),
 )
 
 

@@ -1268,7 +1268,7 @@ class Ranking(Section):
 
 
 class ContrastRanking(Ranking):
-    """How plain answers are ranked by their principles; the best against the worst."""
+    """How answers are ranked by their principles; the best against the worst."""
 
     clip: float = _f(0.2, "most nats by which a token counts (docs/methods.md)", gt=0)
 
