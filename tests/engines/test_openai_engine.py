@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from selfsteer.engines.base import (
     no_news,
 )
 from selfsteer.engines.launch import LaunchedServer
-from selfsteer.engines.load import Engines, check_engine
+from selfsteer.engines.load import Engines, check_engine, check_served
 from selfsteer.engines.openai import OpenAIEngine, retry_after, status_fault
 from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError, EngineError
@@ -42,7 +43,18 @@ from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading, Price
 from selfsteer.run.stage import identity
 from tests import fakes
-from tests.fakes import FAULTS, Server, completion, drips, packed, say, sends, serving, status
+from tests.fakes import (
+    FAULTS,
+    Handler,
+    Server,
+    completion,
+    drips,
+    packed,
+    say,
+    sends,
+    serving,
+    status,
+)
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
@@ -564,6 +576,95 @@ def test_another_model_is_served(server: Server, engine: Make) -> None:
     engine().check()
 
 
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def taking(loaded: dict[str, str]) -> fakes.Fault:
+    """Keeps names and paths of adapters as vLLM does, and answers under names that it has."""
+
+    def fault(h: Handler) -> bool:
+        name, path = h.body.get("lora_name", ""), h.body.get("lora_path")
+        if h.path.endswith("/unload_lora_adapter"):
+            return sends({})(h) if loaded.pop(name, None) else status(404, "no adapter")(h)
+        if not h.path.endswith("/load_lora_adapter"):
+            return h.body["model"] not in {"canned", *loaded} and status(404, "no such model")(h)
+        if name in loaded or not Path(path).exists():
+            return status(400 if name in loaded else 404, f"Loading lora {name} failed")(h)
+        loaded[name] = path
+        return sends({})(h)
+
+    return fault
+
+
+def adapters(folder: Path, text: str) -> str:
+    """A trained model whose adapters are this text."""
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter" / "weights").write_text(text)
+    return str(folder)
+
+
+def test_what_a_run_trained_answers_as_adapters_named_by_their_content(
+    server: Server, tmp_path: Path
+) -> None:
+    loaded: dict[str, str] = {}
+    server.always = taking(loaded)
+    own = {"kind": "openai", "base_url": server.url, "model": "canned", "adapters": True}
+    settings, home = EngineConfig(**own), tmp_path / "run"
+    check_engine(settings)
+
+    def asked(*sources: str) -> list[str]:
+        with Engines(home) as engines:
+            for source in sources:
+                one = engines.get(settings, source, Loading(), 1)
+                ask(one, GREEDY, 0, CONVERSATIONS[:1])
+            names = [body["model"] for body in server.asked if "model" in body]
+            assert loaded == {
+                name: f"{source}/adapter"
+                for name, source in zip(names, sources, strict=True)
+                if name != "canned"
+            }
+        server.asked.clear()
+        assert not loaded, "they are gone with the stage"
+        return names
+
+    server.asked.clear()
+    earlier = adapters(tmp_path / "earlier", "of an earlier run")
+    good, bad = adapters(home / "good", "A"), adapters(home / "bad", "B")
+    names = asked(earlier, good, bad)
+    assert names[0] == "canned"
+    assert len(set(names)) == 3
+    assert asked(good) == [names[1]]
+    # another training at the same place: vLLM would answer from what it kept under the old name
+    assert asked(adapters(home / "good", "C")) != [names[1]]
+    loaded[names[2]] = "of a run that was killed"
+    assert asked(bad) == [names[2]]
+
+
+@pytest.mark.parametrize("said", ["Not Found", "LoRA is not enabled. Use --enable-lora"])
+def test_a_server_that_loads_no_adapters_is_told_at_once(said: str, server: Server) -> None:
+    def none(h: Handler) -> bool:
+        return h.path.endswith("lora_adapter") and status(404, said)(h)
+
+    server.always = none
+    own = {"kind": "openai", "base_url": server.url, "model": "canned"}
+    check_engine(EngineConfig(**own))
+    with pytest.raises(EngineError, match=rf"{said}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        check_engine(EngineConfig(**own, adapters=True))
+
+
+def test_one_server_does_not_answer_for_several_models(tmp_path: Path) -> None:
+    base, trained = "base", str(tmp_path / "run" / "policy")
+    check_served(EngineConfig(**HERE), [base, base], tmp_path)
+    check_served(EngineConfig(**LAUNCH), [base, trained], tmp_path)
+    check_served(EngineConfig(**HERE, adapters=True), [base, trained], tmp_path / "run")
+    for settings, home in (
+        (EngineConfig(**HERE), tmp_path / "run"),
+        (EngineConfig(**HERE, adapters=True), tmp_path / "elsewhere"),
+    ):
+        with pytest.raises(ConfigError, match=f"2 models are wanted: {trained}, base"):
+            check_served(settings, [base, trained], home)
+
+
 # -- a server of its own ---------------------------------------------------------------------------
 
 SERVE = f"{sys.executable} {fakes.__file__} {{model}} {{port}}"
@@ -709,6 +810,35 @@ def test_one_server_is_enough_where_nothing_trained_answers() -> None:
     assert chosen.sampling.batch_size == 3, "the selection's candidates answer in process"
     with pytest.raises(ConfigError, match="policies of earlier iterations"):
         made("iterations=2")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), None),
+        (("policy.lora=null",), r"adapters needs policy\.lora"),
+        (("iterations=2",), "with iterations 2, those of later rounds"),
+        (("sampling.engine.batch=true",), "adapters has no effect with batch"),
+        (
+            ("sampling.engine.base_url=null", "sampling.engine.launch='s {model} {port}'"),
+            "adapters has no effect without base_url",
+        ),
+        (
+            (
+                "principles.writer={kind: openai, base_url: 'http://h/v1', adapters: true, model: m}",
+            ),
+            r"writer\.adapters has no effect for a model that the run does not train",
+        ),
+    ],
+)
+def test_adapters_make_one_server_enough(more: tuple[str, ...], said: str | None) -> None:
+    values = recipe(sampling={"max_new_tokens": 96, "engine": LAUNCH}).model_dump(
+        exclude_unset=True
+    )
+    values["sampling"]["engine"] = {**HERE, "adapters": True}
+    values["policy"]["lora"] = {"rank": 8}
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        recipe_of(merge(values, more), "recipe")
 
 
 def test_the_writer_is_a_model_or_an_engine_with_one() -> None:

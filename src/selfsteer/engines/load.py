@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from functools import partial
 from importlib.util import find_spec
@@ -169,7 +170,42 @@ class Engines(ExitStack):
                     "nothing waits for those answers, and what they would answer is asked and paid "
                     "for again. To use them, stop and set batch: true until they are there"
                 )
-        return OpenAIEngine(settings, model, base_url, usage, **local)
+        engine = OpenAIEngine(settings, model, base_url, usage, **local)
+        if adapter := adapter_of(settings, source, self.home):
+            engine.take_adapter(adapter)
+        return engine
+
+
+def adapter_of(settings: EngineSettings, source: str, home: Path | None) -> Path | None:
+    """What a server loads of a model that was trained in this run folder; None: it has the model.
+
+    Where ``policy.model`` has adapters beside it, they are of an earlier run, and of another base.
+    """
+    from selfsteer.models.save import ADAPTER
+
+    takes = isinstance(settings, EngineConfig) and settings.adapters
+    trained = home is not None and Path(source).is_relative_to(home)
+    return Path(source) / ADAPTER if takes and trained else None
+
+
+def check_served(settings: EngineConfig, sources: Iterable[str], home: Path) -> None:
+    """Fails if one server, which holds one model, would answer for several.
+
+    Args:
+        settings: ``sampling.engine`` of a recipe.
+        sources: the models that are to answer.
+        home: as of `Engines`.
+
+    Raises:
+        ConfigError: names them.
+    """
+    held = sorted({s for s in sources if adapter_of(settings, s, home) is None})
+    if settings.base_url is not None and len(held) > 1:
+        raise ConfigError(
+            f"sampling.engine asks one server that serves {settings.model}, but answers of "
+            f"{len(held)} models are wanted: {', '.join(held)}. Set sampling.engine=transformers, "
+            "or give sampling.engine.launch, so that each model is served in its turn."
+        )
 
 
 def check_installed(settings: EngineSettings) -> None:
@@ -210,6 +246,8 @@ def check_engine(settings: EngineSettings) -> None:
         engine = make(settings, settings.model or "", settings.base_url, Usage())
         with closing(engine):
             engine.check()
+            if isinstance(settings, EngineConfig) and settings.adapters:
+                engine.check_adapters()
 
 
 def make_engine(*keys: str, **model: Any) -> Engine:

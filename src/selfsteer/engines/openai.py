@@ -21,12 +21,14 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import openai
 
+from selfsteer.data.digests import digest_path
 from selfsteer.data.records import Message
 from selfsteer.engines.base import (
     PROBE_TOKENS,
@@ -284,7 +286,7 @@ class OpenAIEngine(ProbedEngine):
         )
         self.who = f"The server at {base_url}"
         self._failed_in_a_row, self._not_before = 0, 0.0
-        self._budget = BUDGET
+        self._budget, self._adapter = BUDGET, False
         self._pace, self._free = Pace(settings.concurrency), asyncio.Condition()
         self._under_way, self._told, self._told_reason = 0, "", False
         # in a thread of its own, so that requests go on while answers are used, also in notebooks
@@ -296,6 +298,9 @@ class OpenAIEngine(ProbedEngine):
         """Ends the connections; a second time it does nothing."""
         if self._loop.is_closed():
             return
+        if self._adapter:
+            with suppress(Fault):  # a server that is gone has none
+                self._change_adapters("unload", self.model)
         self._start(self._client.close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -350,6 +355,53 @@ class OpenAIEngine(ProbedEngine):
             ) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             pass  # what it lists cannot be read; its answers may be
+
+    def check_adapters(self) -> None:
+        """Fails if the server loads no adapters; one that does misses those that are not there.
+
+        Raises:
+            EngineError: it loads none.
+        """
+        try:
+            self._change_adapters("load", "selfsteer-check", lora_path="/selfsteer-check")
+        except Fault as e:
+            if "selfsteer-check" not in e.said:
+                raise self._no_adapters("any adapters", e) from None
+
+    def take_adapter(self, folder: Path) -> None:
+        """From now on LoRA adapters answer, which vLLM loads and `close` has it unload.
+
+        They are named by their content, as vLLM finds what it has computed of prompts by the name.
+
+        Args:
+            folder: of the adapters, at this path for the server, too.
+
+        Raises:
+            EngineError: the server does not load them.
+        """
+        self.model = f"selfsteer-{digest_path(folder)}"
+        with suppress(Fault):  # what a run that was killed left there, maybe at another path
+            self._change_adapters("unload", self.model)
+        try:
+            self._change_adapters("load", self.model, lora_path=str(folder.absolute()))
+        except Fault as e:
+            raise self._no_adapters(f"the adapters {folder}", e) from None
+        self._adapter = True
+
+    def _no_adapters(self, what: str, fault: Fault) -> EngineError:
+        return EngineError(
+            f"{self.who} does not load {what} ({fault.said}). It must be a vLLM that sees the run "
+            "folder at the same path, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
+            "environment, --enable-lora, and --max-lora-rank of policy.lora.rank or more. What is "
+            "finished is kept; restart it, then run the same command again."
+        )
+
+    def _change_adapters(self, how: str, name: str, **more: str) -> None:
+        asked = self._client.post(
+            f"/{how}_lora_adapter", cast_to=object, body={"lora_name": name, **more}
+        )
+        with self._faults():
+            self._start(asked).result()
 
     def _slow(self, what: str) -> EngineError:
         return EngineError(

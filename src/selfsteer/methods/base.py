@@ -418,9 +418,19 @@ class Aligning(Recipe):
             ),
             f"sampling.engine asks one server that serves {engine.model}, the policy as it is now, "
             f"but this recipe also samples from {asked}. Give sampling.engine.launch, so that each "
-            "model is served in its turn, or set sampling.engine: transformers": (
-                answering != "transformers" and engine.base_url is not None and bool(asked)
+            "model is served in its turn, or set sampling.engine: transformers. A vLLM that takes "
+            "adapters can stay where policy.lora is set: sampling.engine.adapters: true": (
+                answering != "transformers"
+                and engine.base_url is not None
+                and bool(asked)
+                and not engine.adapters
             ),
+            "sampling.engine.adapters needs policy.lora: without it, whole models are trained": (
+                engine.adapters and self.policy.lora is None
+            ),
+            f"sampling.engine.adapters: with iterations {self.iterations}, those of later rounds "
+            "belong to the policies of earlier ones, which the server does not hold. Give "
+            "sampling.engine.launch in place of base_url": engine.adapters and self.iterations > 1,
         }
         yield from (text for text, holds in wrong.items() if holds)
 

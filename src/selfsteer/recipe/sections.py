@@ -527,6 +527,10 @@ class EngineConfig(EngineSettings):
     replica: EngineSettings | None = _f(
         None, "the engine of each replica; null: transformers", kind="ray"
     )
+    adapters: bool = _f(
+        False, "the server at base_url loads what the run trains, as LoRA adapters (vLLM)",
+        kind="openai", costs_only=True,
+    )  # fmt: skip
 
     @property
     def answering(self) -> EngineSettings:
@@ -542,6 +546,15 @@ class EngineConfig(EngineSettings):
     @override
     def conflicts(self, where: str, *, named: bool = False) -> Iterator[str]:
         yield from super().conflicts(where, named=named)
+        idle = {
+            "for a model that the run does not train": named,
+            "without base_url: a launched server holds each model in its turn": (
+                self.base_url is None
+            ),
+            "with batch: batches name models that the server keeps": self.batch,
+        }
+        for why in holding(idle) if self.adapters and self.kind == "openai" else ():
+            yield f"{where}.adapters has no effect {why}; remove it"
         inner, replica = f"{where}.replica", self.replica
         if self.kind != "ray" or replica is None:
             return

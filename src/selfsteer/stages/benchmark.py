@@ -23,7 +23,7 @@ from selfsteer.data.digests import derive_seed, digest, model_digest
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Engine, Request, SamplingParams
-from selfsteer.engines.load import Engines
+from selfsteer.engines.load import Engines, check_served
 from selfsteer.errors import ConfigError
 from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.evaluation.harness import Unavailable, check_tasks, harness_identity, run_task
@@ -100,8 +100,8 @@ class RunBenchmarks(Stage):
             Unavailable: after everything else: some tasks cannot be asked here.
         """
         home, settings, notes = run.path, self.settings, dict[str, Any]()
-        columns, unavailable = self._run_tasks(home)
         given = {s.name: self.answers(s, home, notes) for s in settings.judged}
+        columns, unavailable = self._run_tasks(home)
         judge = load_judge(self.judge, home / "judgements") if settings.judged else None
         for judged in settings.judged:
             assert judge is not None
@@ -166,7 +166,11 @@ class RunBenchmarks(Stage):
             judged: the set.
             home: the run folder.
             notes: what servers were asked now is added under ``asked``.
+
+        Raises:
+            ConfigError: the engine cannot answer with every model.
         """
+        check_served(self.sampling.engine, (str(m.path) for m in self.models.values()), home)
         questions, s = read_questions(judged, self.settings.limit), self.sampling
         budget = self.settings.max_new_tokens or s.max_new_tokens
         params = SamplingParams(self.settings.temperature, s.top_p, budget)

@@ -27,7 +27,8 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.engines.load import Engines, check_served
+from selfsteer.errors import DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
@@ -139,13 +140,7 @@ def run_audit(s: Subjects) -> dict[str, Any]:
         ConfigError: the engine cannot answer with every model.
         DataError: no query is left.
     """
-    engine = s.settings.sampling.engine
-    if engine.base_url is not None:
-        raise ConfigError(
-            f"sampling.engine asks one server that serves {engine.model}, but an audit asks "
-            f"{len(s.models)} models. Add --set sampling.engine=transformers, or give "
-            "sampling.engine.launch, so that each model is served in its turn."
-        )
+    check_served(s.settings.sampling.engine, map(resolve_path, s.models.values()), s.folder)
     judge = load_judge(s.judge, s.folder / "judgements")
     asked, dropped = _probes(s, judge)
     answers = {}
@@ -236,8 +231,6 @@ def _answers(
     s: Subjects, source: str, probes: Sequence[Triple], advance: Advance
 ) -> dict[str, Completion]:
     """Each probe's answer in each context, by ``ID/CONTEXT``; stored ones are not asked again."""
-    from selfsteer.engines.load import Engines
-
     settings = s.settings.sampling
     asked = [t.to_dict() for t in probes]
     key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
