@@ -144,6 +144,7 @@ def test_a_whole_run_asks_one_server(server: str, tmp_path: Path) -> None:
         *("policy.lora.rank=8", "queries.limit=16", "evaluation.queries.limit=8"),
         *("sampling.batch_size=null", "sampling.shard_size=8", "principles.batch_size=null"),
         *("generator.selection.points=0", "training.selection.points=0", "generator.per_half=true"),
+        *("generator.learning_rate=5e-3", "training.learning_rate=5e-3"),
     )
     ended = spawn("run", "smoke", *given)
     assert ended.returncode == 0, ended.stderr
@@ -154,8 +155,10 @@ def test_a_whole_run_asks_one_server(server: str, tmp_path: Path) -> None:
     asked = [json.loads(p.read_text()) for p in (tmp_path / "r" / "usage").iterdir()]
     assert [counts["failed"] for counts in asked] == [{}]
     answered = (tmp_path / "r" / "evaluation").glob("answers-*.jsonl")
-    texts = {p.name: [json.loads(line)["response"] for line in p.open()] for p in answered}
-    assert len({tuple(found) for found in texts.values()}) == len(texts) == 3
+    texts = [
+        [json.loads(line)["response"] for line in p.read_text().splitlines()] for p in answered
+    ]
+    assert len(set(map(tuple, texts))) == len(texts) == 3, "base, policy and baseline"
 
 
 @pytest.mark.parametrize("allowed", ["True", "False"])

@@ -27,7 +27,7 @@ from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers, read_answers
 from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
-from selfsteer.engines.load import Engines, check_served
+from selfsteer.engines.load import check_served
 from selfsteer.errors import DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
@@ -231,6 +231,8 @@ def _answers(
     s: Subjects, source: str, probes: Sequence[Triple], advance: Advance
 ) -> dict[str, Completion]:
     """Each probe's answer in each context, by ``ID/CONTEXT``; stored ones are not asked again."""
+    from selfsteer.engines.load import Engines
+
     settings = s.settings.sampling
     asked = [t.to_dict() for t in probes]
     key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
