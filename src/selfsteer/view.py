@@ -730,14 +730,15 @@ class RunView:
         """Where something new of this name may be written in the run folder.
 
         Raises:
-            ArtifactError: it is a link that leads out of the run.
+            ArtifactError: it, or something in it, is a link that leads out of the run.
         """
-        path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ArtifactError(
-                f"{path} is a link that leads out of the run folder, and nothing is written there. "
-                "Remove the link."
-            )
+        path, home = self.folder / name, self.folder.resolve()
+        for place in (path, *filter(Path.is_symlink, path.rglob("*"))):
+            if not place.resolve().is_relative_to(home):
+                raise ArtifactError(
+                    f"{place} is a link that leads out of the run folder, and nothing is written "
+                    "there. Remove the link."
+                )
         return path
 
     def shards(self, folder: Path) -> list[Path]:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,38 @@ def test_a_packed_line_without_an_end_does_not_fill_the_memory(
     path.write_bytes(gzip.compress(text + b"a" * 5000))
     with pytest.raises(DataError, match=r"longer than 1,000 characters|field larger than"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("x.csv", b'prompt\n"'), ("x.csv", b"prompt\n"), ("x.json", b'["Why?"]')]
+)
+def test_a_small_packed_file_is_not_unpacked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: bytes
+) -> None:
+    monkeypatch.setattr(files, "LONGEST", 50_000)
+    monkeypatch.setattr(files, "PIECE", 1000)
+    path = tmp_path / f"{name}.gz"
+    end = {"x.csv": b"a,\n" if b'"' in begin else b"a", "x.json": b" "}[name] * 2_000_000
+    path.write_bytes(gzip.compress(begin + end))
+    tracemalloc.start()
+    try:
+        with nullcontext() if name == "x.json" else pytest.raises(DataError, match="longer than"):
+            list(read_rows(path))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_table_is_unpacked_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    rows, long = 1000, "a" * 1_000_000
+    prompts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([long]))
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "x.parquet", compression="zstd")
+    tracemalloc.start()
+    try:
+        assert sum(row == {"prompt": long} for _, row in read_rows(tmp_path / "x.parquet")) == rows
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_pipes_and_devices_are_refused_before_they_are_read(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Records that stay on disk: stored, spooled, exported, imported, curated."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from selfsteer.data.jsonl import (
     batched,
     dump_line,
     dump_lines,
+    replacing_folder,
     write_atomic,
 )
 from selfsteer.data.queries import load_queries
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Query
-from selfsteer.errors import DataError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.formats import FORMATS, export
 from selfsteer.recipe.sections import Queries
 from selfsteer.stages.inputs import stored_preferences, stored_triples, subset
@@ -168,3 +170,56 @@ def test_a_broken_list_in_pieces_is_an_error(
     line = 2 if "oops" in broken else 1
     with pytest.raises(DataError, match=f"line {line}: not JSON"):
         import_records(tmp_path / "l.json")
+
+
+# -- two processes that write the same -------------------------------------------------------------
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    path, begun, go_on = tmp_path / "out.jsonl", Event(), Event()
+    ended: list[str] = []
+
+    def slow() -> Iterator[str]:
+        yield "first\n"
+        begun.set()
+        go_on.wait(30)
+        yield "first\n" * 5
+
+    def write(name: str, lines: Iterator[str]) -> None:
+        write_atomic(path, lines)
+        ended.append(name)
+
+    first = Thread(target=write, args=("first", slow()))
+    second = Thread(target=write, args=("second", iter(["second\n"])))
+    first.start()
+    assert begun.wait(30)
+    second.start()
+    second.join(0.3)  # on a slow machine it has not begun yet, which is no fault
+    go_on.set()
+    first.join()
+    second.join()
+    assert ended == ["first", "second"]
+    assert path.read_text() == "second\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_folder_is_filled_by_one_and_appears_whole(tmp_path: Path) -> None:
+    folder, partial = tmp_path / "model", tmp_path / ".model.partial"
+    partial.mkdir()
+    (partial / "left by a kill").touch()
+    (partial / "and").mkdir()
+    with replacing_folder(folder) as filled:
+        assert not list(filled.iterdir())
+        (filled / "weights").write_text("whole")
+        with (
+            pytest.raises(ArtifactError, match="Another process writes"),
+            replacing_folder(folder),
+        ):
+            pass
+        assert not folder.exists()
+    assert [p.name for p in folder.iterdir()] == ["weights"]
+    with pytest.raises(ConfigError, match="is there already"), replacing_folder(folder):
+        pass
+    with pytest.raises(KeyError), replacing_folder(tmp_path / "other"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

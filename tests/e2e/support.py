@@ -87,9 +87,9 @@ def fails(ended: Ended, code: int, *said: str) -> None:
 def full_for(name: str) -> Any:
     """A patch under which every write to a file of this name meets a device that is always full."""
 
-    def opened(path: Any, *args: Any, **kwargs: Any) -> Any:
-        full = Path(path).name == f".{name}.partial"
-        return open("/dev/full" if full else path, *args, **kwargs)
+    def opened(path: Any, mode: str = "r", **kwargs: Any) -> Any:
+        full = mode == "wb" and Path(path).name == f".{name}.partial"
+        return open("/dev/full" if full else path, mode, **kwargs)
 
     return mock.patch.object(jsonl, "open", opened, create=True)
 

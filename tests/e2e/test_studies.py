@@ -12,6 +12,7 @@ from selfsteer.data.artifacts import read_json
 from selfsteer.data.records import Message, Preference
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.report.logprobs import tokenizer
+from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features
 from selfsteer.testbed import oracle
 from selfsteer.verbs.comparing import curves
@@ -52,6 +53,8 @@ def test_an_audit_asks_every_model_once_and_counts_what_the_oracle_says(
     assert len(files) == 4
     assert report(here(*args)) == found
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("answers-*.jsonl")} == files
+    with RunFolder(tmp_path).locked():
+        fails(here(*args), 3, "is in use by process")
 
 
 def test_a_model_against_itself_has_changed_in_nothing(tmp_path: Path, here: Here) -> None:
@@ -207,8 +210,9 @@ def test_a_run_folder_permits_nothing_by_itself(
     [
         ({"launch": "touch {}/ran-{{port}}-{{model}}"}, "launch"),
         ({"base_url": "https://example.org/v1"}, "base_url"),
+        ({"base_url": "http://127.0.0.1:9/v1", "api_key_env": "AWS_SECRET"}, "api_key_env"),
     ],
-    ids=["launch", "base_url"],
+    ids=["launch", "base_url", "api_key_env"],
 )
 def test_a_run_folder_reaches_nothing_by_itself(
     smoke: Path, tmp_path: Path, here: Here, command: list[str], engine: dict[str, str], said: str
@@ -221,6 +225,21 @@ def test_a_run_folder_reaches_nothing_by_itself(
         recipe["judge"] = {"kind": "chat", "model": "m", "engine": {"kind": "openai", **engine}}
         (other / name).write_text(json.dumps(recipe))
     fails(here(*(part.format(other) for part in command)), 2, said, "add --trust")
+    assert not list(tmp_path.glob("ran*"))
+
+
+def test_an_audit_starts_nothing_that_a_run_folder_names(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    other = shutil.copytree(smoke, tmp_path / "other")
+    engine = {"kind": "openai", "launch": f"touch {tmp_path}/ran-{{port}} {{model}}"}
+    for change in (
+        {"sampling": {"engine": engine}},
+        {"principles": {"mode": "generated", "writer": {**engine, "model": TESTBED}}},
+    ):
+        recipe = yaml.safe_load((smoke / "recipe.yaml").read_text())
+        (other / "recipe.yaml").write_text(json.dumps({**recipe, **change}))
+        fails(here("audit", other), 2, "launch", "add --trust")
     assert not list(tmp_path.glob("ran*"))
 
 
@@ -287,6 +306,32 @@ def test_nothing_is_written_through_a_link_out_of_a_run(
         verb, *more = command
         fails(here(verb, other, *more), 3, "is a link that leads out of the run folder")
     assert not list(outside.iterdir())
+
+
+def test_no_file_outside_is_changed_through_a_link_in_a_run(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    precious = tmp_path / "precious.jsonl"
+    precious.write_text('{"kept": true}\n')
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "turns": ["What does the bee eat?"]}\n')
+    export = ("export", "--format", "mt-bench", "--questions", questions, "--to", tmp_path / "x")
+    links = {
+        "lock": [("judge",), export],
+        "judgements/oracle/answers-00000.jsonl": [("judge",), ("compare",)],
+        "audit/answers-0.partial": [("audit",)],
+        "benchmarks/base": [export],
+        "usage/0.json": [export],
+    }
+    for place, commands in links.items():
+        other = shutil.copytree(smoke, tmp_path / "other")
+        (other / place).parent.mkdir(parents=True, exist_ok=True)
+        (other / place).unlink(missing_ok=True)
+        (other / place).symlink_to(precious)
+        for verb, *more in commands:
+            fails(here(verb, other, *more), 3, f"{place} is a link")
+        shutil.rmtree(other)
+    assert precious.read_text() == '{"kept": true}\n'
 
 
 def test_what_cannot_be_compared_is_refused(smoke: Path, tmp_path: Path, here: Here) -> None:

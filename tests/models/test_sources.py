@@ -301,13 +301,27 @@ def test_adapters_that_are_not_safetensors_need_permission(
     assert merge_adapter(adapter, tmp_path / "out", allowed, None) == str(checkpoints["llama"])
 
 
+def test_a_config_chooses_no_attention_from_the_hub(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for name in ("attn_implementation", "_attn_implementation"):
+        (model / "config.json").write_text(json.dumps({**config, name: "org/kernel"}))
+        assert load_model(str(model), CPU).model.config._attn_implementation == "sdpa"
+
+
 def test_merging_removes_nothing_that_is_there(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"])
-    write_atomic(tmp_path / "out.partial" / "mine.txt", "kept")
-    with pytest.raises(ConfigError, match=r"out\.partial is there already"):
+    for name in ("out", "out.partial"):
+        write_atomic(tmp_path / name / "mine.txt", "kept")
+    with pytest.raises(ConfigError, match=r"out is there already"):
         merge_adapter(adapter, tmp_path / "out", CPU, None)
+    shutil.rmtree(tmp_path / "out")
+    write_atomic(tmp_path / ".out.partial" / "model.safetensors", "left by a kill")
+    merge_adapter(adapter, tmp_path / "out", CPU, None)
     assert (tmp_path / "out.partial" / "mine.txt").read_text() == "kept"
 
 

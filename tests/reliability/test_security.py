@@ -30,7 +30,7 @@ from selfsteer.models.chat import ChatFormat, _environment
 from selfsteer.models.store import ScoreStore, read_chunk
 from selfsteer.principles import catalogue
 from selfsteer.recipe.read import read_yaml
-from selfsteer.recipe.sections import EngineConfig
+from selfsteer.recipe.sections import EngineConfig, Sampling
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.verbs.exporting import export_model
@@ -186,6 +186,31 @@ def test_nothing_of_a_model_runs_unless_it_is_asked_for() -> None:
     assert not policy.trust_remote_code
     assert not policy.allow_pickle
     assert recipe(judge={"kind": "reward", "model": "a/b"}).judge.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "reached"),
+    [
+        ({"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "m"}, set()),
+        ({"kind": "openai", "base_url": "http://a.example/v1", "model": "m"}, {"base_url"}),
+        (
+            {
+                **{"kind": "openai", "base_url": "http://localhost/v1", "model": "m"},
+                "api_key_env": "AWS_SECRET_ACCESS_KEY",
+            },
+            {"api_key_env"},
+        ),
+        ({"kind": "ray"}, set()),
+        ({"kind": "ray", "address": "auto"}, set()),
+        ({"kind": "ray", "address": "ray://a.example:10001"}, {"address"}),
+        ({"kind": "ray", "address": "10.0.0.1:6379"}, {"address"}),
+        ({"kind": "ray", "address": "ray://[x"}, {"address"}),
+        ({"kind": "ray", "replica": {"kind": "openai", "launch": "x {model} {port}"}}, {"launch"}),
+        ({"kind": "vllm", "engine_args": {"worker_cls": "a.B"}}, {"engine_args"}),
+    ],
+)
+def test_what_a_recipe_reaches_is_known(engine: dict[str, Any], reached: set[str]) -> None:
+    assert Sampling(engine=EngineConfig(**engine)).reaches == reached
 
 
 def test_the_ledger_says_what_a_model_was_allowed(tmp_path: Path) -> None:

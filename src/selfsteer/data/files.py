@@ -38,6 +38,9 @@ PIECE = 1 << 20
 #: and a small packed file can hold a line that fills the memory.
 LONGEST = 1 << 28
 
+#: Rows of a Parquet file that are unpacked together: each may be long, and in the file a few bytes.
+TOGETHER = 8
+
 #: Rows of which one must have a column that is to be renamed.
 HEAD = 100
 
@@ -255,18 +258,31 @@ def _parquet(path: Path, columns: Columns) -> Rows:
     try:
         with readable(path):
             table = pq.ParquetFile(path)
-            batches = table.iter_batches(1024, columns=list(columns(table.schema_arrow.names)))
-            for number, row in enumerate((row for b in batches for row in b.to_pylist()), 1):
-                yield f"{path}, row {number}", _without_nulls(row)
+            batches = table.iter_batches(TOGETHER, columns=list(columns(table.schema_arrow.names)))
+            for first, batch in enumerate(batches):
+                if batch.nbytes >= LONGEST:
+                    raise _endless(f"A row of {path}")
+                for number, row in enumerate(batch.to_pylist(), first * TOGETHER + 1):
+                    yield f"{path}, row {number}", _without_nulls(row)
     except ArrowException as e:
         raise DataError(f"{path} is not a Parquet file: {e}.") from None
 
 
 def _csv(path: Path, columns: Columns) -> Rows:
     csv.field_size_limit(LONGEST)  # the default of 128 kB is shorter than a long prompt
+    held = 0  # characters of the row that is being read
+
+    def pieces(file: IO[str]) -> Iterator[str]:
+        nonlocal held
+        for line in _pieces(file, path):
+            held += len(line)
+            if held >= LONGEST:
+                raise _endless(f"A row of {path}")
+            yield line
+
     try:
-        with _text(path, newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
+        with _text(path, newline="") as file:
+            reader = csv.DictReader(pieces(file), strict=True)
             names = reader.fieldnames or ()
             wanted = list(columns(names))
             twice = [n for n, count in Counter(names).items() if n in wanted and count > 1]
@@ -275,7 +291,7 @@ def _csv(path: Path, columns: Columns) -> Rows:
                     f"{path} has more than one column called {short(twice[0])}; keep one."
                 )
             for row in reader:
-                where = f"{path}, line {reader.line_num}"
+                where, held = f"{path}, line {reader.line_num}", 0
                 if None in row or None in row.values():
                     yield where, DataError("it does not have as many cells as the header")
                 else:
@@ -364,9 +380,11 @@ def _entries(path: Path) -> Iterator[Any]:
             gap = between.match(text, place)
             assert gap
             if not gap[1] and text.startswith("]", gap.end()):
-                if (text[gap.end() + 1 :] + file.read()).strip():
-                    raise json.JSONDecodeError("text after the list", text, gap.end())
-                return
+                rest = text[gap.end() + 1 :]
+                while not rest.strip():
+                    if not (rest := file.read(PIECE)):
+                        return
+                raise json.JSONDecodeError("text after the list", text, gap.end())
             try:
                 if gap[1] != comma:
                     raise json.JSONDecodeError("no comma, or one too many", text, gap.end())

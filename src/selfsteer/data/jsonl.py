@@ -1,6 +1,7 @@
 """JSON Lines: atomic writes, checked reads, and records that stay on disk until they are needed."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from selfsteer.errors import ArtifactError, DataError, clip, short
+from selfsteer.errors import ArtifactError, ConfigError, DataError, clip, short
 from selfsteer.recipe.texts import ENDLESS, is_endless, unfit
 
 T = TypeVar("T")
@@ -195,19 +196,81 @@ def write_atomic(path: Path, text: str | bytes | Iterable[str], *, sync: bool = 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to: it becomes the file, or is removed where the block fails."""
+    """A temporary name to write to: it becomes the file, or is removed where the block fails.
+
+    Another process that writes the same file now is waited for.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # a link of a folder from elsewhere could lead anywhere
+    if partial.is_symlink():  # of a folder from elsewhere; it could lead anywhere
+        partial.unlink()
+    with _alone(partial):
+        try:
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)  # safetensors leaves 0600
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """A block in which no other process writes under this name."""
+    while True:
+        with open(partial, "ab") as file:
+            with suppress(OSError):  # not all file systems have locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_still(partial, file.fileno()):  # or another process has just renamed it
+                yield
+                return
+
+
+def _is_still(path: Path, opened: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(opened))
+    return False
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill: it becomes the folder, or is removed where the block fails.
+
+    Raises:
+        ConfigError: the folder is there and not empty.
+        ArtifactError: another process fills it now, or it cannot be written.
+    """
+    there = folder.is_dir()  # if empty, perhaps a mount point: nothing can take its place
+    partial = folder / ".partial" if there else folder.with_name(f".{folder.name}.partial")
+    with disk_errors(folder):
+        partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors leaves 0600
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+        busy = False
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            busy = e.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        if busy or not _is_still(partial, held):
+            raise ArtifactError(
+                f"Another process writes {folder} now. Wait for it, or choose another folder."
+            )
+        for left in partial.iterdir():  # by a kill
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        with all_or_nothing(partial):
+            if folder.exists() and (not there or [*folder.iterdir()] != [partial]):
+                raise ConfigError(f"{folder} is there already; choose another, or move it away.")
+            yield partial
+            with disk_errors(folder):
+                if there:
+                    for path in partial.iterdir():
+                        path.replace(folder / path.name)
+                    partial.rmdir()
+                else:
+                    partial.replace(folder)
+    finally:
+        os.close(held)
 
 
 @contextmanager

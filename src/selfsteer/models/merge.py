@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.digests import adapter_base
-from selfsteer.data.jsonl import all_or_nothing, disk_errors
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.data.jsonl import disk_errors, replacing_folder
+from selfsteer.errors import ArtifactError
 from selfsteer.models.adapters import adapter_config, check_expressions
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import CPU, resolve_dtype
@@ -45,10 +45,6 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         raise ArtifactError(
             f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
         )
-    partial = output.with_name(f"{output.name}.partial")
-    for path in (output, partial):
-        if path.exists():
-            raise ConfigError(f"{path} is there already; choose another folder or move it away.")
     try:
         found = checkpoint(base, settings)
         method = quantisation(found, settings)
@@ -63,23 +59,23 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
             "round what they add. Merge them with the model that it was made from: selfsteer merge "
             "--base MODEL."
         )
-    chat = ChatFormat(_tokenizer(adapter, found, settings), str(adapter))
-    kept = "auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU)
-    model = load_whole(AutoModelForCausalLM, "base", found, settings, dtype=kept)
-    dtype = model.dtype
-    check_expressions(config, adapter, (name for name, _ in model.named_modules()))
-    try:
-        plain = merged(model, adapter)
-    except Exception as e:  # peft believes the fields that `adapter_config` does not know
-        first = " ".join(str(e).split())[:300]
-        raise ArtifactError(
-            f"The adapters in {adapter} do not fit {base}: {first} "
-            f"{_advice(str(e), base, given=given is not None)}"
-        ) from e
-    check_finite(plain, str(adapter))
-    with all_or_nothing(partial), disk_errors(output):
-        save_model(plain, chat, partial, dtype)
-        partial.replace(output)
+    with replacing_folder(output) as partial:
+        chat = ChatFormat(_tokenizer(adapter, found, settings), str(adapter))
+        kept = "auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU)
+        model = load_whole(AutoModelForCausalLM, "base", found, settings, dtype=kept)
+        dtype = model.dtype
+        check_expressions(config, adapter, (name for name, _ in model.named_modules()))
+        try:
+            plain = merged(model, adapter)
+        except Exception as e:  # peft believes the fields that `adapter_config` does not know
+            first = " ".join(str(e).split())[:300]
+            raise ArtifactError(
+                f"The adapters in {adapter} do not fit {base}: {first} "
+                f"{_advice(str(e), base, given=given is not None)}"
+            ) from e
+        check_finite(plain, str(adapter))
+        with disk_errors(output):
+            save_model(plain, chat, partial, dtype)
     return base
 
 

@@ -212,6 +212,10 @@ def pretrained(kind: Any, what: str, source: str, settings: Loading, **more: Any
     """
     if "dtype" in more:  # weights, not a tokenizer or a config
         more["use_safetensors"] = None if settings.allow_pickle else True
+        if (
+            not settings.trust_remote_code
+        ):  # a config may name a kernel to fetch from the hub and run
+            more["attn_implementation"] = None
     name = source
     if is_hub_id(source):
         name, revision = split_revision(source)

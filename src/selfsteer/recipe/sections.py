@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -165,14 +166,8 @@ class Section(BaseModel):
 
     @property
     def reaches(self) -> set[str]:
-        """What starts a program, or sends prompts and a key to another machine."""
-        return {
-            name
-            for section in self.every_section
-            for name in ("launch", "base_url")
-            if (given := getattr(section, name, None)) is not None
-            and not (name == "base_url" and secrets.is_loopback(urlsplit(given).hostname or ""))
-        }
+        """What starts a program, or sends prompts or keys where its author wants them."""
+        return {name for s in self.every_section if isinstance(s, EngineSettings) for name in s.led}
 
     def with_models(self, named: Callable[[str], str]) -> Self:
         """A copy with other names for its models, and for those of the sections in it.
@@ -345,6 +340,14 @@ class Price(Section):
         return (read * self.input + written * self.output) / 1e6
 
 
+def _is_here(address: str | None) -> bool:
+    """Whether an address is this machine's, or none."""
+    with suppress(ValueError):
+        url = urlsplit(address if address and "//" in address else f"//{address or 'localhost'}")
+        return secrets.is_loopback(url.hostname or "")
+    return False
+
+
 class EngineSettings(Section):
     """One engine: transformers or vllm (in process), or openai (a server)."""
 
@@ -427,6 +430,21 @@ class EngineSettings(Section):
     @override
     def model_post_init(self, context: Any) -> None:
         secrets.KEYS.add(self.api_key_env)  # for servers that other sections launch
+
+    @property
+    def led(self) -> Iterator[str]:
+        """The settings that start a program, or say where prompts and which key go."""
+        default = type(self).model_fields["api_key_env"].default
+        address = getattr(self, "address", None)  # of a cluster that is not this machine's
+        yield from holding(
+            {
+                "launch": self.launch is not None,
+                "base_url": not _is_here(self.base_url),
+                "api_key_env": self.base_url is not None and self.api_key_env != default,
+                "engine_args": bool(self.engine_args),
+                "address": address != "auto" and not _is_here(address),
+            }
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

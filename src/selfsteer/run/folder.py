@@ -112,11 +112,13 @@ class Drops:
 
 
 def check_files(folder: Path) -> None:
-    """Refuses a run folder in which a pipe or a device has the place of a file.
+    """Refuses a run folder with a pipe or a device in place of a file, or a link in the lock's.
 
     Raises:
         ArtifactError: names it.
     """
+    if (folder / "lock").is_symlink():  # its target would be emptied
+        raise ArtifactError(f"{folder / 'lock'} is a link; nothing is written there. Remove it.")
     with suppress(OSError):
         for path in filter(is_endless, folder.iterdir()):
             raise ArtifactError(f"{path} {ENDLESS}.")

@@ -88,8 +88,7 @@ def audit(
     if judge is not None:
         own = own.model_copy(update={"judge": named_judge(judge)})
     if is_run:
-        check_trust(folder, own.policy, trust)
-        check_trust(folder, None if judge else own.judge, trust)
+        check_trust(folder, own.model_copy(update={"judge": None}) if judge else own, trust)
     if queries is not None:
         source = Queries(path=queries)
     if source is None:

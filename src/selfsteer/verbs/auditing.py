@@ -139,8 +139,15 @@ def run_audit(s: Subjects) -> dict[str, Any]:
     Raises:
         ConfigError: the engine cannot answer with every model.
         DataError: no query is left.
+        ArtifactError: another process audits into the folder.
     """
     check_served(s.settings.sampling.engine, map(resolve_path, s.models.values()), s.folder)
+    # principles and answers are kept there as they come
+    with RunFolder(s.folder).locked():
+        return _audited(s)
+
+
+def _audited(s: Subjects) -> dict[str, Any]:
     judge = load_judge(s.judge, s.folder / "judgements")
     asked, dropped = _probes(s, judge)
     answers = {}

@@ -191,6 +191,8 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
         seed=recipe.seed,
         loading=recipe.policy.loading,
     )
+    for name in ("benchmarks", "usage", "batches", "logs"):
+        run.place(name)
     with RunFolder(run.folder).locked():
         asked, given = stage.answers(sets[0], run.folder, {})
     named = {f"{recipe.name}-{label}": found for label, found in given.items()}

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.terminal import err, out
+from selfsteer.terminal import CONTROL, err, out
 from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit
 
 if TYPE_CHECKING:
@@ -157,7 +157,12 @@ def print_answers(answers: Mapping[str, Mapping[str, "Completion"]]) -> None:
     for context in next(iter(answers.values())):
         table.add_column(context, ratio=1)
     for name, said in answers.items():
-        cells = (Text.assemble((a.reasoning, "dim"), a.text, lacks(a)) for a in said.values())
+        cells = (
+            Text.assemble(
+                (a.reasoning.translate(CONTROL), "dim"), a.text.translate(CONTROL), lacks(a)
+            )
+            for a in said.values()
+        )
         table.add_row(name, *cells)
     out.print(table)
 

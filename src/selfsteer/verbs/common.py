@@ -58,7 +58,8 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         help="the run folder is yours or its author's word is good: what its recipe permits "
-        "(trust_remote_code, allow_pickle) or reaches (launch, base_url of another machine) holds",
+        "(trust_remote_code, allow_pickle) or reaches (launch, base_url or address of another "
+        "machine, api_key_env, engine_args) holds",
     ),
 ]
 
@@ -152,7 +153,7 @@ def check_trust(folder: Path, settings: "Section | None", trust: bool) -> None:
         return
     risks = {
         "models can run code of their authors": settings.permits,
-        "it starts programs, or sends prompts and your key to other machines": settings.reaches,
+        "it starts programs, or says where your prompts and keys go": settings.reaches,
     }
     for risk, given in risks.items():
         if given:

@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import Records, Stored, all_or_nothing, disk_errors, write_atomic
+from selfsteer.data.jsonl import Records, Stored, disk_errors, replacing_folder, write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
@@ -158,22 +158,17 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
     if not any(policy.glob("*.safetensors")):
         raise ArtifactError(f"{of.folder} holds no policy yet; run it first.")
     of.run.check(policy)
-    there, partial = folder.exists(), folder / ".partial"
-    if there and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
-        raise ConfigError(f"{folder} is there already; choose another, or move it away.")
     files = sorted(p for p in policy.iterdir() if p.is_file())
     if foreign := [p for p in files if not of.run.owns(p)]:
         raise ArtifactError(
             f"{foreign[0]} is a link that leads out of the run folder, and what it leads to may "
             "not be meant for others. Put the file itself there."
         )
-    shutil.rmtree(partial, ignore_errors=True)
     with (
-        all_or_nothing(partial if there else folder),
         disk_errors(folder),
+        replacing_folder(folder) as partial,
         progress_bar("copy", len(files)) as bar,
     ):
-        partial.mkdir(parents=True)
         for path in files:
             shutil.copyfile(path, partial / path.name)
             bar.advance(1)
@@ -184,10 +179,6 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
             convert(converter, partial, partial / weights)
         write_atomic(partial / "Modelfile", modelfile(of.recipe, weights))
         write_atomic(partial / "README.md", model_card(of))
-        # into the folder, which may be a mount point
-        for path in partial.iterdir():
-            path.replace(folder / path.name)
-        partial.rmdir()
     return folder
 
 

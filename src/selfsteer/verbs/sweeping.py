@@ -14,7 +14,7 @@ from typing import Any
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import disk_errors, replacing_folder, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge, read_yaml
@@ -123,10 +123,8 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
         shown = " ".join(f"{k}={shown_value(v)}" for k, v in cell.items())
         say(f"sweep: cell {number} of {len(cells)}: {shown}", "bold")
         if not (folder / name).exists():
-            copy = folder / f"{name}.partial"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(folder / SHARED, copy)
-            copy.replace(folder / name)
+            with disk_errors(folder / name), replacing_folder(folder / name) as copy:
+                shutil.copytree(folder / SHARED, copy, dirs_exist_ok=True)
         _run(own, training.name)
         found.append({"settings": cell, **_kept(folder / name / training.name)})
     report = {"stage": stage, "best": _best(found, selection), "cells": found}
