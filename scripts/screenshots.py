@@ -3,8 +3,7 @@
     selfsteer run demo
     python scripts/screenshots.py runs/demo
 
-Needs Debian's chromium, as the tests of the pages do. Every picture is of the run that is given; run
-this again after a change of the pages.
+Needs Debian's chromium, as the tests of the pages do. Run it again after a change of the pages.
 """
 
 import json

@@ -14,10 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfsteer import terminal
+from selfsteer.engines.base import Completion
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.progress import Reporter, progress_of, reported
 from selfsteer.terminal import Bar, progress_bar, watched
+from selfsteer.verbs.chat import print_answers
 
 
 def test_data_cannot_steer_the_terminal() -> None:
@@ -35,6 +37,14 @@ def test_data_cannot_steer_the_terminal() -> None:
     assert not {"\x07", "\r", "\x9b"} & set(said)
     assert "\x1b]" not in said
     assert "\x1b[2J" not in said
+
+
+def test_an_answer_in_a_chat_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = Completion("a", "so \x1b]52;c;c2VjcmV0\x07", "stop", 1, 1, "hm \x9b2J")
+    print_answers({"base": {"plain": answer}})
+    said = capsys.readouterr().out
+    assert r"\x1b]52" in said
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from selfsteer.data import files
 from selfsteer.data.files import HubName, read_rows
 from selfsteer.data.queries import load_queries, queries_digest
 from selfsteer.data.reading import import_records
+from selfsteer.data.records import Preference
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.recipe.sections import Queries
+from tests.reliability.fuzz import within
 
 GOOD = [{"prompt": f"Good question {i} about bees?"} for i in range(3)]
 USER, ANSWER = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
@@ -339,6 +341,17 @@ def test_pipes_and_devices_are_refused_before_they_are_read(tmp_path: Path) -> N
         for read in (load_queries, queries_digest, lambda s: import_records(s.path)):
             with pytest.raises(DataError, match="is a pipe or a device, not a file"):
                 read(settings)
+
+
+def test_a_dialogue_with_many_blank_lines_is_read_in_time(tmp_path: Path) -> None:
+    blank = "\n" * 100_000
+    row = {side: f"Human: Hi.{blank}x\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    (tmp_path / "hh.jsonl").write_bytes(lines(row))
+    with within(30):
+        (found,) = import_records(tmp_path / "hh.jsonl").records
+    assert isinstance(found, Preference)
+    assert found.prompt[0].content == f"Hi.{blank}x"
+    assert (found.chosen, found.rejected) == ("chosen", "rejected")
 
 
 # -- columns -------------------------------------------------------------------------------------

@@ -172,6 +172,19 @@ def test_a_nan_loss_names_the_triples_and_keeps_the_checkpoint(tmp_path: Path, h
     assert list((tmp_path / "out.partial").glob("checkpoint-1/complete"))
 
 
+def test_a_training_that_never_began_does_not_take_the_name(tmp_path: Path, here: Here) -> None:
+    line = {
+        "messages": [{"role": "user", "content": "What is 1?"}],
+        "responses": {"good": "It is one.", "bad": "Go away."},
+    }
+    (tmp_path / "t.jsonl").write_text(json.dumps(line) + "\n")
+    args = ("train", TESTBED, tmp_path / "t.jsonl", f"output={tmp_path / 'out'}", "epochs=2")
+    fails(here(*args, "objective=sso"), 2, "has no plain response")
+    nan = ("learning_rate=1e30", "max_grad_norm=1e30", "warmup=0", "save_every_steps=1")
+    fails(here(*args, "objective=pbaa", *nan), 3, "became nan")
+    fails(here(*args, "objective=pbaa"), 2, "begun with other settings")
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, here: Here) -> None:
     args = ("run", "smoke", f"runs_dir={tmp_path}", "name=d", "--until", "filter", *TINY)
     assert here(*args[: -len(TINY)], *TINY, "--until", "principles").code == 0

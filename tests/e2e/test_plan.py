@@ -69,6 +69,8 @@ def test_a_judge_at_a_server_is_in_the_plan(here: Here, tmp_path: Path) -> None:
         (("sso", "--queries", "10"), "policy.model"),
         (("reward", "--queries", "10", *SIZES), "no effect with method reward"),
         (("sso", "--queries", "10", *SIZES, "--params", "1e6"), "leave nothing for its layers"),
+        (("sso", "--queries", "10", *SIZES, "--params", "nan"), "--params"),
+        (("sso", "--queries", "10", *SIZES, "--params", "0"), "--params"),
     ],
 )
 def test_a_plan_says_what_it_lacks(here: Here, args: tuple[str, ...], said: str) -> None:

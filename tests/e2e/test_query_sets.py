@@ -74,6 +74,16 @@ def test_queries_refuses_what_it_cannot_do(tmp_path: Path, here: Here) -> None:
     assert "also line 3" in ended.err
 
 
+def test_a_hold_out_that_stays_is_not_held_in(tmp_path: Path, here: Here) -> None:
+    source = write(tmp_path / "q.jsonl", *({"prompt": f"Who is number {i}?"} for i in range(20)))
+    args = ("queries", source, "--to", tmp_path / "out.jsonl")
+    assert here(*args, "--holdout", 0.3).code == 0
+    before = (tmp_path / "out.jsonl").read_text()
+    fails(here(*args), 2, "out.holdout.jsonl is there", "Give the same --holdout")
+    assert (tmp_path / "out.jsonl").read_text() == before
+    assert here(*args, "--holdout", 0.4).code == 0
+
+
 def test_a_run_curates_grows_and_goes_on(tmp_path: Path, here: Here) -> None:
     world = Path(__file__).parents[2] / "src/selfsteer/testbed/queries"
     lines = (world / "align.jsonl").read_text().splitlines()[:24]

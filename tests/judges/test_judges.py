@@ -30,6 +30,7 @@ from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.run.stage import identity
 from tests.fakes import FakeEngine
 from tests.make import make_checkpoint
+from tests.reliability.fuzz import within
 
 A, B, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
 ODD, LOST = Verdict.INCONSISTENT, Verdict.UNPARSEABLE
@@ -132,6 +133,14 @@ def test_awkward_answers(text: str, verdict: Verdict) -> None:
     found, reason = extract_verdict(text)
     assert found is verdict
     assert bool(reason) == (verdict is LOST)
+
+
+def test_a_long_answer_is_read_in_time_and_one_without_an_end_is_not_read() -> None:
+    for said, verdict in (("Verdict: A. ", A), ("Verdict: A or ", A), ("if Verdict: B ", LOST)):
+        with within(30):
+            assert extract_verdict(said * 5000)[0] is verdict
+    assert extract_verdict(f"{'so ' * 40_000}\nVerdict: A") == (LOST, "too_long")
+    assert extract_verdict(f"{'so ' * 40_000}</think>\nVerdict: A") == (A, "")
 
 
 def test_a_verdict_that_is_swapped_reads_swapped() -> None:

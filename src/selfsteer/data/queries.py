@@ -156,6 +156,11 @@ def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[st
     files = {"queries": to}
     if holdout is not None:
         files["holdout"] = to.with_name(f"{to.stem}.holdout.jsonl")
+    elif (stale := to.with_name(f"{to.stem}.holdout.jsonl")).exists():
+        raise ConfigError(
+            f"{stale} is there, and without --holdout its queries would be in {to} as well. Give "
+            "the same --holdout again, choose another --to, or move that file away."
+        )
     if settings.against:
         files["contaminated"] = to.with_name(f"{to.stem}.contaminated.jsonl")
     sources = {Path(s).resolve() for s in (settings.path, *settings.against)}

@@ -121,17 +121,19 @@ def _better_of_two(given: dict[str, Any]) -> Row:
 
 
 _SPOKEN = re.compile(r"\s*Human:")
+_SPEAKER = re.compile(r"(?<!\s)(\s*+)(Human|Assistant):")
 
 
 def _dialogue(text: Any, name: str) -> list[dict[str, str]]:
     """The turns of a text of hh-rlhf."""
     if not isinstance(text, str) or not _SPOKEN.match(text):
         raise DataError(f"{name} must be a dialogue that begins with 'Human:', found {short(text)}")
-    _, *parts = re.split(r"(?:\A|\n\n)\s*(Human|Assistant):", text)
+    turns = [m for m in _SPEAKER.finditer(text) if "\n\n" in m[1] or m.start() == 0]
+    ends = [*(m.start() for m in turns[1:]), len(text)]
     speakers = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": speakers[who], "content": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": speakers[m[2]], "content": text[m.end() : end].strip()}
+        for m, end in zip(turns, ends, strict=True)
     ]
 
 

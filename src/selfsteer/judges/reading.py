@@ -6,6 +6,7 @@ ways is unparseable, never a guess. Only English wording is understood.
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,18 +38,19 @@ _BRACKETED = re.compile(
 )
 _BARE = re.compile(rf"\W*(?:(?P<tie>{_TIE})|(?P<letter>[ab]))[^\w:]*", re.I)
 _BARE_NOUN = re.compile(rf"\W*{_NOUN} (?P<letter>[ab])[^\w:]*", re.I)
-#: After a labelled verdict: another one beside it, or second thoughts.
-_RIVAL = re.compile(
-    rf"\s*(?:[,/&|]|and\b|or\b|vs\b\.?)\s*(?:{_NOUN} )?(?:[AB]|tie)\b"
-    r"|.*\b(?:[Nn]o|[Ww]ait|[Aa]ctually|[Ss]orry|[Cc]orrection|[Mm]aybe|[Pp]erhaps)\b"
-    r".*\b(?:[AB]|tie)\b"
+#: After a labelled verdict: another one beside it; second thoughts, and what they are about.
+_RIVAL = re.compile(rf"\s*(?:[,/&|]|and\b|or\b|vs\b\.?)\s*(?:{_NOUN} )?(?:[AB]|tie)\b")
+_RETHOUGHT = re.compile(
+    r"\b(?:[Nn]o|[Ww]ait|[Aa]ctually|[Ss]orry|[Cc]orrection|[Mm]aybe|[Pp]erhaps)\b"
 )
-#: Before a labelled verdict: it is about something else, or only supposed.
+_NAMED = re.compile(r"\b(?:[AB]|tie)\b")
+#: Before a labelled verdict: it is about something else, or in its sentence only supposed.
 _NOT_ITS_OWN = re.compile(
     r"(?:\b(?:worse|worst|wrong|weaker|losing|rejected|inferior|correct|not|its|their|whose)\s+|'s\s+)"
-    r"(?:\w+\s+)?$|\b(?:if|unless|whether)\b[^.!?]*$",
+    r"(?:\w+\s+)?$",
     re.I,
 )
+_SUPPOSED, _ENDS = re.compile(r"\b(?:if|unless|whether)\b", re.I), re.compile("[.!?]")
 _BETTER = r"(?:better|best|superior|stronger|preferable)"
 _WINS = re.compile(
     rf"(?:\b{_NOUN} (?P<named>[ab])|(?<!\w)(?P<capital>(?-i:[AB])))\s+"
@@ -77,6 +79,10 @@ _RANGE = re.compile(r"\s*(?:[-–—,&]|(?:or|to|and)\b)\s*\d", re.I)
 _MARGIN = re.compile(r"margin\s*[:=]\s*(small|large)\W*", re.I)
 
 
+#: Characters of an answer in which a verdict is looked for; a server can send more.
+LONGEST = 100_000
+
+
 def lost(answer: Mapping[str, Any]) -> str:
     """Why a stored answer states nothing: it was cut off or never came; empty if it ended."""
     ended, thoughts = str(answer["finish_reason"]), answer.get("reasoning", "")
@@ -102,13 +108,15 @@ def extract_verdict(text: str) -> tuple[Verdict, str]:
     "Response A is better" or "both are equally good" decide if all of them agree.
 
     Returns:
-        The verdict, and for UNPARSEABLE the reason: ``no_verdict`` or ``ambiguous``.
+        The verdict, and for UNPARSEABLE the reason: ``no_verdict``, ``ambiguous`` or ``too_long``.
 
     >>> extract_verdict("A is wordy.\n**Verdict:** B")[0].value
     'second'
     >>> extract_verdict("Verdict: A or B")
     (<Verdict.UNPARSEABLE: 'unparseable'>, 'ambiguous')
     """
+    if len(text.rpartition("</think>")[2]) > LONGEST:
+        return Verdict.UNPARSEABLE, "too_long"
     lines = _plain_lines(text)
     formal = [_formal(line, last=i == len(lines) - 1) for i, line in enumerate(lines)]
     # bare lines that disagree are headings: only one at the very end still counts
@@ -170,10 +178,22 @@ def _verdict(match: re.Match[str], *letters: str) -> Verdict:
 def _formal(line: str, *, last: bool) -> set[Verdict]:
     """Verdicts that a line states formally; with UNPARSEABLE among them where it takes one back."""
     found = {_verdict(m, "letter") for m in _BRACKETED.finditer(line)}
-    for m in _LABELLED.finditer(line):
+    labelled = list(_LABELLED.finditer(line))
+    supposed = [m.start() for m in _SUPPOSED.finditer(line)]
+    for m in labelled:
         found.add(_verdict(m, "letter"))
-        if _RIVAL.match(line, m.end()) or _NOT_ITS_OWN.search(line[: m.start()]):
+        before = line[max(0, m.start() - 100) : m.start()]
+        place = bisect_left(supposed, m.start())
+        if (
+            _RIVAL.match(line, m.end())
+            or _NOT_ITS_OWN.search(before)
+            or any(not _ENDS.search(line, i, m.start()) for i in supposed[place - 1 : place])
+        ):
             found.add(Verdict.UNPARSEABLE)
+        if len(found) > 1:
+            break
+    if labelled and (again := _RETHOUGHT.search(line, labelled[0].end())):
+        found |= {Verdict.UNPARSEABLE} if _NAMED.search(line, again.end()) else set()
     bare = _BARE.fullmatch(line) or (_BARE_NOUN.fullmatch(line) if last else None)
     return found | {_verdict(bare, "letter")} if bare else found
 

@@ -110,7 +110,7 @@ class Guard:
             ): not self._is_ours(request.headers.get("host", "")),
             # they could not read the answer, but start work
             (403, "Pages of other sites cannot ask for this; open the address by hand."): elsewhere
-            and not (link and request.url.path != "/report"),
+            and not (link and not request.url.path.startswith(("/api/", "/report"))),
             (
                 401,
                 "The token is missing or wrong; open the address that selfsteer view printed.",

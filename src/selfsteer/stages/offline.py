@@ -23,7 +23,13 @@ from selfsteer.stages.filter import unfit
 from selfsteer.stages.fit import encode, refer
 from selfsteer.terminal import is_main_process, say, warn
 from selfsteer.training.preference import PreferenceTask
-from selfsteer.training.trainer import RowBudget, publish, train, work_folder
+from selfsteer.training.trainer import (
+    RowBudget,
+    complete_checkpoints,
+    publish,
+    train,
+    work_folder,
+)
 
 MANIFEST = "selfsteer.json"
 LOG = "metrics.jsonl"
@@ -67,7 +73,8 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
     work = RunFolder(work_folder(output))
     with work.locked() if is_main_process() else nullcontext():
         mark = work / "fingerprint"
-        if mark.exists() and mark.read_text("utf-8") != fingerprint:
+        begun = complete_checkpoints(work.path) or (work / "model").exists()
+        if begun and mark.exists() and mark.read_text("utf-8") != fingerprint:
             raise ConfigError(
                 f"{work.path} holds a training that was begun with other settings, data or ranks. "
                 "Finish it with those, choose another output, or remove that folder."

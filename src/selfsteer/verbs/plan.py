@@ -23,7 +23,7 @@ def plan(
     ] = None,
     params: Annotated[
         float | None,
-        typer.Option(help="parameters of the policy, such as 8.03e9; default: counted"),
+        typer.Option(help="parameters of the policy, such as 8.03e9; default: counted", min=1),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="layers of the policy", min=1)] = None,
     hidden: Annotated[int | None, typer.Option(help="hidden size of the policy", min=1)] = None,
