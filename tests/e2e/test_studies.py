@@ -316,7 +316,7 @@ def test_no_file_outside_is_changed_through_a_link_in_a_run(
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question_id": 1, "turns": ["What does the bee eat?"]}\n')
     export = ("export", "--format", "mt-bench", "--questions", questions, "--to", tmp_path / "x")
-    links = {
+    links: dict[str, list[tuple[Any, ...]]] = {
         "lock": [("judge",), export],
         "judgements/oracle/answers-00000.jsonl": [("judge",), ("compare",)],
         "audit/answers-0.partial": [("audit",)],

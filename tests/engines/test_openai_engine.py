@@ -583,7 +583,7 @@ def taking(loaded: dict[str, str]) -> fakes.Fault:
     """Keeps names and paths of adapters as vLLM does, and answers under names that it has."""
 
     def fault(h: Handler) -> bool:
-        name, path = h.body.get("lora_name", ""), h.body.get("lora_path")
+        name, path = h.body.get("lora_name", ""), str(h.body.get("lora_path"))
         if h.path.endswith("/unload_lora_adapter"):
             return sends({})(h) if loaded.pop(name, None) else status(404, "no adapter")(h)
         if not h.path.endswith("/load_lora_adapter"):
@@ -608,7 +608,12 @@ def test_what_a_run_trained_answers_as_adapters_named_by_their_content(
 ) -> None:
     loaded: dict[str, str] = {}
     server.always = taking(loaded)
-    own = {"kind": "openai", "base_url": server.url, "model": "canned", "adapters": True}
+    own: dict[str, Any] = {
+        "kind": "openai",
+        "base_url": server.url,
+        "model": "canned",
+        "adapters": True,
+    }
     settings, home = EngineConfig(**own), tmp_path / "run"
     check_engine(settings)
 
@@ -646,7 +651,7 @@ def test_a_server_that_loads_no_adapters_is_told_at_once(said: str, server: Serv
         return h.path.endswith("lora_adapter") and status(404, said)(h)
 
     server.always = none
-    own = {"kind": "openai", "base_url": server.url, "model": "canned"}
+    own: dict[str, Any] = {"kind": "openai", "base_url": server.url, "model": "canned"}
     check_engine(EngineConfig(**own))
     with pytest.raises(EngineError, match=rf"{said}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         check_engine(EngineConfig(**own, adapters=True))

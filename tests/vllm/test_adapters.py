@@ -169,7 +169,7 @@ def test_a_server_that_loads_no_adapters_is_told_at_once(
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", allowed)
     with LaunchedServer(SERVE, BASE, tmp_path / "vllm.log") as started:
         started.wait(900)
-        own = {"kind": "openai", "base_url": started.base_url, "model": BASE}
+        own: dict[str, Any] = {"kind": "openai", "base_url": started.base_url, "model": BASE}
         check_engine(EngineConfig(**own))
         with pytest.raises(EngineError, match="--enable-lora"):
             check_engine(EngineConfig(**own, adapters=True))
