@@ -301,14 +301,17 @@ def test_adapters_that_are_not_safetensors_need_permission(
     assert merge_adapter(adapter, tmp_path / "out", allowed, None) == str(checkpoints["llama"])
 
 
-def test_a_config_chooses_no_attention_from_the_hub(
+def test_attention_code_of_the_hub_needs_permission(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     for name in ("attn_implementation", "_attn_implementation"):
-        (model / "config.json").write_text(json.dumps({**config, name: "org/kernel"}))
-        assert load_model(str(model), CPU).model.config._attn_implementation == "sdpa"
+        (model / "config.json").write_text(json.dumps({**config, name: "org/kernel@main"}))
+        with pytest.raises(ArtifactError, match=r"attention code.*org/kernel.*trust_remote_code"):
+            load_model(str(model), CPU)
+        (model / "config.json").write_text(json.dumps({**config, name: "eager"}))
+        assert load_model(str(model), CPU).model.config._attn_implementation == "eager"
 
 
 def test_merging_removes_nothing_that_is_there(

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -212,10 +212,6 @@ def pretrained(kind: Any, what: str, source: str, settings: Loading, **more: Any
     """
     if "dtype" in more:  # weights, not a tokenizer or a config
         more["use_safetensors"] = None if settings.allow_pickle else True
-        if (
-            not settings.trust_remote_code
-        ):  # a config may name a kernel to fetch from the hub and run
-            more["attn_implementation"] = None
     name = source
     if is_hub_id(source):
         name, revision = split_revision(source)
@@ -289,6 +285,14 @@ def load_whole(
         ArtifactError: it cannot be read; a tensor is missing, left over, of another shape, or holds
             values that are not finite; each is named.
     """
+    if not settings.trust_remote_code and not Path(source).is_file():
+        for code in _attention_of(pretrained(AutoConfig, "config", source, settings)):
+            if "/" in code:
+                raise ArtifactError(
+                    f"The config of {source} asks for attention code from the hub, {short(code)}. "
+                    "Remove attn_implementation from its config.json or, if you trust its author, "
+                    "set trust_remote_code: true."
+                )
     more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = pretrained(kind, what, source, settings, **more)
     body = f"{model.base_model_prefix}."
@@ -313,6 +317,13 @@ def load_whole(
         )
     check_finite(model, source)
     return model
+
+
+def _attention_of(config: Any) -> Iterator[str]:
+    """The implementations of attention that a config asks for, for itself and its parts."""
+    yield config._attn_implementation or ""
+    for part in filter(None, (getattr(config, name, None) for name in config.sub_configs)):
+        yield from _attention_of(part)
 
 
 def _few(names: Iterable[str]) -> str:
