@@ -145,6 +145,7 @@ def test_what_is_marked_as_cost_is_known_by_name() -> None:
         "batch_size",
     }
     assert {n for k, n in marked if issubclass(k, EngineSettings)} == {
+        "adapters",
         "launch_timeout",
         "api_key_env",
         "concurrency",
@@ -339,6 +340,7 @@ RICH = {
     "judged": ("spin-judged", "policy.model=m", "queries.path=q", "judge=oracle"),
     "contrasting": ("pbaa", "policy.model=m", "queries.path=q", "hygiene.min_contrast=0"),
     "margin": ("dlma", "policy.model=m", "queries.path=q"),
+    "furthest": ("pbaa-best-of-n", "policy.model=m", "queries.path=q"),
 }
 
 
