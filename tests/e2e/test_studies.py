@@ -83,7 +83,8 @@ def test_an_audit_says_what_it_lacks(smoke: Path, here: Here) -> None:
     server = "sampling.engine={kind: openai, base_url: 'http://127.0.0.1:9/v1', model: m}"
     given = ("--base", TESTBED, "--queries", smoke / "queries.jsonl")
     fails(here("audit", TESTBED, *given, "--set", "method=pbaa"), 2, "has no effect here")
-    fails(here("audit", TESTBED, *given, "--set", server), 2, "one server")
+    trained = smoke / "iteration-1" / "policy"
+    fails(here("audit", trained, *given, "--set", server), 2, "one server")
 
 
 def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> None:

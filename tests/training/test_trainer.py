@@ -657,7 +657,6 @@ def test_merging_the_adapters_makes_the_saved_model(
     merge_adapter(tmp_path / "m" / "adapter", tmp_path / "again", policy, str(moved))
 
     def full(model: Any, chat: Any, folder: Path, dtype: Any) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
