@@ -218,8 +218,11 @@ def test_a_folder_is_filled_by_one_and_appears_whole(tmp_path: Path) -> None:
             pass
         assert not folder.exists()
     assert [p.name for p in folder.iterdir()] == ["weights"]
+    (folder / ".partial").mkdir()
+    (folder / ".partial" / "mine").touch()
     with pytest.raises(ConfigError, match="is there already"), replacing_folder(folder):
         pass
+    assert (folder / ".partial" / "mine").exists(), "nothing of a folder in use is removed"
     with pytest.raises(KeyError), replacing_folder(tmp_path / "other"):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

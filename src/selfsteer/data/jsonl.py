@@ -243,6 +243,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     there = folder.is_dir()  # if empty, perhaps a mount point: nothing can take its place
     partial = folder / ".partial" if there else folder.with_name(f".{folder.name}.partial")
+    if folder.exists() and (not there or {*folder.iterdir()} - {partial}):
+        raise ConfigError(f"{folder} is there already; choose another, or move it away.")
     with disk_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
     held = os.open(partial, os.O_RDONLY)
@@ -259,8 +261,6 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         for left in partial.iterdir():  # by a kill
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         with all_or_nothing(partial):
-            if folder.exists() and (not there or [*folder.iterdir()] != [partial]):
-                raise ConfigError(f"{folder} is there already; choose another, or move it away.")
             yield partial
             with disk_errors(folder):
                 if there:
