@@ -10,11 +10,12 @@ the machine counts little; what the stage spends waiting for the disk is therefo
 
 With ``--model`` the same prompts go to selfsteer, to ``generate`` of transformers (batches of the
 same size, sorted by length, padded on the left) and to its continuous batching
-(``generate_batch``). ``--against SRC`` adds another checkout of selfsteer, ``--vllm PYTHON`` the
-interpreter of an environment that has vLLM. Each contestant loads the model in a process of its
-own and waits there; they take turns, every repeat in another order. Two workloads: the prompts as
-they are, and the question that asks the model to name the features of each, whose instructions all
-prompts share. The floor is the time of the model's matrix products alone at the full batch.
+(``generate_batch``). ``--against SRC`` adds another checkout of selfsteer, with batches of
+``--against-batch``; ``--vllm PYTHON`` the interpreter of an environment that has vLLM. Each
+contestant loads the model in a process of its own and waits there; they take turns, every repeat in
+another order. Two workloads: the prompts as they are, and the question that asks the model to name
+the features of each, whose instructions all prompts share. The floor is the time of the model's
+matrix products alone at the full batch.
 """
 
 import argparse
@@ -76,7 +77,7 @@ GENERATE, CONTINUOUS = "transformers generate", "transformers generate_batch"
 Asked = Callable[[str], int]
 
 
-def ours(plan: dict[str, Any]) -> Asked:
+def ours(plan: dict[str, Any], batch: str = "batch") -> Asked:
     """The engine of the selfsteer that is on the path: this one, or release e794927's."""
     try:
         from selfsteer.data.records import Message
@@ -93,7 +94,7 @@ def ours(plan: dict[str, Any]) -> Asked:
     from selfsteer.engines.transformers import TransformersEngine
 
     loaded = load_model(plan["model"], Policy(model=plan["model"], device=plan["device"]))
-    engine = TransformersEngine(loaded, plan["batch"])
+    engine = TransformersEngine(loaded, plan[batch])
     sampling = SamplingParams(plan["temperature"], plan["top_p"], plan["tokens"])
 
     def ask(name: str) -> int:
@@ -209,6 +210,7 @@ def builder(name: str) -> Callable[[dict[str, Any]], Asked]:
         GENERATE: partial(of_transformers, continuous=False),
         CONTINUOUS: partial(of_transformers, continuous=True),
         VLLM: of_vllm,
+        AGAINST: partial(ours, batch="against_batch"),
     }
     return others.get(name, ours)
 
@@ -278,7 +280,7 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         for name, conversations in workloads.items()
     }
     configured = json.loads((Path(model) / "generation_config.json").read_text())
-    names = ("batch", "tokens", "temperature", "top_p", "threads", "device")
+    names = ("batch", "against_batch", "tokens", "temperature", "top_p", "threads", "device")
     return {
         "model": model,
         "workloads": workloads,
@@ -327,7 +329,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     lowest = floor(plan["model"], args.batch, args.threads)
     return {
         "model": Path(plan["model"]).name,
-        **{n: getattr(args, n) for n in ("batch", "tokens", "temperature", "top_p", "threads")},
+        **{
+            n: getattr(args, n)
+            for n in ("batch", "against_batch", "tokens", "temperature", "top_p", "threads")
+        },
         "prompts": len(plan["ids"]["prompts"]),
         "prompt_tokens": {w: sum(map(len, plan["ids"][w])) for w in rows},
         "floor_tokens_per_second": lowest,
@@ -356,7 +361,9 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{result['where']}. Model {result['model']}, {result['prompts']} prompts, "
         f"{result['tokens']} new tokens, temperature {result['temperature']}, top-p "
-        f"{result['top_p']}, batch {result['batch']}, float32, {result['threads']} thread(s). Made "
+        f"{result['top_p']}, batch {result['batch']} "
+        f"({result['against_batch']} of the other checkout), "
+        f"float32, {result['threads']} thread(s). Made "
         "by `python benchmarks/sampling_speed.py --model`, whose docstring says how. Tokens per "
         "second are medians with lowest and highest; the ratios are medians of those within a "
         "repeat. vLLM computes in processes of its own, so its CPU time is not seen.",
@@ -409,7 +416,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=32, help="prompts")
     parser.add_argument("--max-chars", type=int, default=220)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--against-batch", type=int, help="of --against; default: as --batch")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -418,6 +426,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    args.against_batch = args.against_batch or args.batch
     if args.tiny:
         args.model, args.count, args.tokens = "package:selfsteer.testbed/checkpoint", 6, 8
         args.batch, args.repeats = 4, 1

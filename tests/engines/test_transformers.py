@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from selfsteer.engines.base import (
     SamplingParams,
     no_news,
 )
-from selfsteer.engines.cache import can_share, roomy_cache
+from selfsteer.engines.cache import can_share, roomy_cache, token_bytes
 from selfsteer.engines.transformers import (
     FEW_TOKENS,
     TransformersEngine,
@@ -242,8 +243,63 @@ def test_counts_are_reported_to_advance(load: Callable[..., LoadedModel]) -> Non
     told: list[tuple[int, int]] = []
     engine = TransformersEngine(loaded, 4)
     found = ask(engine, GREEDY, advance=lambda items, tokens: told.append((items, tokens)))
-    assert [items for items, _ in told] == [4, 4, 2]
+    assert sum(items for items, _ in told) == len(found)
     assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
+    # every token is told when it is drawn, and an answer when it ends: not once a batch
+    assert max(tokens for _, tokens in told) <= 4 < max(c.completion_tokens for c in found)
+    assert sum(items > 0 for items, _ in told) > 3
+
+
+def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(
+    load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load("llama")
+    whole = answers(TransformersEngine(loaded, 10), asked(3), SAMPLED)
+    decoded: list[int] = []
+    decode = TransformersEngine._decode
+
+    def watched(self: Any, prompts: Any, others: Any, part: Any, *rest: Any) -> Any:
+        decoded.append(len(part))
+        if len(part) > most:
+            raise torch.OutOfMemoryError
+        return decode(self, prompts, others, part, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "_decode", watched)
+    most = 3  # as on a GPU: halves until they fit
+    told: list[tuple[int, int]] = []
+    halves = answers(
+        TransformersEngine(loaded, 10), asked(3), SAMPLED, advance=lambda *n: told.append(n)
+    )
+    assert halves == whole
+    assert decoded == [10, 5, 2, 3, 5, 2, 3]
+    assert sum(items for items, _ in told) == len(whole)
+    assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in whole.values())
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(TransformersEngine(loaded, 10), asked(3), SAMPLED)
+
+    # as on a CPU: a quarter of its memory holds so many rows of the longest prompt and answer
+    most = 10
+    longest = max(c.prompt_tokens for c in whole.values()) + SAMPLED.max_new_tokens
+    token = token_bytes(loaded.model.config, torch.float32)
+    config = loaded.model.config
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert token == 4 * values
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(total=4 * 4 * longest * token)
+    )
+    decoded.clear()
+    assert answers(TransformersEngine(loaded, 10), asked(3), SAMPLED) == whole
+    assert decoded[0] == 4
+    assert len(decoded) < 4
+    assert sum(decoded) == 10
+    decoded.clear()
+    answers(TransformersEngine(loaded, 10), pushed(3), SAMPLED)
+    assert decoded[0] < 4, "the other context of a contrast takes room too"
+    decoded.clear()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=1))
+    assert answers(TransformersEngine(loaded, 10), asked(3), SAMPLED) == whole
+    assert decoded == [1] * 10
 
 
 def force(loaded: LoadedModel, token: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -79,6 +80,19 @@ def roomy_cache(config: Any) -> Any:
         return None
     cache.layers = [c if type(c) is DummyLayer else RoomyLayer() for c in cache.layers]
     return cache
+
+
+def keeps_tokens(model: Any) -> bool:
+    """Whether the cache of a model is keys and values of tokens and nothing else."""
+    return not getattr(model, "_is_stateful", False) and roomy_cache(model.config) is not None
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """About the bytes of one token's keys and values in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def can_share(config: Any) -> bool:

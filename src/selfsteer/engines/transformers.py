@@ -11,11 +11,13 @@ tokens. Those rows come last, in the order of their requests.
 Shape legend: B requests or rows, R some or more of them, V vocabulary, K candidates, N blocks.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,7 +34,7 @@ from selfsteer.engines.base import (
     no_news,
     stop_ids,
 )
-from selfsteer.engines.cache import can_share, roomy_cache
+from selfsteer.engines.cache import can_share, keeps_tokens, roomy_cache, token_bytes
 from selfsteer.errors import NumericsError, named
 from selfsteer.models.finite import ADVICE
 from selfsteer.models.load import LoadedModel
@@ -47,6 +49,9 @@ COMPACT_AT = 0.125
 #: Prompts are computed together if the shortest has this share of the longest one's tokens, or
 #: if they are fewer than so many tokens; saving fewer tokens is not worth a forward either.
 ALIKE, FEW_TOKENS = 0.8, 256
+
+#: Keys and values of what is decoded together may take this share of a CPU's memory.
+CACHE_SHARE = 0.25
 
 #: Tokens tried for the nucleus; a whole vocabulary is sorted only for rows where they fall short.
 NUCLEUS = (64, 1024)
@@ -89,7 +94,11 @@ class Batch(NamedTuple):
 
 
 class TransformersEngine:
-    """Answers with a model that is already in memory."""
+    """Answers with a model that is already in memory.
+
+    A batch that is too large for the memory is decoded in parts: on a GPU in halves; on a CPU,
+    where the system would end the process, in as many as answers of full length would need.
+    """
 
     def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
         self.loaded, self.batch_size = loaded, batch_size
@@ -108,13 +117,22 @@ class TransformersEngine:
             NumericsError: the model's logits are NaN or infinite; names the requests.
         """
         for batch in cut(requests, self.batch_size):
-            found = self._answer(batch, sampling)
-            advance(len(found), sum(c.completion_tokens for c in found))
+            told = Counter[str]()
+
+            def news(items: int, tokens: int, told: Counter[str] = told) -> None:
+                told.update(items=items, tokens=tokens)
+                advance(items, tokens)
+
+            found = self._answer(batch, sampling, news)
+            tokens = sum(c.completion_tokens for c in found)
+            advance(len(found) - told["items"], tokens - told["tokens"])
             yield from found
 
     @torch.no_grad()
-    def _answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
-        """One batch, decoded together."""
+    def _answer(
+        self, batch: Sequence[Request], sampling: SamplingParams, news: Advance
+    ) -> list[Completion]:
+        """One batch, decoded together if there is room."""
         chat, limit = self.loaded.chat, self.loaded.context_length
         prompts = {r.id: chat.prompt_ids(r.messages) for r in batch}
         others = {r.id: chat.prompt_ids(r.contrast.messages) for r in batch if r.contrast}
@@ -124,9 +142,23 @@ class TransformersEngine:
             for r in batch
             if room is None or max(len(prompts[r.id]), len(others.get(r.id, ()))) <= room
         ]
+        drawn: dict[str, list[int]] = {}
+        todo = self._parts(prompts, others, fitting, sampling)[::-1]
         with self.loaded.evaluating():
-            rows = self._decode(prompts, others, fitting, sampling)
-        drawn = {r.id: row for r, row in zip(fitting, rows, strict=True)}
+            while todo:
+                part = todo.pop()
+                try:
+                    rows = self._decode(prompts, others, part, sampling, news)
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                else:
+                    drawn |= {r.id: row for r, row in zip(part, rows, strict=True)}
+                    continue
+                # only here is the error gone, whose traceback held on to the tensors
+                half = len(part) // 2
+                todo += [part[half:], part[:half]]
+                torch.cuda.empty_cache()
         return [
             completion(name, chat, self.stop_ids, len(prompt), drawn[name])
             if name in drawn
@@ -134,12 +166,37 @@ class TransformersEngine:
             for name, prompt in prompts.items()
         ]
 
+    def _parts(
+        self,
+        prompts: Mapping[str, Ids],
+        others: Mapping[str, Ids],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+    ) -> list[list[Request]]:
+        """What a CPU's memory has room for together, in order; all of them on other devices."""
+        model = self.loaded.model
+        if self.loaded.device.type != "cpu" or not keeps_tokens(model):
+            return [list(requests)]
+        room = CACHE_SHARE * psutil.virtual_memory().total / token_bytes(model.config, model.dtype)
+        parts: list[list[Request]] = []
+        rows = longest = 0
+        for request in requests:
+            contexts = [ids[request.id] for ids in (prompts, others) if request.id in ids]
+            rows += len(contexts)
+            longest = max(longest, *map(len, contexts))
+            if not parts or rows * (longest + sampling.max_new_tokens) > room:
+                parts.append([])
+                rows, longest = len(contexts), max(map(len, contexts))
+            parts[-1].append(request)
+        return parts
+
     def _decode(
         self,
         prompts: Mapping[str, Ids],
         others: Mapping[str, Ids],
         requests: Sequence[Request],
         sampling: SamplingParams,
+        news: Advance,
     ) -> list[list[int]]:
         """Sampled ids of each request; what follows its first stop token means nothing."""
         if not requests:
@@ -153,13 +210,15 @@ class TransformersEngine:
             streams([r.seed for r in requests], sampling.max_new_tokens).to(device),
             [r.id for r in requests],
         )
-        simple = not getattr(model, "_is_stateful", False) and roomy_cache(model.config) is not None
-        decode = self._shrinking_batch if simple else self._whole_batch
-        rows: list[list[int]] = decode(batch, sampling).tolist()
+        if keeps_tokens(model):
+            drawn = self._shrinking_batch(batch, sampling, news)
+        else:
+            drawn = self._whole_batch(batch, sampling)
+        rows: list[list[int]] = drawn.tolist()
         return rows
 
-    def _shrinking_batch(self, batch: Batch, sampling: SamplingParams) -> Tensor:
-        """Rows that have ended leave the batch and its cache."""
+    def _shrinking_batch(self, batch: Batch, sampling: SamplingParams, news: Advance) -> Tensor:
+        """Rows that have ended leave the batch and its cache; each token is told at once."""
         prompts, rows = batch.prompts, batch.owner_R  # rows: which request each belongs to
         budget, device = sampling.max_new_tokens, self.loaded.device
         cache = self._prefill(prompts)
@@ -180,7 +239,10 @@ class TransformersEngine:
                 logits, rows, batch.ratio_B, sampling, batch.numbers_BT[rows[:answering], step]
             )
             drawn[rows, step] = token
-            alive = alive & ~torch.isin(token, stops)
+            going_on = alive & ~torch.isin(token, stops)
+            answers, ended = (x[:answering] for x in (alive, alive & ~going_on))
+            news(int(ended.sum()), int(answers.sum()))
+            alive = going_on
             living = int(alive.sum())
             if living == 0:
                 break

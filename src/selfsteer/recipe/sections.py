@@ -751,7 +751,7 @@ class PrinciplesConfig(Section):
     max_new_tokens: int = _f(256, "tokens of a written answer", gt=0)
     temperature: float = _f(0.7, "temperature of the writer", ge=0)
     top_p: float = _f(0.8, "nucleus mass of the writer", gt=0, le=1)
-    batch_size: int = _f(32, "conversations decoded together", gt=0)
+    batch_size: int = _f(128, "conversations decoded together, at most", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
 
     @property
@@ -796,7 +796,7 @@ class Sampling(Section):
     temperature: float = _f(0.7, "temperature; 0 is greedy", ge=0)
     top_p: float = _f(0.8, "nucleus mass", gt=0, le=1)
     max_new_tokens: int = _f(2048, "tokens of a response", gt=0)
-    batch_size: int = _f(32, "conversations decoded together", gt=0)
+    batch_size: int = _f(128, "conversations decoded together, at most", gt=0)
     shard_size: int = _f(512, "queries per shard, the unit of resumption", gt=0)
     keep_unfinished: bool = _f(False, "keep responses that were cut off by the budget")
     reasoning: Literal["drop", "keep"] = _f(
