@@ -11,7 +11,6 @@ tokens. Those rows come last, in the order of their requests.
 Shape legend: B requests or rows, R some or more of them, V vocabulary, K candidates, N blocks.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -117,15 +116,14 @@ class TransformersEngine:
             NumericsError: the model's logits are NaN or infinite; names the requests.
         """
         for batch in cut(requests, self.batch_size):
-            told = Counter[str]()
+            told: list[int] = []
 
-            def news(items: int, tokens: int, told: Counter[str] = told) -> None:
-                told.update(items=items, tokens=tokens)
+            def news(items: int, tokens: int, told: list[int] = told) -> None:
+                told.append(tokens)
                 advance(items, tokens)
 
             found = self._answer(batch, sampling, news)
-            tokens = sum(c.completion_tokens for c in found)
-            advance(len(found) - told["items"], tokens - told["tokens"])
+            advance(len(found), sum(c.completion_tokens for c in found) - sum(told))
             yield from found
 
     @torch.no_grad()
@@ -239,10 +237,9 @@ class TransformersEngine:
                 logits, rows, batch.ratio_B, sampling, batch.numbers_BT[rows[:answering], step]
             )
             drawn[rows, step] = token
-            going_on = alive & ~torch.isin(token, stops)
-            answers, ended = (x[:answering] for x in (alive, alive & ~going_on))
-            news(int(ended.sum()), int(answers.sum()))
-            alive = going_on
+            # answers are told with the batch: those that end first say nothing of the time left
+            news(0, int(alive[:answering].sum()))
+            alive = alive & ~torch.isin(token, stops)
             living = int(alive.sum())
             if living == 0:
                 break
