@@ -10,29 +10,32 @@ is written and no model is asked.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
+from typing_extensions import NotRequired, TypedDict  # pydantic asks for these on Python 3.11
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import Records, Stored, lines, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, clip, short
+from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, Recipe
+from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.recipe.read import choose, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
 from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
-from selfsteer.run.progress import progress_of
+from selfsteer.run.progress import FILE, progress_of
 from selfsteer.run.sums import Sums, check_sums
 
 T = TypeVar("T")
@@ -40,15 +43,50 @@ T = TypeVar("T")
 # -- figures that stages wrote ---------------------------------------------------------------------
 
 
-def _of(*names: str) -> AfterValidator:
+def _needs(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Refuses a mapping that lacks one of these names."""
 
-    def check(found: dict[str, float]) -> dict[str, float]:
+    def check(found: dict[str, Any]) -> dict[str, Any]:
         if lacking := [name for name in names if name not in found]:
             raise ValueError(f"lacks {lacking[0]}")
         return found
 
-    return AfterValidator(check)
+    return check
+
+
+def _of(*names: str) -> AfterValidator:
+    """`_needs` as pydantic asks for it."""
+    return AfterValidator(_needs(*names))
+
+
+def _drawable(found: dict[str, Any]) -> dict[str, Any]:
+    """Refuses a report of benchmarks that no table can be made of."""
+    try:
+        markdown(found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"is no report of benchmarks: {type(e).__name__} {e}") from None
+    return found
+
+
+def _inside(name: str) -> str:
+    """Refuses what is no name of a file in a run folder."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError("is no name of a file in the run folder")
+    return name
+
+
+#: A number of records or tokens, small enough for every program that draws it.
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+#: Seconds that something took: less than 30,000 years.
+Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e12)]
+#: The name of a file or a stage in a run folder, from which nothing leads out.
+Inside = Annotated[str, AfterValidator(_inside)]
+
+
+def is_own(run: Path, path: Path) -> bool:
+    """Whether a file is a run's own; no pipe, and nothing that a link brings in."""
+    return path.resolve().is_relative_to(run.resolve()) and not is_endless(path)
 
 
 @checked(frozen=True)
@@ -139,8 +177,8 @@ class Exhibit:
     """One query, answered by policy and generator in each context."""
 
     query: str
-    principles: dict[str, Any]
-    responses: dict[str, dict[str, str]]
+    principles: Annotated[dict[str, Any], _of("good", "bad")]
+    responses: dict[str, Annotated[dict[str, str], _of(*CONTEXTS)]]
 
 
 @checked(frozen=True)
@@ -151,6 +189,19 @@ class RewardPart:
     accuracy: Interval | None = None
 
 
+def _of_pairs(found: dict[str, float]) -> dict[str, float]:
+    """Refuses a range with pairs and without figures."""
+    return _needs("stated", "right")(found) if found["pairs"] else found
+
+
+@checked(frozen=True)
+class Calibration:
+    """How far stated probabilities are right, and in which ranges; see `reward_quality`."""
+
+    ece: float
+    bins: list[Annotated[dict[str, float], _of("from", "to", "pairs"), AfterValidator(_of_pairs)]]
+
+
 @checked(frozen=True)
 class HeldOut(RewardPart):
     """A reward model on the pairs that it was not trained on; without any, ``pairs`` is 0."""
@@ -158,14 +209,24 @@ class HeldOut(RewardPart):
     longer_is_chosen: Interval | None = None
     by_source: dict[str, RewardPart] = field(default_factory=dict)
     by_length: dict[str, RewardPart] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
+
+
+@checked(frozen=True)
+class RewardSource:
+    """What became of a preference set."""
+
+    read: Count
+    weight: float
+    trained: Count
+    dropped: dict[str, Count]
 
 
 @checked(frozen=True)
 class Reward:
-    """``reward.json``: ``sources`` holds what became of each preference set."""
+    """``reward.json``: ``sources`` is by preference set."""
 
-    sources: dict[str, dict[str, Any]]
+    sources: dict[str, RewardSource]
     held_out: HeldOut
 
 
@@ -195,6 +256,44 @@ class Answer(NamedTuple):
     query: Query
     text: str
     tokens: int
+
+
+class SelectionNote(TypedDict):
+    """What a training notes of the step that it kept."""
+
+    text: str
+    warnings: NotRequired[list[str]]
+
+
+class Notes(TypedDict, total=False):
+    """What of a stage's notes in the ledger is shown; it may have others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    warnings: list[str]
+    logged: str
+    selection: SelectionNote
+    diversity: dict[str, dict[str, float]]
+    first_try: dict[str, Count]
+    retry: dict[str, Count]
+    sources: dict[str, Count]
+    survivors: dict[str, Count]
+    entries: float
+    covered: float
+    reward: float
+    lengths: dict[
+        str,
+        Annotated[
+            dict[str, float | None],
+            _of("pairs", "chosen", "rejected", "longer_chosen", "longer_rejected"),
+        ],
+    ]
+    sampled: Annotated[dict[str, float], _of("answers", "retokenised", "special_tokens")]
+
+
+def _taught_whole(notes: Any) -> Any:
+    """Refuses the figures of a teacher where one is missing."""
+    return _needs("covered", "reward")(notes) if "entries" in notes else notes
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -261,22 +360,22 @@ class StageView:
     """
 
     run: Path
-    name: str
+    name: Inside
     kind: str
     method: str | None
     round: int | None
     title: str
     fingerprint: str
     done: bool
-    began: float
-    time: float
-    outputs: Sequence[str]
+    began: FiniteFloat
+    time: FiniteFloat
+    outputs: Annotated[Sequence[Inside], Field(min_length=1)]
     versions: Mapping[str, str] = field(default_factory=dict)
-    n_in: int = 0
-    n_out: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    n_in: Count = 0
+    n_out: Count = 0
+    dropped: Mapping[str, Count] = field(default_factory=dict)
+    seconds: Seconds = 0.0
+    notes: Annotated[Notes, AfterValidator(_taught_whole)] = field(default_factory=dict)  # type: ignore[assignment]
     sums: Sums = field(default_factory=dict)
 
     @cached_property
@@ -284,7 +383,7 @@ class StageView:
         """Of a training: what was measured while it went on."""
         path = self.run / f"{self.name}.selection.json"
         self.check(path)
-        return _read(Selection, path)
+        return _read(Selection, path) if is_own(self.run, path) else None
 
     def check(self, below: Path | None = None, *, most: int | None = None) -> None:
         """Fails where what it made is not as it wrote it; see `check_sums`.
@@ -300,17 +399,19 @@ class StageView:
 
     @property
     def files(self) -> list[Path]:
-        """The records that it wrote: a file, or shards."""
+        """The records that it wrote: a file, or shards; a link out of the run is left out."""
         path = self.run / self.outputs[0]
-        return sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]
+        found = sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]
+        return [p for p in found if is_own(self.run, p)]
 
     @property
-    def dropped_file(self) -> Path:
+    def dropped_file(self) -> Path | None:
         """The records that it dropped: ``id``, ``reason`` and, as it saw it, ``record``.
 
-        Not there, or shorter than ``dropped`` counts, where the run kept no record of them.
+        None, or shorter than ``dropped`` counts, where the run kept no record of them.
         """
-        return self.run / f"{self.name}.dropped.jsonl"
+        path = self.run / f"{self.name}.dropped.jsonl"
+        return path if path.exists() and is_own(self.run, path) else None
 
 
 def answers_of(record: Mapping[str, Any]) -> dict[str, str]:
@@ -510,6 +611,8 @@ class RunView:
                 "'selfsteer run' wrote, for example runs/demo."
             )
         check_files(folder)
+        for path in (resolved, folder / LEDGER):
+            _refuse_foreign(folder, path)
         values = read_json(dict[str, Any], resolved)
         try:
             model = choose(methods, values, str(resolved))
@@ -587,7 +690,7 @@ class RunView:
         Raises:
             ArtifactError: a finished training logged others.
         """
-        path = self.folder / "metrics.jsonl"
+        path = self.own("metrics.jsonl")
         if not path.exists():
             return {}
         found = path.stat()
@@ -609,11 +712,11 @@ class RunView:
     evaluation = _file(Evaluation, "evaluation.json")
     exhibit = _file(Exhibit, "evaluation/exhibit.json")
     reward = _file(Reward, "reward.json")
-    benchmarks = _file(dict[str, Any], "benchmarks.json")
+    benchmarks = _file(Annotated[dict[str, Any], AfterValidator(_drawable)], "benchmarks.json")
 
     def answers(self, label: str) -> dict[str, Answer]:
         """A model's answers to the evaluation queries by query id; failed requests are left out."""
-        path = self.folder / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl"
+        path = self.own(f"evaluation/answers-{label.replace('/', '-')}.jsonl")
         self.check(path)
         return {
             v["id"]: Answer(Query.from_dict(v), v["response"], v["completion_tokens"])
@@ -642,7 +745,8 @@ class RunView:
     @property
     def _usages(self) -> list[Usage]:
         places = ("usage/*.json", "judgements/*/usage/*.json")
-        return [Usage(path) for place in places for path in sorted(self.folder.glob(place))]
+        found = (path for place in places for path in sorted(self.folder.glob(place)))
+        return [Usage(path) for path in found if self.owns(path)]
 
     @property
     def loading(self) -> Loading:
@@ -686,7 +790,7 @@ class RunView:
     @property
     def progress(self) -> dict[str, Any] | None:
         """What its last or present process says of itself (`selfsteer.run.progress`)."""
-        return progress_of(self.folder)
+        return progress_of(self.folder) if self.owns(self.folder / FILE) else None
 
     @property
     def finished(self) -> bool:
@@ -723,8 +827,17 @@ class RunView:
             stage.check(below, most=most)
 
     def owns(self, path: Path) -> bool:
-        """Whether a file is the run's own; no pipe, and nothing that a link brings in."""
-        return path.resolve().is_relative_to(self.folder.resolve()) and not is_endless(path)
+        """See `is_own`."""
+        return is_own(self.folder, path)
+
+    def own(self, name: str) -> Path:
+        """A file of the run folder that is to be read, whether or not it is there.
+
+        Raises:
+            ArtifactError: a link in its place leads out of the run.
+        """
+        _refuse_foreign(self.folder, self.folder / name)
+        return self.folder / name
 
     def place(self, name: str) -> Path:
         """Where something new of this name may be written in the run folder.
@@ -761,20 +874,14 @@ class RunView:
         Raises:
             ArtifactError: it is a link that leads out of the run.
         """
-        path = self.folder / "recipe.yaml"
-        if not self.owns(path):
-            raise ArtifactError(
-                f"{path} is a link that leads out of the run folder, and what it leads to may not "
-                "be meant for a page. Put the recipe itself there."
-            )
-        return path
+        return self.own("recipe.yaml")
 
     def to_json(self) -> dict[str, Any]:
         """What ``show --json`` prints: the files of the run that are JSON, as they are."""
 
         def read(path: Path) -> Any:
             self.check(path)
-            return _read(dict[str, Any], path)
+            return _read(dict[str, Any], path) if self.owns(path) else None
 
         return {
             "run": str(self.folder),
@@ -795,6 +902,15 @@ class RunView:
             "reward": read(self.folder / "reward.json"),
             "models": self.models,
         }
+
+
+def _refuse_foreign(run: Path, path: Path) -> None:
+    """Raises ArtifactError where a file of a run is a link out of it."""
+    if not is_own(run, path):
+        raise ArtifactError(
+            f"{path} is a link that leads out of the run folder, and what it leads to may not be "
+            "meant for others. Put the file itself there."
+        )
 
 
 def _newest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -824,8 +940,13 @@ def _stages(folder: Path) -> Iterator[StageView]:
                 began=first["time"],
                 **{**given, "versions": first.get("versions", {})},
             )
-        except (KeyError, TypeError, ValidationError):
+        except (KeyError, TypeError, ValidationError) as e:
+            why = ""
+            if isinstance(e, ValidationError):
+                first = e.errors()[0]
+                why = clip(f" ({'.'.join(map(str, first['loc']))}: {first['msg']})", 200)
             raise ArtifactError(
-                f"{folder / 'ledger.jsonl'} does not say what {name} is: another version of "
-                "selfsteer wrote it. Read this run with that version."
+                f"{folder / LEDGER} does not say what {short(name)} is{why}: another version of "
+                "selfsteer wrote it, or it was changed. Read this run with that version, or "
+                "restore the file from a copy."
             ) from None

@@ -8,7 +8,7 @@ import re
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import yaml
 
 import selfsteer
 from selfsteer.data.files import read_rows
+from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Message
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.openai import Fault, OpenAIEngine, read_reply
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError
+from selfsteer.errors import ArtifactError, ConfigError, DataError, EngineError, SelfsteerError
 from selfsteer.formats.export import export
 from selfsteer.formats.hub import plan_upload
 from selfsteer.models.chat import ChatFormat, _environment
@@ -31,12 +32,14 @@ from selfsteer.models.store import ScoreStore, read_chunk
 from selfsteer.principles import catalogue
 from selfsteer.recipe.read import read_yaml
 from selfsteer.recipe.sections import EngineConfig, Sampling
+from selfsteer.report import live, summary
+from selfsteer.report.document import write_report
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.verbs.exporting import export_model
 from selfsteer.view import RunView
 from tests.make import entry, recipe, tiny_pairs
-from tests.reliability.fuzz import TURNS, tokenizer
+from tests.reliability.fuzz import TURN, TURNS, run_files, tokenizer
 
 SOURCES = [
     path
@@ -499,6 +502,124 @@ def test_a_ledger_moves_nothing_outside_of_its_run(run: Path, tmp_path: Path, ou
     with pytest.raises(ArtifactError, match="which is not in the run folder"):
         RunFolder(run).supersede([named])
     assert (tmp_path / "elsewhere").is_dir()
+
+
+DROPPED = "iteration-1/filter.dropped.jsonl"
+
+#: What a reader of the run would see of each of its files.
+TELLING: dict[str, Any] = {
+    "resolved.json": {"policy": {"model": "SECRET/model"}},
+    "metrics.jsonl": {"loss/SECRET": 0.5},
+    "progress.json": {"stage": "SECRET"},
+    "evaluation.json": {"judge": "SECRET"},
+    "evaluation/exhibit.json": {
+        "query": "SECRET",
+        "principles": {"good": "g", "bad": "b"},
+        "responses": {"policy": {"plain": "p", "good": "g", "bad": "b"}},
+    },
+    "benchmarks.json": {"models": {"SECRET": "m"}, "limit": 1, "benchmarks": [], "differences": []},
+    "reward.json": {
+        "sources": {"SECRET": {"read": 1, "weight": 1, "trained": 1, "dropped": {}}},
+        "held_out": {"pairs": 0},
+    },
+    "iteration-1/quality.json": {"judge": "SECRET"},
+    "iteration-1/policy.selection.json": {
+        **{"chosen": 1, "steps": 2, "wins": "SECRET"},
+        "candidates": [{"step": 1, "wins_mean": [0.5, 0.4, 0.6]}],
+    },
+    "iteration-1/triples/shard-00000.jsonl": {"responses": {"good": "SECRET", "bad": "b"}},
+    DROPPED: {"id": "a", "reason": "SECRET", "record": None},
+    "iteration-1/filtered.jsonl": {
+        **{"id": "a", "messages": [TURN]},
+        "responses": {"good": "SECRET", "bad": "b"},
+    },
+    "iteration-1/preferences/shard-00000.jsonl": {
+        **{"id": "a", "prompt": [TURN], "rejected": [{"role": "assistant", "content": "b"}]},
+        "chosen": [{"role": "assistant", "content": "SECRET"}],
+    },
+    "evaluation/answers-base.jsonl": {
+        **{"id": "a", "messages": [TURN], "response": "SECRET"},
+        **{"completion_tokens": 1, "finish_reason": "stop"},
+    },
+}
+
+
+def write_run(folder: Path, *telling: str) -> Path:
+    """A run folder of every kind of file, of which some tell their secrets."""
+    whole = run_files()
+    for number, name in enumerate({**TELLING, **whole}):
+        told = TELLING.get(name, {}) if name in telling else {}
+        rows = whole.get(name, TELLING.get(name))
+        text = dump_lines([{**row, **told} for row in (rows if isinstance(rows, list) else [rows])])
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.replace("SECRET", f"secret{number}" if told else "x"))
+    if DROPPED not in telling:  # it says that nothing was kept
+        (folder / DROPPED).unlink()
+    return folder
+
+
+def seen(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """All that looking at a run shows; what is refused shows nothing."""
+    page = folder.with_name("page.html")
+    looks: list[Callable[[], Any]] = [
+        lambda: write_report(folder, page) and page.read_text() + page.with_suffix(".md").read_text(),
+        lambda: json.dumps(RunView.open(folder).to_json()),
+        lambda: json.dumps(live.now(folder)),
+        lambda: json.dumps(live.compare({"a": folder})),
+        lambda: summary.print_show(RunView.open(folder)),
+        lambda: [a.text for a in RunView.open(folder).answers("base").values()],
+    ]
+    told = []
+    for look in looks:
+        try:
+            told.append(str(look()))
+        except SelfsteerError as e:
+            told.append(str(e))
+    return "".join([*told, *capsys.readouterr()])
+
+
+def test_what_is_in_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = seen(write_run(tmp_path / "a", *TELLING), capsys)
+    shown += seen(write_run(tmp_path / "b", *(TELLING.keys() - {DROPPED})), capsys)
+    assert [n for i, n in enumerate(TELLING) if f"secret{i}" not in shown] == []
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_no_file_outside_of_a_run_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = write_run(tmp_path / "run", name)
+    outside = (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(outside)
+    assert "secret" in outside.read_text()
+    assert "secret" not in seen(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"outputs": ["{tmp}/private.jsonl"]},
+        {"outputs": ["../private.jsonl"]},
+        {"outputs": []},
+        {"outputs": ["a\0b"]},
+        {"stage": "../private"},
+        {"stage": "a\0b"},
+        {"seconds": 1e308},
+        {"time": float("inf")},
+        {"n_in": 10**400},
+        {"dropped": {"empty": -1}},
+    ],
+)
+def test_a_ledger_names_and_counts_what_a_run_can_have(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder = write_run(tmp_path / "run")
+    assert RunView.open(folder).stages
+    text = json.dumps(changed).replace("{tmp}", str(tmp_path))
+    stages = [{**e, **json.loads(text)} for e in run_files()["ledger.jsonl"]]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in stages))
+    with pytest.raises(ArtifactError, match="does not say what"):
+        RunView.open(folder)
 
 
 # -- the page of what holds ------------------------------------------------------------------------

@@ -106,7 +106,8 @@ def judged(run: RunView) -> tuple[str, Callable[[Pair], Said]]:
     name = f"{settings.kind}:{settings.model or settings.path or ''}".rstrip(":")
     if settings.model is None:
         return name, partial(_asked, load_judge(settings))
-    stores = [AnswerStore(folder) for folder in sorted((run.folder / "judgements").glob("*/"))]
+    folders = sorted((run.folder / "judgements").glob("*/"))
+    stores = [AnswerStore(f) for f in folders if all(map(run.owns, f.iterdir()))]
     read = _from_chat if settings.kind == "chat" else partial(_from_scores, settings)
     return name, lambda pair: next(filter(None, (read(store, pair) for store in stores)), None)
 
@@ -191,8 +192,7 @@ class Fates:
         # a teacher keeps targets of the answers that it read, not the answers
         is_teacher = self.decided and found.takers[0].kind == "Teach"
         self._taught = taught(found.takers[0].run / self.stage) if is_teacher else {}
-        dropped = (stage.dropped_file for stage in found.takers)
-        self._dropped = ById(path for path in dropped if path.exists())
+        self._dropped = ById(filter(None, (stage.dropped_file for stage in found.takers)))
 
     def record(self, identity: str) -> tuple[str, dict[str, Any] | None]:
         """Its fate, and the record that the last stage which has one has of it."""

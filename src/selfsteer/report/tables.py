@@ -193,7 +193,7 @@ def reward(run: RunView) -> list[Sheet]:
     if run.reward is None:
         return []
     sources = [
-        (name, s["read"], f"{s['weight']:g}", s["trained"], counts(s["dropped"]))
+        (name, s.read, f"{s.weight:g}", s.trained, counts(s.dropped))
         for name, s in run.reward.sources.items()
     ]
     found = [
@@ -208,15 +208,15 @@ def reward(run: RunView) -> list[Sheet]:
     parts |= held_out.by_length
     rows = [(name, f.pairs, f.accuracy) for name, f in parts.items()]
     bins = [
-        (f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["stated"], b["right"])
-        for b in held_out.calibration["bins"]
+        (f"{b['from']:.2f} to {b['to']:.2f}", round(b["pairs"]), b["stated"], b["right"])
+        for b in held_out.calibration.bins
         if b["pairs"]
     ]
     return [
         *found,
         Sheet("Reward model on held-out pairs, 95 % (Wilson)", ("of", "pairs", "accuracy"), rows),
         Sheet(
-            f"Reliability: calibration error {held_out.calibration['ece']:.3f}",
+            f"Reliability: calibration error {held_out.calibration.ece:.3f}",
             ("stated probability", "pairs", "mean stated", "right"),
             bins,
         ),

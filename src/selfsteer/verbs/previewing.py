@@ -216,7 +216,8 @@ def gathered(view: RunView) -> dict[str, Row]:
         if stage.kind in ("Sample", "RankAnswers", "WritePairs"):
             for value in _lines(made):
                 _take(rows, value["id"], value, other)
-        for dropped in read_dropped(stage.dropped_file):
+        kept = stage.dropped_file
+        for dropped in read_dropped(kept) if kept else ():
             if dropped.id in rows and stage.kind != "ReadQueries":
                 record = dropped.record if isinstance(dropped.record, Mapping) else {}
                 _take(rows, dropped.id, record, other)
