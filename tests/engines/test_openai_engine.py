@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import re
 import sys
 import time
 from collections import Counter
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -462,6 +465,45 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     with pytest.raises(EngineError, match=r"provided: \[key\].*MY_KEY is set") as caught:
         ask(engine(api_key_env="MY_KEY"), GREEDY, 0, CONVERSATIONS[:1])
     assert "sk-secret" not in str(caught.value)
+
+
+ACCOUNT = {
+    "OPENAI_API_KEY": "sk-account-secret",
+    "OPENAI_ADMIN_KEY": "admin-secret",
+    "OPENAI_ORG_ID": "org-secret",
+    "OPENAI_PROJECT_ID": "project-secret",
+    "OPENAI_CUSTOM_HEADERS": "X-Gateway: gateway-secret\nX-Other: Basic basic-secret",
+}
+
+
+@pytest.mark.parametrize("name", ["MY_KEY", "OPENAI_API_KEY", None])
+def test_what_belongs_to_an_account_goes_where_its_key_goes(
+    server: Server, engine: Make, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    for variable, value in {"MY_KEY": "my-secret", **ACCOUNT}.items():
+        monkeypatch.setenv(variable, value)
+    got: list[str] = []
+
+    def quotes(h: Handler) -> bool:
+        got.extend(re.findall(r"[\w-]+-secret", str(h.headers)))
+        return status(401, f"no access with {' and '.join(got)}")(h)
+
+    server.always = quotes
+    launched: Any = SimpleNamespace(check=lambda: None, failed=False)
+    settings = EngineConfig(kind="openai", launch="serve {model} {port}")
+    one = (
+        engine(api_key_env=name)
+        if name
+        else OpenAIEngine(settings, "m", server.url, Usage(), server=launched)
+    )
+    with pytest.raises(EngineError, match="no access") as caught:
+        ask(one, GREEDY, 0, CONVERSATIONS[:1])
+    one.close()
+    account = [value.rpartition(" ")[2] for line in ACCOUNT.values() for value in line.split("\n")]
+    mine = {"MY_KEY": ["my-secret"], "OPENAI_API_KEY": account, None: []}[name]
+    assert set(got) == set(mine) - {"admin-secret"}
+    assert not re.search("(account|gateway|basic|my)-secret", str(caught.value))
+    assert os.environ["OPENAI_ORG_ID"] == "org-secret"
 
 
 @pytest.mark.parametrize("key", ["sk-sécret", "\ufeffsk-secret", "sk-se\u200bcret", "sk\nsecret"])

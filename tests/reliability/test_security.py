@@ -409,6 +409,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "OPENAI_API_KEY": "openai-secret",
         "HF_TOKEN": "hub-secret",
         "MY_AUTH": "hosted-secret",
+        "OPENAI_CUSTOM_HEADERS": "X-Gateway: Bearer gateway-secret",
     }
     for name, value in {**found, "OTHER": "passed on"}.items():
         monkeypatch.setenv(name, value)
@@ -428,7 +429,7 @@ def test_a_launched_server_gets_no_key(tmp_path: Path, keys: list[str]) -> None:
     given = json.loads(seen.read_text())
     assert given["OTHER"] == "passed on"
     assert given["HF_TOKEN"] == "hub-secret", "it may have to fetch the model"
-    assert not {"OPENAI_API_KEY", "MY_AUTH"} & given.keys()
+    assert not {"OPENAI_API_KEY", "OPENAI_CUSTOM_HEADERS", "MY_AUTH"} & given.keys()
 
 
 def test_what_a_launched_server_prints_shows_no_key(tmp_path: Path, keys: list[str]) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -266,24 +266,28 @@ class OpenAIEngine(ProbedEngine):
             )
         # one that was launched may have a token of the hub, and it could find more than it got
         told = secrets.values_of(secrets.KEYS | secrets.HUB_TOKENS).values()
-        own = told if server else [self._key]
+        own = told if server else [self._key, *secrets.header_values()]
         self._spelled = secrets.spellings(own)
         self._spelled_long = secrets.spellings(k for k in own if len(k) >= SECRET)
         host = urlsplit(base_url).hostname or ""
         here = host in ("localhost", "::1") or host.startswith("127.")
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=base_url,
-            max_retries=0,
-            timeout=settings.timeout,
-            http_client=openai.DefaultAsyncHttpxClient(
-                trust_env=not here,  # a proxy would look for its own loopback
-                follow_redirects=False,  # prompts go to the server that was named
-                event_hooks={"response": [_bound]},
-            ),
-            # what is packed could be longer than it looks
-            default_headers={"Accept-Encoding": "identity"},
-        )
+        # organisation, project and headers of the environment go where its own key goes
+        default = type(settings).model_fields["api_key_env"].default
+        with_account = not server and settings.api_key_env == default
+        with nullcontext() if with_account else secrets.without_account():
+            self._client = openai.AsyncOpenAI(
+                api_key=self._key or "none",
+                base_url=base_url,
+                max_retries=0,
+                timeout=settings.timeout,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    trust_env=not here,  # a proxy would look for its own loopback
+                    follow_redirects=False,  # prompts go to the server that was named
+                    event_hooks={"response": [_bound]},
+                ),
+                # what is packed could be longer than it looks
+                default_headers={"Accept-Encoding": "identity"},
+            )
         self.who = f"The server at {base_url}"
         self._failed_in_a_row, self._not_before = 0, 0.0
         self._budget, self._adapter = BUDGET, False

@@ -4,12 +4,16 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from urllib.parse import quote
+
+#: Variable with headers that OpenAI's client adds to each request, one a line; they may hold keys.
+HEADERS = "OPENAI_CUSTOM_HEADERS"
 
 #: Variables with keys of hosted servers: the protocol's own, and each ``api_key_env`` that this
 #: process has read, whichever section names it. A launched server gets only those of `HUB_TOKENS`.
-KEYS = {"OPENAI_API_KEY"}
+KEYS = {"OPENAI_API_KEY", "OPENAI_ADMIN_KEY", HEADERS}
 
 #: Variables that a launched server may need to fetch its model.
 HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -40,6 +44,24 @@ def values_of(names: Iterable[str]) -> dict[str, str]:
 def named_like_secrets() -> list[str]:
     """Variables of the environment that are named like one."""
     return [name for name in os.environ if SECRET_NAME.search(name)]
+
+
+def header_values() -> list[str]:
+    """The values of `HEADERS`, whole and without what stands in front of a key, as ``Bearer``."""
+    lines = os.environ.get(HEADERS, "").split("\n")
+    whole = [line.partition(":")[2].strip() for line in lines]
+    found = {part for value in whole for part in (value, value.rpartition(" ")[2])}
+    return sorted(value for value in found if len(value) >= LEAST)
+
+
+@contextmanager
+def without_account() -> Iterator[None]:
+    """A block in which no variable of OpenAI's client is set: no organisation, project, header."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def spellings(values: Iterable[str]) -> list[str]:

@@ -93,6 +93,7 @@ def redacted(text: str) -> tuple[str, Counter[str]]:
     """
     found: Counter[str] = Counter()
     own = secrets.values_of(secrets.named_like_secrets())
+    own |= {f"{secrets.HEADERS}, {i}": v for i, v in enumerate(secrets.header_values(), 1)}
     # the longest first: one may hold another
     for name, value in sorted(own.items(), key=lambda item: -len(item[1])):
         for spelled in secrets.spellings([value]):
