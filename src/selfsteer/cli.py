@@ -157,6 +157,15 @@ def main() -> None:
             )
         what = f"{e.strerror or e}" + (f": {clip(str(e.filename), 300)}" if e.filename else "")
         _fail(f"{what}. Fix this, then run the same command again.", 3)
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":  # of libraries in Rust, and no Exception
+            raise
+        _fail(
+            f"a library gave up ({clip(str(e), 300)}), most likely on the model's tokenizer: its "
+            "regular expressions may have no end on a text. Use another checkpoint, or leave that "
+            "text out.",
+            3,
+        )
 
 
 def _fail(text: str, code: int, *, lost: bool = False) -> None:

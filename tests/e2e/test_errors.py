@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from selfsteer.recipe.sections import resolve_path
 from tests.e2e.support import TESTBED, TINY, Here, artefacts, fails, finished, full_for, ledger
 
 
@@ -29,6 +30,17 @@ def sso(tmp_path: Path, model: object, queries: object, *more: str) -> tuple[obj
         "principles.max_new_tokens=32",
         *more,
     )
+
+
+def test_a_tokenizer_that_gives_up_is_an_error_in_words(
+    here: Here, tmp_path: Path, queries: Path
+) -> None:
+    """Libraries in Rust panic, which Python sees as something that is no Exception."""
+    model = shutil.copytree(resolve_path(TESTBED), tmp_path / "model")
+    held = json.loads((model / "tokenizer.json").read_text())
+    endless = {"type": "Replace", "pattern": {"Regex": r"^(\w+\W?)+\d\D?$"}, "content": ""}
+    (model / "tokenizer.json").write_text(json.dumps({**held, "normalizer": endless}))
+    fails(here(*sso(tmp_path, model, queries)), 3, "a library gave up", "tokenizer")
 
 
 def test_unknown_keys_name_the_nearest(here: Here) -> None:

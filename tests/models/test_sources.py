@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from transformers import AutoTokenizer
 from selfsteer.data.digests import hub_commit, model_digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message
+from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.models import adapters
-from selfsteer.models.load import check_trainable, load_chat, load_model, load_reward_start
+from selfsteer.models.load import (
+    check_trainable,
+    configured_stops,
+    load_chat,
+    load_model,
+    load_reward_start,
+)
 from selfsteer.models.merge import merge_adapter
 from selfsteer.models.save import save_tokenizer
 from selfsteer.models.sources import check_source, checkpoint, folder_of, pretrained
@@ -312,6 +320,49 @@ def test_attention_code_of_the_hub_needs_permission(
             load_model(str(model), CPU)
         (model / "config.json").write_text(json.dumps({**config, name: "eager"}))
         assert load_model(str(model), CPU).model.config._attn_implementation == "eager"
+
+
+def altered(model: Path, file: str, change: Callable[[Any], Any]) -> str:
+    """A copy of a checkpoint, one JSON file of which holds something else."""
+    copy = shutil.copytree(model, model.with_name("altered"), dirs_exist_ok=True)
+    held = json.loads((model / file).read_text())
+    (copy / file).write_text(json.dumps(change(held)))
+    return str(copy)
+
+
+@pytest.mark.parametrize("ends", ["x", 10**30, [1, "x"], [-1], 1.5, {"a": 1}])
+def test_ends_of_answers_that_are_no_tokens_are_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, ends: Any
+) -> None:
+    llama = shutil.copytree(checkpoints["llama"], tmp_path / "llama")
+    model = altered(llama, "generation_config.json", lambda held: {**held, "eos_token_id": ends})
+    with pytest.raises(ArtifactError, match="eos_token_id"):
+        TransformersEngine(load_model(model, CPU))
+    with pytest.raises(ArtifactError, match="eos_token_id"):
+        configured_stops(model, CPU)
+
+
+def test_attention_that_is_no_name_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    llama = shutil.copytree(checkpoints["llama"], tmp_path / "llama")
+    model = altered(llama, "config.json", lambda held: {**held, "attn_implementation": 5})
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        load_model(model, CPU)
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    llama = shutil.copytree(checkpoints["llama"], tmp_path / "llama")
+    for dropout, is_refused in ((0.1, True), (None, False)):
+        model = altered(
+            llama,
+            "tokenizer.json",
+            lambda held, d=dropout: {**held, "model": {**held["model"], "dropout": d}},
+        )
+        with pytest.raises(ArtifactError, match=r"dropout of 0\.1") if is_refused else nullcontext():
+            load_chat(model, CPU)
 
 
 def test_merging_removes_nothing_that_is_there(

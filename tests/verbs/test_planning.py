@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from selfsteer.data.digests import ADAPTER_CONFIG
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, SelfsteerError
 from selfsteer.models.load import load_model
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import Loading, resolve_path
@@ -15,6 +15,11 @@ from selfsteer.run.cost import Scale
 from selfsteer.verbs import planning
 from selfsteer.verbs.planning import Lengths, Machine, Shape, forward_flops, shape_of, tokens_of
 from tests.make import make_adapter, make_gguf, smoke
+
+SIZES = {
+    **{"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 16},
+    **{"num_attention_heads": 2, "intermediate_size": 16},
+}
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -69,6 +74,30 @@ def test_adapters_and_gguf_files_are_read_and_nothing_is_made_of_them(
     with pytest.raises(ConfigError, match="is not known here"):
         shape_of(str(tmp_path / "loop"))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[1]",
+        "{",
+        "null",
+        *(
+            json.dumps({**SIZES, name: value})
+            for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
+            for value in (0, -1, "x", 1.5, [1], True)
+        ),
+        json.dumps({**SIZES, "intermediate_size": [1, 2]}),
+        json.dumps({**SIZES, "head_dim": "x"}),
+        json.dumps({"text_config": "x"}),
+    ],
+)
+def test_a_config_that_is_none_is_an_error_in_words(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    assert shape_of(str(tmp_path)).layers == 2
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SelfsteerError, match=r"config\.json"):
+        shape_of(str(tmp_path))
 
 
 def test_a_size_that_nobody_knows_is_asked_for(tmp_path: Path) -> None:

@@ -96,10 +96,9 @@ class Completion:
         return unanswered(self.text, self.reasoning, self.finish_reason)
 
 
-def stop_ids(chat: ChatFormat, configured: int | list[int] | None) -> list[int]:
+def stop_ids(chat: ChatFormat, configured: Sequence[int]) -> list[int]:
     """Tokens that end an answer: that of the chat template, and those of the checkpoint."""
-    more = [configured] if isinstance(configured, int) else configured or []
-    return sorted({chat.end_of_turn, *more})
+    return sorted({chat.end_of_turn, *configured})
 
 
 def completion(

@@ -36,7 +36,7 @@ from selfsteer.engines.base import (
 from selfsteer.engines.cache import can_share, keeps_tokens, roomy_cache, token_bytes
 from selfsteer.errors import NumericsError, named
 from selfsteer.models.finite import ADVICE
-from selfsteer.models.load import LoadedModel
+from selfsteer.models.load import LoadedModel, stop_tokens
 from selfsteer.models.score import keeps_part
 
 #: Token ids of a prompt, or of a part of one.
@@ -102,7 +102,7 @@ class TransformersEngine:
     def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
         self.loaded, self.batch_size = loaded, batch_size
         configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-        self.stop_ids = stop_ids(loaded.chat, configured)
+        self.stop_ids = stop_ids(loaded.chat, stop_tokens(loaded.source, configured))
 
     def generate(
         self,

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from selfsteer.data.digests import digest, model_digest
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.score import settle_layout
 from selfsteer.models.sources import (
@@ -139,6 +139,13 @@ def read_chat(source: str, settings: Loading) -> ChatFormat:
 
 def _chat(source: str, held: str, settings: Loading, **more: Any) -> ChatFormat:
     tokenizer = pretrained(AutoTokenizer, "tokenizer", held, settings, **more)
+    core = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(core, "dropout", None):  # BPE dropout, arXiv 1910.13267
+        raise ArtifactError(
+            f"{source}: its tokenizer.json has a dropout of {dropout:g}, so that the same text makes "
+            "other tokens each time, and nothing could be scored as it was sampled. Set dropout to "
+            "null there, under model."
+        )
     return ChatFormat(
         tokenizer,
         source,
@@ -161,7 +168,23 @@ def _stops(held: str, settings: Loading, **more: Any) -> list[int]:
     except ArtifactError:
         config = pretrained(AutoConfig, "config", held, settings, **more)
         found = config.get_text_config().eos_token_id
-    return [found] if isinstance(found, int) else list(found or ())
+    return stop_tokens(held, found)
+
+
+def stop_tokens(source: str, configured: Any) -> list[int]:
+    """The ids of tokens that a configuration's ``eos_token_id`` names.
+
+    Raises:
+        ArtifactError: they are none.
+    """
+    found = configured if isinstance(configured, list | tuple) else [configured]
+    found = [i for i in found if i is not None]
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in found):
+        raise ArtifactError(
+            f"{source}: eos_token_id is {short(configured)}, which is neither the id of a token nor "
+            "a list of some. Correct its generation_config.json (or config.json)."
+        )
+    return found
 
 
 def load_model(

@@ -321,7 +321,7 @@ def load_whole(
 
 def _attention_of(config: Any) -> Iterator[str]:
     """The implementations of attention that a config asks for, for itself and its parts."""
-    yield config._attn_implementation or ""
+    yield str(config._attn_implementation or "")
     for part in filter(None, (getattr(config, name, None) for name in config.sub_configs)):
         yield from _attention_of(part)
 

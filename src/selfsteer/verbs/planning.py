@@ -3,15 +3,15 @@
 Counts come from the stages themselves (`Stage.cost`); the formulas are those of docs/scaling.md.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import adapter_base, is_hub_id, split_revision
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.methods import Aligning
 from selfsteer.models.head import CHUNK_BYTES, KEEP_BYTES
 from selfsteer.recipe.sections import (
@@ -131,7 +131,8 @@ def shape_of(
             f"such file was fetched from the hub. Give {', '.join(missing)} as well, or a "
             "local policy.model."
         )
-    c = {**found, **found.get("text_config", {})}
+    inner = found.get("text_config")
+    c = {**found, **(inner if isinstance(inner, dict) else {})}
     sizes = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -143,8 +144,15 @@ def shape_of(
             f"{path} has no {absent[0]}, so the size of {model} is not known. Give "
             f"{', '.join(missing)} as well."
         )
-    depth, width, tokens, heads = (value or int(c[key]) for key, value in sizes.items())
-    head = int(c.get("head_dim") or width // heads)
+    numbers = (*sizes, "head_dim", "num_key_value_heads", "intermediate_size")
+    for key in (k for k in numbers if c.get(k) is not None and sizes.get(k) is None):
+        if type(c[key]) is not int or c[key] <= 0:
+            raise ConfigError(
+                f"{path}: {key} is {short(c[key])}, and no number above 0. Correct it, or give "
+                "--params, --layers, --hidden and --vocabulary."
+            )
+    depth, width, tokens, heads = (value or c[key] for key, value in sizes.items())
+    head = c.get("head_dim") or width // heads
     tables = 1 if c.get("tie_word_embeddings") else 2
     total = int(params) if params else stored
     if total is None:
@@ -153,8 +161,8 @@ def shape_of(
                 f"{path} is not that of a dense decoder, and there are no weights beside it, so "
                 f"the parameters of {model} cannot be counted. Give --params."
             )
-        groups = int(c.get("num_key_value_heads") or heads)
-        linear = width * head * (2 * heads + 2 * groups) + 3 * width * int(c["intermediate_size"])
+        groups = c.get("num_key_value_heads") or heads
+        linear = width * head * (2 * heads + 2 * groups) + 3 * width * c["intermediate_size"]
         total = tables * tokens * width + depth * (linear + 2 * width) + width
     return _whole(Shape(total, depth, width, tokens, heads * head, 0), tables)
 
@@ -198,7 +206,7 @@ def _configuration(model: str) -> tuple[Path | None, dict[str, Any], int | None]
         return Path(model), said, sum(int(t.n_elements) for t in tensors)
     if not path.exists():
         return None, {}, None
-    return path, json.loads(path.read_text("utf-8")), stored_parameters(path.parent)
+    return path, read_json(dict[str, Any], path, "Fetch it again."), stored_parameters(path.parent)
 
 
 def stored_parameters(folder: Path) -> int | None:
