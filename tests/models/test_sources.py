@@ -1,6 +1,7 @@
 """What may be named as a model: folders, hub ids with revisions, adapters, GGUF files."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -429,6 +430,21 @@ def test_a_gguf_file_is_a_policy(
     assert origin["tensors"] == {"F32": 19, "Q4_1": 2}
     moved = file.rename(tmp_path / "moved.gguf")
     assert checkpoint(str(moved), CPU) == str(made.parent)
+
+
+def test_a_gguf_file_that_there_is_no_room_for_says_so_and_leaves_nothing(
+    checkpoints: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    file = make_gguf(tmp_path / "tiny.gguf", checkpoints["llama"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ArtifactError, match="could not be written"):
+            load_chat(str(file), CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p for p in (cache / "models").iterdir() if p.suffix != ".lock"] == []
+    assert load_chat(str(file), CPU)
 
 
 def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:

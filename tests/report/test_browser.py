@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.records import Query, Triple, Verdict
+from selfsteer.errors import ArtifactError
 from selfsteer.judges.base import Pair
 from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.sections import JudgeConfig
-from selfsteer.report.browser import Index, Wanted, build, disagreement, embedded
+from selfsteer.report.browser import Index, Wanted, build, disagreement, embedded, index_file
 from selfsteer.run.folder import RunFolder
 from selfsteer.view import RunView, Sampled
 from tests.fakes import FakeEngine
@@ -202,6 +204,29 @@ def test_an_index_is_the_users_own_and_none_comes_with_a_run(
     os.mkfifo(planted)  # what would be read here would never end
     assert build(sampled(run)) == path
     assert Index(path).about["of"] == 4
+
+
+@pytest.mark.parametrize("left", [b"", b"SQLite format 3\0", b"x" * 9000])
+def test_a_damaged_index_is_made_again(run: Path, left: bytes) -> None:
+    found = sampled(run)
+    path = build(found)
+    path.write_bytes(left)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        Index(path)
+    assert Index(build(found)).about["of"] == 4
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_an_index_without_room_says_so_and_leaves_nothing(run: Path) -> None:
+    found, before = sampled(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ArtifactError, match=r"cannot be written.*SELFSTEER_CACHE"):
+            build(found)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(index_file(found).parent.iterdir()) == []
+    assert Index(build(found)).about["of"] == 4
 
 
 def test_where_the_cache_cannot_be_written_an_index_is_temporary(

@@ -40,7 +40,7 @@ from selfsteer.data.digests import (
     split_revision,
 )
 from selfsteer.data.files import cache_home
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import disk_errors, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.finite import broken_weight
 from selfsteer.models.save import as_umask, save_tokenizer
@@ -158,7 +158,10 @@ def _once(source: str, what: str, make: Callable[[Path], dict[str, Any]]) -> str
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             say(f"{what}, once: {source} -> {folder}")
-            with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as partial:
+            with (
+                disk_errors(folder),
+                TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as partial,
+            ):
                 made = Path(partial) / "model"
                 origin = {"source": source, "digest": content, **make(made)}
                 write_atomic(made / "source.json", json.dumps(origin, indent=1) + "\n")

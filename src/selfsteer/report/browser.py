@@ -259,11 +259,16 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
     Args:
         found: the set.
         advance: told how many rows are done, now and then.
+
+    Raises:
+        ArtifactError: it cannot be written.
     """
     target = index_file(found)
     home, stem = target.parent, target.name.rpartition(".")[0]
     if target.exists():
-        return target
+        with contextlib.suppress(ArtifactError):  # damaged: made again
+            Index(target).close()
+            return target
     for other in home.parent.iterdir():
         if other.name != home.name and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
             shutil.rmtree(other, ignore_errors=True)
@@ -272,16 +277,25 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
             if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
                 left.unlink()
     descriptor, name = tempfile.mkstemp(dir=home, prefix=f".{stem}.")
-    os.close(descriptor)
     rows, marks = Rows(found), ", ".join("?" * (len(COLUMNS) + 2))
-    with contextlib.closing(sqlite3.connect(name)) as database, database:
-        database.executescript(SCHEMA)
-        insert = f"INSERT INTO rows ({', '.join(COLUMNS)}, text, record) VALUES ({marks})"
-        for part in batched(rows, GROUP):
-            database.executemany(insert, part)
-            advance(len(part), 0)
-        database.execute("INSERT INTO about VALUES (?)", [json.dumps(rows.about())])
-    os.replace(name, target)
+    try:
+        with contextlib.closing(sqlite3.connect(name)) as database, database:
+            database.executescript(SCHEMA)
+            insert = f"INSERT INTO rows ({', '.join(COLUMNS)}, text, record) VALUES ({marks})"
+            for part in batched(rows, GROUP):
+                database.executemany(insert, part)
+                advance(len(part), 0)
+            database.execute("INSERT INTO about VALUES (?)", [json.dumps(rows.about())])
+        os.fsync(descriptor)
+        os.replace(name, target)
+    except sqlite3.Error as e:
+        raise ArtifactError(
+            f"The index {target} cannot be written ({e}). Free some room, or set SELFSTEER_CACHE to "
+            "a folder where there is some."
+        ) from None
+    finally:
+        os.close(descriptor)
+        Path(name).unlink(missing_ok=True)
     for old in home.glob(f"{stem}.*"):
         if old != target:
             old.unlink(missing_ok=True)
@@ -473,7 +487,11 @@ class Wanted:
 
 
 class Index:
-    """A set's rows, opened for reading."""
+    """A set's rows, opened for reading.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -484,10 +502,18 @@ class Index:
         # a search reads every text: mapped, and with Python's own search, that takes half as long
         self._database.execute(f"PRAGMA mmap_size = {MAPPED_BYTES}")
         self._database.create_function("holds", 2, lambda text, words: words in text)
-        ((about,),) = self._select("json FROM about")
-        self.about: dict[str, Any] = json.loads(about)
+        try:
+            ((about,),) = self._select("json FROM about")
+            self.about: dict[str, Any] = json.loads(about)
+        except (sqlite3.Error, ValueError):
+            self.close()
+            raise ArtifactError(f"{path} is damaged. Remove it; it is made again.") from None
         self.find = lru_cache(maxsize=32)(self._find)
         self.summary = lru_cache(maxsize=1)(self._summary)
+
+    def close(self) -> None:
+        """Ends the reading."""
+        self._database.close()
 
     def _select(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._database.execute(f"SELECT {query}", values).fetchall()

@@ -40,7 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfsteer.data.digests import digest
-from selfsteer.errors import ConfigError, DataError, SelfsteerError, short
+from selfsteer.errors import ArtifactError, ConfigError, DataError, SelfsteerError, short
 from selfsteer.report import live
 from selfsteer.report.browser import Index, Wanted, index_file
 from selfsteer.report.colours import LEVELS
@@ -333,7 +333,8 @@ class Pages:
         """
         path, run = index_file(rows), rows.round.run.folder
         if path.exists():
-            return self._open(path), None
+            with contextlib.suppress(ArtifactError):  # damaged: made again
+                return self._open(path), None
         arguments = ["-m", "selfsteer.report.browser", str(run), rows.name]
         building = self.jobs.ask((run, rows.name), path.name, arguments)
         earlier = sorted(path.parent.glob(f"{path.stem}.*"), key=lambda p: p.stat().st_mtime)
