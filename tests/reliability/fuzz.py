@@ -39,6 +39,7 @@ from selfsteer.principles import catalogue, lint, writer
 from selfsteer.recipe.read import descriptions, recipe_names, recipe_text, validate
 from selfsteer.recipe.sections import Queries
 from selfsteer.report import live, summary
+from selfsteer.report.document import content
 from selfsteer.verbs.common import load_recipe
 from selfsteer.view import RunView
 
@@ -425,6 +426,26 @@ def template_case(rng: Random, folder: Path) -> None:
 # -- run folders -----------------------------------------------------------------------------------
 
 
+_LENGTHS = {
+    **{"pairs": 4, "chosen": 5.0, "rejected": 6.0},
+    **{"longer_chosen": 0.5, "longer_rejected": None},
+}
+
+#: Notes of a stage, of every kind that is shown.
+NOTES = {
+    "warnings": ["w"],
+    "selection": {"text": "step 1 of 2", "warnings": ["v"]},
+    "diversity": {"before": {"distinct": 0.5}, "after": {"distinct": 0.6}},
+    "first_try": {"ok": 3},
+    "retry": {"ok": 1},
+    "sources": {"generated": 4},
+    "survivors": {"in": 4, "hygiene": 3, "gap": 3, "lengths": 2},
+    **{"entries": 4.5, "covered": 0.99, "reward": 0.1},
+    "lengths": {"before": _LENGTHS, "after": {**_LENGTHS, "pairs": 3}},
+    "sampled": {"answers": 4, "retokenised": 0.25, "special_tokens": 0.0},
+}
+
+
 @cache
 def run_files() -> dict[str, Any]:
     """The JSON of a small run by file: a list stands for lines."""
@@ -452,7 +473,7 @@ def run_files() -> dict[str, Any]:
             "outputs": list(stage.files),
             "time": 1.0,
         }
-        counts = {"n_in": 4, "n_out": 3, "dropped": {"empty": 1}, "seconds": 2.0, "notes": {}}
+        counts = {"n_in": 4, "n_out": 3, "dropped": {"empty": 1}, "seconds": 2.0, "notes": NOTES}
         ledger += [
             {"event": "begin", **known, "versions": {"torch": "2"}},
             {"event": "finish", **known, **counts},
@@ -489,6 +510,74 @@ def run_files() -> dict[str, Any]:
                 **{"items_per_s": 0.5, "tokens_per_s": 1.5, "seconds_left": 2.0},
             },
         },
+        "evaluation/exhibit.json": {
+            "query": "q",
+            "principles": {"good": "g", "bad": "b", "features": ["f"]},
+            "responses": {"policy": {"plain": "p", "good": "g", "bad": "b"}},
+        },
+        "benchmarks.json": {
+            "models": {"base": "m", "sso": "n"},
+            "limit": 2,
+            "differences": [
+                {
+                    **{"benchmark": "t", "figure": "", "of": ["sso", "base"]},
+                    **{"questions": 2, "difference": [0.1, 0.0, 0.2]},
+                }
+            ],
+            "benchmarks": [
+                {
+                    **{"name": "t", "kind": "task"},
+                    "models": {
+                        name: {
+                            **{"metric": "acc,none", "score": 0.5, "stderr": 0.1},
+                            **{"higher_is_better": True, "questions": 2, "truncated": 1},
+                        }
+                        for name in ("base", "sso")
+                    },
+                },
+                {
+                    **{"name": "a", "kind": "alpaca-eval", "judge": "j", "scale": "1 to 10"},
+                    "against": "base",
+                    "models": {
+                        "sso": {
+                            **{"win_rate": interval, "dropped": {"lost": 1}},
+                            "characters": [5.0, 6.0],
+                            "length_controlled": {"win_rate": interval, "reason": "few"},
+                        }
+                    },
+                },
+                {
+                    **{"name": "b", "kind": "mt-bench", "judge": "j", "scale": "1 to 10"},
+                    "against": "base",
+                    "models": {
+                        "sso": {
+                            **{"score": [5.0, 4.0, 6.0], "dropped": {}},
+                            **{"turns": {"1": [5.0, 4.0, 6.0]}, "categories": {}},
+                        }
+                    },
+                },
+            ],
+            "versions": {},
+        },
+        "reward.json": {
+            "sources": {"s": {"read": 4, "weight": 1.0, "trained": 3, "dropped": {"tie": 1}}},
+            "held_out": {
+                **{"pairs": 2, "accuracy": interval, "longer_is_chosen": interval},
+                "by_source": {"s": {"pairs": 2, "accuracy": interval}},
+                "by_length": {"similar": {"pairs": 0}},
+                "calibration": {
+                    "ece": 0.1,
+                    "bins": [
+                        {"from": 0.5, "to": 0.6, "pairs": 0},
+                        {"from": 0.6, "to": 0.7, "pairs": 2, "stated": 0.6, "right": 0.5},
+                    ],
+                },
+            },
+        },
+        "iteration-1/policy.selection.json": {
+            **{"chosen": 1, "steps": 2, "wins": "judge"},
+            "candidates": [{"step": 1, "wins_mean": interval}, {"step": 2}],
+        },
         "usage/a.json": {"requests": 1, "retried": 0, "failed": {}},
     }
 
@@ -512,6 +601,7 @@ def run_case(rng: Random, folder: Path) -> None:
         lambda: json.dumps(run.to_json()),
         lambda: live.now(folder),
         lambda: [run.usage, run.measured, run.models, run.loading, run.state],
+        lambda: content(run, [], []),
     ]
     live.compare({"a": folder})
     rng.choice(readers)()
