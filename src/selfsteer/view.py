@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, NotRequired, TypeVar, cast
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from pydantic_core import to_jsonable_python
-from typing_extensions import NotRequired, TypedDict  # pydantic asks for these on Python 3.11
+from typing_extensions import TypedDict  # pydantic asks for this one on Python 3.11
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import digest
@@ -66,6 +66,10 @@ def _drawable(found: dict[str, Any]) -> dict[str, Any]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise ValueError(f"is no report of benchmarks: {type(e).__name__} {e}") from None
     return found
+
+
+#: What ``benchmarks.json`` holds.
+_REPORT = cast("type[dict[str, Any]]", Annotated[dict[str, Any], AfterValidator(_drawable)])
 
 
 def _inside(name: str) -> str:
@@ -268,8 +272,6 @@ class SelectionNote(TypedDict):
 class Notes(TypedDict, total=False):
     """What of a stage's notes in the ledger is shown; it may have others."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
     warnings: list[str]
     logged: str
     selection: SelectionNote
@@ -291,8 +293,12 @@ class Notes(TypedDict, total=False):
     sampled: Annotated[dict[str, float], _of("answers", "retokenised", "special_tokens")]
 
 
-def _taught_whole(notes: Any) -> Any:
-    """Refuses the figures of a teacher where one is missing."""
+_NOTES = TypeAdapter(Notes)
+
+
+def _legible(notes: dict[str, Any]) -> dict[str, Any]:
+    """Refuses notes of a stage that cannot be shown; they stay as they are."""
+    _NOTES.validate_python(notes)
     return _needs("covered", "reward")(notes) if "entries" in notes else notes
 
 
@@ -375,7 +381,7 @@ class StageView:
     n_out: Count = 0
     dropped: Mapping[str, Count] = field(default_factory=dict)
     seconds: Seconds = 0.0
-    notes: Annotated[Notes, AfterValidator(_taught_whole)] = field(default_factory=dict)  # type: ignore[assignment]
+    notes: Annotated[dict[str, Any], AfterValidator(_legible)] = field(default_factory=dict)
     sums: Sums = field(default_factory=dict)
 
     @cached_property
@@ -712,7 +718,7 @@ class RunView:
     evaluation = _file(Evaluation, "evaluation.json")
     exhibit = _file(Exhibit, "evaluation/exhibit.json")
     reward = _file(Reward, "reward.json")
-    benchmarks = _file(Annotated[dict[str, Any], AfterValidator(_drawable)], "benchmarks.json")
+    benchmarks = _file(_REPORT, "benchmarks.json")
 
     def answers(self, label: str) -> dict[str, Answer]:
         """A model's answers to the evaluation queries by query id; failed requests are left out."""
@@ -943,8 +949,8 @@ def _stages(folder: Path) -> Iterator[StageView]:
         except (KeyError, TypeError, ValidationError) as e:
             why = ""
             if isinstance(e, ValidationError):
-                first = e.errors()[0]
-                why = clip(f" ({'.'.join(map(str, first['loc']))}: {first['msg']})", 200)
+                fault = e.errors()[0]
+                why = clip(f" ({'.'.join(map(str, fault['loc']))}: {fault['msg']})", 200)
             raise ArtifactError(
                 f"{folder / LEDGER} does not say what {short(name)} is{why}: another version of "
                 "selfsteer wrote it, or it was changed. Read this run with that version, or "

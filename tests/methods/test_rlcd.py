@@ -39,7 +39,7 @@ def test_plain_answers_are_ranked_by_the_models_own_reward_model(tmp_path: Path)
     written = export_round(of, "reward", tmp_path / "reward")
     assert written.count == 8
     pairs = {t.id: t.responses for t in stored_triples(recipe.folder / "ranker/filtered.jsonl")}
-    assert view.reward.sources["rlcd"]["read"] == len(pairs)
+    assert view.reward.sources["rlcd"].read == len(pairs)
     made = stages_of(recipe)
     reward = Artifact(recipe.folder / "reward", made["train_reward"])
     judge = RewardJudge(trained_judge(reward, 32))

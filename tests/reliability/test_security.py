@@ -550,7 +550,7 @@ def write_run(folder: Path, *telling: str) -> Path:
     whole = run_files()
     for number, name in enumerate({**TELLING, **whole}):
         told = TELLING.get(name, {}) if name in telling else {}
-        rows = whole.get(name, TELLING.get(name))
+        rows = whole[name] if name in whole else TELLING[name]
         text = dump_lines([{**row, **told} for row in (rows if isinstance(rows, list) else [rows])])
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.replace("SECRET", f"secret{number}" if told else "x"))
@@ -563,7 +563,9 @@ def seen(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """All that looking at a run shows; what is refused shows nothing."""
     page = folder.with_name("page.html")
     looks: list[Callable[[], Any]] = [
-        lambda: write_report(folder, page) and page.read_text() + page.with_suffix(".md").read_text(),
+        lambda: (
+            write_report(folder, page) and page.read_text() + page.with_suffix(".md").read_text()
+        ),
         lambda: json.dumps(RunView.open(folder).to_json()),
         lambda: json.dumps(live.now(folder)),
         lambda: json.dumps(live.compare({"a": folder})),

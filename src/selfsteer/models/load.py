@@ -142,9 +142,9 @@ def _chat(source: str, held: str, settings: Loading, **more: Any) -> ChatFormat:
     core = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(core, "dropout", None):  # BPE dropout, arXiv 1910.13267
         raise ArtifactError(
-            f"{source}: its tokenizer.json has a dropout of {dropout:g}, so that the same text makes "
-            "other tokens each time, and nothing could be scored as it was sampled. Set dropout to "
-            "null there, under model."
+            f"{source}: its tokenizer.json has a dropout of {dropout:g}, so the same text makes "
+            "other tokens each time, and nothing could be scored as it was sampled. Set dropout "
+            "to null there, under model."
         )
     return ChatFormat(
         tokenizer,
@@ -181,8 +181,8 @@ def stop_tokens(source: str, configured: Any) -> list[int]:
     found = [i for i in found if i is not None]
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in found):
         raise ArtifactError(
-            f"{source}: eos_token_id is {short(configured)}, which is neither the id of a token nor "
-            "a list of some. Correct its generation_config.json (or config.json)."
+            f"{source}: eos_token_id is {short(configured)}, which is neither the id of a token "
+            "nor a list of some. Correct its generation_config.json (or config.json)."
         )
     return found
 

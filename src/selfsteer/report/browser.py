@@ -290,8 +290,8 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
         os.replace(name, target)
     except sqlite3.Error as e:
         raise ArtifactError(
-            f"The index {target} cannot be written ({e}). Free some room, or set SELFSTEER_CACHE to "
-            "a folder where there is some."
+            f"The index {target} cannot be written ({e}). Free some room, or set SELFSTEER_CACHE "
+            "to a folder where there is some."
         ) from None
     finally:
         os.close(descriptor)
