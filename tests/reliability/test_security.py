@@ -36,7 +36,7 @@ from selfsteer.report import live, summary
 from selfsteer.report.document import write_report
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.queries import ReadQueries
-from selfsteer.verbs.exporting import export_model
+from selfsteer.verbs.exporting import export_model, export_round
 from selfsteer.view import RunView
 from tests.make import entry, recipe, tiny_pairs
 from tests.reliability.fuzz import TURN, TURNS, run_files, tokenizer
@@ -596,6 +596,26 @@ def test_no_file_outside_of_a_run_is_shown(
     (folder / name).symlink_to(outside)
     assert "secret" in outside.read_text()
     assert "secret" not in seen(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"),
+    [("preferences", "trl"), ("preferences", "parquet"), ("samples", "authors")],
+)
+def test_no_shard_from_outside_is_exported_with_the_others(
+    tmp_path: Path, name: str, fmt: str
+) -> None:
+    folder, told = write_run(tmp_path / "run"), tmp_path / "outside.jsonl"
+    first = folder / "iteration-1" / name / "shard-00000.jsonl"
+    first.parent.mkdir(exist_ok=True)
+    own = TELLING[f"iteration-1/{'filtered' if name == 'samples' else f'{name}/shard-00000'}.jsonl"]
+    first.write_text(dump_lines([own]).replace("SECRET", "x"))
+    (folder / "iteration-1/filtered.jsonl").unlink()
+    assert export_round(RunView.open(folder).round(), fmt, tmp_path / "own").count == 1
+    told.write_text(dump_lines([{**own, "id": "b"}]))
+    first.with_name("shard-00001.jsonl").symlink_to(told)
+    with pytest.raises(ArtifactError, match="run it first"):
+        export_round(RunView.open(folder).round(), fmt, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
