@@ -697,7 +697,7 @@ class RunView:
         Raises:
             ArtifactError: a finished training logged others.
         """
-        path = self.own("metrics.jsonl")
+        path = self.own(self.folder / "metrics.jsonl")
         if not path.exists():
             return {}
         found = path.stat()
@@ -723,7 +723,7 @@ class RunView:
 
     def answers(self, label: str) -> dict[str, Answer]:
         """A model's answers to the evaluation queries by query id; failed requests are left out."""
-        path = self.own(f"evaluation/answers-{label.replace('/', '-')}.jsonl")
+        path = self.own(self.folder / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl")
         self.check(path)
         return {
             v["id"]: Answer(Query.from_dict(v), v["response"], v["completion_tokens"])
@@ -837,14 +837,15 @@ class RunView:
         """See `is_own`."""
         return is_own(self.folder, path)
 
-    def own(self, name: str) -> Path:
-        """A file of the run folder that is to be read, whether or not it is there.
+    def own(self, path: Path) -> Path:
+        """A file or a folder of shards of this run that is to be read, if it is there.
 
         Raises:
-            ArtifactError: a link in its place leads out of the run.
+            ArtifactError: it, or a shard in it, is a link that leads out of the run.
         """
-        _refuse_foreign(self.folder, self.folder / name)
-        return self.folder / name
+        for read in (path, *path.glob("shard-*.jsonl")):
+            _refuse_foreign(self.folder, read)
+        return path
 
     def place(self, name: str) -> Path:
         """Where something new of this name may be written in the run folder.
@@ -881,7 +882,7 @@ class RunView:
         Raises:
             ArtifactError: it is a link that leads out of the run.
         """
-        return self.own("recipe.yaml")
+        return self.own(self.folder / "recipe.yaml")
 
     def to_json(self) -> dict[str, Any]:
         """What ``show --json`` prints: the files of the run that are JSON, as they are."""

@@ -37,6 +37,7 @@ from selfsteer.report.document import write_report
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.queries import ReadQueries
 from selfsteer.verbs.exporting import export_model, export_round
+from selfsteer.verbs.judge import judge
 from selfsteer.view import RunView
 from tests.make import entry, recipe, tiny_pairs
 from tests.reliability.fuzz import TURN, TURNS, run_files, tokenizer
@@ -602,9 +603,7 @@ def test_no_file_outside_of_a_run_is_shown(
     ("name", "fmt"),
     [("preferences", "trl"), ("preferences", "parquet"), ("samples", "authors")],
 )
-def test_no_shard_from_outside_is_exported_with_the_others(
-    tmp_path: Path, name: str, fmt: str
-) -> None:
+def test_no_shard_from_outside_is_read_with_the_others(tmp_path: Path, name: str, fmt: str) -> None:
     folder, told = write_run(tmp_path / "run"), tmp_path / "outside.jsonl"
     first = folder / "iteration-1" / name / "shard-00000.jsonl"
     first.parent.mkdir(exist_ok=True)
@@ -614,8 +613,11 @@ def test_no_shard_from_outside_is_exported_with_the_others(
     assert export_round(RunView.open(folder).round(), fmt, tmp_path / "own").count == 1
     told.write_text(dump_lines([{**own, "id": "b"}]))
     first.with_name("shard-00001.jsonl").symlink_to(told)
-    with pytest.raises(ArtifactError, match="run it first"):
+    with pytest.raises(ArtifactError, match=r"shard-00001\.jsonl is a link that leads out"):
         export_round(RunView.open(folder).round(), fmt, tmp_path / "out")
+    if name == "preferences":
+        with pytest.raises(ArtifactError, match=r"shard-00001\.jsonl is a link that leads out"):
+            judge(folder, label_sheet=tmp_path / "labels.jsonl")
 
 
 @pytest.mark.parametrize(

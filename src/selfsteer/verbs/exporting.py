@@ -57,6 +57,8 @@ def export_round(
                 f"{of.folder} holds no {what}: method {of.method} makes none. Export its policy "
                 "with --model."
             )
+        for name in ("preferences", "samples", "filtered.jsonl"):
+            of.run.own(of.folder / name)
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
     kept, unsafe = _allowed(of, records)
     if fmt == "reward":
