@@ -31,7 +31,14 @@ from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, Recipe
 from selfsteer.recipe.read import choose, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
-from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
+from selfsteer.run.folder import (
+    LEDGER,
+    RunFolder,
+    check_files,
+    logged,
+    read_ledger,
+    recipe_file,
+)
 from selfsteer.run.progress import progress_of
 from selfsteer.run.sums import Sums, check_sums
 
@@ -761,13 +768,7 @@ class RunView:
         Raises:
             ArtifactError: it is a link that leads out of the run.
         """
-        path = self.folder / "recipe.yaml"
-        if not self.owns(path):
-            raise ArtifactError(
-                f"{path} is a link that leads out of the run folder, and what it leads to may not "
-                "be meant for a page. Put the recipe itself there."
-            )
-        return path
+        return recipe_file(self.folder)
 
     def to_json(self) -> dict[str, Any]:
         """What ``show --json`` prints: the files of the run that are JSON, as they are."""
