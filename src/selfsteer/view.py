@@ -34,7 +34,14 @@ from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.recipe.read import choose, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
-from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
+from selfsteer.run.folder import (
+    LEDGER,
+    RunFolder,
+    check_files,
+    logged,
+    read_ledger,
+    recipe_file,
+)
 from selfsteer.run.progress import FILE, progress_of
 from selfsteer.run.sums import Sums, check_sums
 
@@ -882,7 +889,7 @@ class RunView:
         Raises:
             ArtifactError: it is a link that leads out of the run.
         """
-        return self.own(self.folder / "recipe.yaml")
+        return recipe_file(self.folder)
 
     def to_json(self) -> dict[str, Any]:
         """What ``show --json`` prints: the files of the run that are JSON, as they are."""

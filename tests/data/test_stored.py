@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data import jsonl
 from selfsteer.data.jsonl import (
     Spool,
     Stored,
     at,
     batched,
+    disk_errors,
     dump_line,
     dump_lines,
+    filling,
     replacing_folder,
     write_atomic,
 )
@@ -226,3 +229,37 @@ def test_a_folder_is_filled_by_one_and_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyError), replacing_folder(tmp_path / "other"):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_one_that_begins_while_another_ends_takes_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+) -> None:
+    """The other one ends between the first look at the folder and the lock."""
+    folder = tmp_path / "model"
+    if empty:
+        folder.mkdir()
+
+    def meanwhile(path: Path, other: str) -> Any:
+        monkeypatch.undo()
+        with replacing_folder(path) as filled:
+            (filled / "weights").write_text("whole")
+        return disk_errors(path, other)
+
+    monkeypatch.setattr(jsonl, "disk_errors", meanwhile)
+    with pytest.raises(ConfigError, match="is there already"), replacing_folder(folder):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert [p.name for p in folder.iterdir()] == ["weights"]
+
+
+def test_a_folder_that_is_in_use_is_filled_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").touch()
+    with filling(tmp_path) as place:
+        assert place == tmp_path
+    with pytest.raises(KeyError), filling(tmp_path):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
+    with pytest.raises(KeyError), filling(tmp_path / "new"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]

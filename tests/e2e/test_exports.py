@@ -5,11 +5,13 @@ import http.server
 import json
 import math
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.digests import model_digest
-from selfsteer.data.jsonl import read_jsonl, read_shards
+from selfsteer.data.jsonl import read_jsonl, read_shards, write_atomic
 from selfsteer.data.records import Preference
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS
@@ -256,6 +258,56 @@ def test_an_export_that_filled_the_disk_is_gone_and_can_be_repeated(
     assert here("export", smoke, "--model", "--to", to).code == 0
     weights.chmod(mode)
     assert (to / weights.name).stat().st_mode == (to / "README.md").stat().st_mode
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "reward", "mt-bench", "--model"])
+def test_an_export_that_fails_takes_nothing_of_another(
+    smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, fmt: str
+) -> None:
+    """Two export into one new folder at once; the one that began first fails in the end."""
+    run, to, other = smoke, tmp_path / "to", list[int]()
+    how = ["--model"] if fmt == "--model" else ["--format", fmt]
+    if fmt == "mt-bench":
+        run = shutil.copytree(smoke, tmp_path / "run")
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text('{"question_id": 1, "turns": ["What does the bee eat?"]}\n')
+        how += ["--questions", str(questions)]
+        assert here("export", run, *how, "--to", tmp_path / "first").code == 0
+        shutil.rmtree(tmp_path / "first")
+
+    def meanwhile(path: Path, *args: Any, **more: Any) -> None:
+        write_atomic(path, *args, **more)
+        if {to.name, f".{to.name}.partial"} & {*path.parts}:
+            monkeypatch.undo()
+            other.append(here("export", run, *how, "--to", to).code)
+            raise ArtifactError("The disk is full.")
+
+    for module in ("formats.export", "formats.reward", "evaluation.official", "verbs.exporting"):
+        monkeypatch.setattr(import_module(f"selfsteer.{module}"), "write_atomic", meanwhile)
+    fails(here("export", run, *how, "--to", to), 3, "disk is full")
+    assert other in ([0], [3])
+    assert to.exists() == (other == [0])
+    assert to.exists() or here("export", run, *how, "--to", to).code == 0
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "reward", "mt-bench", "--model"])
+def test_nothing_is_exported_into_a_run_or_among_other_files(
+    smoke: Path, tmp_path: Path, here: Here, fmt: str
+) -> None:
+    how = ["--model"] if fmt == "--model" else ["--format", fmt]
+    run, link = shutil.copytree(smoke, tmp_path / "run"), tmp_path / "link"
+    link.symlink_to(run / "iteration-1")
+    before = sorted(run.rglob("*"))
+    for to in (run, run / "iteration-1" / "preferences", run / "new", link / "preferences"):
+        fails(here("export", smoke, *how, "--to", to), 2, f"is in the run folder {run}")
+    assert sorted(run.rglob("*")) == before
+    # LLaMA-Factory's folder is added to, and so are answers, whose files are named by the models
+    if fmt not in ("llama-factory", "llama-factory-sharegpt", "mt-bench"):
+        (tmp_path / "train.jsonl").write_text("mine")
+        fails(here("export", smoke, *how, "--to", tmp_path), 2, "is there already")
+        assert (tmp_path / "train.jsonl").read_text() == "mine"
+    assert not list(tmp_path.glob(".*partial"))
 
 
 def test_an_export_that_fails_leaves_what_was_there(

@@ -309,6 +309,42 @@ def test_nothing_is_written_through_a_link_out_of_a_run(
     assert not list(outside.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "{}"],
+        ["run", "{}", "--dry-run"],
+        ["run", "{}"],
+        ["preview", "{}"],
+        ["bench", "sampling", "{}"],
+        ["sweep", "{}", "training.beta=0.1,1"],
+        ["audit", "{}"],
+        ["benchmark", "{}", "--task", "ifeval"],
+        ["report", "{}"],
+    ],
+    ids=" ".join,
+)
+def test_a_recipe_that_is_a_link_out_of_its_run_is_not_read(
+    smoke: Path, tmp_path: Path, here: Here, command: list[str]
+) -> None:
+    (tmp_path / "secret").write_text("root:x:0:0:hidden words\n")
+    other = shutil.copytree(smoke, tmp_path / "other")
+    (other / "recipe.yaml").unlink()
+    (other / "recipe.yaml").symlink_to(tmp_path / "secret")
+    ended = here(*(part.format(other) for part in command))
+    fails(ended, 3, "recipe.yaml is a link that leads out of the run folder")
+    assert "hidden" not in ended.out + ended.err
+
+
+def test_an_audit_that_cannot_be_written_says_where_else(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    other = shutil.copytree(smoke, tmp_path / "other")
+    shutil.rmtree(other / "audit", ignore_errors=True)
+    (other / "audit").write_text("in the way")
+    fails(here("audit", other), 3, "audit cannot be written", "Choose another folder with --to")
+
+
 def test_no_file_outside_is_changed_through_a_link_in_a_run(
     smoke: Path, tmp_path: Path, here: Here
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message, Query, Verdict
 from selfsteer.engines import batch, openai
@@ -222,6 +223,27 @@ def test_a_run_that_is_killed_at_any_call_pays_nothing_twice(
             assert (counts["requests"], counts["prompt_tokens"]) == (6, 50)
         number += 1
     assert number == 14
+
+
+def test_a_file_is_read_again_only_where_it_has_changed(
+    server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[str]()
+
+    def noted(kind: Any, path: Path) -> Any:
+        read.append(path.name)
+        return read_json(kind, path)
+
+    monkeypatch.setattr(batch, "read_json", noted)
+    with asking(server.url, tmp_path) as engine:
+        for most in range(1, 5):
+            ask(engine, tmp_path, requests(most))
+        # the file of the batch that is refused is gone, and another one has its name
+        server.endings = [*[Ending()] * 4, FULL, Ending()]
+        ask(engine, tmp_path, requests(6))
+        ask(engine, tmp_path, requests(7))
+    assert read == [f"{i:05d}.json" for i in range(6)]
+    assert server.paid == {f"Query {i}": 1 for i in range(7)}
 
 
 def test_a_lost_reply_makes_no_second_batch(server: BatchServer, tmp_path: Path) -> None:

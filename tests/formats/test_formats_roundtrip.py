@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.data.reading import Imported, import_records
 from selfsteer.data.records import Message, Preference, Principles, Query, Triple
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import DataError
 from selfsteer.formats import export
 
 #: Texts that have broken somebody's format before.
@@ -188,23 +186,6 @@ def test_parquet_keeps_finish_reasons_and_comes_back_over_shards(tmp_path: Path,
     ]
     assert json.loads((tmp_path / "README.md").read_text()) == [names, exported.left_out]
     assert list(import_records(tmp_path).records) == [replace(p, extra={}) for p in given]
-
-
-@pytest.mark.parametrize(
-    "name", ["README.md", "data/train-00000-of-00009.parquet", "data/train-00008-of-00009.parquet"]
-)
-def test_parquet_replaces_nothing_of_others(tmp_path: Path, name: str) -> None:
-    foreign = tmp_path / name
-    foreign.parent.mkdir(exist_ok=True)
-    if name.endswith(".md"):
-        foreign.write_text("mine")
-    else:
-        pq.write_table(pa.table({"prompt": ["mine"]}), foreign)
-    before = foreign.read_bytes()
-    with pytest.raises(ConfigError, match=f"{foreign.name} is there already"):
-        export(preferences(0), "parquet", tmp_path, card=lambda *said: "ours")
-    assert foreign.read_bytes() == before
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [foreign]
 
 
 def test_parquet_keeps_the_features_where_there_are_any(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What may be named as a model: folders, hub ids with revisions, adapters, GGUF files."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -317,7 +318,9 @@ def test_attention_code_of_the_hub_needs_permission(
     config = json.loads((model / "config.json").read_text())
     for name in ("attn_implementation", "_attn_implementation"):
         (model / "config.json").write_text(json.dumps({**config, name: "org/kernel@main"}))
-        with pytest.raises(ArtifactError, match=r"attention code.*org/kernel.*trust_remote_code"):
+        with pytest.raises(
+            ArtifactError, match=r"org/kernel.*code from the hub.*trust_remote_code"
+        ):
             load_model(str(model), CPU)
         (model / "config.json").write_text(json.dumps({**config, name: "eager"}))
         assert load_model(str(model), CPU).model.config._attn_implementation == "eager"
@@ -365,6 +368,95 @@ def test_a_tokenizer_that_draws_lots_is_refused(
         model = altered(llama, "tokenizer.json", change)
         with said or nullcontext():
             load_chat(model, CPU)
+
+
+#: The package that fetches code from the hub for transformers; it notes what it is asked for.
+KERNELS = """
+import pathlib
+
+def get_kernel(name, *args, **more):
+    with open(pathlib.Path(__file__).with_name("asked"), "a") as file:
+        file.write(name + "\\n")
+    raise FileNotFoundError(name)
+
+def use_kernel_forward_from_hub(*args, **more):
+    return lambda made: made
+
+use_kernelized_func = use_kernel_forward_from_hub
+
+class Nothing:
+    def __call__(self, *args, **more): return self
+    def __getattr__(self, name): return self
+    def __or__(self, other): return self
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Nothing()
+"""
+
+LOADS = """
+import json, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+from transformers.utils import is_kernels_available
+from selfsteer.errors import ArtifactError
+from selfsteer.models.load import load_model
+from selfsteer.recipe.sections import Loading
+
+assert is_kernels_available()
+model, asked = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+config = json.loads((model / "config.json").read_text())
+for more in json.loads(sys.argv[3]):
+    (model / "config.json").write_text(json.dumps({**config, **more}))
+    for trust in (False, True):
+        said = "loaded"
+        try:
+            load_model(str(model), Loading(device="cpu", dtype="float32", trust_remote_code=trust))
+        except ArtifactError as e:
+            said = str(e)
+        print(json.dumps([trust, said, asked.read_text().split() if asked.exists() else []]))
+        asked.unlink(missing_ok=True)
+"""
+
+
+def test_no_config_has_code_fetched_where_the_package_kernels_is_there(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    write_atomic(tmp_path / "lib" / "kernels" / "__init__.py", KERNELS)
+    about = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    write_atomic(tmp_path / "lib" / "kernels-0.18.2.dist-info" / "METADATA", about)
+    configs: list[dict[str, Any]] = [
+        {},
+        {"attn_implementation": "sdpa"},
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_3"},
+        {"attn_implementation": "paged|flash_attention_2"},
+        {"attn_implementation": {"": "flash_attention_2"}},
+        {"attn_implementation": "kernels-community/flash-attn2"},
+        {"_attn_implementation": "org/kernel@main:attend"},
+        {"per_layer_config": {"0": {"_attn_implementation": "flash_attention_2"}}},
+        {"per_layer_config": {"1": {"_attn_implementation_internal": "org/kernel"}}},
+        {"experts_implementation": "sonicmoe"},
+    ]
+    asked = tmp_path / "lib" / "kernels" / "asked"
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADS, str(model), str(asked), json.dumps(configs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "lib"), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    told = [(said, fetched) for trust, said, fetched in rows if not trust]
+    assert [fetched for _, fetched in told] == [[]] * len(configs)
+    assert [said for said, _ in told[:2]] == ["loaded"] * 2
+    for said, _ in told[2:]:
+        assert "code from the hub" in said
+        assert "trust_remote_code: true" in said
+    fetched = {name for trust, _, names in rows if trust for name in names}
+    assert {"kernels-community/flash-attn2", "org/kernel"} <= fetched, "with permission, it is"
 
 
 def test_merging_removes_nothing_that_is_there(

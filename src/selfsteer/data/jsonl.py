@@ -243,26 +243,35 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     there = folder.is_dir()  # if empty, perhaps a mount point: nothing can take its place
     partial = folder / ".partial" if there else folder.with_name(f".{folder.name}.partial")
-    if folder.exists() and (not there or {*folder.iterdir()} - {partial}):
-        raise ConfigError(f"{folder} is there already; choose another, or move it away.")
-    with disk_errors(folder):
+
+    def refuse_used() -> None:
+        if folder.exists() and (not there or {*folder.iterdir()} - {partial}):
+            raise ConfigError(f"{folder} is there already; choose another, or move it away.")
+
+    refuse_used()
+    with disk_errors(folder, "folder"):
         partial.mkdir(parents=True, exist_ok=True)
-    held = os.open(partial, os.O_RDONLY)
+    busy = ArtifactError(
+        f"Another process writes {folder} now. Wait for it, or choose another folder."
+    )
     try:
-        busy = False
+        held = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:  # it has just become the folder
+        raise busy from None
+    try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            busy = e.errno in (errno.EWOULDBLOCK, errno.EACCES)
-        if busy or not _is_still(partial, held):
-            raise ArtifactError(
-                f"Another process writes {folder} now. Wait for it, or choose another folder."
-            )
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise busy from None
+        if not _is_still(partial, held):
+            raise busy
         for left in partial.iterdir():  # by a kill
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         with all_or_nothing(partial):
+            refuse_used()  # by one that ended while this one began
             yield partial
-            with disk_errors(folder):
+            with disk_errors(folder, "folder"):
                 if there:
                     for path in partial.iterdir():
                         path.replace(folder / path.name)
@@ -274,8 +283,27 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write into one paragraph."""
+def filling(folder: Path) -> Iterator[Path]:
+    """As `replacing_folder`; a folder that holds something is filled itself, and nothing removed.
+
+    Raises:
+        ArtifactError: as `replacing_folder`.
+    """
+    if folder.is_dir() and {*folder.iterdir()} - {folder / ".partial"}:
+        yield folder
+        return
+    with replacing_folder(folder) as partial:
+        yield partial
+
+
+@contextmanager
+def disk_errors(path: Path, other: str = "runs_dir") -> Iterator[None]:
+    """Turns the system's refusal to write into one paragraph.
+
+    Args:
+        path: what is written.
+        other: what a person chooses to have it written elsewhere.
+    """
     try:
         yield
     except Exception as e:
@@ -298,7 +326,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise ArtifactError(
-                f"{path} cannot be written ({e.strerror}). Choose another runs_dir or fix the "
+                f"{path} cannot be written ({e.strerror}). Choose another {other} or fix the "
                 "folder's permissions."
             ) from e
         raise

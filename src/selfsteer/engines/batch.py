@@ -121,6 +121,8 @@ class BatchEngine(OpenAIEngine):
     def __init__(self, folder: Path, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._folder = folder
+        #: file → inode and time when it was read, and what it said
+        self._read_at = dict[Path, tuple[tuple[int, int], Batch]]()
         self._waiting = set[str]()
 
     @override
@@ -168,7 +170,7 @@ class BatchEngine(OpenAIEngine):
             named = {k: v for k, v in made[0].items() if k not in (BUDGET, NEW_BUDGET)}
             key = digest([request.id, named, sampling.max_new_tokens, self._extra])
             open_[key] = Asked(request, *made)
-        kept = kept_in(self._folder)
+        kept = self._read_kept()
         earlier = await self._earlier(open_, kept)
         # what is no longer open was answered
         answered = any(
@@ -597,6 +599,17 @@ class BatchEngine(OpenAIEngine):
         if isinstance(found, str) and ID.fullmatch(found) and self._hidden(found) == found:
             return found
         raise Fault("malformed_batch", f"its {name} is none")
+
+    def _read_kept(self) -> list[Batch]:
+        """As `kept_in`, but a file that has not changed since is not read again."""
+        found = {}
+        for path in sorted(self._folder.glob("[0-9]*.json")):
+            stat = path.stat()
+            now = stat.st_ino, stat.st_mtime_ns
+            then, batch = self._read_at.get(path, (None, None))
+            found[path] = now, batch if batch and then == now else read_json(Batch, path)
+        self._read_at = found
+        return [batch for _, batch in found.values()]
 
     def _path(self, batch: Batch) -> Path:
         return self._folder / f"{batch.number:05d}.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.data.digests import digest
-from selfsteer.data.jsonl import dump_lines, write_atomic
+from selfsteer.data.jsonl import dump_lines, filling, write_atomic
 from selfsteer.evaluation.questions import Answered, Question
 
 #: Style → file of a model's answers.
@@ -87,14 +87,16 @@ def write_official(
     """
     paths: list[Path] = []
     left_out: Counter[str] = Counter()
-    for model, found in answers.items():
-        rows = [_row(style, model, q, found[q.id]) for q in questions if not found[q.id].missing]
-        if len(rows) < len(questions):
-            left_out[model] = len(questions) - len(rows)
-        path = folder / FILES[style].format(model=model)
-        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-        write_atomic(path, text if path.suffix == ".json" else dump_lines(rows))
-        paths.append(path)
+    with filling(folder) as place:
+        for model, found in answers.items():
+            given = [q for q in questions if not found[q.id].missing]
+            rows = [_row(style, model, q, found[q.id]) for q in given]
+            if len(rows) < len(questions):
+                left_out[model] = len(questions) - len(rows)
+            name = FILES[style].format(model=model)
+            text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+            write_atomic(place / name, text if name.endswith(".json") else dump_lines(rows))
+            paths.append(folder / name)
     commands = COMMANDS[style].format(
         folder=shlex.quote(str(folder.absolute())), models=" ".join(answers)
     )

@@ -28,10 +28,6 @@ ROWS_PER_SHARD = 20_000
 #: Rows that are Python objects at a time, and a row group of Parquet.
 ROWS_TOGETHER = 1000
 
-#: Shards of Parquet in their folder, and the columns that each of them has.
-SHARDS = "train-*-of-*.parquet"
-COLUMNS = ("id", "prompt", "chosen", "rejected", "finish_reasons")
-
 Row = dict[str, Any]
 #: Names of the models that wrote the chosen and the rejected answers, if known.
 Models = tuple[str, str] | None
@@ -262,8 +258,7 @@ def export(
         rows_per_file: of parquet.
 
     Raises:
-        ConfigError: no such format, a name that cannot be a file's, or a data set or a page of
-            somebody else where parquet is to be written.
+        ConfigError: no such format, or a name that cannot be a file's.
         DataError: nothing to export, or a ``dataset_info.json`` that cannot be added to.
     """
     if fmt not in FORMATS:
@@ -285,7 +280,6 @@ def export(
     lost = Counter(dict.fromkeys((what for what, _ in form.losses), 0))
     rows = (row for record in _noted(taken, form, lost, count) for row in form.rows(record, models))
     if fmt == "parquet":
-        _refuse_foreign(folder, with_card=card is not None)
         features = any("features" in p.extra for p in records)
         paths = _write_parquet(rows, folder, count, rows_per_file, features=features)
     elif fmt == "authors":
@@ -323,30 +317,6 @@ def _said(lost: Mapping[str, int], count: int) -> list[str]:
     return [f"{n:,} of {count:,} records: {what}." for what, n in lost.items() if n]
 
 
-def _refuse_foreign(folder: Path, *, with_card: bool) -> None:
-    """Raises ConfigError where shards or a card are not of an earlier export: they would go."""
-    shards, card = sorted((folder / "data").glob(SHARDS)), folder / "README.md"
-    foreign = [path for path in shards if not _is_ours(path)]
-    if with_card and not shards and card.exists():
-        foreign = [card]
-    if foreign:
-        raise ConfigError(
-            f"{foreign[0]} is there already and is of no earlier export, which this one would "
-            "replace. Give the data set a folder of its own, or move that file away."
-        )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether an export wrote these rows, by their columns."""
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    try:
-        return pq.read_schema(path).names[: len(COLUMNS)] == list(COLUMNS)
-    except ArrowException:
-        return False
-
-
 def _write_parquet(
     rows: Iterator[Row], folder: Path, count: int, per_file: int, *, features: bool
 ) -> list[Path]:
@@ -355,8 +325,8 @@ def _write_parquet(
     import pyarrow.parquet as pq
 
     chat = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    reasons = pa.struct({"chosen": pa.string(), "rejected": pa.string()})
-    columns = dict(zip(COLUMNS, (pa.string(), chat, chat, chat, reasons), strict=True))
+    columns = {"id": pa.string(), "prompt": chat, "chosen": chat, "rejected": chat}
+    columns["finish_reasons"] = pa.struct({"chosen": pa.string(), "rejected": pa.string()})
     if features:
         columns["features"] = pa.list_(pa.string())
     schema, files = pa.schema(columns), -(-count // per_file)
@@ -367,7 +337,7 @@ def _write_parquet(
             for part in batched(islice(rows, per_file), ROWS_TOGETHER):
                 writer.write_table(pa.Table.from_pylist(part, schema))
         write_atomic(path, buffer.getvalue())
-    for old in set((folder / "data").glob(SHARDS)) - set(paths):
+    for old in set((folder / "data").glob("train-*-of-*.parquet")) - set(paths):
         old.unlink()
     return paths
 

@@ -74,7 +74,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
                 f"{_advice(str(e), base, given=given is not None)}"
             ) from e
         check_finite(plain, str(adapter))
-        with disk_errors(output):
+        with disk_errors(output, "folder"):
             save_model(plain, chat, partial, dtype)
     return base
 

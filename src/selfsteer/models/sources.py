@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers import (
     AutoTokenizer,
     modeling_gguf_pytorch_utils,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, is_kernels_available
 from transformers.utils.logging import disable_progress_bar
 
 from selfsteer.data.digests import (
@@ -53,6 +53,10 @@ NAME_MAX = 255
 
 #: Quantised formats under which adapters can be trained, and the package that each needs.
 BACKENDS = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel"}
+
+#: What computes attention and experts without code from elsewhere. For other names, such as
+#: flash_attention_2, transformers has the package kernels fetch code from the hub.
+BUILT_IN = {"", "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
 
 # a bar per checkpoint shard says nothing beside the stage's own
 disable_progress_bar()
@@ -289,12 +293,12 @@ def load_whole(
             values that are not finite; each is named.
     """
     if not settings.trust_remote_code and not Path(source).is_file():
-        for code in _attention_of(pretrained(AutoConfig, "config", source, settings)):
-            if "/" in code:
+        for name, code in _implementations(pretrained(AutoConfig, "config", source, settings)):
+            if "/" in code or (code not in BUILT_IN and is_kernels_available()):
                 raise ArtifactError(
-                    f"The config of {source} asks for attention code from the hub, {short(code)}. "
-                    "Remove attn_implementation from its config.json or, if you trust its author, "
-                    "set trust_remote_code: true."
+                    f"The config of {source} sets {name} to {short(code)}, which may be code from "
+                    "the hub. Remove it from its config.json or, if you trust its author, set "
+                    "trust_remote_code: true."
                 )
     more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = pretrained(kind, what, source, settings, **more)
@@ -322,11 +326,15 @@ def load_whole(
     return model
 
 
-def _attention_of(config: Any) -> Iterator[str]:
-    """The implementations of attention that a config asks for, for itself and its parts."""
-    yield str(config._attn_implementation or "")
-    for part in filter(None, (getattr(config, name, None) for name in config.sub_configs)):
-        yield from _attention_of(part)
+def _implementations(config: Any) -> Iterator[tuple[str, str]]:
+    """What computes attention and experts by a config, for itself, its parts and its layers."""
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else ()
+    for part in filter(None, [*parts, *layers]):
+        yield from _implementations(part)
+    for name in ("attn_implementation", "experts_implementation"):
+        with suppress(RuntimeError):  # the layers differ in it, and nothing reads it of the whole
+            yield name, str(getattr(config, f"_{name}", None) or "")
 
 
 def _few(names: Iterable[str]) -> str:

@@ -124,6 +124,21 @@ def check_files(folder: Path) -> None:
             raise ArtifactError(f"{path} {ENDLESS}.")
 
 
+def recipe_file(folder: Path) -> Path:
+    """The recipe in a run folder, as it was given; it need not be there.
+
+    Raises:
+        ArtifactError: it is a link that leads out of the folder: errors would quote what is there.
+    """
+    path = folder / "recipe.yaml"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link that leads out of the run folder, and what it leads to may not be "
+            "meant to be shown. Put the recipe itself there."
+        )
+    return path
+
+
 class RunFolder:
     """One run's folder; made on first use, locked while a process works in it."""
 
@@ -175,14 +190,17 @@ class RunFolder:
                 os.environ[DAY] = before
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, other: str = "runs_dir") -> Iterator[None]:
         """Holds the folder for this process.
+
+        Args:
+            other: what a person chooses where it cannot be written.
 
         Raises:
             ArtifactError: another process works in it; says which.
         """
         check_files(self.path)
-        with disk_errors(self.path):
+        with disk_errors(self.path, other):
             self.path.mkdir(parents=True, exist_ok=True)
             (self / "lock").touch()
         with self._held("r+", fcntl.LOCK_EX) as file:

@@ -70,7 +70,7 @@ def audit(
             )
         run = RunView.open(folder)
         recipe = aligning(run.recipe)
-        given = merge(load_values(str(folder / "recipe.yaml")), settings or [])
+        given = merge(load_values(str(run.recipe_file)), settings or [])
         given = {name: given[name] for name in Settings.model_fields if name in given}
         if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")

@@ -139,11 +139,11 @@ def run_audit(s: Subjects) -> dict[str, Any]:
     Raises:
         ConfigError: the engine cannot answer with every model.
         DataError: no query is left.
-        ArtifactError: another process audits into the folder.
+        ArtifactError: another process audits into the folder, or it cannot be written.
     """
     check_served(s.settings.sampling.engine, map(resolve_path, s.models.values()), s.folder)
     # principles and answers are kept there as they come
-    with RunFolder(s.folder).locked():
+    with RunFolder(s.folder).locked("folder with --to"):
         return _audited(s)
 
 

@@ -76,7 +76,7 @@ def benchmark(
     stage = _stage(models, named, [*given, *(settings or [])], trust)
     list(stage.check())
     folder = RunFolder(to)
-    with folder.locked():
+    with folder.locked("folder with --to"):
         stage.run(folder)
     if as_json:
         out.print_json((to / "benchmarks.json").read_text("utf-8"))
@@ -90,11 +90,12 @@ def _stage(
     """These benchmarks, with the settings of the first run's recipe if it is a run."""
     from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
     from selfsteer.recipe.sections import BenchmarkConfig
+    from selfsteer.run.folder import recipe_file
     from selfsteer.stages.benchmark import RunBenchmarks
 
     sections = tuple(BenchmarkConfig.model_fields)
     check_sections(settings, sections, "benchmark")
-    recipe = Path(models[0]) / "recipe.yaml"
+    recipe = recipe_file(Path(models[0]))
     values = load_values(str(recipe)) if recipe.is_file() else {"policy": {"model": models[0]}}
     given = {name: value for name, value in values.items() if name in sections}
     given["benchmarks"] = {k: [read_yaml(v) for v in vs] for k, vs in named.items() if vs}
@@ -167,7 +168,6 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
         ConfigError: no question file is named, and the run has judged no set of that style, or
             several.
     """
-    from selfsteer.data.jsonl import all_or_nothing
     from selfsteer.evaluation.official import write_official
     from selfsteer.recipe.sections import Benchmarks, JudgedSet
     from selfsteer.run.folder import RunFolder
@@ -196,5 +196,4 @@ def export_answers(run: "RunView", style: str, questions: Path | None, to: Path)
     with RunFolder(run.folder).locked():
         asked, given = stage.answers(sets[0], run.folder, {})
     named = {f"{recipe.name}-{label}": found for label, found in given.items()}
-    with all_or_nothing(to):
-        return write_official(style, asked, named, to)
+    return write_official(style, asked, named, to)

@@ -177,15 +177,17 @@ def load_recipe(
 
     from selfsteer.methods import recipe_of
     from selfsteer.recipe.read import load_values, merge
+    from selfsteer.run.folder import recipe_file
 
     folder = Path(recipe)
-    if (folder / "recipe.yaml").is_file():
+    is_run = (folder / "recipe.yaml").is_file()
+    if is_run:
         here = folder.absolute()
         overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
-        recipe = str(folder / "recipe.yaml")
+        recipe = str(recipe_file(folder))
     values = merge(load_values(recipe), overrides)
     checked = recipe_of(values, f"recipe {recipe}")
-    if (folder / "recipe.yaml").is_file():
+    if is_run:
         check_trust(folder, checked, trust)
     return checked, yaml.safe_load(yaml.safe_dump(values))
 

@@ -71,11 +71,11 @@ def export(
             "--model takes neither --queries-license nor a --format other than gguf: those are for "
             "data."
         )
-    from selfsteer.data.jsonl import all_or_nothing
     from selfsteer.formats.gguf import converter
-    from selfsteer.verbs.exporting import export_model, export_round
+    from selfsteer.verbs.exporting import check_outside, export_model, export_to
     from selfsteer.view import RunView
 
+    check_outside(to)
     of = RunView.open(run).round(iteration, baseline=baseline)
     if model:
         again = f"selfsteer export {shlex.quote(str(run))} --model --format gguf --to "
@@ -83,10 +83,9 @@ def export(
         folder = str(export_model(of, to, command))
         emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
         return
-    with all_or_nothing(to):
-        if fmt == "reward":
-            check_trust(run, of.recipe.policy, trust)
-        exported = export_round(of, fmt or "trl", to, queries_license, trust=trust)
+    if fmt == "reward":
+        check_trust(run, of.recipe.policy, trust)
+    exported = export_to(to, of, fmt or "trl", queries_license, trust=trust)
     paths = list(map(str, exported.paths))
     result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
     emit(result, as_json, _print)
@@ -103,8 +102,10 @@ def _export_answers(
 ) -> None:
     """Writes answers, and prints the commands that run the official tool on them."""
     from selfsteer.verbs.benchmark import export_answers
+    from selfsteer.verbs.exporting import check_outside
     from selfsteer.view import RunView
 
+    check_outside(to)
     opened = RunView.open(run)
     check_trust(run, opened.recipe.policy, trust)
     check_trust(run, aligning(opened.recipe).sampling, trust)

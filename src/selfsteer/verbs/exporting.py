@@ -5,7 +5,14 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import Records, Stored, disk_errors, replacing_folder, write_atomic
+from selfsteer.data.jsonl import (
+    Records,
+    Stored,
+    disk_errors,
+    filling,
+    replacing_folder,
+    write_atomic,
+)
 from selfsteer.data.records import Triple
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.formats import FORMATS, Exported, export
@@ -13,10 +20,40 @@ from selfsteer.formats.cards import dataset_card, model_card, public_name
 from selfsteer.formats.gguf import convert, modelfile
 from selfsteer.methods import Paired, Principled
 from selfsteer.recipe.sections import ContrastRanking, resolve_path
-from selfsteer.run.folder import RunFolder
+from selfsteer.run.folder import LEDGER, RunFolder
 from selfsteer.stages.filter import named_features, names_safety
 from selfsteer.terminal import progress_bar, say
 from selfsteer.view import RoundView
+
+
+def check_outside(to: Path) -> None:
+    """Refuses to export into a run folder: a run would take the files for its own.
+
+    Raises:
+        ConfigError: the folder is one, or in one.
+    """
+    for folder in (to.resolve(), *to.resolve().parents):
+        if (folder / LEDGER).exists():
+            raise ConfigError(
+                f"{to} is in the run folder {folder}, and the run would take what is exported for "
+                "its own. Give a folder outside of it."
+            )
+
+
+def export_to(
+    folder: Path, of: RoundView, fmt: str, queries_license: str | None, *, trust: bool
+) -> Exported:
+    """`export_round` into a folder that appears whole; LLaMA-Factory's own is added to.
+
+    Raises:
+        ConfigError: as `export_round`, or the folder holds something else.
+        ArtifactError: as `export_round`, or another process exports there now.
+    """
+    shared = fmt in FORMATS and FORMATS[fmt].entry is not None
+    with (filling if shared else replacing_folder)(folder) as place:
+        exported = export_round(of, fmt, place, queries_license, trust=trust)
+    paths = [folder / path.relative_to(place) for path in exported.paths]
+    return Exported(paths, exported.count, exported.left_out)
 
 
 def export_round(
@@ -167,7 +204,7 @@ def export_model(of: RoundView, folder: Path, converter: list[str] | None = None
             "not be meant for others. Put the file itself there."
         )
     with (
-        disk_errors(folder),
+        disk_errors(folder, "folder"),
         replacing_folder(folder) as partial,
         progress_bar("copy", len(files)) as bar,
     ):
