@@ -25,10 +25,10 @@ from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import Records, Stored, lines, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, short, some
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, Recipe
-from selfsteer.recipe.read import choose, method_of, subsections, validate
+from selfsteer.recipe.read import choose, load_values, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
 from selfsteer.run.folder import LEDGER, RunFolder, check_files, logged, read_ledger
@@ -232,6 +232,33 @@ def _asked(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         inner = subsections(known.annotation) if known else []
         out[name] = _asked(inner[0], value) if inner and isinstance(value, dict) else value
+    return out
+
+
+def _changed(path: Path, resolved: Mapping[str, Any], methods: Sequence[type[Recipe]]) -> list[str]:
+    """Settings that a recipe leaves open, and that stand otherwise in what was made of it then."""
+    try:
+        given = load_values(str(path))
+        now = validate(choose(methods, given, str(path)), given, str(path), methods)
+    except ConfigError:
+        return []
+    asked, here = _dotted(given), _dotted(now.model_dump(mode="json"))
+    return [
+        f"{key} is {short(value)} there, "
+        + (f"{short(here[key])} here" if key in here else "and unknown here")
+        for key, value in _dotted(resolved).items()
+        if key not in asked and (key not in here or here[key] != value)
+    ]
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values by their dotted keys."""
+    out = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= _dotted(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
     return out
 
 
@@ -516,6 +543,11 @@ class RunView:
             asked = {**_asked(model, values), "method": method_of(model)}
             recipe: Any = validate(model, asked, str(resolved), methods)
         except ConfigError as e:
+            if changed := _changed(folder / "recipe.yaml", values, methods):
+                raise ArtifactError(
+                    f"{resolved} was written by another version of selfsteer, whose defaults are "
+                    f"not those of this one: {some(changed)}. Read the run with that version."
+                ) from None
             raise ArtifactError(
                 f"{e} The file is damaged, or another version of selfsteer wrote it: restore it "
                 "from a copy, or read the run with that version."
