@@ -16,7 +16,7 @@ from selfsteer.report.browser import embedded
 from selfsteer.report.figures import Drawing, figures, picture, svg_inline
 from selfsteer.report.logprobs import likelihoods
 from selfsteer.report.page import render, render_text
-from selfsteer.report.tables import about, sentence
+from selfsteer.report.tables import about, compared, sentence
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.view import RunView
 
@@ -138,7 +138,7 @@ def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> d
     ]
     versions = next((s.versions for s in reversed(run.stages) if s.versions), {})
     return {
-        "title": f"{run.recipe.name}: {' against '.join(run.methods)}",
+        "title": f"{run.recipe.name}: {compared(run)}",
         "name": run.recipe.name,
         "subtitle": subtitle(run),
         "headline": headline(run),

@@ -85,11 +85,19 @@ def counts(of: Mapping[str, int]) -> str:
 # -- results ---------------------------------------------------------------------------------------
 
 
+def compared(run: RunView) -> str:
+    """``sso``, or ``sso compared with pbaa, dlma and contrast`` where there are baselines."""
+    method, *baselines = run.methods
+    *others, last = baselines or [""]
+    both = " and ".join(filter(None, (", ".join(others), last)))
+    return f"{method} compared with {both}" if baselines else method
+
+
 def about(run: RunView) -> str:
-    """``sso against pbaa, 2 iterations, seed 0``."""
+    """``sso compared with pbaa, 2 iterations, seed 0``."""
     rounds = run.recipe.last_round
     iterations = f"{rounds} iteration{'s' if rounds > 1 else ''}, " if rounds else ""
-    return f"{' against '.join(run.methods)}, {iterations}seed {run.recipe.seed}"
+    return f"{compared(run)}, {iterations}seed {run.recipe.seed}"
 
 
 def decision(mine: str, theirs: str, figure: Interval, zero: float = 0.0) -> str:
