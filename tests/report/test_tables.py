@@ -38,6 +38,28 @@ def test_what_stages_warned_of_is_shown_wherever_a_run_is(
     assert tables.warnings(run) in result["sheets"]
 
 
+def test_stages_say_how_long_they_took_and_how_principles_came_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage that has not ended says so where its time will stand, not among the drops."""
+    tried = {"first_try": {"written": 20}, "retry": {"written": 3}, "sources": {"written": 23}}
+    lines = [
+        entry("finish", "queries", "ReadQueries", seconds=0.19463),
+        entry("finish", "iteration-1/principles", "WritePrinciples", seconds=5000.0,
+              notes={"sources": {"picked": 24}}),
+        entry("finish", "iteration-2/principles", "WritePrinciples", round=2, notes=tried),
+        entry("begin", "iteration-1/triples", "Sample"),
+    ]  # fmt: skip
+    run = RunView.open(make(tmp_path, dump_lines(lines), "iterations=2"))
+    assert [row[-1] for row in tables.stages(run).rows] == ["0 s", "83 min", "2 s", "not finished"]
+    assert tables.stages(run).rows[-1][:-1] == ("iteration-1/triples", None, None, None)
+    summary.print_show(run)
+    said = capsys.readouterr().out
+    assert "iteration-1/principles: 24 picked\n" in said
+    first = "iteration-2/principles: first try 20 written; retry 3 written; in the end 23 written"
+    assert first in " ".join(said.split())
+
+
 def evaluated(folder: Path) -> RunView:
     """SSO beside PBAA, on 10 held-out queries, by one rule."""
     run = make(folder, "", "baseline=pbaa", "judge=checks:style.yaml")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from selfsteer.evaluation.benchmark_table import notes, tables
 from selfsteer.judges.stats import Interval
-from selfsteer.terminal import interval, out, table
+from selfsteer.terminal import duration, interval, out, table
 from selfsteer.view import Answers, RewardPart, RunView, SetFigures
 
 PAIR = ("chosen", "rejected")
@@ -299,9 +299,9 @@ def warnings(run: RunView) -> Sheet:
 def stages(run: RunView) -> Sheet:
     """Every stage with its counts."""
     rows = [
-        (s.name, s.n_in, s.n_out, counts(s.dropped), s.seconds)
+        (s.name, s.n_in, s.n_out, counts(s.dropped), duration(s.seconds))
         if s.done
-        else (s.name, None, None, "unfinished", None)
+        else (s.name, None, None, None, "not finished")
         for s in run.stages
     ]
-    return Sheet("Stages", ("stage", "in", "out", "dropped", "seconds"), rows)
+    return Sheet("Stages", ("stage", "in", "out", "dropped", "time"), rows)
