@@ -73,7 +73,8 @@ def test_a_real_model_takes_the_house_style(tmp_path: Path, smollm2: Path) -> No
     assert len(kept) == 3, said
     assert all(float(share) > 0 for both in kept for share in both), said
     base, after, model = re.split(r"^(?:base|sso/iteration-1|the model): ", said, flags=re.M)[1:]
-    assert base.strip() and after.strip()
+    assert base.strip()
+    assert after.strip()
     assert model.strip() == "runs/house-style/iteration-1/policy"
     shape = json.loads((tmp_path / model.strip() / "config.json").read_text())
     assert shape["num_hidden_layers"] == 30
