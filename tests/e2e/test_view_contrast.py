@@ -195,4 +195,11 @@ def test_columns_without_a_figure_are_left_out(
             "all => all.filter((o) => o.value && !o.disabled).map((o) => o.value.split(' ')[0])"
         )
         assert set(offered) == {figures[head] for head in heads[2:]} - {"verdict"}
+        # a triple that is opened from the top of the page leaves the heading where it is
+        visit.page.locator("#browser-list a").first.click()
+        visit.page.wait_for_selector("#browser-triple .card")
+        heading, head = (visit.page.locator(x).bounding_box() for x in ("h1", ".top"))
+        assert heading is not None
+        assert head is not None
+        assert heading["y"] >= head["y"] + head["height"]
         assert visit.said == []

@@ -106,6 +106,26 @@ def test_each_rule_stands_with_its_shares_before_and_after(
     assert "| (cut off by the token budget) | 10 | 0.900 | 0.200 |  |" in card
 
 
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ([0.026, 0.015, 0.037], "sso scores 0.026 [0.015, 0.037] more than pbaa"),
+        ([-0.035, -0.047, -0.023], "sso scores 0.035 [0.023, 0.047] less than pbaa"),
+        ([0.01, 0.0, 0.02], "sso and pbaa cannot be told apart by score: +0.010 [+0.000, +0.020]"),
+        ([0.2, None, None], "sso - pbaa: +0.200 in score: one query decides nothing"),
+    ],
+)
+def test_the_result_is_a_sentence(tmp_path: Path, figure: list[float | None], said: str) -> None:
+    folder = evaluated(tmp_path).folder
+    path = folder / "evaluation.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "differences": [{"of": "sso - pbaa", "score": figure}]}))
+    run = RunView.open(folder)
+    assert tables.sentence(run).startswith(f"{said}.")
+    assert content(run, [], [])["headline"] == tables.sentence(run)
+    assert "sso compared with pbaa, 1 iteration" in content(run, [], [])["subtitle"]
+
+
 def test_a_column_that_holds_nothing_is_left_out(tmp_path: Path) -> None:
     run = evaluated(tmp_path)
     assert tables.results(run).columns == ["model", "score", "tokens", "time, s"]

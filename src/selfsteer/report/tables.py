@@ -115,14 +115,22 @@ def sentence(run: RunView) -> str:
         return ""
     if found[0].score[1] is None:
         return f"{found[0].of}: {found[0].score[0]:+.3f} in score: one query decides nothing."
-    said = []
-    for d in found:
-        mine, _, theirs = d.of.partition(" - ")
-        said.append(f"{d.of}: {interval(d.score)}, {decision(mine, theirs, d.score)}")
+    said = "; ".join(_apart(*d.of.split(" - "), d.score) for d in found)
     return (
-        f"In score, paired by query, on this seed: {'; '.join(said)}. The interval is over "
-        "queries; training seeds vary more."
+        f"{said}. Differences are paired by query, with 95 % intervals over queries; training "
+        "seeds vary more."
     )
+
+
+def _apart(mine: str, theirs: str, figure: Interval) -> str:
+    """``sso scores 0.026 [0.015, 0.037] more than pbaa``."""
+    mean, low, high = figure
+    assert low is not None
+    assert high is not None
+    if decision(mine, theirs, figure) == "undecided":
+        return f"{mine} and {theirs} cannot be told apart by score: {interval(figure)}"
+    size, way = (figure, "more") if low > 0 else ((-mean, -high, -low), "less")
+    return f"{mine} scores {interval(size, '.3f')} {way} than {theirs}"
 
 
 #: The row below the rules.

@@ -4,6 +4,7 @@
   const PAGE = start.rows ? 20 : 50; // in a report it is one section of many
   const STRONGEST = 6; // nats at which a token has the full colour
   const ODD = 4; // nats beyond which it is underlined
+  const HEAD = 56; // pixels below the page's head, which stays on top
   const MOST = 5; // words that the principles like best, and least
   const form = byId("browser-filter");
   const list = byId("browser-list");
@@ -350,7 +351,8 @@
     const opened = state.id != null;
     for (const node of [list, form, form.nextElementSibling]) node.hidden = opened;
     detail.hidden = !opened;
-    if (opened && before.id !== state.id) byId("browser").scrollIntoView({ block: "start" });
+    const { top } = byId("browser").getBoundingClientRect();
+    if (opened && before.id !== state.id && (top < HEAD || top > innerHeight / 2)) byId("browser").scrollIntoView({ block: "start" });
     else if (!opened && before.id != null) list.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "center" });
   };
 
