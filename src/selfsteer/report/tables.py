@@ -248,7 +248,7 @@ def quality(run: RunView) -> Sheet:
     for found, kind, f in run.measured:
         gap = f.steering_gap or {}
         records = f.of if f.pairs == f.of else f"{f.pairs:,} of {f.of:,}"
-        row: list[Cell] = [f"{found.method} {found.k} {kind}", records, f.accuracy]
+        row: list[Cell] = [f"{found.label} {kind}", records, f.accuracy]
         row += [*(f.on_policyness[r] for r in PAIR), gap.get("good"), gap.get("bad")]
         rows.append([*row, *(f.tokens[r] for r in PAIR)])
     columns = ("set", "records", "accuracy", "on-policy chosen", "rejected", "gap good", "bad",
@@ -258,7 +258,7 @@ def quality(run: RunView) -> Sheet:
 
 def verdicts(run: RunView) -> Sheet:
     """Every verdict class of every judged set, unparseable included."""
-    sets = {f"{r.method} {r.k} {kind}": f.verdicts for r, kind, f in run.measured}
+    sets = {f"{r.label} {kind}": f.verdicts for r, kind, f in run.measured}
     for label, answers in run.evaluation.models.items() if run.evaluation else ():
         sets[f"{label} against base"] = answers.verdicts
     judged = {label: v for label, v in sets.items() if v}
@@ -307,9 +307,9 @@ def warnings(run: RunView) -> Sheet:
 def stages(run: RunView) -> Sheet:
     """Every stage with its counts."""
     rows = [
-        (s.name, s.n_in, s.n_out, counts(s.dropped), duration(s.seconds))
+        (s.name, s.n_in, s.n_out, counts(s.dropped) or None, duration(s.seconds))
         if s.done
         else (s.name, None, None, None, "not finished")
         for s in run.stages
     ]
-    return Sheet("Stages", ("stage", "in", "out", "dropped", "time"), rows)
+    return Sheet("Stages", ("stage", "in", "out", "dropped", "time"), rows).filled
