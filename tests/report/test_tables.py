@@ -10,9 +10,10 @@ from selfsteer.data.jsonl import dump_lines
 from selfsteer.formats.cards import model_card
 from selfsteer.report import summary, tables
 from selfsteer.report.document import content
+from selfsteer.report.page import render_text
 from selfsteer.view import RunView
 from tests.make import entry
-from tests.test_view import make
+from tests.test_view import FIGURES, make
 
 
 def test_what_stages_warned_of_is_shown_wherever_a_run_is(
@@ -125,6 +126,29 @@ def test_the_result_is_a_sentence(tmp_path: Path, figure: list[float | None], sa
     assert tables.sentence(run).startswith(f"{said}.")
     assert content(run, [], [])["headline"] == tables.sentence(run)
     assert "sso compared with pbaa, 1 iteration" in content(run, [], [])["subtitle"]
+
+
+def test_without_a_baseline_the_result_is_that_against_base(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path).folder
+    path = folder / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["models"]["sso/iteration-1"] |= {"score": [0.7, 0.6, 0.8], "win_rate": [0.6, 0.5, 0.75]}
+    path.write_text(json.dumps(found))
+    assert content(RunView.open(folder), [], [])["headline"] == (
+        "On 10 held-out queries, sso scores 0.700 [0.600, 0.800] and base 0.500; sso wins against "
+        "base with 0.600 [0.500, 0.750] of its answers."
+    )
+
+
+def test_the_judge_in_the_head_is_named_without_its_folders(tmp_path: Path) -> None:
+    run = evaluated(tmp_path)
+    figures = {"judge": "checks:package:selfsteer/recipes/style.yaml", "scored_under": "x"}
+    path = run.folder / "iteration-1" / "quality.json"
+    path.write_text(json.dumps({**figures, "preferences": FIGURES}))
+    cards = content(RunView.open(run.folder), [], [])["cards"]
+    assert ("Accuracy of the pairs", "0.750", "judge: checks:style.yaml") in cards
+    text = render_text("report.md.j2", folder="r", **content(RunView.open(run.folder), [], []))
+    assert "\n\n## Result\n" in text
 
 
 def test_a_column_that_holds_nothing_is_left_out(tmp_path: Path) -> None:

@@ -181,12 +181,14 @@ def headline(run: RunView) -> str:
     (mine, _), (base, _) = run.last(method), run.last("base")
     parts = []
     if mine and base and mine.score and base.score:
-        parts.append(f"scores {interval(mine.score, '.3f')}, base {interval(base.score, '.3f')}")
+        scores = interval(mine.score, ".3f"), interval(base.score, ".3f")
+        parts.append(f"{method} scores {scores[0]} and base {scores[1]}")
     if mine and mine.win_rate:
-        parts.append(f"wins against base in {interval(mine.win_rate, '.3f')} of its answers")
+        won = interval(mine.win_rate, ".3f")
+        parts.append(f"{method} wins against base with {won} of its answers")
     if not parts:
         return "There is no result: no judge compared the answers to the held-out queries."
-    return f"{method} {' and '.join(parts)}, on {evaluation.queries:,} held-out queries."
+    return f"On {evaluation.queries:,} held-out queries, {'; '.join(parts)}."
 
 
 def state_sentence(run: RunView) -> str:
@@ -214,7 +216,9 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
             out.append((label, f"{value[0]:.3f}", f"95 %: {shown}" if shown else ""))
     if pairs and pairs.accuracy is not None:
         judge = next(r.quality.judge for r in reversed(run.rounds) if r.quality)
-        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", f"judge: {judge}"))
+        kind, colon, source = judge.partition(":")
+        named = f"judge: {kind}{colon}{source.rstrip('/').rpartition('/')[2]}"  # without folders
+        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", named))
     if pairs:
         policyness = f"{pairs.on_policyness['both']:.3f}"
         out.append(("On-policyness", policyness, "mean probability per token"))
