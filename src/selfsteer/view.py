@@ -253,7 +253,7 @@ def _changed(path: Path, resolved: Mapping[str, Any], methods: Sequence[type[Rec
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Plain values by their dotted keys."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             out |= _dotted(value, f"{prefix}{name}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from selfsteer.evaluation.benchmark_table import notes, tables
 from selfsteer.judges.stats import Interval
 from selfsteer.terminal import duration, interval, out, table
-from selfsteer.view import Answers, RewardPart, RunView, SetFigures
+from selfsteer.view import Answers, Difference, RewardPart, RunView, SetFigures
 
 PAIR = ("chosen", "rejected")
 
@@ -115,16 +115,17 @@ def sentence(run: RunView) -> str:
         return ""
     if found[0].score[1] is None:
         return f"{found[0].of}: {found[0].score[0]:+.3f} in score: one query decides nothing."
-    said = "; ".join(_apart(*d.of.split(" - "), d.score) for d in found)
+    said = "; ".join(map(_apart, found))
     return (
         f"{said}. Differences are paired by query, with 95 % intervals over queries; training "
         "seeds vary more."
     )
 
 
-def _apart(mine: str, theirs: str, figure: Interval) -> str:
+def _apart(found: Difference) -> str:
     """``sso scores 0.026 [0.015, 0.037] more than pbaa``."""
-    mean, low, high = figure
+    mine, _, theirs = found.of.partition(" - ")
+    figure = mean, low, high = found.score
     assert low is not None
     assert high is not None
     if decision(mine, theirs, figure) == "undecided":
