@@ -177,7 +177,7 @@ def check(
         principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
         line.found = (
             f"method {method}{''.join(f', baseline {b}' for b in beside)}, {recipe.iterations} "
-            f"iteration(s), principles {principles}, seed {recipe.seed}"
+            f"iteration{'s' * (recipe.iterations != 1)}, principles {principles}, seed {recipe.seed}"
         )
     stages = _folder(c, recipe)
     queries, held_out = _queries(c, recipe)
