@@ -216,6 +216,7 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
             out.append((label, f"{value[0]:.3f}", f"95 %: {shown}" if shown else ""))
     if pairs and pairs.accuracy is not None:
         judge = next(r.quality.judge for r in reversed(run.rounds) if r.quality)
+        assert judge is not None
         kind, colon, source = judge.partition(":")
         named = f"judge: {kind}{colon}{source.rstrip('/').rpartition('/')[2]}"  # without folders
         out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", named))
