@@ -449,7 +449,8 @@ def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
         free, models = shutil.disk_usage(there).free, need["models"] + need["checkpoints"]
         line.figures = {"need_at_most": need, "free": free}
         parts = ", ".join(f"{k} {size(n)}" for k, n in need.items() if n)
-        line.found = f"{size(free)} free; needs at most {parts or 'nothing'} (estimate)"
+        needed = f"needs at most {parts} (estimate)" if parts else "nothing is left to write"
+        line.found = f"{size(free)} free; {needed}"
         if models > free:
             raise ArtifactError(
                 f"{there} has {size(free)} free, and the models alone need about {size(models)} "
