@@ -26,7 +26,7 @@ PAGES = {
 
 
 def main(run: Path) -> None:
-    """Serves the run and photographs the top of each page, 1200 x 800 pixels."""
+    """Serves the run and photographs the top of each page, 1200 x 720 pixels."""
     words = ("view", str(run), "--port", "0", "--no-browser", "--json")
     command = [sys.executable, "-m", "selfsteer", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -9,7 +9,7 @@ import pytest
 from selfsteer.data.digests import digest
 from selfsteer.errors import ArtifactError, ConfigError
 from selfsteer.methods import load_recipe
-from selfsteer.recipe.read import recipe_names
+from selfsteer.recipe.read import load_values, merge, recipe_names
 from selfsteer.view import RunView
 from tests.make import entry, write_jsonl
 
@@ -24,6 +24,8 @@ FIGURES = {
     "tokens": {"chosen": 5.0, "rejected": 6.0},
 }
 
+#: What of the recipe sso a run must be given.
+GIVEN = ("policy.model=nobody/nothing", "queries.path=prompts.jsonl", "name=made")
 
 KINDS = {"queries": "ReadQueries", "triples": "Sample", "policy": "Train", "evaluation": "Evaluate"}
 
@@ -37,8 +39,7 @@ def finish(stage: str, **more: Any) -> str:
 
 
 def make(folder: Path, ledger: str, *settings: str) -> Path:
-    given = ("policy.model=nobody/nothing", "queries.path=prompts.jsonl", "name=made", *settings)
-    recipe = load_recipe("sso", given)
+    recipe = load_recipe("sso", [*GIVEN, *settings])
     (folder / "iteration-1").mkdir()
     (folder / "resolved.json").write_text(recipe.model_dump_json())
     (folder / "ledger.jsonl").write_text(ledger)
@@ -128,6 +129,28 @@ def test_a_deleted_file_is_named_unless_all_of_its_stage_was_deleted(tmp_path: P
     (run / "evaluation.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"answers-base\.jsonl is missing"):
         RunView.open(run).answers("base")
+
+
+def test_of_a_recipe_of_another_version_the_changed_defaults_are_named(tmp_path: Path) -> None:
+    """Not the settings that they would stand in the way of: nobody has set those."""
+    make(tmp_path, "", "judge=oracle", "training.beta=0.3")
+    given = merge(load_values("sso"), [*GIVEN, "judge=oracle", "training.beta=0.3"])
+    (tmp_path / "recipe.yaml").write_text(json.dumps(given))
+    resolved = tmp_path / "resolved.json"
+    values = json.loads(resolved.read_text())
+    for key, was, said in (
+        ("launch_timeout", 600.0, "is 600.0 there, 900.0 here"),
+        ("gone", 1, "is 1 there, and unknown here"),
+    ):
+        engine = {**values["judge"]["engine"], key: was}
+        resolved.write_text(json.dumps({**values, "judge": {**values["judge"], "engine": engine}}))
+        with pytest.raises(ArtifactError) as refused:
+            RunView.open(tmp_path)
+        assert f"of this one: judge.engine.{key} {said}. Read" in str(refused.value)
+    resolved.write_text(json.dumps({**values, "iterations": "many"}))
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(ArtifactError, match=r"iterations: .*damaged, or another version"):
+        RunView.open(tmp_path)
 
 
 def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import Records, Stored, lines, read_jsonl
 from selfsteer.data.records import Preference, Query, Triple
 from selfsteer.engines.usage import Usage
-from selfsteer.errors import ArtifactError, ConfigError, clip, short
+from selfsteer.errors import ArtifactError, ConfigError, clip, short, some
 from selfsteer.evaluation.benchmark_table import markdown
 from selfsteer.judges.stats import Interval
 from selfsteer.methods import METHODS, Aligning, AnyRecipe, Principled, Recipe
 from selfsteer.principles.contexts import CONTEXTS
-from selfsteer.recipe.read import choose, method_of, subsections, validate
+from selfsteer.recipe.read import choose, load_values, method_of, subsections, validate
 from selfsteer.recipe.sections import Loading, Section, resolve_path
 from selfsteer.recipe.texts import is_endless
 from selfsteer.run.folder import (
@@ -347,6 +347,34 @@ def _asked(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _changed(run: Path, resolved: Mapping[str, Any], methods: Sequence[type[Recipe]]) -> list[str]:
+    """Settings that a recipe leaves open, and that stand otherwise in what was made of it then."""
+    try:
+        path = recipe_file(run)
+        given = load_values(str(path))
+        now = validate(choose(methods, given, str(path)), given, str(path), methods)
+    except (ConfigError, ArtifactError):
+        return []
+    asked, here = _dotted(given), _dotted(now.model_dump(mode="json"))
+    return [
+        f"{key} is {short(value)} there, "
+        + (f"{short(here[key])} here" if key in here else "and unknown here")
+        for key, value in _dotted(resolved).items()
+        if key not in asked and (key not in here or here[key] != value)
+    ]
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values by their dotted keys."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= _dotted(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
 @lru_cache(maxsize=16)
 def _metrics(
     path: Path, size: int, modified_ns: int
@@ -633,6 +661,11 @@ class RunView:
             asked = {**_asked(model, values), "method": method_of(model)}
             recipe: Any = validate(model, asked, str(resolved), methods)
         except ConfigError as e:
+            if changed := _changed(folder, values, methods):
+                raise ArtifactError(
+                    f"{resolved} was written by another version of selfsteer, whose defaults are "
+                    f"not those of this one: {some(changed)}. Read the run with that version."
+                ) from None
             raise ArtifactError(
                 f"{e} The file is damaged, or another version of selfsteer wrote it: restore it "
                 "from a copy, or read the run with that version."

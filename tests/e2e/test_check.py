@@ -72,7 +72,8 @@ def test_the_tiny_world_steers(tmp_path: Path, here: Here) -> None:
 def test_what_a_person_sees(tmp_path: Path, here: Here) -> None:
     ended = look(here, tmp_path, queries=24)
     lines = ended.out.splitlines()
-    assert lines[0].startswith("ok       recipe     method sso, baseline pbaa")
+    said = "method sso, baseline pbaa, 1 iteration, principles generated, seed 0"
+    assert lines[0] == f"ok       recipe     {said}"
     assert lines[1] == f"ok       folder     {tmp_path}/runs/smoke: 14 stages to do"
     assert any(" steering   steers on " in line for line in lines)
     header = next(i for i, line in enumerate(lines) if line.startswith("feature "))

@@ -1,5 +1,6 @@
 """The files of examples/ run as a user runs them: in a folder of their own, in a new process."""
 
+import json
 import re
 import subprocess
 import sys
@@ -66,8 +67,17 @@ def test_a_house_style_is_learnt_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_real_model_takes_the_house_style(tmp_path: Path, smollm2: Path) -> None:
+    """Its own answers, of which some keep each rule: a score of 0 would be a broken template."""
     said = example("house_style.py", tmp_path, f"policy.model={smollm2}", *SHORT)
-    assert "the model: runs/house-style/iteration-1/policy" in said
+    kept = re.findall(r"(\d\.\d\d) before, (\d\.\d\d) after$", said, re.M)
+    assert len(kept) == 3, said
+    assert all(float(share) > 0 for both in kept for share in both), said
+    base, after, model = re.split(r"^(?:base|sso/iteration-1|the model): ", said, flags=re.M)[1:]
+    assert base.strip()
+    assert after.strip()
+    assert model.strip() == "runs/house-style/iteration-1/policy"
+    shape = json.loads((tmp_path / model.strip() / "config.json").read_text())
+    assert shape["num_hidden_layers"] == 30
 
 
 def streams(cell: Any) -> str:

@@ -162,7 +162,7 @@ def test_the_card_says_whose_principles_and_queries_these_are(smoke: Path) -> No
         of = changed(run, (grown,), principles=principles, queries=augmented)
         said[name] = dataset_card(of, count=16, files=["a"], left_out=[], queries_license=None)
     assert "Principles: fixed: texts given by the author of the run" in said["fixed"]
-    assert "Principles: picked: the texts of the catalogue house.yaml of the feat" in said["own"]
+    assert "Principles: picked: the texts of the catalogue house.yaml, by feat" in said["own"]
     assert "by big, the texts of the catalogue house.yaml where its answer" in said["written"]
     assert "align.jsonl, grown with the policy itself" in said["own"]
     assert "| augment | 16 | 40 |" in said["own"]

@@ -71,7 +71,7 @@ def test_a_run_judged_by_a_model_that_cannot_judge(tmp_path: Path, here: Here) -
     assert ("win_rate" in figures) == bool(figures["verdicts"]["tie"])
     shown = here("show", run).out
     assert "unparseable" in shown
-    assert "pbaa 1 preferences" in shown
+    assert "pbaa/iteration-1 preferences" in shown
     # the verb finds the run's own judge and its stored answers
     files = len(list(run.glob("judgements/*/*")))
     assert report(here("judge", run, "--json"))["judges"][0]["accuracy"] is None

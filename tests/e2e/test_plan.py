@@ -25,6 +25,8 @@ def test_a_plan_is_near_what_the_run_made(smoke: Path, here: Here) -> None:
         # drops, and what the selection holds out, are not foreseen
         assert 0.5 * row["records"] <= made[name]["n_out"] <= row["records"], name
     models = sum(p.stat().st_size for p in smoke.rglob("*.safetensors"))
+    again = here("plan", str(smoke), *lengths, "--json")
+    assert json.loads(again.out) == found, "a run folder stands for the recipe in it"
     assert 2 * found["disk"]["models"] == pytest.approx(models, rel=0.02), "bfloat16, but on a CPU"
     data = [p for p in smoke.rglob("*") if p.suffix in (".jsonl", ".npz")]
     texts = sum(p.stat().st_size for p in data if "iteration-1" in p.parts or "scores" in p.parts)

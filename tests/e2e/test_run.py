@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from selfsteer.report.tables import sentence
+from selfsteer.view import RunView
 from tests.e2e.support import (
     PAUSING,
     TINY,
@@ -326,8 +328,11 @@ def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -
     others = ("contrast", "good-over-plain")
     assert list(found["finals"]) == ["sso", *others]
     assert [d["of"] for d in found["differences"]] == [f"sso - {other}" for other in others]
-    for difference in found["differences"]:
-        assert f"{difference['of']}: {difference['score'][0]:+.3f}" in " ".join(ended.out.split())
+    said = sentence(RunView.open(folder))
+    assert said in " ".join(ended.out.split())
+    for other, difference in zip(others, found["differences"], strict=True):
+        assert f"{abs(difference['score'][0]):.3f}" in said
+        assert other in said
     shown = here("show", folder)
     for home in ("baseline", "good-over-plain"):
         assert (folder / home / "iteration-1" / "policy" / "model.safetensors").is_file()

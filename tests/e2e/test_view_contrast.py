@@ -167,3 +167,39 @@ def test_the_page_shows_which_words_the_principles_like(
         assert [t.removesuffix("⏎") for t in shown] == texts
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
         assert visit.said == []
+
+
+@pytest.mark.parametrize(
+    ("method", "heads"),
+    [
+        ("contrast", ["query", "went on"]),
+        ("best-of-n-principles", ["query", "went on", "good − bad"]),
+    ],
+)
+def test_columns_without_a_figure_are_left_out(
+    browser: Browser, runs: Path, method: str, heads: list[str]
+) -> None:
+    figures = {"judge": "verdict", "judge − principle": "disagreement"} | {
+        "gap": "gap",
+        "good − bad": "length_difference",
+    }
+    rows = records(runs / method)
+    for head, name in figures.items():
+        assert any(row[name] is not None for row in rows) == (head in heads)
+    with served(runs) as url, browser.visit(f"{url}data?run={method}") as visit:
+        visit.page.wait_for_selector("#browser-list td")
+        assert visit.texts("#browser-list th") == heads
+        assert visit.count("#browser-list tbody tr:first-child td") == len(heads)
+        # nor is an order offered that would change nothing
+        offered = visit.page.locator("[name=sort] option").evaluate_all(
+            "all => all.filter((o) => o.value && !o.disabled).map((o) => o.value.split(' ')[0])"
+        )
+        assert set(offered) == {figures[head] for head in heads[2:]} - {"verdict"}
+        # a triple that is opened from the top of the page leaves the heading where it is
+        visit.page.locator("#browser-list a").first.click()
+        visit.page.wait_for_selector("#browser-triple .card")
+        heading, head = (visit.page.locator(x).bounding_box() for x in ("h1", ".top"))
+        assert heading is not None
+        assert head is not None
+        assert heading["y"] >= head["y"] + head["height"]
+        assert visit.said == []

@@ -1,5 +1,6 @@
 """The figures behind `selfsteer check`, on numbers small enough to work out by hand."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.base import Judgement
 from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.quality import FEW, steering, strangers
+from selfsteer.methods import METHODS
+from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, Loading
-from selfsteer.run.cost import Scale
+from selfsteer.run.cost import Rates, Scale, total
 from selfsteer.run.folder import RunFolder
 from selfsteer.terminal import duration, interval
 from selfsteer.verbs import checks
@@ -344,6 +347,26 @@ def test_two_plain_answers_are_ranked_by_contrast_and_by_the_rules_of_their_quer
     assert len(scored) == 6
 
 
+def test_the_methods_that_would_learn_noise_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The contrast likes short answers, and the judge those with at most three words."""
+    monkeypatch.setattr(checks, "DECIDING", 3)
+
+    def say(request: Request) -> Said:
+        number, query = request.id.split("/")[1:]
+        text = "Nectar and nothing." if number == "0" else "It is as it is."
+        return (text, "length" if query == "q3" else "stop")
+
+    found, _ = ranking(monkeypatch, tmp_path, say)
+    (line,) = found.lines
+    assert line.figures["agreement"][0] == 0.0
+    (todo,) = line.todo
+    assert todo.startswith("That is not above chance, and ")
+    named = set(re.findall(r"[\w-]+", todo.partition(":")[0])) & set(map(method_of, METHODS))
+    assert named == {"contrast", "dlma", "best-of-n-principles", "pbaa-best-of-n"}
+
+
 def test_a_policy_with_one_answer_to_a_query_is_no_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -500,6 +523,24 @@ def test_a_judge_that_no_query_is_tried_with_is_counted_all_the_same() -> None:
         found, make.recipe("pbaa", judge=ranks), {"quality": (JudgeConfig.model_validate(ranks), 9)}
     )
     assert found.lines == [line], "the recipe's own is measured"
+
+
+def test_only_what_the_measured_judge_is_asked_takes_time_at_its_rate() -> None:
+    """RLCD's reward model ranks 4 answers to 10 queries; the judge compares 10 pairs."""
+    recipe = make.recipe("rlcd", judge="oracle")
+    stages = recipe.plan()
+    costs = [stage.cost(Scale(10)) for stage in stages]
+    todo = total(costs)
+    assert todo.judged == 40 + 10
+    rates = Rates(0.0, {}, 0.0, per_judged=2.0)
+    for judge, seconds in ((recipe.judge, 2.0 * 10), (None, 0.0)):
+        found = Checks(lambda line: None)
+        mine = checks._of_own_judge(judge, stages, costs, todo)
+        checks._time(found, stages, mine, rates, {})
+        (line,) = found.lines
+        assert line.figures["seconds"]["judging"] == seconds
+        assert "judging in iteration-1/ranked" in line.figures["not_counted"]
+        assert ("judging in iteration-1/quality" in line.figures["not_counted"]) == (not judge)
 
 
 def test_what_a_judge_at_a_server_will_be_asked() -> None:

@@ -188,7 +188,7 @@ def _how(of: RoundView, stage: StageView | None, *about: tuple[str, str]) -> str
         versions = ", ".join(f"{k} {v}" for k, v in stage.versions.items())
         made = f"{time.strftime('%Y-%m-%d', time.gmtime(stage.began))}, with {versions}"
     return _list(
-        ("Method", f"{of.method}: {str(method.__doc__).splitlines()[0]}"),
+        ("Method", f"{of.method}. {str(method.__doc__).splitlines()[0]}"),
         ("Iteration", f"{of.k} of {recipe.iterations}"),
         *about,
         *principles,
@@ -208,7 +208,7 @@ def _principles(settings: PrinciplesConfig) -> str:
     if settings.mode == "fixed":
         return "fixed: texts given by the author of the run"
     if settings.mode == "picked":
-        return f"picked: {texts} of the features"
+        return f"picked: {texts}, by feature"
     by = public_name(writer.model) if writer and writer.model else "the policy"
     return f"generated: written per query by {by}, {texts} where its answer was unusable"
 

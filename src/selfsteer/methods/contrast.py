@@ -26,7 +26,6 @@ class Distilled(Principled):
     training: Distilling = Distilling()
 
     learnt: ClassVar[str] = "its own answers to the prompts alone"
-    by_contrast: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -65,6 +64,7 @@ class ContrastDistillation(Distilled):
     method: Literal["contrast"] = "contrast"
     contrast: Contrast = Contrast()
 
+    by_contrast: ClassVar[bool] = True
     pair: ClassVar[str] = (
         "At each of their tokens it was drawn to where a good principle, and away from where a bad "
         "one, would have moved it; no other answer was written, and none was ranked"

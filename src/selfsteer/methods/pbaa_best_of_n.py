@@ -23,6 +23,7 @@ class PBAABestOfN(PrincipledPairs):
     ranking: ContrastRanking = ContrastRanking()
     training: Training = Training()
 
+    by_contrast: ClassVar[bool] = True
     pair: ClassVar[str] = (
         "The chosen one was written under a good principle and the rejected one under a bad one; "
         "of several each, the principles found these furthest apart, and were then taken away"

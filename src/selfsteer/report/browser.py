@@ -527,7 +527,15 @@ class Index:
         """What is to be said of the whole set."""
         named = "value, count(*) FROM rows, json_each(features) GROUP BY 1 ORDER BY 2 DESC"
         counted = {"fates": self.counts("fate"), "verdicts": self.counts("verdict")}
-        return {**self.about, **counted, "features": dict(self._select(named))}
+        figures = ("verdict", *SORTS)
+        (there,) = self._select(f"{', '.join(f'count({name})' for name in figures)} FROM rows")
+        filled = [name for name, n in zip(figures, there, strict=True) if n]
+        return {
+            **self.about,
+            **counted,
+            "features": dict(self._select(named)),
+            "filled": filled,
+        }
 
     def _find(self, wanted: Wanted) -> list[int]:
         """Row numbers of what is wanted, in its order; rows without a figure come last."""

@@ -16,7 +16,7 @@ from selfsteer.report.browser import embedded
 from selfsteer.report.figures import Drawing, figures, picture, svg_inline
 from selfsteer.report.logprobs import likelihoods
 from selfsteer.report.page import render, render_text
-from selfsteer.report.tables import about, sentence
+from selfsteer.report.tables import about, compared, sentence
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.view import RunView
 
@@ -138,7 +138,7 @@ def content(run: RunView, drawn: Sequence[Drawing], missing: Sequence[str]) -> d
     ]
     versions = next((s.versions for s in reversed(run.stages) if s.versions), {})
     return {
-        "title": f"{run.recipe.name}: {' against '.join(run.methods)}",
+        "title": f"{run.recipe.name}: {compared(run)}",
         "name": run.recipe.name,
         "subtitle": subtitle(run),
         "headline": headline(run),
@@ -181,12 +181,14 @@ def headline(run: RunView) -> str:
     (mine, _), (base, _) = run.last(method), run.last("base")
     parts = []
     if mine and base and mine.score and base.score:
-        parts.append(f"scores {interval(mine.score, '.3f')}, base {interval(base.score, '.3f')}")
+        scores = interval(mine.score, ".3f"), interval(base.score, ".3f")
+        parts.append(f"{method} scores {scores[0]} and base {scores[1]}")
     if mine and mine.win_rate:
-        parts.append(f"wins against base in {interval(mine.win_rate, '.3f')} of its answers")
+        won = interval(mine.win_rate, ".3f")
+        parts.append(f"{method} wins against base with {won} of its answers")
     if not parts:
         return "There is no result: no judge compared the answers to the held-out queries."
-    return f"{method} {' and '.join(parts)}, on {evaluation.queries:,} held-out queries."
+    return f"On {evaluation.queries:,} held-out queries, {'; '.join(parts)}."
 
 
 def state_sentence(run: RunView) -> str:
@@ -214,7 +216,10 @@ def cards(run: RunView) -> list[tuple[str, str, str]]:
             out.append((label, f"{value[0]:.3f}", f"95 %: {shown}" if shown else ""))
     if pairs and pairs.accuracy is not None:
         judge = next(r.quality.judge for r in reversed(run.rounds) if r.quality)
-        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", f"judge: {judge}"))
+        assert judge is not None
+        kind, colon, source = judge.partition(":")
+        named = f"judge: {kind}{colon}{source.rstrip('/').rpartition('/')[2]}"  # without folders
+        out.append(("Accuracy of the pairs", f"{pairs.accuracy:.3f}", named))
     if pairs:
         policyness = f"{pairs.on_policyness['both']:.3f}"
         out.append(("On-policyness", policyness, "mean probability per token"))

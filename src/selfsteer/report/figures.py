@@ -298,13 +298,14 @@ def accuracy(run: RunView) -> Drawing:
     chart.axes[0].margins(0.28, 0.3)
     chart.axes[0].yaxis.set_major_locator(MaxNLocator(5))
     chart.axes[0].set_ylabel("accuracy of the pairs")
+    hollow = any(kind == "triples" for _, _, kind, *_ in rows)
     return Drawing(
         "accuracy",
         "Are the pairs right, and could the policy have written them?",
         "Each point is a set of pairs: how often the judge prefers the chosen response, by how "
         "probable both responses are under the policy. Up and to the right is better data. "
-        "Hollow: the policy's own triples, before a generator was trained. Vertical lines are 95 % "
-        "intervals over pairs. Compare figure 3 of the SSO paper.",
+        + ("Hollow: the policy's own triples, before a generator was trained. " if hollow else "")
+        + "Vertical lines are 95 % intervals over pairs. Compare figure 3 of the SSO paper.",
         Sheet("", ("method", "iteration", "set", "on-policyness", "accuracy", "low", "high"), rows),
         chart.figure,
     )
@@ -358,7 +359,7 @@ def likelihood(run: RunView, sets: Sequence[Likelihoods]) -> Drawing:
             rows.append((writer, s.round.k, label, len(means), *quantiles))
         ax.set_yticks([])
         ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
-        ax.legend(loc="upper left")
+        ax.legend(loc="best")
     drawn = "; ".join(f"{s.rows:,} of {s.size:,} {s.kind}" for s in sets)
     moved = (
         "A trained generator should move the rejected responses to the right, towards the plain "

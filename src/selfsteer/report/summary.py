@@ -100,8 +100,10 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
         out.append(f"diversity of the queries {name} augmentation: {shown}")
     tries = {"first_try": "first try", "retry": "retry", "sources": "in the end"}
     written = [f"{said} {tables.counts(notes[key])}" for key, said in tries.items() if key in notes]
-    if written:
+    if len(written) > 1:
         out.append("; ".join(written))
+    elif written:
+        out.append(tables.counts(notes["sources"]))  # picked or fixed: nothing was tried
     if "selection" in notes:
         out.append(notes["selection"]["text"])
     if "entries" in notes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from selfsteer.evaluation.benchmark_table import notes, tables
 from selfsteer.judges.stats import Interval
-from selfsteer.terminal import interval, out, table
-from selfsteer.view import Answers, RewardPart, RunView, SetFigures
+from selfsteer.terminal import duration, interval, out, table
+from selfsteer.view import Answers, Difference, RewardPart, RunView, SetFigures
 
 PAIR = ("chosen", "rejected")
 
@@ -85,11 +85,19 @@ def counts(of: Mapping[str, int]) -> str:
 # -- results ---------------------------------------------------------------------------------------
 
 
+def compared(run: RunView) -> str:
+    """``sso``, or ``sso compared with pbaa, dlma and contrast`` where there are baselines."""
+    method, *baselines = run.methods
+    *others, last = baselines or [""]
+    both = " and ".join(filter(None, (", ".join(others), last)))
+    return f"{method} compared with {both}" if baselines else method
+
+
 def about(run: RunView) -> str:
-    """``sso against pbaa, 2 iterations, seed 0``."""
+    """``sso compared with pbaa, 2 iterations, seed 0``."""
     rounds = run.recipe.last_round
     iterations = f"{rounds} iteration{'s' if rounds > 1 else ''}, " if rounds else ""
-    return f"{' against '.join(run.methods)}, {iterations}seed {run.recipe.seed}"
+    return f"{compared(run)}, {iterations}seed {run.recipe.seed}"
 
 
 def decision(mine: str, theirs: str, figure: Interval, zero: float = 0.0) -> str:
@@ -107,14 +115,23 @@ def sentence(run: RunView) -> str:
         return ""
     if found[0].score[1] is None:
         return f"{found[0].of}: {found[0].score[0]:+.3f} in score: one query decides nothing."
-    said = []
-    for d in found:
-        mine, _, theirs = d.of.partition(" - ")
-        said.append(f"{d.of}: {interval(d.score)}, {decision(mine, theirs, d.score)}")
+    said = "; ".join(map(_apart, found))
     return (
-        f"In score, paired by query, on this seed: {'; '.join(said)}. The interval is over "
-        "queries; training seeds vary more."
+        f"{said}. Differences are paired by query, with 95 % intervals over queries; training "
+        "seeds vary more."
     )
+
+
+def _apart(found: Difference) -> str:
+    """``sso scores 0.026 [0.015, 0.037] more than pbaa``."""
+    mine, _, theirs = found.of.partition(" - ")
+    figure = mean, low, high = found.score
+    assert low is not None
+    assert high is not None
+    if decision(mine, theirs, figure) == "undecided":
+        return f"{mine} and {theirs} cannot be told apart by score: {interval(figure)}"
+    size, way = (figure, "more") if low > 0 else ((-mean, -high, -low), "less")
+    return f"{mine} scores {interval(size, '.3f')} {way} than {theirs}"
 
 
 #: The row below the rules.
@@ -232,7 +249,7 @@ def quality(run: RunView) -> Sheet:
     for found, kind, f in run.measured:
         gap = f.steering_gap or {}
         records = f.of if f.pairs == f.of else f"{f.pairs:,} of {f.of:,}"
-        row: list[Cell] = [f"{found.method} {found.k} {kind}", records, f.accuracy]
+        row: list[Cell] = [f"{found.label} {kind}", records, f.accuracy]
         row += [*(f.on_policyness[r] for r in PAIR), gap.get("good"), gap.get("bad")]
         rows.append([*row, *(f.tokens[r] for r in PAIR)])
     columns = ("set", "records", "accuracy", "on-policy chosen", "rejected", "gap good", "bad",
@@ -242,7 +259,7 @@ def quality(run: RunView) -> Sheet:
 
 def verdicts(run: RunView) -> Sheet:
     """Every verdict class of every judged set, unparseable included."""
-    sets = {f"{r.method} {r.k} {kind}": f.verdicts for r, kind, f in run.measured}
+    sets = {f"{r.label} {kind}": f.verdicts for r, kind, f in run.measured}
     for label, answers in run.evaluation.models.items() if run.evaluation else ():
         sets[f"{label} against base"] = answers.verdicts
     judged = {label: v for label, v in sets.items() if v}
@@ -291,9 +308,9 @@ def warnings(run: RunView) -> Sheet:
 def stages(run: RunView) -> Sheet:
     """Every stage with its counts."""
     rows = [
-        (s.name, s.n_in, s.n_out, counts(s.dropped), s.seconds)
+        (s.name, s.n_in, s.n_out, counts(s.dropped) or None, duration(s.seconds))
         if s.done
-        else (s.name, None, None, "unfinished", None)
+        else (s.name, None, None, None, "not finished")
         for s in run.stages
     ]
-    return Sheet("Stages", ("stage", "in", "out", "dropped", "seconds"), rows)
+    return Sheet("Stages", ("stage", "in", "out", "dropped", "time"), rows).filled

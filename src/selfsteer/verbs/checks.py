@@ -25,14 +25,21 @@ from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
 from selfsteer.engines.load import Engines
-from selfsteer.errors import ArtifactError, DataError, EngineError, SelfsteerError, short
+from selfsteer.errors import (
+    ArtifactError,
+    DataError,
+    EngineError,
+    SelfsteerError,
+    listed,
+    short,
+)
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.checks import ChecksJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES, PLAIN_SEQUENCES, quality, steering, strangers
 from selfsteer.judges.stats import FEW, above, known_interval, mean_interval, verdict_counts
-from selfsteer.methods import Aligning, Principled
+from selfsteer.methods import METHODS, Aligning, Principled
 from selfsteer.models import tree
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.models.load import LoadedModel, load_chat, load_model
@@ -40,6 +47,7 @@ from selfsteer.models.score import settle_layout, tree_difference
 from selfsteer.models.store import scored
 from selfsteer.principles.catalogue import load_catalogue
 from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import (
     ContrastRanking,
     JudgeConfig,
@@ -77,6 +85,9 @@ PILOT, ENOUGH, DECIDING = 8, 16, 32
 
 #: A round takes so many times what the rounds before it say, at most.
 SLOWER = 1.5
+
+#: Methods that learn from how far the principles tell answers apart.
+BY_CONTRAST = [method_of(m) for m in METHODS if issubclass(m, Principled) and m.by_contrast]
 
 #: Queries and new tokens of the engine's first words.
 PROBES, PROBE_TOKENS = 4, 64
@@ -164,9 +175,10 @@ def check(
     with c.line("recipe") as line:
         method, *beside = recipe.methods
         principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
+        rounds = f"{recipe.iterations} iteration{'s' * (recipe.iterations != 1)}"
         line.found = (
-            f"method {method}{''.join(f', baseline {b}' for b in beside)}, {recipe.iterations} "
-            f"iteration(s), principles {principles}, seed {recipe.seed}"
+            f"method {method}{''.join(f', baseline {b}' for b in beside)}, {rounds}, "
+            f"principles {principles}, seed {recipe.seed}"
         )
     stages = _folder(c, recipe)
     queries, held_out = _queries(c, recipe)
@@ -181,11 +193,6 @@ def check(
     else:
         costs = [stage.cost(Scale(len(queries), len(held_out))) for stage in stages]
         todo, judges = total(costs), [getattr(stage, "judge", None) for stage in stages]
-        pairs = sum(
-            cost.judged
-            for cost, judge_ in zip(costs, judges, strict=True)
-            if judge_ == recipe.judge
-        )
         _disk(c, recipe, todo, probed)
         _judging(
             c,
@@ -200,7 +207,8 @@ def check(
                     c.skip("ranking", "answers")
                 else:
                     _ranking(c, recipe, probed, judge, probe, until)
-            _time(c, stages, todo, rates, _judge_cost(recipe.judge, pairs, probe.judged))
+            todo = _of_own_judge(recipe.judge, stages, costs, todo)
+            _time(c, stages, todo, rates, _judge_cost(recipe.judge, todo.judged, probe.judged))
         else:
             c.skip("principles budgets sampling steering ranking time", "a method with principles")
     lines = {line.name: asdict(line) for line in c.lines}
@@ -442,7 +450,8 @@ def _disk(c: Checks, recipe: Aligning, todo: Cost, probed: Probed) -> None:
         free, models = shutil.disk_usage(there).free, need["models"] + need["checkpoints"]
         line.figures = {"need_at_most": need, "free": free}
         parts = ", ".join(f"{k} {size(n)}" for k, n in need.items() if n)
-        line.found = f"{size(free)} free; needs at most {parts or 'nothing'} (estimate)"
+        needed = f"needs at most {parts} (estimate)" if parts else "nothing is left to write"
+        line.found = f"{size(free)} free; {needed}"
         if models > free:
             raise ArtifactError(
                 f"{there} has {size(free)} free, and the models alone need about {size(models)} "
@@ -1022,9 +1031,8 @@ def _ranking(
             )
             few = len(decided) < DECIDING
             line.warn(
-                "That is not above chance: contrast, best-of-n-principles and dlma would learn "
-                "noise. Choose a method whose answers are written under the principles "
-                "(pbaa, sso).",
+                f"That is not above chance, and {listed(BY_CONTRAST)} learn from this ranking: "
+                "they would learn noise. Choose a method whose pairs need no ranking (pbaa, sso).",
                 not few and not above(line.figures["agreement"], 0.5),
             )
 
@@ -1033,6 +1041,20 @@ def _with_principles(triple: Triple) -> dict[str, Any]:
     """What a query holds whose answers a judge may compare by its principles."""
     assert triple.principles
     return {**triple.extra, "principles": triple.principles.to_dict()}
+
+
+def _of_own_judge(
+    own: JudgeConfig | None, stages: Sequence[Stage], costs: Sequence[Cost], todo: Cost
+) -> Cost:
+    """With the pairs of the recipe's judge alone: how fast other ones are was not measured."""
+    judged = {
+        stage.name: (cost.judged, own is not None and getattr(stage, "judge", None) == own)
+        for stage, cost in zip(stages, costs, strict=True)
+        if cost.judged
+    }
+    others = [f"judging in {name}" for name, (_, measured) in judged.items() if not measured]
+    pairs = sum(n for n, measured in judged.values() if measured)
+    return replace(todo, judged=pairs, unknown=(*todo.unknown, *others))
 
 
 def _judge_cost(judge: JudgeConfig | None, pairs: int, judged: Counter[str]) -> dict[str, Any]:

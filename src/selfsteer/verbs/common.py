@@ -176,20 +176,29 @@ def load_recipe(
     import yaml
 
     from selfsteer.methods import recipe_of
+
+    values = settings_of(recipe, overrides)
+    checked = recipe_of(values, f"recipe {recipe}")
+    if is_run(recipe):
+        check_trust(Path(recipe), checked, trust)
+    return checked, yaml.safe_load(yaml.safe_dump(values))
+
+
+def is_run(recipe: str) -> bool:
+    """Whether a run folder stands for the recipe in it."""
+    return (Path(recipe) / "recipe.yaml").is_file()
+
+
+def settings_of(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """The settings as given, unchecked; those of a run folder keep the run in it."""
     from selfsteer.recipe.read import load_values, merge
     from selfsteer.run.folder import recipe_file
 
-    folder = Path(recipe)
-    is_run = (folder / "recipe.yaml").is_file()
-    if is_run:
-        here = folder.absolute()
+    if is_run(recipe):
+        here = Path(recipe).absolute()
         overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
-        recipe = str(recipe_file(folder))
-    values = merge(load_values(recipe), overrides)
-    checked = recipe_of(values, f"recipe {recipe}")
-    if is_run:
-        check_trust(folder, checked, trust)
-    return checked, yaml.safe_load(yaml.safe_dump(values))
+        recipe = str(recipe_file(here))
+    return merge(load_values(recipe), overrides)
 
 
 def aligning(recipe: "Recipe") -> "Aligning":

@@ -7,15 +7,20 @@ import typer
 
 from selfsteer.errors import ConfigError, short
 from selfsteer.terminal import duration, out, table, warn
-from selfsteer.verbs.common import AsJson, aligning, emit, size
+from selfsteer.verbs.common import (
+    AsJson,
+    Overrides,
+    RecipeName,
+    aligning,
+    emit,
+    settings_of,
+    size,
+)
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe or a YAML file")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="settings as KEY=VALUE, such as training.batch_size=64"),
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200 or l40s")] = "h100",
     gpus: Annotated[int, typer.Option(help="number of GPUs", min=1)] = 1,
     queries: Annotated[
@@ -52,10 +57,9 @@ def plan(
     --params, --layers, --hidden and --vocabulary. The formulas are in docs/scaling.md.
     """
     from selfsteer.methods import recipe_of
-    from selfsteer.recipe.read import load_values, merge
     from selfsteer.recipe.sections import resolve_path
 
-    values: dict[str, Any] = merge(load_values(recipe), overrides or [])
+    values = settings_of(recipe, overrides or [])
     for section, key, known in (("policy", "model", params), ("queries", "path", queries)):
         given = values.setdefault(section, {}) if known is not None else None
         if isinstance(given, dict) and not given.get(key):

@@ -4,6 +4,7 @@
   const PAGE = start.rows ? 20 : 50; // in a report it is one section of many
   const STRONGEST = 6; // nats at which a token has the full colour
   const ODD = 4; // nats beyond which it is underlined
+  const HEAD = 56; // pixels below the page's head, which stays on top
   const MOST = 5; // words that the principles like best, and least
   const form = byId("browser-filter");
   const list = byId("browser-list");
@@ -109,6 +110,14 @@
   const said = (name) => SAID[name] ?? words(name);
   const badge = (fate) => make("span", { class: `badge ${dropped(fate) ? "bad" : fate === "kept" ? "good" : "muted"}` }, said(fate));
 
+  // columns of the list; those that no row of the set has a figure for are left out
+  const FIGURES = [
+    { name: "verdict", text: "judge", class: "wide-only", shown: said },
+    { name: "gap", text: "gap", class: "num", title: "both steering gaps together, nats per token", shown: (v) => signed(v) },
+    { name: "disagreement", text: "judge − principle", class: "num wide-only", title: "how far the judge contradicts the principles: the bad response's lead in score; without scores 1 where bad won, 0.5 where neither did", shown: (v) => signed(v) },
+    { name: "length_difference", text: "good − bad", class: "num wide-only", title: "characters", shown: (v) => signed(v, 0) },
+  ];
+
   const show = (found) => {
     shown = found;
     const fates = { ...found.fates };
@@ -117,6 +126,7 @@
     options(form.fate, "any", fates, state.fate);
     options(form.verdict, found.judge ? "any verdict" : "not judged", found.verdicts ?? {}, state.verdict);
     options(form.feature, "any", found.features ?? {}, state.feature);
+    for (const option of form.sort.options) option.hidden = option.disabled = Boolean(option.value) && !option.selected && !found.filled?.includes(option.value.split(" ")[0]);
     const pages = Math.max(Math.ceil(found.total / PAGE), 1);
     byId("browser-page").textContent = pages > 1 ? `${count(state.page + 1)} of ${count(pages)}` : "";
     byId("browser-before").hidden = byId("browser-after").hidden = pages === 1;
@@ -125,17 +135,12 @@
     byId("browser-export").disabled = !found.total;
     tell(byId("browser-status"), status(found));
     cursor = Math.min(cursor, Math.max(found.rows.length - 1, 0));
+    const figures = FIGURES.filter((f) => found.filled?.includes(f.name));
     const rows = found.rows.map((r, i) => make("tr", { "aria-selected": String(i === cursor), onclick: () => go({ id: r.id }) },
       make("td", {}, make("a", { href: address({ ...state, id: r.id }) }, r.query)),
       make("td", {}, badge(r.fate)),
-      make("td", { class: "wide-only" }, r.verdict ? said(r.verdict) : ""),
-      make("td", { class: "num" }, signed(r.gap)),
-      make("td", { class: "num wide-only" }, signed(r.disagreement)),
-      make("td", { class: "num wide-only" }, r.length_difference == null ? "" : signed(r.length_difference, 0))));
-    list.replaceChildren(found.rows.length ? table(["query", "went on", { text: "judge", class: "wide-only" },
-      { text: "gap", class: "num", title: "both steering gaps together, nats per token" },
-      { text: "judge − principle", class: "num wide-only", title: "how far the judge contradicts the principles: the bad response's lead in score; without scores 1 where bad won, 0.5 where neither did" },
-      { text: "good − bad", class: "num wide-only", title: "characters" }], rows)
+      ...figures.map((f) => make("td", { class: f.class }, r[f.name] == null ? "" : f.shown(r[f.name])))));
+    list.replaceChildren(found.rows.length ? table(["query", "went on", ...figures], rows)
       : make("p", { class: "muted" }, found.of ? "Nothing here is like that." : found.building ? "The triples are being indexed, once for each state of the stage." : "There are no triples yet."));
   };
 
@@ -346,7 +351,8 @@
     const opened = state.id != null;
     for (const node of [list, form, form.nextElementSibling]) node.hidden = opened;
     detail.hidden = !opened;
-    if (opened && before.id !== state.id) byId("browser").scrollIntoView({ block: "start" });
+    const { top } = byId("browser").getBoundingClientRect();
+    if (opened && before.id !== state.id && (top < HEAD || top > innerHeight / 2)) byId("browser").scrollIntoView({ block: "start" });
     else if (!opened && before.id != null) list.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "center" });
   };
 
