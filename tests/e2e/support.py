@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,3 +168,14 @@ def process(
     finally:
         running.kill()
         running.communicate()
+
+
+def until(
+    condition: Callable[[], bool], running: subprocess.Popen[str], seconds: float = 600
+) -> None:
+    """Waits for something that a running command does; its own end is an error."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)

@@ -2,13 +2,19 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.e2e.support import Here, fails, finished, process, spawn
+from tests.e2e.support import Here, environment, fails, finished, process, spawn, until
 
 pytest.importorskip("ray", reason="the engine ray needs ray: pip install 'selfsteer[ray]'")
 
@@ -78,6 +84,80 @@ def test_replicas_answer_as_one_process_does_and_a_killed_one_costs_nothing(tmp_
     for noise in ("Traceback", "Warning", "INFO", "ray::"):
         assert noise not in said
     assert not (run / "session_latest").exists()
+
+
+@contextmanager
+def node(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A node of a cluster that the command line starts; all of it ends with its first process."""
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+    running = subprocess.Popen(
+        [*start, "--object-store-memory=80000000", *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert running.stdout is not None
+        said = ""
+        while "Ray runtime started" not in said:
+            line = running.stdout.readline()
+            assert line, said
+            said += line
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def answered(run: Path) -> int:
+    """How many answers of a stage under way are stored."""
+    return sum(p.read_text().count('"sum"') for p in run.glob("iteration-1/samples/answers-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_node_and_a_killed_driver_cost_what_was_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster of two nodes, with room for one replica each, that goes on with the first one."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    small = ("queries.limit=64", "sampling.shard_size=16", "sampling.batch_size=2")
+    plain = spawn(*arguments(tmp_path, "plain", *small), "--until", "preferences")
+    assert plain.returncode == 0, plain.stderr
+    engine = f"sampling.engine={{kind: ray, replicas: 2, address: '127.0.0.1:{port}'}}"
+    command = (*arguments(tmp_path, "ray", *small, engine), "--until", "preferences")
+    run = tmp_path / "ray"
+
+    def shards() -> dict[str, int]:
+        """When each finished shard was written."""
+        done = run.glob("iteration-1/samples/shard-*.jsonl")
+        return {p.name: p.stat().st_mtime_ns for p in done if p.with_suffix(".done.json").exists()}
+
+    with ExitStack() as stack:
+        # the names of its sockets are limited to 107 characters
+        short = stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
+        first = stack.enter_context(node(*head))
+        second = stack.enter_context(node(f"--address=127.0.0.1:{port}"))
+        with process(*command) as running:
+            until(lambda: bool(replicas_of(second.pid)) and answered(run) > 0, running)
+            second.kill()
+            had = len(shards())
+            until(lambda: len(shards()) > had, running)
+            running.kill()
+            _, said = running.communicate()
+        before = shards()
+        assert 0 < len(before) < 4, said
+        assert said.count("a replica on the Ray cluster was lost") == 1
+        ended = spawn(*command, engine.replace("replicas: 2", "replicas: 1"))
+        assert ended.returncode == 0, ended.stderr
+        assert first.poll() is None
+    assert {name: shards()[name] for name in before} == before
+    assert made(run) == made(tmp_path / "plain")
 
 
 def test_a_recipe_asks_for_more_replicas_than_there_is_room_for(tmp_path: Path, here: Here) -> None:

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.ranks import environment_of
 from selfsteer.stages import fit
 from tests.e2e.patched import hold_out_four
-from tests.e2e.support import TESTBED, Ended, Here, environment, fails, ledger, process
+from tests.e2e.support import TESTBED, Ended, Here, environment, fails, ledger, process, until
 
 PATCHED = Path(__file__).with_name("patched.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -266,17 +264,6 @@ def triple(i: int) -> dict[str, object]:
         "messages": [{"role": "user", "content": f"What is {i}?"}],
         "responses": {"good": f"It is {i}.", "bad": "Go away."},
     }
-
-
-def until(
-    condition: Callable[[], bool], running: subprocess.Popen[str], seconds: float = 600
-) -> None:
-    """Waits for something that a running command does; its own end is an error."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert running.poll() is None, running.communicate()[1]
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
 
 
 def ranks_of(pid: int) -> list[psutil.Process]:

@@ -1,14 +1,15 @@
 """Sampling on a cluster: batches are spread over replicas of another engine, which are Ray actors.
 
-A replica that dies, with its node or alone, is started again and its batch is answered again, with
-the same seeds: nothing is lost or doubled. Only requests and answers travel; every node must be
-able to read the weights itself.
+Where a replica dies, with its node or alone, the next one that is free answers its batch, with the
+same seeds: nothing is lost or doubled. Another one is started in its place, as soon as there is
+room for it. Only requests and answers travel; every node must be able to read the weights itself.
 """
 
 import logging
 import math
 import os
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
-from ray.util.actor_pool import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfsteer.data.digests import digest
@@ -35,8 +35,16 @@ from selfsteer.models.chat import today
 from selfsteer.recipe.sections import EngineConfig, Loading
 from selfsteer.terminal import say, warn
 
-#: Deaths of one replica, or of whatever it answers, after which the stage stops.
-RESTARTS = 10
+#: Replicas that may die of one batch, or before their first one, until the stage stops.
+DEATHS = 10
+
+#: What Ray raises in place of the answers of a replica that is gone, or of its node.
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
 
 #: Requests that a replica gets at once, at most, where its engine schedules them itself.
 SHARE = 1024
@@ -59,6 +67,9 @@ class Replica:
     @cached_property
     def _engine(self) -> Engine:
         return self._make(**self._model)
+
+    def up(self) -> None:
+        """Returns as soon as there is a process."""
 
     def answer(self, batch: Sequence[Request], sampling: SamplingParams) -> list[Completion]:
         """All answers to a batch; the model is loaded before the first one."""
@@ -105,7 +116,7 @@ class RayEngine:
         loading = loading.model_copy(update={"date": loading.date or today()})
         self.model = {"settings": answering, "source": source, "loading": loading}
         self.model |= {"batch_size": batch_size, "at_hand": at_hand}
-        self._pool: Any = None
+        self._replicas: list[Any] = []
         with ExitStack() as stack:
             check_room(settings, stack.enter_context(joined(settings)))
             check_nodes(source)
@@ -117,29 +128,28 @@ class RayEngine:
         self._leave.close()
 
     def _dismiss(self) -> None:
-        self._pool = None  # actors end when nothing refers to them
+        self._replicas = []  # actors end when nothing refers to them
         with suppress(ValueError):
             self._with_replicas.remove(self)
 
-    def _replicas(self) -> Any:
-        """The pool of replicas, started when they are first needed."""
-        if self._pool is None:
+    def _start(self) -> Any:
+        """A replica; where there is no room for it, it waits for some."""
+        need = self.settings.resources
+        replica = ray.remote(Replica).options(num_cpus=need.num_cpus, num_gpus=need.num_gpus)
+        return replica.remote(self._make, self.model)
+
+    def replicas(self) -> list[Any]:
+        """The replicas, started when they are first needed."""
+        if not self._replicas:
             need, others = self.settings.resources, list(self._with_replicas)
             wanted = sum(e.settings.replicas for e in (self, *others))
             fitting = room(self.settings, resources())
             if fitting < wanted or any(e.settings.resources != need for e in others):
                 for engine in others:
                     engine._dismiss()
-            replica = ray.remote(Replica).options(
-                num_cpus=need.num_cpus,
-                num_gpus=need.num_gpus,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-            )
-            made = [replica.remote(self._make, self.model) for _ in range(self.settings.replicas)]
-            self._pool = ActorPool(made)
+            self._replicas = [self._start() for _ in range(self.settings.replicas)]
             self._with_replicas.append(self)
-        return self._pool
+        return self._replicas
 
     def generate(
         self,
@@ -150,14 +160,11 @@ class RayEngine:
         """See `Engine.generate`.
 
         Raises:
-            SelfsteerError: what a replica could not do, or that one of them died again and again.
+            SelfsteerError: what a replica could not do, or that they died again and again.
         """
         share = min(SHARE, max(math.ceil(len(requests) / self.settings.replicas), 1))
-        batches = cut(requests, self.batch_size or share)
         try:
-            for found in self._replicas().map_unordered(
-                lambda replica, batch: replica.answer.remote(batch, sampling), batches
-            ):
+            for found in self._spread(cut(requests, self.batch_size or share), sampling):
                 advance(len(found), sum(c.completion_tokens for c in found))
                 yield from found
         except ray.exceptions.RayError as e:
@@ -169,6 +176,42 @@ class RayEngine:
                 f"A replica on the Ray cluster failed: {last}. Finished answers are kept; fix the "
                 "cause (Ray's own logs say more), then run the same command again."
             ) from e
+
+    def _spread(
+        self, batches: Sequence[Sequence[Request]], sampling: SamplingParams
+    ) -> Iterator[list[Completion]]:
+        """The answers to each batch, as they come; only a replica that is up is given any."""
+        replicas, todo = self.replicas(), deque(range(len(batches)))
+        free, missing, deaths = list[int](), len(batches), Counter[int | None]()
+        #: what replicas are at → which one, and its batch; None: it is starting
+        under_way: dict[Any, tuple[int, int | None]] = {
+            replica.up.remote(): (k, None) for k, replica in enumerate(replicas)
+        }
+        while missing:
+            while todo and free:
+                k, number = free.pop(), todo.popleft()
+                under_way[replicas[k].answer.remote(batches[number], sampling)] = k, number
+            (ended,), _ = ray.wait(list(under_way))
+            k, done = under_way.pop(ended)
+            try:
+                found = ray.get(ended)
+            except LOST:
+                deaths[done] += 1
+                if deaths[done] > DEATHS:
+                    raise
+                if done is not None:
+                    todo.appendleft(done)
+                replicas[k] = self._start()
+                under_way[replicas[k].up.remote()] = k, None
+                warn(
+                    "a replica on the Ray cluster was lost, alone or with its node; another one "
+                    "answers its batch, and one starts in its place as soon as there is room"
+                )
+                continue
+            free.append(k)
+            if done is not None:
+                missing -= 1
+                yield found
 
 
 @contextmanager
@@ -280,11 +323,11 @@ def check_nodes(source: str) -> None:
     wanted, nodes = weights_digest(source), [n for n in ray.nodes() if n["Alive"]]
     if wanted is None or [n["NodeManagerHostname"] for n in nodes] == [os.uname().nodename]:
         return
-    look = ray.remote(weights_digest).options(num_cpus=0)
+    look = ray.remote(weights_digest)
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try:
-            asked = look.options(scheduling_strategy=there).remote(source)
+            asked = look.options(num_cpus=0, scheduling_strategy=there).remote(source)
             found = ray.get(asked, timeout=NODE_TIMEOUT_S)
             fault = "holds something else there" if found else "has no such folder"
         except ray.exceptions.RayError:
