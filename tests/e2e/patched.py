@@ -1,6 +1,7 @@
 """The command line with four queries held out, however few there are: `python patched.py run …`.
 
-Where DIES_AFTER says so, rank 1 is killed when so many steps are done.
+Where DIES_AFTER says so, rank 1 is killed when so many steps are done. Where NEVER_WHOLE is set, a
+training that would have every rank hold the whole model while it is saved fails.
 """
 
 import os
@@ -14,6 +15,10 @@ from selfsteer.stages import fit
 
 def hold_out_four(ids: Sequence[str], settings: Any, seed: int) -> set[str]:
     return set(sorted(ids)[:4])
+
+
+def never_whole(model: Any) -> Any:
+    raise AssertionError("every rank would hold the whole model")
 
 
 def mortal(step: Any) -> Any:
@@ -31,4 +36,8 @@ if __name__ == "__main__":
         from selfsteer.training.trainer import RowTrainer
 
         RowTrainer.training_step = mortal(RowTrainer.training_step)  # type: ignore[method-assign]
+    if "NEVER_WHOLE" in os.environ:
+        from selfsteer.training import trainer
+
+        trainer.whole = never_whole
     cli.main()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, NumericsError, short
@@ -76,8 +77,18 @@ def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
     return wrapped
 
 
-def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -> None:
+def full(value: torch.Tensor) -> torch.Tensor:
+    """A tensor itself, or what its parts on all ranks make; all of them must ask together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def save_model(
+    model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype, *, writes: bool = True
+) -> None:
     """Writes a checkpoint that ``from_pretrained`` and servers load.
+
+    Where ranks hold a model in parts, all of them must call this, and one writes: it collects the
+    weights one by one, so that no other rank ever holds more than one that is whole.
 
     Adapters are written to ``adapter/`` in it, and merged. Weights are stored in the precision they
     were trained to compute in. generation_config says ``do_sample``: servers answer greedily
@@ -92,13 +103,9 @@ def save_model(model: Any, chat: ChatFormat, folder: Path, dtype: torch.dtype) -
     tree.uninstall(plain)
     if getattr(plain, "generation_config", None) is not None:  # a reward model has none
         plain.generation_config.do_sample = True
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor
-    state = {
-        k: cast.setdefault((v.data_ptr(), v.shape), v.to("cpu", dtype))
-        if v.is_floating_point()
-        else v
-        for k, v in _stored(plain)
-    }
+    state = _collected(plain, dtype, keep=writes)
+    if not writes:
+        return
     learnt = {n for n, _ in plain.named_parameters(remove_duplicate=False)}
     _refuse_broken(((k, v) for k, v in state.items() if k in learnt), dtype)
     plain.save_pretrained(folder, state_dict=state)
@@ -140,9 +147,24 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_atomic(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
+@torch.no_grad()
+def _collected(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
+    """What is stored of a model, on the CPU and in this precision; names alone without ``keep``."""
+    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    state = {}
+    for name, value in _stored(model):
+        if id(value) not in cast:
+            found = full(value.detach())
+            if not keep:
+                found = found.new_empty(0)
+            cast[id(value)] = found.to("cpu", dtype) if found.is_floating_point() else found
+        state[name] = cast[id(value)]
+    return state
+
+
 def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """What a state dict holds; asking a sharded model for one would take it apart again."""
-    yield from ((n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False))
+    yield from model.named_parameters(remove_duplicate=False)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -152,7 +174,7 @@ def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
     _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
-    model.save_pretrained(folder, state_dict=dict(_stored(model)))
+    model.save_pretrained(folder, state_dict={n: v.detach() for n, v in _stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
     if not getattr(model, "is_quantized", False):

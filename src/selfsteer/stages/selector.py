@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selfsteer.data.artifacts import read_json
@@ -51,7 +52,7 @@ from selfsteer.training.select import (
     excess,
     within,
 )
-from selfsteer.training.sharding import whole
+from selfsteer.training.sharding import parted, whole
 
 #: What the wins of a candidate are called: see `Selector.measure`.
 Measure = Literal["accuracy", "steering accuracy", "win rate"]
@@ -163,12 +164,10 @@ class Selector:
 
     def restore(self) -> None:
         """Puts the chosen candidate's weights into the model; see `OnStep`."""
-        if not is_main_process():
-            return
-        kept = load_file(self._weights(self.chosen.step))
-        with torch.no_grad():
+        step = ranks.broadcast(self.chosen.step if is_main_process() else None)
+        with safe_open(self._weights(step), "pt") as kept, torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(kept[name])
+                parameter.copy_(parted(kept.get_tensor(name), parameter))
 
     # -- what it knows ------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from selfsteer.errors import EngineError
 from selfsteer.run import ranks
@@ -43,14 +43,18 @@ def check_sharded(model: Any) -> None:
         )
 
 
-def full(value: Tensor) -> Tensor:
-    """A tensor itself, or what its parts on all ranks make."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def own_part(value: Tensor) -> Tensor:
     """A tensor itself, or the part of it that this rank holds."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def parted(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as another one is held: on its device, and in parts if that is."""
+    value = value.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return value
+    # each rank has all of it, and takes its part without asking the others
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

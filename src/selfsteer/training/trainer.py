@@ -27,12 +27,12 @@ from selfsteer.data.artifacts import read_json
 from selfsteer.data.jsonl import disk_errors, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, EngineError, NumericsError, named
 from selfsteer.models.finite import broken_weight
-from selfsteer.models.save import add_lora, as_umask, disable_dropout, save_model
+from selfsteer.models.save import add_lora, as_umask, disable_dropout, full, save_model
 from selfsteer.run import ranks
 from selfsteer.run.sums import SMALL_BYTES, fault_of, sums_of
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
 from selfsteer.training.batches import StepSampler, fill_rows
-from selfsteer.training.sharding import check_sharded, full, own_part, shard_on_cpu, whole
+from selfsteer.training.sharding import check_sharded, own_part, shard_on_cpu, whole
 
 if TYPE_CHECKING:
     from selfsteer.models.load import LoadedModel
@@ -102,7 +102,7 @@ class OnStep(Protocol):
         """Whether `visit` would look at the model after this step, and has not."""
 
     def restore(self) -> None:
-        """After the last step: puts the weights to keep into the model, which is whole."""
+        """After the last step, on every rank: puts the weights to keep into the model."""
 
 
 @dataclass(frozen=True)
@@ -468,14 +468,18 @@ def train(
             trainer.add_callback(_Watch(trainer, label, bar, on_step))
             trainer.train(resume_from_checkpoint=checkpoint)
         history = trainer.state.log_history
-    with whole(model):
-        if on_step:
-            on_step.restore()
+    if on_step:
+        on_step.restore()
+    # peft merges whole weights only
+    merges = lora is not None or ranks.sharding() == "zero3"
+    with whole(model) if merges else nullcontext():
         model.eval()
         if is_main_process():
             with disk_errors(work):
                 shutil.rmtree(work / "model", ignore_errors=True)
                 save_model(model, loaded.chat, work / "model", loaded.dtype)
+        elif not merges:
+            save_model(model, loaded.chat, work / "model", loaded.dtype, writes=False)
         ranks.barrier()
     return next((line for line in reversed(history) if "loss" in line), {})
 
