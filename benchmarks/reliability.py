@@ -2,6 +2,7 @@
 
 python benchmarks/reliability.py --part kills [--points 200] [--recipes sso contrast rlcd]
 python benchmarks/reliability.py --part kills --recipes ranks ranks-fsdp2 server ray --points 6
+python benchmarks/reliability.py --part kills --recipes sweep train export merge judge --points 5
 python benchmarks/reliability.py --part damages
 python benchmarks/reliability.py --part fuzz [--cases 1000] [--kinds recipes queries]
 
@@ -15,6 +16,9 @@ in ``results/reliability.json`` and added up.
 
 Runs of several processes (`SEVERAL`) are killed from outside: all processes at once, the command
 alone, or one of the others. Whatever is killed, no process may be left two minutes after the end.
+
+Other commands (`VERBS`) are killed like runs, and given again until they end: what they wrote, and
+their ``--json``, must be the same.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,6 +139,38 @@ SEVERAL = {
 }
 
 
+#: Other commands. ``{data}/run`` is a finished run with adapters, ``{runs}/run`` a copy of it.
+VERBS: dict[str, tuple[str, ...]] = {
+    "sweep": (
+        *("sweep", "smoke", "runs_dir={runs}", "name=run", "method=pbaa", "generator=null"),
+        *("baseline=null", "evaluation=null", "principles={mode: picked, features: random}"),
+        *("queries.limit=168", "sampling.shard_size=84", "policy.threads=1", "seed=7"),
+        *("training.batch_size=16", "training.selection.points=1", "training.save_every_steps=2"),
+        "training.learning_rate=1e-3,2e-4",
+    ),
+    "train": (
+        *("train", "package:selfsteer.testbed/checkpoint", "{data}/pairs.jsonl", "objective=pbaa"),
+        *("batch_size=4", "save_every_steps=1", "epochs=2", "threads=1", "dtype=float32"),
+        "output={runs}/model",
+    ),
+    "export": ("export", "{data}/run", "--format", "parquet", "--to", "{runs}/out"),
+    "export --model": ("export", "{data}/run", "--model", "--to", "{runs}/out"),
+    "merge": ("merge", "{data}/run/iteration-1/policy/adapter", "{runs}/out"),
+    "judge": (
+        *("judge", "{runs}/run", "--judge", "oracle", "--json"),
+        *("--judge", "principles:package:selfsteer.testbed/checkpoint"),
+    ),
+    "queries": (
+        *("queries", "{data}/prompts.jsonl", "--to", "{runs}/clean.jsonl", "--holdout", "0.4"),
+        *("--against", "{data}/held-out.jsonl", "--near-duplicates", "0.8"),
+    ),
+    "report": ("report", "{runs}/run"),
+}
+
+#: What a command says whose folder was whole when it was killed.
+THERE = re.compile(r"selfsteer: \S+ is there already; choose another")
+
+
 def write_data(folder: Path) -> None:
     """Prompts, conversations, and preferences: faultless answers over faulty ones."""
     from selfsteer.data.jsonl import dump_lines, write_atomic
@@ -159,7 +196,10 @@ def write_data(folder: Path) -> None:
 
 
 def arguments(recipe: str, data: Path, runs: Path) -> list[str]:
-    """The command line of a run of a method, or of several processes."""
+    """The command line of a run of a method, of several processes, or of another command."""
+    if recipe in VERBS:
+        said = VERBS[recipe]
+        return [a.replace("{data}", str(data)).replace("{runs}", str(runs)) for a in said]
     several = SEVERAL.get(recipe)
     method = several.method if several else recipe
     own = (*METHODS[method], *(several.settings if several else ()))
@@ -290,13 +330,14 @@ class Torn:
 class Ended:
     """A child's end: its exit code, negative for a signal, its words, and what it changed.
 
-    ``struck`` has all its processes when it was killed from outside.
+    ``struck`` has all its processes when it was killed from outside. ``seconds`` that it took.
     """
 
     code: int
     said: str
     counts: Mapping[str, int]
     struck: Sequence[psutil.Process] = ()
+    seconds: float = 0.0
 
 
 def attempt(
@@ -419,8 +460,13 @@ def without_times(value: Any) -> Any:
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def state(run: Path) -> dict[str, Any]:
-    """All that must not depend on interruptions: files, and the ledger's counts."""
+def state(run: Path, depth: int = 0) -> dict[str, Any]:
+    """All that must not depend on interruptions: files, and the ledger's counts.
+
+    Args:
+        run: a run folder.
+        depth: folders between it and the runs in it, where it is none itself.
+    """
     import hashlib
 
     from selfsteer.run.folder import RunFolder
@@ -428,7 +474,7 @@ def state(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = path.relative_to(run)
-        if name.parts[0] in STORES | TIMED:
+        if set(name.parts[depth : depth + 1]) & (STORES | TIMED):
             continue
         if path.suffix == ".json":
             found[str(name)] = without_times(json.loads(path.read_bytes()))
@@ -461,6 +507,38 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
+def result(recipe: str, runs: Path, said: str) -> dict[str, Any]:
+    """What a run made, or another command made and said."""
+    if recipe not in VERBS:
+        return state(runs / "run")
+    found = state(runs, 2 if recipe == "sweep" else 1)
+    if "--json" in VERBS[recipe] and (begins := re.search(r"^\{", said, re.MULTILINE)):
+        found["said"] = without_times(json.JSONDecoder().raw_decode(said, begins.start())[0])
+    return found
+
+
+def begin(recipe: str, folder: Path, name: str) -> tuple[Path, list[str]]:
+    """An empty folder for a run or another command, and its command line.
+
+    Raises:
+        RuntimeError: the run that it needs fails.
+    """
+    data = folder / "data"
+    # what other commands write may name its place, which must be the same then
+    runs = folder / ("runs" if recipe in VERBS else name)
+    shutil.rmtree(runs, ignore_errors=True)
+    args = arguments(recipe, data, runs)
+    if {f"{data}/run", f"{runs}/run"} & {a.partition("/iteration-1")[0] for a in args}:
+        if not (data / "run").exists():
+            lora = "policy.lora={rank: 2}"
+            made = attempt([*arguments("pbaa", data, data), *EVALUATED[1:], lora], data)
+            if made.code:
+                raise RuntimeError(f"no run for {recipe}: {made.said}")
+        if f"{runs}/run" in args:
+            shutil.copytree(data / "run", runs / "run")
+    return runs, args
+
+
 def undisturbed(method: str, folder: Path) -> tuple[dict[str, Any], Ended]:
     """A whole run's state and end.
 
@@ -468,20 +546,22 @@ def undisturbed(method: str, folder: Path) -> tuple[dict[str, Any], Ended]:
         RuntimeError: it failed by itself.
     """
     write_data(folder / "data")
-    ended = attempt(arguments(method, folder / "data", folder / "calm"), folder / "calm")
+    runs, args = begin(method, folder, "calm")
+    began = time.monotonic()
+    ended = attempt(args, runs)
     if ended.code:
         raise RuntimeError(f"{method} does not run: {ended.said}")
-    ended.counts = {**ended.counts, "logged": logged(folder / "calm")}
-    return state(folder / "calm" / "run"), ended
+    ended.counts = {**ended.counts, "logged": logged(runs)}
+    ended.seconds = time.monotonic() - began
+    return result(method, runs, ended.said), ended
 
 
 def killed(
     method: str, folder: Path, calm: Mapping[str, Any], kills: Sequence[Kill], outcome: Outcome
 ) -> None:
     """Kills a run at one point after the other, resumes it each time, compares in the end."""
-    runs = folder / "rough"
-    shutil.rmtree(runs, ignore_errors=True)
-    args, several = arguments(method, folder / "data", runs), SEVERAL.get(method)
+    runs, args = begin(method, folder, "rough")
+    several = SEVERAL.get(method)
     struck: list[psutil.Process] = []
     for kill in [*kills, None]:
         ended = attempt(args, runs, kill, mark=several.mark if several else "")
@@ -495,7 +575,7 @@ def killed(
             outcome.kills[kill.whom if several else kill.kind] += 1
             if not ended.code:
                 break
-        elif ended.code:
+        elif ended.code and not (method in VERBS and THERE.search(ended.said)):
             outcome.failed.append(f"{kill}: {ended.said[-2000:]}")
             return
         else:
@@ -504,11 +584,18 @@ def killed(
     for process in psutil.wait_procs(struck, timeout=LEFT_S)[1]:
         outcome.lost.append(f"{kills}: left is process {' '.join(process.cmdline()).strip()}")
         process.kill()
-    if differing := differences(state(runs / "run"), calm):
+    if differing := differences(result(method, runs, ended.said), calm):
         outcome.lost.append(f"{kills}: {differing}")
 
 
-def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: int) -> list[Kill]:
+def chain(
+    rng: random.Random,
+    counts: Mapping[str, int],
+    seconds: float,
+    kills: int,
+    *,
+    weights: tuple[int, int, int, int] = (5, 3, 1, 1),
+) -> list[Kill]:
     """Points one after the other: mostly a few changes apart, so that a run meets many of them.
 
     Args:
@@ -516,14 +603,15 @@ def chain(rng: random.Random, counts: Mapping[str, int], seconds: float, kills: 
         counts: what an undisturbed run has of each kind.
         seconds: that it took.
         kills: how many.
+        weights: of changes, torn writes, stops and times.
     """
     made = []
     for _ in range(kills):
-        kind = rng.choices(("change", "torn", "stop", "time"), (5, 3, 1, 1))[0]
+        kind = rng.choices(("change", "torn", "stop", "time"), weights)[0]
         if kind == "time":
             made.append(Kill(kind, round(rng.uniform(0.05, max(seconds, 0.1)), 3)))
         else:
-            most = counts["torn" if kind == "torn" else "change"] * 0.6
+            most = counts.get("torn" if kind == "torn" else "change", 0) * 0.6
             made.append(Kill(kind, 1 + int(rng.random() ** 2 * most)))
     return made
 
@@ -563,13 +651,14 @@ def part_kills(
         )
         with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
             calm, ended = undisturbed(method, Path(scratch))
-            seconds = time.monotonic() - began
-            known |= {"seconds": round(seconds, 1), "changes": dict(ended.counts)}
+            known |= {"seconds": round(ended.seconds, 1), "changes": dict(ended.counts)}
             while sum(outcome.kills.values()) < before + points and not outcome.failed:
                 # the runs count too: a chain that met no point would be drawn again
                 rng = random.Random(f"{method} {sum(outcome.kills.values())} {outcome.runs}")
-                draw = chain_of_several if method in SEVERAL else chain
-                kills = draw(rng, ended.counts, seconds, per_run)
+                draw: Callable[..., list[Kill]] = chain_of_several if method in SEVERAL else chain
+                if method in VERBS:  # all of them end at once when they are asked to
+                    draw = partial(chain, weights=(5, 3, 0, 2))
+                kills = draw(rng, ended.counts, ended.seconds, per_run)
                 killed(method, Path(scratch), calm, kills, outcome)
                 known |= {"kills": dict(sorted(outcome.kills.items())), "runs": outcome.runs}
                 yield
@@ -698,7 +787,7 @@ def page(results: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for method, k in kills.items():
-            if method in SEVERAL:
+            if method in SEVERAL or method in VERBS:
                 continue
             points = [k["kills"].get(kind, 0) for kind in ("change", "torn", "time", "stop")]
             ends = [k["runs"], len(k["lost"]), len(k["failed"])]
@@ -718,6 +807,20 @@ def page(results: Mapping[str, Any]) -> str:
         ]
         for name, k in several.items():
             points = [k["kills"].get(whom, 0) for whom in ("all", "command", "another")]
+            ends = [k["runs"], len(k["lost"]), len(k["failed"])]
+            text.append(f"| {name} | {' | '.join(map(str, points + ends))} |")
+    if verbs := {name: k for name, k in (kills or {}).items() if name in VERBS}:
+        text += [
+            "",
+            "Other commands are killed (SIGKILL) and given again until they end. What they wrote "
+            "and their `--json` are compared with those of an undisturbed one.",
+            "",
+            "| command | killed before a change | within a write | at a random time | "
+            "compared | other results | failures |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, k in verbs.items():
+            points = [k["kills"].get(kind, 0) for kind in ("change", "torn", "time")]
             ends = [k["runs"], len(k["lost"]), len(k["failed"])]
             text.append(f"| {name} | {' | '.join(map(str, points + ends))} |")
     if damages := results.get("damages"):
@@ -769,7 +872,7 @@ def main() -> None:
     parser.add_argument(
         "--recipes",
         nargs="+",
-        choices=[*METHODS, *SEVERAL],
+        choices=[*METHODS, *SEVERAL, *VERBS],
         default=["sso", "contrast", "rlcd"],
     )
     parser.add_argument("--points", type=int, default=70, help="kills more of each recipe")

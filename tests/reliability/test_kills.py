@@ -17,6 +17,8 @@ METHODS = (
     *("spin-judged", "irft", "reward"),
 )
 
+VERBS = ("sweep", "train", "export", "export --model", "merge", "judge", "queries", "report")
+
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
@@ -46,6 +48,14 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(
 ) -> None:
     points = [("torn", 12), ("stop", 40), ("change", 60), ("torn", 3), ("change", 30)]
     outcome = end_alike(bench, "pbaa", tmp_path, [bench.Kill(*p) for p in points])
+    assert sum(outcome.kills.values()) == len(points)
+
+
+def test_a_command_that_is_killed_and_given_again_writes_what_an_undisturbed_one_does(
+    bench: Any, tmp_path: Path
+) -> None:
+    points = [("torn", 2), ("change", 3), ("change", 5), ("torn", 7)]
+    outcome = end_alike(bench, "queries", tmp_path, [bench.Kill(*p) for p in points])
     assert sum(outcome.kills.values()) == len(points)
 
 
@@ -95,6 +105,23 @@ def test_every_method_survives_kills(bench: Any, tmp_path: Path, method: str) ->
     kills = bench.chain(random.Random(method), ended.counts, 3.0, 6)
     outcome = bench.Outcome()
     bench.killed(method, tmp_path, calm, kills, outcome)
+    assert not outcome.failed, outcome.failed[0]
+    assert not outcome.lost
+    assert sum(outcome.kills.values()) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_other_command_survives_kills(bench: Any, tmp_path: Path, verb: str) -> None:
+    calm, ended = bench.undisturbed(verb, tmp_path)
+    counts, kills = ended.counts, list[Any]()
+    for share in (0.2, 0.5, 0.9):
+        kills.append(bench.Kill("change", 1 + int(share * counts["change"])))
+        if counts.get("torn"):
+            kills.append(bench.Kill("torn", 1 + int(share * counts["torn"])))
+    outcome = bench.Outcome()
+    for kill in kills:
+        bench.killed(verb, tmp_path, calm, [kill], outcome)
     assert not outcome.failed, outcome.failed[0]
     assert not outcome.lost
     assert sum(outcome.kills.values()) > 1
