@@ -222,7 +222,7 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
     score = models["sso/iteration-1"]["score"]
     assert f"| this model | {score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}] |" in text
     assert "Trained on: 16 pairs" in text
-    assert "sso - pbaa: " in text
+    assert re.search(r"sso (scores 0\.\d+ \[.*\] (more|less) than|and) pbaa", text)
     assert "\nvllm serve . --served-model-name done\nollama create done -f Modelfile\n" in text
     sampled = "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\n"
     made = (tmp_path / "model" / "Modelfile").read_text()
