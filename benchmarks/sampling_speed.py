@@ -260,7 +260,7 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that every contestant gets."""
     from selfsteer.data.queries import load_queries
     from selfsteer.engines.base import stop_ids
-    from selfsteer.models.load import load_chat
+    from selfsteer.models.load import configured_stops, load_chat
     from selfsteer.principles.writer import feature_prompt
     from selfsteer.recipe.sections import Policy, Queries, resolve_path
 
@@ -279,13 +279,12 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         name: [chat.prompt_ids(tuple(Message(*m) for m in messages)) for messages in conversations]
         for name, conversations in workloads.items()
     }
-    configured = json.loads((Path(model) / "generation_config.json").read_text())
     names = ("batch", "against_batch", "tokens", "temperature", "top_p", "threads", "device")
     return {
         "model": model,
         "workloads": workloads,
         "ids": ids,
-        "stops": stop_ids(chat, configured.get("eos_token_id")),
+        "stops": stop_ids(chat, configured_stops(model, Policy(model=model))),
         **{name: getattr(args, name) for name in names},
     }
 

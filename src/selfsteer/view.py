@@ -355,6 +355,8 @@ def _changed(run: Path, resolved: Mapping[str, Any], methods: Sequence[type[Reci
         now = validate(choose(methods, given, str(path)), given, str(path), methods)
     except (ConfigError, ArtifactError):
         return []
+    if not resolved.keys() >= given.keys():
+        return []  # it was not made of this recipe by any version
     asked, here = _dotted(given), _dotted(now.model_dump(mode="json"))
     return [
         f"{key} is {short(value)} there, "
