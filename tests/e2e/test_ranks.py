@@ -77,7 +77,9 @@ def assert_same_training(one: Path, two: Path, stage: str) -> None:
     largest = max(float((mine[n] - theirs[n]).abs().max()) for n in mine)
     mean = max(float((mine[n] - theirs[n]).abs().mean()) for n in mine)
     assert moved > 1e-4
-    assert largest < 0.05 * moved, f"{stage}: weights {largest:.2g} apart, moved {moved:.2g}"
+    # Adam moves a weight whose gradient is all rounding as far as any other: on CPUs with AVX-512
+    # one was 6.5 % apart
+    assert largest < 0.1 * moved, f"{stage}: weights {largest:.2g} apart, moved {moved:.2g}"
     assert mean < 1e-3 * moved, f"{stage}: weights {mean:.2g} apart on average"
 
 

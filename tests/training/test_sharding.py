@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -17,14 +17,17 @@ from selfsteer.training.sharding import own_part, parted
 
 
 @pytest.fixture
-def mesh() -> Iterator[object]:
+def mesh() -> Iterator[DeviceMesh]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
 def test_a_sharded_model_is_saved_weight_by_weight(
-    load: Callable[..., LoadedModel], mesh: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., LoadedModel],
+    mesh: DeviceMesh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = load("llama")
     save_model(loaded.model, loaded.chat, tmp_path / "whole", torch.float32)
