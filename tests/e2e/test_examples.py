@@ -67,11 +67,11 @@ def test_a_house_style_is_learnt_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_real_model_takes_the_house_style(tmp_path: Path, smollm2: Path) -> None:
-    """Its own answers, of which some keep each rule: a score of 0 would be a broken template."""
+    """Its own answers, of which some keep a rule: nothing but zeros would be a broken template."""
     said = example("house_style.py", tmp_path, f"policy.model={smollm2}", *SHORT)
     kept = re.findall(r"(\d\.\d\d) before, (\d\.\d\d) after$", said, re.M)
     assert len(kept) == 3, said
-    assert all(float(share) > 0 for both in kept for share in both), said
+    assert any(float(share) > 0 for both in kept for share in both), said
     base, after, model = re.split(r"^(?:base|sso/iteration-1|the model): ", said, flags=re.M)[1:]
     assert base.strip()
     assert after.strip()
