@@ -245,7 +245,7 @@ def test_counts_are_reported_to_advance(load: Callable[..., LoadedModel]) -> Non
     found = ask(engine, GREEDY, advance=lambda items, tokens: told.append((items, tokens)))
     assert sum(items for items, _ in told) == len(found)
     assert sum(tokens for _, tokens in told) == sum(c.completion_tokens for c in found)
-    # every token is told when it is drawn, the answers with their batch
+    # tokens are reported as they are drawn, answers with their batch
     assert max(tokens for _, tokens in told) <= 4 < max(c.completion_tokens for c in found)
     assert [items for items, _ in told if items] == [4, 4, 2]
 

@@ -216,7 +216,7 @@ class TransformersEngine:
         return rows
 
     def _shrinking_batch(self, batch: Batch, sampling: SamplingParams, news: Advance) -> Tensor:
-        """Rows that have ended leave the batch and its cache; each token is told at once."""
+        """Rows that have ended leave the batch and its cache; tokens are reported as drawn."""
         prompts, rows = batch.prompts, batch.owner_R  # rows: which request each belongs to
         budget, device = sampling.max_new_tokens, self.loaded.device
         cache = self._prefill(prompts)
@@ -237,10 +237,11 @@ class TransformersEngine:
                 logits, rows, batch.ratio_B, sampling, batch.numbers_BT[rows[:answering], step]
             )
             drawn[rows, step] = token
-            # answers are told with the batch: those that end first say nothing of the time left
-            news(0, int(alive[:answering].sum()))
-            alive = alive & ~torch.isin(token, stops)
-            living = int(alive.sum())
+            before, alive = alive, alive & ~torch.isin(token, stops)
+            # together: a GPU is waited for once
+            tokens, living = torch.stack([before[:answering].sum(), alive.sum()]).tolist()
+            # answers are reported with the batch: the first to end do not tell the time left
+            news(0, tokens)
             if living == 0:
                 break
             if living <= len(alive) * (1 - COMPACT_AT):
