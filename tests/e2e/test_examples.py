@@ -59,6 +59,7 @@ def test_a_judge_of_your_own_judges_a_run(tmp_path: Path) -> None:
     assert "nothing to do" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_house_style_is_learnt_and_counted(tmp_path: Path) -> None:
     said = example("house_style.py", tmp_path, f"policy.model={TESTBED}", *SHORT)
     assert len(re.findall(r"\d\.\d\d before, \d\.\d\d after$", said, re.M)) == 3, said

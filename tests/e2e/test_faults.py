@@ -158,6 +158,7 @@ def test_limits_stop_the_stage_and_a_higher_one_goes_on(
     assert made(tmp_path / "poor") == undisturbed
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_inside_a_shard(
     server: Server, tmp_path: Path, undisturbed: dict[str, bytes], here: Here
 ) -> None:

@@ -235,6 +235,7 @@ def test_a_run_that_stopped_gets_a_report(smoke: Path, tmp_path: Path, here: Her
     assert "No stage has finished" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_online_without_judge_or_evaluation(tmp_path: Path, here: Here) -> None:
     ended = here(
         "run", "sso-online", f"runs_dir={tmp_path}", "name=online", f"policy.model={TESTBED}",

@@ -166,6 +166,7 @@ def test_sgpo_asks_an_improver_for_a_better_answer(
     assert not (tmp_path / "n" / "ledger.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_sgpo_without_an_improver_asks_the_policy_of_each_iteration(
     here: Here, tmp_path: Path
 ) -> None:

@@ -369,6 +369,7 @@ def test_two_generators_one_per_half(tmp_path: Path, here: Here) -> None:
     assert set(record["responses"]) == {"good", "bad"}
 
 
+@pytest.mark.slow
 def test_the_generator_can_be_dropped_at_the_end(tmp_path: Path, here: Here) -> None:
     args = ("run", "smoke", f"runs_dir={tmp_path}", "name=k", "keep.generator=false", *TINY)
     assert here(*args, "baseline=null").code == 0
@@ -412,6 +413,7 @@ def test_a_torn_ledger_line_does_not_stop_the_run(tmp_path: Path, here: Here) ->
         ledger(tmp_path / "t")  # the torn line is still there, and still ignored
 
 
+@pytest.mark.slow
 def test_redo_puts_everything_of_the_old_recipe_aside_even_what_it_does_not_redo(
     tmp_path: Path, here: Here
 ) -> None:
@@ -453,6 +455,7 @@ def test_the_judge_is_asked_before_anything_is_sampled(tmp_path: Path, here: Her
     assert not finished(tmp_path / "j")
 
 
+@pytest.mark.slow
 def test_a_kill_while_cleaning_up_after_training_does_no_harm(tmp_path: Path, here: Here) -> None:
     """Checkpoints lose their mark before their files, so a leftover is never resumed from."""
     args = ("run", "smoke", f"runs_dir={tmp_path}", "name=w", "baseline=null", *TINY)

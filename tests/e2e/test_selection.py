@@ -65,6 +65,7 @@ def test_a_policy_killed_between_candidates_is_chosen_alike(tmp_path: Path, here
     assert states["iteration-1/preferences"] == "done"
 
 
+@pytest.mark.slow
 def test_a_generator_is_chosen_and_the_choice_is_shown(tmp_path: Path, here: Here) -> None:
     args = ("run", "smoke", f"runs_dir={tmp_path}", "name=g", *ARGS, "--until", "generator")
     assert here(*args).code == 0

@@ -542,6 +542,7 @@ def test_a_state_is_read_out_when_it_changes(browser: Browser, smoke: Path, tmp_
         assert visit.said == []
 
 
+@pytest.mark.slow
 def test_a_page_follows_a_run_that_is_killed_and_resumed(browser: Browser, tmp_path: Path) -> None:
     tiny = [x for x in TINY if not x.startswith(("generator", "evaluation"))]
     only = ("method=pbaa", "baseline=null", "generator=null", "evaluation=null")

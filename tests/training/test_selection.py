@@ -487,6 +487,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_training_killed_around_a_measurement_ends_like_an_undisturbed_one(
     load: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
