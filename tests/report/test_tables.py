@@ -80,7 +80,7 @@ def evaluated(folder: Path) -> RunView:
             label: {"tokens": 9.0, "unfinished": n, "score": [0.5, None, None]}
             for label, n in zip(labels, (9, 2, 5), strict=True)
         },
-        "rules": {'Calm: no_match: "[!|]"': rule},
+        "rules": {"Calm: no_match: [!|]": rule},
     }
     (run / "evaluation.json").write_text(json.dumps(found))
     return RunView.open(run)
@@ -93,18 +93,18 @@ def test_each_rule_stands_with_its_shares_before_and_after(
     sheet = tables.rules(run)
     assert sheet.columns == ("rule", "queries", "base", "pbaa", "sso", "gain of sso")
     assert sheet.rows == [
-        ['Calm: no_match: "[!|]"', 10, 0.1, 0.2, 0.5, (0.4, 0.2, 0.6)],
+        ["Calm: no_match: [!|]", 10, 0.1, 0.2, 0.5, (0.4, 0.2, 0.6)],
         ["(cut off by the token budget)", 10, 0.9, 0.5, 0.2, None],
     ]
     assert run.to_json()["evaluation"]["rules"]
     summary.print_result(run)
     said = " ".join(capsys.readouterr().out.split())
-    assert 'Calm: no_match: "[!|]" 10 0.100 0.200 0.500 0.400 [.20, .60]' in said
+    assert "Calm: no_match: [!|] 10 0.100 0.200 0.500 0.400 [.20, .60]" in said
     (result,) = (s for s in content(run, [], [])["sections"] if s["anchor"] == "result")
     assert sheet in result["sheets"]
     card = model_card(run.round())
     assert "| rule | queries | start | this model | gain of this model |" in card
-    assert 'no_match: "[!\\|]" | 10 | 0.100 | 0.500 | 0.400 [0.200, 0.600] |' in card
+    assert r"no_match: [!\|] | 10 | 0.100 | 0.500 | 0.400 [0.200, 0.600] |" in card
     assert "| (cut off by the token budget) | 10 | 0.900 | 0.200 |  |" in card
 
 

@@ -89,7 +89,7 @@ class ChecksJudge:
     ) -> dict[str, dict[str, list[float]]]:
         """Rule → name → how far each answer keeps it: 1 or 0.
 
-        A rule of the catalogue stands after its feature: ``Brevity: words: {"max": 40}``. Those
+        A rule of the catalogue stands after its feature: ``Brevity: words: max 40``. Those
         that the queries bring, which may all differ, are taken together by kind; of several of a
         kind it is the share kept. Queries without the rule are left out.
 

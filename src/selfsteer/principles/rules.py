@@ -132,7 +132,9 @@ class Check(Section):
 
     def __str__(self) -> str:
         ((name, wanted),) = self._given.items()
-        return f"{name}: {json.dumps(wanted, ensure_ascii=False)}"
+        if isinstance(wanted, dict):
+            wanted = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        return f"{name}: {wanted if isinstance(wanted, str) else ' | '.join(wanted)}"
 
     def passes(self, answer: str) -> bool:
         """Whether the answer keeps the rule.

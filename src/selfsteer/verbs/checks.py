@@ -926,8 +926,8 @@ def _by_rule(line: Line, recipe: Principled, triples: Sequence[Triple], judge: C
     line.figures = {"rules": rules, "missing": missing, "unsure": few or bool(missing)}
     raised = sum(bool(r["gain"]) and above(r["gain"], 0) for r in rules.values())
     line.found = (
-        f"the good principle has more answers keep {raised} of {len(rules)} rules, on "
-        f"{len(triples)} queries"
+        f"the good principle has more answers keep {raised} of {len(rules)} rules beyond chance, "
+        f"on {len(triples)} queries"
     )
     more = any(rules[rule]["queries"] < DECIDING for rule in missing)
     line.warn(
