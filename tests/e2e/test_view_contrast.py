@@ -173,7 +173,7 @@ def test_the_page_shows_which_words_the_principles_like(
     ("method", "heads"),
     [
         ("contrast", ["query", "went on"]),
-        ("best-of-n-principles", ["query", "went on", "good − bad"]),
+        ("best-of-n-principles", ["query", "went on", "longer by"]),
     ],
 )
 def test_columns_without_a_figure_are_left_out(
@@ -181,7 +181,7 @@ def test_columns_without_a_figure_are_left_out(
 ) -> None:
     figures = {"judge": "verdict", "judge − principle": "disagreement"} | {
         "gap": "gap",
-        "good − bad": "length_difference",
+        "longer by": "length_difference",
     }
     rows = records(runs / method)
     for head, name in figures.items():

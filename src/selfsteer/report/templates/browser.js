@@ -115,7 +115,7 @@
     { name: "verdict", text: "judge", class: "wide-only", shown: said },
     { name: "gap", text: "gap", class: "num", title: "both steering gaps together, nats per token", shown: (v) => signed(v) },
     { name: "disagreement", text: "judge − principle", class: "num wide-only", title: "how far the judge contradicts the principles: the bad response's lead in score; without scores 1 where bad won, 0.5 where neither did", shown: (v) => signed(v) },
-    { name: "length_difference", text: "good − bad", class: "num wide-only", title: "characters", shown: (v) => signed(v, 0) },
+    { name: "length_difference", text: "longer by", class: "num wide-only", title: "characters that the good response (in ranked sets the chosen one) is longer than the bad one", shown: (v) => signed(v, 0) },
   ];
 
   const show = (found) => {
