@@ -126,6 +126,7 @@ def main() -> None:
     if not ranks.in_world():  # a rank is stopped by its launcher, which tells it from a failure
         stopping.listen()
     try:
+        _check_arguments()
         app()
     except SelfsteerError as e:
         _fail(str(e), e.exit_code)
@@ -166,6 +167,22 @@ def main() -> None:
             "text out.",
             3,
         )
+
+
+def _check_arguments() -> None:
+    """Refuses what no recipe, ledger or page could name.
+
+    Raises:
+        ConfigError: an argument is no text.
+    """
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeError:
+            raise ConfigError(
+                f"The argument {short(argument)} is no UTF-8 text, and what it names could not be "
+                "written down. Rename it."
+            ) from None
 
 
 def _fail(text: str, code: int, *, lost: bool = False) -> None:

@@ -8,7 +8,6 @@ The run may be unfinished, under way or killed in the middle of a line. Nothing 
 is written and no model is asked.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -384,11 +383,6 @@ def _metrics(
     """The lines of each stage, and their digest."""
     found = logged(path)
     return found, {stage: digest(entries) for stage, entries in found.items()}
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a figure of a log can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 # -- the run ---------------------------------------------------------------------------------------

@@ -1,14 +1,27 @@
 """What bad input gets: one paragraph, exit code 2 or 3, nothing lost."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from selfsteer.recipe.sections import resolve_path
-from tests.e2e.support import TESTBED, TINY, Here, artefacts, fails, finished, full_for, ledger
+from tests.e2e.support import (
+    TESTBED,
+    TINY,
+    Here,
+    artefacts,
+    command,
+    environment,
+    fails,
+    finished,
+    full_for,
+    ledger,
+)
 
 
 @pytest.fixture
@@ -41,6 +54,18 @@ def test_a_tokenizer_that_gives_up_is_an_error_in_words(
     endless = {"type": "Replace", "pattern": {"Regex": r"^(\w+\W?)+\d\D?$"}, "content": ""}
     (model / "tokenizer.json").write_text(json.dumps({**held, "normalizer": endless}))
     fails(here(*sso(tmp_path, model, queries)), 3, "a library gave up", "tokenizer")
+
+
+def test_an_argument_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """What is not UTF-8 can stand in no recipe, ledger or page."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.jsonl")
+    Path(odd).write_text('{"prompt": "Hi"}\n')
+    for args in (("queries", odd, "--to", tmp_path / "q.jsonl"), ("plan", "smoke", f"name={odd}")):
+        ended = subprocess.run(command(*args), env=environment(), capture_output=True, check=False)
+        assert ended.returncode == 2
+        said = ended.stderr.decode()
+        assert r"odd\udcff" in said
+        assert "is no UTF-8 text" in said
 
 
 def test_unknown_keys_name_the_nearest(here: Here) -> None:

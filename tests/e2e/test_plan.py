@@ -73,6 +73,15 @@ def test_a_judge_at_a_server_is_in_the_plan(here: Here, tmp_path: Path) -> None:
         (("sso", "--queries", "10", *SIZES, "--params", "1e6"), "leave nothing for its layers"),
         (("sso", "--queries", "10", *SIZES, "--params", "nan"), "--params"),
         (("sso", "--queries", "10", *SIZES, "--params", "0"), "--params"),
+        (("sso", "--queries", "10", *SIZES, "--params", "inf"), "--params"),
+        (("smoke", "--params", "1e400"), "--params"),
+        *(
+            (("smoke", f"--{name}", "1" + "0" * 400), f"--{name}")
+            for name in (
+                *("gpus", "queries", "layers", "hidden", "vocabulary"),
+                *("query-tokens", "principle-tokens", "response-tokens"),
+            )
+        ),
     ],
 )
 def test_a_plan_says_what_it_lacks(here: Here, args: tuple[str, ...], said: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selfsteer.verbs.bugs import packed, redacted
+from selfsteer.verbs.bugs import _SAID, packed, redacted
 from tests.e2e.support import Here, fails
 from tests.make import write_jsonl
 
@@ -151,6 +151,10 @@ def test_a_damaged_run_is_reported_too(run: Path, tmp_path: Path, here: Here) ->
     (run / "recipe.yaml").unlink()
     (run / "recipe.yaml").symlink_to(outside)
     os.mkfifo(run / "pipe.dropped.jsonl")
+    odd = os.fsencode(run) + b"/odd\xff"  # no UTF-8
+    for name in (odd, odd + b".dropped.jsonl"):
+        Path(os.fsdecode(name)).write_text('{"id": "a", "reason": "odd", "record": {}}\n')
+    Path(os.fsdecode(odd + b".jsonl")).mkdir()
     ended = here("report-bug", run, "--out", tmp_path / "bug.zip", "--json", "--with-data")
     assert ended.code == 0, ended
     found, left = files(tmp_path / "bug.zip"), json.loads(ended.out)["left_out"]
@@ -160,6 +164,43 @@ def test_a_damaged_run_is_reported_too(run: Path, tmp_path: Path, here: Here) ->
     assert "leads out" in left["recipe.yaml"]
     assert left["metrics.jsonl"] == "it is not there"
     assert left["pipe.dropped.jsonl"] == "it is no file"
+    assert r"odd\xff" in found["files.txt"]
+    assert json.loads(found["dropped.json"])[r"odd\xff.dropped.jsonl"] == {"odd": 1}
+    assert left[r"odd\xff.jsonl"] == "it is no file"
+
+
+def test_what_an_error_quotes_is_packed_only_as_data(tmp_path: Path, here: Here) -> None:
+    rows = ('{"prompt": "It\'s private, isn\'t it"\n', '["' + "private " * 90 + '"]\n')
+    for number, row in enumerate(rows):
+        (tmp_path / "q.jsonl").write_text(row)
+        given = (f"name=told{number}", f"runs_dir={tmp_path}", f"queries.path={tmp_path}/q.jsonl")
+        ended = here("run", "smoke", "evaluation=null", "queries.limit=null", *given)
+        assert ended.code == 2
+        assert "private" in ended.err
+        run = tmp_path / f"told{number}"
+        bare, whole = (packed(run, with_data=data) for data in (False, True))
+        assert "private" not in "".join(bare.files.values())
+        assert "has no query left" in bare.files["progress.json"]
+        assert bare.removed["quotes in the error"]
+        assert "private" in whole.files["progress.json"]
+    (run / "progress.json").write_text('{"error": "private')
+    damaged = packed(run)
+    assert damaged.files["progress.json"] == ""
+    assert "damaged" in damaged.left_out["progress.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "clean"),
+    [
+        ("found 'mine', not 7", "found '[text]', not 7"),
+        ('found {"a": "it\'s mine"}; it\'s odd', "found {'[text]': '[text]'}; it's odd"),
+        (r"found 'both \" and \' of mine' here", "found '[text]' here"),
+        ("found 'cut, isn't it…. Use 'x'", "found '[text]'"),
+        ("the users' file", "the users' file"),
+    ],
+)
+def test_what_an_error_quotes(error: str, clean: str) -> None:
+    assert _SAID.sub("'[text]'", error) == clean
 
 
 def test_what_is_no_run_is_refused_and_no_file_is_overwritten(

@@ -5,19 +5,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from selfsteer.data.artifacts import read_json
-from selfsteer.data.records import Message, Preference
+from selfsteer.data.records import Message, Preference, Query
 from selfsteer.errors import ArtifactError, DataError
 from selfsteer.report.logprobs import tokenizer
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features
 from selfsteer.testbed import oracle
-from selfsteer.verbs.comparing import curves
+from selfsteer.verbs.comparing import Answered, _difference, curves
 from selfsteer.view import Quality, RunView
 from tests.e2e.support import TESTBED, Here, accepted, fails
+from tests.fakes import ScoringFake
 from tests.make import entry
 
 
@@ -100,8 +102,8 @@ def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> N
     classes = difference["by_class"]
     assert sum(c["queries"] for c in classes.values()) == found["queries"]
     for example in difference["examples"]:
-        gap = oracle.score(example["query"], example["sso"]).total
-        gap -= oracle.score(example["query"], example["pbaa"]).total
+        gap = oracle.score(example["query"], example["answers"]["sso"]).total
+        gap -= oracle.score(example["query"], example["answers"]["pbaa"]).total
         assert example["difference"] == pytest.approx(gap)
     pairs = found["features"]["sso"]
     assert pairs
@@ -109,6 +111,19 @@ def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> N
     shown = here("compare", smoke).out
     assert "sso - pbaa: " in shown
     assert "paired by query: " in shown
+
+
+def test_a_run_called_query_hides_no_query() -> None:
+    queries = [Query.from_dict({"id": f"q{i}", "prompt": f"What is {i}?"}) for i in range(9)]
+    one, other = (
+        Answered(name, [text] * 9, np.ones(9), np.full(9, score))
+        for name, text, score in (("difference", "a", 0.0), ("query", "bb", 1.0))
+    )
+    found = _difference(queries, one, other, ScoringFake(), ["x"] * 9, 1, 0)
+    (example,) = found["examples"]
+    assert example["query"].startswith("What is ")
+    assert example["difference"] == 1.0
+    assert example["answers"] == {"difference": "a", "query": "bb"}
 
 
 def test_curves_of_a_training_with_several_terms_are_those_of_its_plain_term(

@@ -212,6 +212,25 @@ def test_null_is_asked_for_again_and_is_no_empty_answer(server: Server, engine: 
     assert as_stored(one.usage.counts)["failed"] == {"request_failed:no_answer": 1}
 
 
+def test_what_cannot_be_used_counts_as_what_is_paid_for(
+    server: Server, engine: Make, tmp_path: Path
+) -> None:
+    """Every answer is null, two, or without a message, and every one has its price."""
+    two, bare = completion("A.", "B."), completion("A.")
+    bare["choices"][0].pop("message")
+    price = {"input": 1000.0, "output": 0.0}
+    for number, value in enumerate((completion(None), two, bare)):
+        server.always = sends(value)
+        before, usage = len(server.asked), Usage(tmp_path / f"{number}.json", Price(**price))
+        one = engine(usage, price=price, max_cost=0.5, retries=99, backoff=0)
+        with pytest.raises(EngineError, match="could pass max_cost"):
+            ask(one, GREEDY, 0, CONVERSATIONS[:1])
+        asked = len(server.asked) - before
+        assert 0 < asked <= 50
+        assert usage.counts["prompt_tokens"] == 10 * asked
+        assert Usage(tmp_path / f"{number}.json").cost == pytest.approx(0.01 * asked)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_that_passes_leaves_no_trace_in_the_answers(
     name: str, server: Server, engine: Make

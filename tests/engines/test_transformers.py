@@ -666,6 +666,21 @@ def test_the_ends_of_a_stream_stay_within_the_nucleus() -> None:
         assert tuple(found) == ends
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1e-300, 0.8), (1e-38, 1.0), (5e-324, 0.8), (1.0, 1e-300)]
+)
+def test_the_coldest_temperature_and_the_smallest_nucleus_leave_the_likeliest_token(
+    temperature: float, top_p: float
+) -> None:
+    """As floats of 32 bits they would be 0, and every logit beside them without an end."""
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 20
+    sampling = SamplingParams(temperature, top_p)
+    numbers = streams(range(3), 1)[:, 0]
+    assert draw(logits, sampling, numbers).tolist() == logits.argmax(dim=-1).tolist()
+    pushed = contrast_step(logits, -logits, torch.full((3, 1), 2.0), sampling)
+    assert pushed.argmax(dim=-1).tolist() == logits.argmax(dim=-1).tolist()
+
+
 def test_a_stream_belongs_to_its_seed() -> None:
     numbers = streams([3, 2**63 - 1, 3], 4)
     assert numbers.dtype == torch.float64

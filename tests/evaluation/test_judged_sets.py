@@ -158,6 +158,7 @@ def test_questions_of_every_public_shape_are_read(tmp_path: Path) -> None:
         ({"turns": []}, "turns must be a list of texts"),
         ({"turns": "Hi"}, "turns must be a list of texts"),
         ({"prompt": "Hi", "difficulty": "hard"}, "difficulty must be a number"),
+        ({"prompt": "Hi", "difficulty": 10**400}, "difficulty must be a number"),
         ({"prompt": "Hi", "difficulty": math.nan}, "line 2: "),
         ({"prompt": "Hi", "reference": {"answer": "Ho"}}, "reference must be a text"),
         ({"id": "one", "prompt": "Hi"}, "'one' is there twice"),

@@ -103,6 +103,11 @@ def test_the_documented_catalogue_is_clean() -> None:
         (changed(0, gud="x"), "Patience.gud", "did you mean 'good'?"),
         (changed(featurs=[]), "featurs", "did you mean 'features'?"),
         (changed(1, name="patience"), "catalogue", "two features are called 'patience'"),
+        (
+            changed(features=[MINE["features"][0] | {"name": f"F{n}"} for n in range(1001)]),
+            "catalogue",
+            "there are 1,001 features, and every two are compared; give at most 1,000",
+        ),
         (changed(0, weight=0), "Patience.weight", "greater than 0, found 0"),
         (changed(appended={"Brevty": 0.1}), "catalogue", "Did you mean Brevity?"),
         (changed(appended={"Brevity": 1.5}), "appended.Brevity", "found 1.5"),

@@ -151,6 +151,34 @@ def test_rules_become_a_catalogue_that_a_recipe_can_name(
     assert not (tmp_path / "rules.yaml.partial").exists()
 
 
+def test_features_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A catalogue takes no two names that differ in their case alone."""
+    names = ["Warmth 2", "Warmth", "WARMTH", "warmth", "Warm tone", "Warm Tone"]
+
+    def named(request: Request) -> str:
+        number = int(request.id.partition("/")[0])
+        words = f"Good adjective: warm{number}\nBad adjective: cold{number}"
+        return f"Bad: Never greet guest {number}.\nName: {names[number]}\n{words}"
+
+    answer_with(monkeypatch, FakeEngine(named))
+    text = "".join(f"Always greet guest {n} kindly.\n" for n in range(len(names)))
+    import_rules(told(tmp_path / "rules.txt", text), "writer", tmp_path / "rules.yaml")
+    made = load_catalogue(str(tmp_path / "rules.yaml")).features
+    assert [f.name for f in made] == [
+        "Warmth 2", "Warmth", "WARMTH 3", "Warmth 4", "Warm tone", "Warm Tone 2",
+    ]  # fmt: skip
+
+
+def test_more_rules_than_a_catalogue_can_have_are_refused_before_they_are_asked(
+    tmp_path: Path,
+) -> None:
+    file = told(tmp_path / "many.txt", "".join(f"Keep rule {n}.\n" for n in range(1001)))
+    with pytest.raises(DataError, match="holds 1,001 rules, and a catalogue has at most 1,000"):
+        read_rules(file)
+
+
 def test_where_no_answer_is_of_use_it_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_overrides_that_cannot_be_applied() -> None:
             {"method": "bad-to-plain", "training": {"weighting": "dora"}},
             "method bad-to-plain trains on answers that are written without one",
         ),
+        ({"training": {"base": "orpo", "reference": "first"}}, "training.reference has no effect"),
         ({"training": {"noise": 1, "base": "ipo"}}, "training.noise has no effect"),
         ({"training": {"noise": 1, "reference": "first"}}, "noise is on the iteration's start"),
         ({"method": "dlma", "training": {"base": "ipo"}}, "needs training.base sigmoid or hinge"),
@@ -268,6 +269,25 @@ def test_a_recipe_that_yaml_cannot_make_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match="cannot be read"):
             load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("0x" + "f" * 50_000, "a number of more than 1,024 bits"),
+        ("9" * 5_000, "does not fit its tag"),
+        (r'"half \ud800"', "holds half a character"),
+        (r'{"\udfff": 1}', "holds half a character"),
+    ],
+)
+def test_what_cannot_be_written_down_again_is_no_value(
+    tmp_path: Path, value: str, said: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"seed: {value}\n")
+    with pytest.raises(ConfigError, match=f"cannot be read: .*{said}"):
+        load_recipe(str(path))
+    assert merge({}, [f"seed={value}"]) == {"seed": value}
 
 
 def test_an_override_with_a_key_twice_is_no_section() -> None:

@@ -16,6 +16,7 @@ from selfsteer.terminal import out
 from selfsteer.verbs import chat
 from tests.e2e.support import TESTBED, Here, fails
 from tests.fakes import FakeEngine
+from tests.make import entry, recipe, write_jsonl
 
 LONG = "x" * 5000
 
@@ -92,6 +93,23 @@ def test_a_pipe_in_a_run_folder_is_not_read(here: Here, tmp_path: Path, name: st
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     fails(here("show", tmp_path), 3, name, "is a pipe or a device")
+
+
+def test_a_folder_in_place_of_the_ledger_is_no_ledger(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "resolved.json").write_text(recipe().model_dump_json())
+    (tmp_path / "ledger.jsonl").mkdir()
+    fails(here("show", tmp_path), 3, "ledger.jsonl is no file")
+
+
+def test_a_log_with_a_number_that_no_float_holds_is_drawn_without_it(
+    here: Here, tmp_path: Path
+) -> None:
+    (tmp_path / "resolved.json").write_text(recipe().model_dump_json())
+    write_jsonl(tmp_path / "ledger.jsonl", entry("begin", "iteration-1/policy", "Train"))
+    logged = [{"stage": "iteration-1/policy", "step": n, "loss": 10**n} for n in (1, 2, 400)]
+    write_jsonl(tmp_path / "metrics.jsonl", *logged)
+    for command in ("show", "report"):
+        assert here(command, tmp_path).code == 0
 
 
 def test_a_packed_text_is_called_what_it_is(here: Here, tmp_path: Path) -> None:

@@ -367,6 +367,9 @@ def test_an_export_stays_in_its_folder(tmp_path: Path, name: str) -> None:
 
 # -- servers ---------------------------------------------------------------------------------------
 
+#: What looks like a token of the hub.
+LOOKS = "hf_" + "aB3d" * 9
+
 
 @pytest.mark.parametrize(
     "engine",
@@ -378,17 +381,45 @@ def test_an_export_stays_in_its_folder(tmp_path: Path, name: str) -> None:
         {"base_url": "http://host/v1", "model": "m", "extra_body": {"Authorization": "sk-secret"}},
         {"launch": "vllm serve {model} --port {port} --api-key sk-secret"},
         {"launch": "env HF_TOKEN=sk-secret vllm serve {model} --port {port}"},
+        {"launch": "env WANDB_API_KEY=sk-secret vllm serve {model} --port {port}"},
+        {"launch": f"env X={LOOKS} vllm serve {{model}} --port {{port}}"},
+        {"base_url": "http://host/v1#sk-secret", "model": "m"},
+        {"base_url": "http://host/v1", "model": "m", "api_key_env": "sk-secret"},
+        {"base_url": "http://host/v1", "model": "m", "api_key_env": LOOKS},
+        *(
+            {"base_url": "http://host/v1", "model": "m", "extra_body": body}
+            for body in (
+                {"x-api-key": "sk-secret"},
+                {"headers": {"Authorization": "Bearer sk-secret"}},
+                {"tools": [{"url": "u", "password": "sk-secret"}]},
+                {"metadata": {"note": [f"mine is {LOOKS}"]}},
+            )
+        ),
+        {"kind": "vllm", "engine_args": {"hf_token": "sk-secret"}},
     ],
 )
 def test_a_recipe_that_holds_a_secret_is_refused_and_not_quoted(engine: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must hold no secret") as caught:
         recipe(sampling={"engine": {"kind": "openai", **engine}})
-    assert "sk-secret" not in str(caught.value)
+    assert not [told for told in ("sk-secret", LOOKS) if told in str(caught.value)]
+
+
+def test_no_other_section_of_a_recipe_holds_one() -> None:
+    template = {"chat_template_kwargs": {"access_token": "sk-secret"}}
+    policy = {"policy": {"model": "m", **template}}
+    judge = {"judge": {"kind": "reward", "model": "m", **template}}
+    writer = {"principles": {"writer": {"model": "m", **template}}}
+    for given in (policy, judge, writer):
+        with pytest.raises(ConfigError, match="access_token must hold no secret") as caught:
+            recipe(**given)
+        assert "sk-secret" not in str(caught.value)
 
 
 def test_what_is_no_secret_is_none() -> None:
     body = {"top_k": 5, "max_thinking_tokens": 64, "tokenizer": "x", "keys": 1}
-    launch = "vllm serve {model} --port {port} --max-num-batched-tokens 8 --tokenizer x"
+    body |= {"eos_token": "</s>", "stop": ["hf_", "sk-"], "model_path": "runs/hf_checkpoints/a"}
+    launch = "env HOTKEY=1 MAX_TOKENS=8 vllm serve {model} --port {port} --tokenizer=x"
+    launch += " --max-num-batched-tokens 8 --download-dir /data/hf_models/sk-tuned"
     assert recipe(sampling={"engine": {"kind": "openai", "launch": launch, "extra_body": body}})
 
 

@@ -113,6 +113,16 @@ def test_digest_path_sees_content_and_names(tmp_path: Path) -> None:
     assert len(seen) == 4
 
 
+def test_digest_path_of_a_name_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    before = digest_path(tmp_path)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    odd.write_text("b")
+    seen = {before, digest_path(tmp_path)}
+    odd.rename(odd.with_name(os.fsdecode(b"\xfe.txt")))
+    assert len(seen | {digest_path(tmp_path)}) == 3
+
+
 def test_digest_path_of_a_large_file_sees_both_ends_and_the_size(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     size = 17 << 20

@@ -247,10 +247,11 @@ def test_pairs_that_teach_nothing_are_counted(llama: Path) -> None:
         preference(4, gap="wide"),
         preference(5, gap=math.inf),
         preference(6, gap=True),
+        preference(7, gap=10**400),
     ]
     kept, dropped = encode_pairs(start(llama).chat, "own", found, "gap", 512)
     assert [(p.id, pair.margin) for p, pair in kept] == [("q0", 1.0), ("q1", 0.0)]
-    bad = [(f"q{i}", "bad_margin") for i in (4, 5, 6)]
+    bad = [(f"q{i}", "bad_margin") for i in (4, 5, 6, 7)]
     assert [d[:2] for d in dropped] == [("q2", "equal"), ("q3", "too_long"), *bad]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,7 @@ def digest_path(path: Path) -> str:
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for p in paths:
         if path.is_dir():
-            total.update(str(p.relative_to(path)).encode())
+            total.update(os.fsencode(p.relative_to(path)))
         with readable(p):
             found = p.stat()
             total.update(_file_digest(p.absolute(), found.st_size, found.st_mtime_ns))

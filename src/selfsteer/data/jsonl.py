@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from array import array
@@ -104,6 +105,11 @@ def shallow(value: T) -> T:
             return value
         level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
     raise DataError(_TOO_DEEP)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold; JSON may have others."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -426,9 +426,7 @@ class BatchEngine(OpenAIEngine):
             if over.get(name) is None:
                 continue
             for key, said in await self._lines(batch, self._id(over, name)):
-                if isinstance(said, Reply):
-                    used[0] += said.prompt_tokens
-                    used[1] += said.completion_tokens
+                used = [n + took for n, took in zip(used, said.used, strict=True)]
                 if key in wanted and not isinstance(found.get(key), Reply):
                     found[key] = said
         if batch.mark not in self.usage.batches:

@@ -116,6 +116,7 @@ class Fault(Exception):
         stop: whether no request at all can succeed.
         pause: seconds that the server asks all requests to wait.
         renamed: whether the server wants the budget under its new name.
+        used: tokens in and out that it took, as far as the server says so.
     """
 
     reason: str
@@ -124,6 +125,7 @@ class Fault(Exception):
     stop: bool = False
     pause: float | None = None
     renamed: bool = False
+    used: tuple[int, int] = (0, 0)
 
 
 class Reply(NamedTuple):
@@ -134,6 +136,11 @@ class Reply(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     reasoning: str
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Tokens in and out."""
+        return self.prompt_tokens, self.completion_tokens
 
 
 def read_reply(
@@ -158,6 +165,10 @@ def read_reply(
     except (ValueError, RecursionError) as e:
         begin = hide(body.decode("utf-8", "replace"))[:80]
         raise Fault("malformed_json", f"{e}: {short(begin)}") from None
+    used = (0, 0)
+    match value:
+        case {"usage": {"prompt_tokens": int(asked), "completion_tokens": int(said)}}:
+            used = (asked, said) if all(map(_is_count, (asked, said))) else used
     match value:
         case {
             "choices": [{"message": {**message}, "finish_reason": str(reason)}],
@@ -170,7 +181,7 @@ def read_reply(
                 marked = chat.thoughts if chat else bare_thoughts
                 reasoning = marked(thoughts.strip())
             elif content is None and reason == "stop":
-                raise Fault("no_answer", "it stopped, and content is null")
+                raise Fault("no_answer", "it stopped, and content is null", used=used)
             else:
                 # where no prompt opens a block, a closing mark alone is a word of the answer
                 unknown = chat is None or chat.opens_reasoning
@@ -178,9 +189,10 @@ def read_reply(
                 answer = rest or ""
             return Reply(answer.strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
-            raise Fault(f"{len(choices)}_choices", "one choice was asked for")
+            raise Fault(f"{len(choices)}_choices", "one choice was asked for", used=used)
     begin = hide(text)[:80]
-    raise Fault("malformed_answer", f"no choice with a message, or no usage: {short(begin)}")
+    what = f"no choice with a message, or no usage: {short(begin)}"
+    raise Fault("malformed_answer", what, used=used)
 
 
 def _is_count(tokens: int) -> bool:
@@ -591,11 +603,13 @@ class OpenAIEngine(ProbedEngine):
                         **body, extra_body=self._extra or None
                     )
             reply = self._read(found.http_response.content)
+            usage.count(*reply.used)
+        except Fault as fault:  # what cannot be used is paid for as well
+            usage.count(*fault.used)
+            raise
         finally:
             usage.under_way -= most_tokens
             usage.save()
-        usage.counts["prompt_tokens"] += reply.prompt_tokens
-        usage.counts["completion_tokens"] += reply.completion_tokens
         return reply
 
     @contextmanager

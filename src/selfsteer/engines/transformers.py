@@ -58,6 +58,9 @@ NUCLEUS = (64, 1024)
 #: Without a nucleus, tokens are drawn in two steps: a block of this many, then one of its tokens.
 BLOCK = 64
 
+#: Temperatures and nuclei below it are taken for it: float32 would round some of them to 0.
+LEAST = 1e-30
+
 #: The largest share below 1: the product of any mass and it rounds to less than that mass.
 BELOW_ONE = 1 - 2.0**-52
 
@@ -412,13 +415,13 @@ def contrast_step(
         sampling: temperature and mass of the nucleus. At temperature 0, where the nucleus would
             be one token, that of temperature 1 is taken.
     """
-    probs_BV = (here_BV / (sampling.temperature or 1.0)).softmax(dim=-1)
+    probs_BV = (here_BV / max(sampling.temperature or 1.0, LEAST)).softmax(dim=-1)
     size = probs_BV.shape[1]
     for width in (*(n for n in NUCLEUS if n < size), size):
         top_BK = probs_BV.topk(width, dim=-1).values
         if width == size or bool((top_BK.sum(dim=-1) >= sampling.top_p).all()):
             break
-    beyond_BK = top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p
+    beyond_BK = top_BK.cumsum(dim=-1) - top_BK >= max(sampling.top_p, LEAST)
     least_B1 = top_BK.masked_fill(beyond_BK, torch.inf).amin(dim=-1, keepdim=True)
     pushed_BV = here_BV + ratio_B1 * (here_BV - there_BV)
     return pushed_BV.masked_fill(probs_BV < least_B1, -torch.inf)
@@ -437,7 +440,7 @@ def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tens
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
+    probs_BV = (logits_BV / max(sampling.temperature, LEAST)).softmax(dim=-1)
     if sampling.top_p >= 1:
         return _from_blocks(probs_BV, uniform_B)
     token_B = torch.empty_like(uniform_B, dtype=torch.long)
@@ -448,7 +451,8 @@ def draw(logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor) -> Tens
             top_RK, index_RK = probs_BV.topk(width, dim=-1)
         else:
             top_RK, index_RK = probs_BV.sort(dim=-1, descending=True, stable=True)
-        token_B[row_R] = _from_nucleus(top_RK, index_RK, sampling.top_p, uniform_B)
+        top_p = max(sampling.top_p, LEAST)
+        token_B[row_R] = _from_nucleus(top_RK, index_RK, top_p, uniform_B)
         short_R = top_RK.sum(dim=-1) < sampling.top_p
         if not bool(short_R.any()):
             break

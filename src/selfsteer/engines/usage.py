@@ -74,6 +74,11 @@ class Usage:
         """Counts since this object was made."""
         return self.counts - self._before
 
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Adds the tokens of a reply."""
+        self.counts["prompt_tokens"] += prompt_tokens
+        self.counts["completion_tokens"] += completion_tokens
+
     def save(self, *, now: bool = False) -> None:
         """Writes the counts, every other second or now."""
         if self.path is not None and (now or time.monotonic() - self._saved > SAVE_EVERY_S):

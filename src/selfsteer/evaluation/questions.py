@@ -10,12 +10,12 @@ Baseline answers are rows with the same id, or the same question, and ``response
 the answers that selfsteer stores are such rows. Without an id, a question's content is its id.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from selfsteer.data.files import read_rows
+from selfsteer.data.jsonl import is_number
 from selfsteer.data.reading import read
 from selfsteer.data.records import Message, Query, content_id
 from selfsteer.data.shapes import asked, several
@@ -136,7 +136,7 @@ def _given_id(row: Mapping[str, Any]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and not isinstance(value, bool)
 
 
 def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[str, str]:

@@ -29,6 +29,9 @@ from selfsteer.recipe.sections import (
 )
 from selfsteer.recipe.texts import unfit
 
+#: Features of a catalogue; `lint` compares every two.
+MOST_FEATURES = 1000
+
 #: The recipe's `concision` is the probability of this feature.
 CONCISION = "Concision"
 
@@ -77,6 +80,11 @@ class Catalogue(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if len(self.features) > MOST_FEATURES:
+            raise ValueError(
+                f"there are {len(self.features):,} features, and every two are compared; give at "
+                f"most {MOST_FEATURES:,}"
+            )
         if self.opening.count("{adjectives}") != 1:
             raise ValueError(
                 f"the opening must hold {{adjectives}} once, found {short(self.opening, 200)}; for "

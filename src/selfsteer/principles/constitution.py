@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from selfsteer.data.curate import words as split
 from selfsteer.data.jsonl import read_jsonl
 from selfsteer.data.records import Dropped, Message
 from selfsteer.errors import DataError
-from selfsteer.principles.catalogue import Catalogue, Feature
+from selfsteer.principles.catalogue import MOST_FEATURES, Catalogue, Feature
 from selfsteer.principles.writer import MAX_GUIDELINE_CHARS, Outcome, contrast
 from selfsteer.recipe.texts import unfit
 
@@ -60,7 +61,7 @@ def read_rules(path: Path) -> tuple[list[Rule], list[Dropped]]:
     ``heading``, ``outside_a_list``, ``no_trait``, ``too_long`` and ``duplicate``.
 
     Raises:
-        DataError: the file cannot be read, or holds no rule.
+        DataError: the file cannot be read, or holds no rule, or more than a catalogue can have.
     """
     if wrong := unfit(path):
         raise DataError(f"The rules {path} {wrong}.")
@@ -87,6 +88,11 @@ def read_rules(path: Path) -> tuple[list[Rule], list[Dropped]]:
         raise DataError(
             f"{path} holds no rule. Give one rule per line, a Markdown list, or JSON Lines with "
             'a "trait" each.'
+        )
+    if len(rules) > MOST_FEATURES:
+        raise DataError(
+            f"{path} holds {len(rules):,} rules, and a catalogue has at most {MOST_FEATURES:,} "
+            "features. Give the file fewer."
         )
     return rules, dropped
 
@@ -276,9 +282,11 @@ def _sentence(text: str) -> str:
 def catalogue_yaml(features: list[Feature], source: str, domain: str | None) -> str:
     """A catalogue of these features, their names made different where two are equal."""
     named: list[Feature] = []
+    taken: set[str] = set()
     for feature in features:
-        same = sum(f.name.rstrip(" 0123456789") == feature.name for f in named)
-        name = f"{feature.name} {same + 1}" if same else feature.name
+        numbered = chain([feature.name], (f"{feature.name} {n}" for n in count(2)))
+        name = next(n for n in numbered if n.casefold() not in taken)
+        taken.add(name.casefold())
         named.append(feature.model_copy(update={"name": name}))
     whole = Catalogue(features=tuple(named), domain=domain)
     value: dict[str, Any] = whole.model_dump(mode="json", exclude_unset=True, exclude_none=True)

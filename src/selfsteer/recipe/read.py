@@ -18,6 +18,9 @@ from selfsteer.recipe.texts import unfit
 #: Values that a YAML text may hold, keys included.
 NODES = 100_000
 
+#: Bits of a whole number; no setting takes one of more.
+BITS = 1024
+
 #: Columns of a recipe that is written.
 WIDTH = 100
 
@@ -96,12 +99,31 @@ def _number(loader: Loader, node: Any) -> Any:
     """A number, but not to base 60, which is how YAML 1.1 reads 1:30."""
     if ":" in node.value:
         return node.value
-    whole = node.tag.endswith(":int")
-    return (loader.construct_yaml_int if whole else loader.construct_yaml_float)(node)
+    if node.tag.endswith(":float"):
+        return loader.construct_yaml_float(node)
+    found = loader.construct_yaml_int(node)
+    if found.bit_length() > BITS:  # in hexadecimal it may be longer than Python would write it
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of more than {BITS:,} bits", node.start_mark
+        )
+    return found
+
+
+def _text(loader: Loader, node: Any) -> Any:
+    """A text that UTF-8 can hold: an escape may stand for half a surrogate pair."""
+    found = loader.construct_yaml_str(node)
+    try:
+        found.encode()
+    except UnicodeError:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{short(found)} is no text, as it holds half a character", node.start_mark
+        ) from None
+    return found
 
 
 Loader.add_constructor("tag:yaml.org,2002:int", _number)
 Loader.add_constructor("tag:yaml.org,2002:float", _number)
+Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def read_yaml(text: str) -> Any:

@@ -4,9 +4,12 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import quote
+
+from selfsteer.errors import clip
 
 #: Variable with headers that OpenAI's client adds to each request, one a line; they may hold keys.
 HEADERS = "OPENAI_CUSTOM_HEADERS"
@@ -21,6 +24,26 @@ HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 #: How variables are called whose values are secrets.
 SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 
+#: Names of settings that are secrets: ``api_key`` and ``hf_token``, not ``eos_token`` or ``keys``.
+SETTING = re.compile(
+    r"(.*[^a-z])?((api|auth|access|hf|private|secret|session)[-_]?(key|token)"
+    r"|secret|password|passwd|authorization|credentials?)|key|token|bearer",
+    re.IGNORECASE,
+)
+
+#: How a command gets a secret: as an option, or as a variable of ``env``.
+IN_COMMAND = re.compile(
+    r"(--?|\b)(api|auth|access|hf)[-_]?(key|token|secret)\b|--?(password|secret)"
+    r"|(?<!\S)(\w*_)?(key|token|secret|password|passwd|credentials?)=",
+    re.IGNORECASE,
+)
+
+#: How keys of the hub and of hosted servers look.
+LOOK = re.compile(
+    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{30,}|glpat-[\w-]{20,}|AKIA[A-Z0-9]{16}|AIza[\w-]{35})(?![A-Za-z0-9])"
+)
+
 #: Shorter values, such as ``true``, would be replaced everywhere.
 LEAST = 8
 
@@ -33,6 +56,31 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def in_command(command: str) -> bool:
+    """Whether a secret seems to stand in a command."""
+    return bool(IN_COMMAND.search(command) or LOOK.search(command))
+
+
+def is_variable(name: str) -> bool:
+    """Whether this may name a variable of the environment, and is not itself a key."""
+    return bool(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)) and not LOOK.search(name)
+
+
+def places(value: Any) -> Iterator[str]:
+    """Where in nested settings a secret seems to stand: dotted keys.
+
+    >>> list(places({"headers": {"Authorization": "x"}, "eos_token": "</s>", "stop": ["a"]}))
+    ['headers.Authorization']
+    """
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for name, one in inside:
+        text = clip(str(name))
+        if SETTING.fullmatch(str(name)) or (isinstance(one, str) and LOOK.search(one)):
+            yield text
+        elif isinstance(one, Mapping | list):
+            yield from (f"{text}.{place}" for place in places(one))
 
 
 def values_of(names: Iterable[str]) -> dict[str, str]:

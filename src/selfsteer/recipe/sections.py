@@ -8,7 +8,6 @@ of the fingerprint of the stages that take its section. Recipes are in `selfstee
 import datetime
 import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -67,6 +66,7 @@ def unused_arguments(
         "simpo_margin": base == "simpo",
         "ceiling": base == "sigmoid",
         "budget": base not in REFERENCE_FREE,
+        "reference": base not in REFERENCE_FREE,
         "weighting": objective == "pbaa",
         "noise": objective == "pbaa" and base in SUMMED,
         "gamma": objective in get_args(GeneratorObjective),
@@ -142,7 +142,11 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if faults := "; ".join(self.faults()):
+        free = (n for n, f in type(self).model_fields.items() if f.annotation == dict[str, Any])
+        told = (f"{n}.{place}" for n in free for place in secrets.places(getattr(self, n)))
+        # a recipe is written into the run folder, and shown by reports
+        of_secrets = (f"{p} must hold no secret: set it in the environment" for p in told)
+        if faults := "; ".join([*of_secrets, *self.faults()]):
             raise ValueError(faults)
         return self
 
@@ -307,15 +311,6 @@ _TAKEN = (
     }, "sends"),
 )
 # fmt: on
-
-
-#: Names under which secrets are passed.
-_SECRET = re.compile(
-    r"((api|auth|access|hf)[-_]?)?(key|token|secret|password|authorization)", re.IGNORECASE
-)
-_SECRET_OPTION = re.compile(
-    r"(--?|\b)(api|auth|access|hf)[-_]?(key|token|secret)\b|--?(password|secret)", re.IGNORECASE
-)
 
 
 class Price(Section):
@@ -510,16 +505,14 @@ class EngineSettings(Section):
                 openai and (url.scheme not in ("http", "https") or not url.hostname)
             ),
             ".base_url must hold no secret; see api_key_env": (
-                openai and bool(url.username or url.password or url.query)
+                openai and bool(url.username or url.password or url.query or url.fragment)
             ),
-            # a recipe is written into the run folder, and shown by reports
             ".launch must hold no secret: a server on this machine needs no key": (
-                openai and bool(_SECRET_OPTION.search(launch))
+                openai and secrets.in_command(launch)
             ),
-            **{
-                f".extra_body.{name} must hold no secret; see api_key_env": openai
-                for name in sorted(filter(_SECRET.fullmatch, self.extra_body))
-            },
+            ".api_key_env must hold no secret, but the name of the variable that has it": (
+                not secrets.is_variable(self.api_key_env)
+            ),
             **{
                 f".{key}.{name} is what the engine itself {what}; remove it": True
                 for key, own, what in _TAKEN

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from selfsteer.data.jsonl import is_number
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.judges.stats import WORTH, Interval, known_interval, mean_interval
 from selfsteer.methods.base import Paired
@@ -31,7 +32,7 @@ from selfsteer.report.logprobs import Likelihoods
 from selfsteer.report.page import asset
 from selfsteer.report.tables import PAIR, Cell, Sheet
 from selfsteer.terminal import duration
-from selfsteer.view import RunView, StageView, is_finite
+from selfsteer.view import RunView, StageView
 
 #: Points of a curve; of longer trainings each point is the mean of neighbouring steps.
 POINTS = 200
@@ -614,7 +615,7 @@ def _lines(run: RunView, metrics: Sequence[str]) -> dict[tuple[str, str, str, in
                 term = name.removeprefix(metric)
                 # the loss of a single term is in the log, but not drawn
                 wanted = name == metric or (term.startswith("/") and metric != "loss")
-                if wanted and is_finite(value):
+                if wanted and is_number(value):
                     line = raw.setdefault((kind, method, term[1:] or half, i), [])
                     line.append((steps[method, stage.title] + entry["step"], float(value)))
         steps[method, stage.title] += max((e["step"] for e in entries), default=0)

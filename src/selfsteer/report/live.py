@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.jsonl import lines
+from selfsteer.data.jsonl import is_number, lines
 from selfsteer.data.records import Triple
 from selfsteer.errors import DataError
 from selfsteer.recipe.read import load_values
 from selfsteer.report.tables import about, sentence
 from selfsteer.stages.rank import Candidates
-from selfsteer.view import RunView, StageView, answers_of, is_finite
+from selfsteer.view import RunView, StageView, answers_of
 
 #: Points of a curve at most; a longer log is thinned.
 POINTS = 300
@@ -76,7 +76,7 @@ def curves(run: RunView) -> dict[str, dict[str, list[list[float]]]]:
         kept = [*entries[: -1 : -(-len(entries) // POINTS)], entries[-1]]
         names = dict.fromkeys(name for entry in kept for name in entry)
         found = {
-            name: [[e["step"], round(e[name], 6)] for e in kept if is_finite(e.get(name))]
+            name: [[e["step"], round(e[name], 6)] for e in kept if is_number(e.get(name))]
             for begin in CURVES
             for name in names
             if name.startswith(begin)

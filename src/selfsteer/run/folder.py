@@ -499,8 +499,10 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a ledger; a line that a kill cut short is left out.
 
     Raises:
-        ArtifactError: a line is damaged otherwise; says which.
+        ArtifactError: a line is damaged otherwise; says which. Or it is no file.
     """
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path} is no file. Move the run folder away, or restore the ledger.")
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
         text = line.decode("utf-8", "surrogateescape")
         seal = _SEAL.search(text)

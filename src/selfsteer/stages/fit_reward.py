@@ -1,14 +1,13 @@
 """Preferences to a reward model: mixed by weight, some queries kept out and measured on."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import is_number, write_atomic
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Triple, content_id
 from selfsteer.errors import DataError, short
@@ -160,7 +159,7 @@ def encode_pairs(
             value = p.extra.get(margin, 0.0) if margin else 0.0
             chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
             faults = {
-                "bad_margin": type(value) not in (int, float) or not math.isfinite(value),
+                "bad_margin": isinstance(value, bool) or not is_number(value),
                 "equal": p.chosen == p.rejected,
                 "too_long": max(len(chosen), len(rejected)) > limit,
             }

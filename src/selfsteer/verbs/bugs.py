@@ -20,6 +20,7 @@ import psutil
 from selfsteer.errors import ArtifactError
 from selfsteer.recipe import secrets
 from selfsteer.run.folder import LEDGER, versions
+from selfsteer.run.progress import FILE as PROGRESS
 
 #: Lines of each log, and records of each file with ``--with-data``.
 LOG_LINES, RECORDS = 50, 20
@@ -27,7 +28,7 @@ LOG_LINES, RECORDS = 50, 20
 MOST_BYTES, MOST_LINE = 5_000_000, 200_000
 
 #: Files of the run that are packed whole.
-WHOLE = ("recipe.yaml", "resolved.json", LEDGER, "progress.json")
+WHOLE = ("recipe.yaml", "resolved.json", LEDGER, PROGRESS)
 
 #: How secrets look, whoever wrote them, and what takes their place.
 _SHAPES = {
@@ -53,6 +54,12 @@ _SHAPES = {
 }
 
 
+#: What an error quotes; where a mark is not closed, as where a value was cut, all that follows. An
+#: apostrophe in a word quotes nothing.
+_SAID = re.compile(
+    r"""(?<!\w)(?:'(?:(?:[^'\\]|\\.)*'(?!\w)|.*$)|"(?:(?:[^"\\]|\\.)*"(?!\w)|.*$))""", re.DOTALL
+)
+
 #: An example in a warning, as JSON writes it: ``(\\"…\\")``, to the end of its string.
 _QUOTED = re.compile(r'\(\\"(?:[^"\\]|\\.)*\\"\)')
 
@@ -68,9 +75,10 @@ class Packed:
     def archive(self) -> bytes:
         """The zip file."""
         buffer = BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packing:
+        with zipfile.ZipFile(buffer, "w") as packing:
             for name, text in self.files.items():
-                packing.writestr(name, text)
+                # without a time: a clock may stand where zip files know none
+                packing.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
         return buffer.getvalue()
 
     def to_json(self) -> dict[str, Any]:
@@ -133,6 +141,8 @@ def packed(run: Path, *, with_data: bool = False) -> Packed:
                 text, made.removed["answers that warnings quote"] = _QUOTED.subn(
                     r'(\\"[text]\\")', text
                 )
+            if name == PROGRESS and not with_data:
+                text = _without_quotes(made, text)
             made.add(name, text)
     if (log := _read(made, run, run / "metrics.jsonl")) is not None:
         made.add("metrics.last.jsonl", _last(log))
@@ -143,8 +153,22 @@ def packed(run: Path, *, with_data: bool = False) -> Packed:
         made.left_out["prompts and answers"] = "add --with-data to pack them"
     for path in data if with_data else ():
         if (text := _read(made, run, path)) is not None:
-            made.add(f"data/{path.relative_to(run)}", "".join(_lines(text)[:RECORDS]))
+            made.add(f"data/{_name(run, path)}", "".join(_lines(text)[:RECORDS]))
     return made
+
+
+def _without_quotes(made: Packed, progress: str) -> str:
+    """What a run says of itself, with nothing of a prompt or an answer that its error quotes."""
+    try:
+        found = json.loads(progress)
+        if found["error"] is not None:
+            found["error"], made.removed["quotes in the error"] = _SAID.subn(
+                "'[text]'", str(found["error"])
+            )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        made.left_out[PROGRESS] = "it is damaged; add --with-data to pack it as it is"
+        return ""
+    return json.dumps(found) + "\n"
 
 
 def about(run: Path) -> dict[str, Any]:
@@ -171,9 +195,14 @@ def gpus() -> list[str]:
     return [f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in found]
 
 
+def _name(run: Path, path: Path) -> str:
+    """A file's name in the run, with escapes for what is no text in it."""
+    return os.fsencode(path.relative_to(run)).decode(errors="backslashreplace")
+
+
 def _read(made: Packed, run: Path, path: Path) -> str | None:
     """A file of the run, as far as it may be packed; notes down what is not."""
-    name = str(path.relative_to(run))
+    name = _name(run, path)
     if not path.exists():
         made.left_out[name] = "it is not there"
     elif not path.resolve().is_relative_to(run.resolve()):
@@ -214,13 +243,13 @@ def _drops(made: Packed, run: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
                     reasons[str(json.loads(line)["reason"])] += 1
                 except (ValueError, TypeError, KeyError):
                     reasons["unreadable line"] += 1
-            yield str(path.relative_to(run)), reasons
+            yield _name(run, path), reasons
 
 
 def _listing(run: Path) -> Iterator[str]:
     """Size and name of each file of the run."""
     for path in sorted(run.rglob("*")):
         if path.is_symlink():
-            yield f"{'link':>14}  {path.relative_to(run)}\n"
+            yield f"{'link':>14}  {_name(run, path)}\n"
         elif path.is_file():
-            yield f"{path.stat().st_size:>14,}  {path.relative_to(run)}\n"
+            yield f"{path.stat().st_size:>14,}  {_name(run, path)}\n"

@@ -108,7 +108,7 @@ def print_comparison(report: Mapping[str, Any]) -> None:
                 f"\n{example['difference']:+.2f}  {example['query']}", style="bold", markup=False
             )
             for name in (first, label):
-                out.print(f"  {name}: {example[name]}", markup=False)
+                out.print(f"  {name}: {example['answers'][name]}", markup=False)
     by_feature = {label: found for label, found in report["features"].items() if found}
     if by_feature:
         rows = (

@@ -250,8 +250,8 @@ def _difference(
         {
             "query": queries[i].text,
             "difference": float(gaps[i]),
-            first.label: first.texts[i],
-            other.label: other.texts[i],
+            # apart: a run may be called query
+            "answers": {first.label: first.texts[i], other.label: other.texts[i]},
         }
         for i in [*best, *worst]
     ]

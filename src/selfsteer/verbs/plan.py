@@ -17,28 +17,41 @@ from selfsteer.verbs.common import (
     size,
 )
 
+#: The largest number that is calculated with.
+MOST = 10**15
+
 
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200 or l40s")] = "h100",
-    gpus: Annotated[int, typer.Option(help="number of GPUs", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="number of GPUs", min=1, max=MOST)] = 1,
     queries: Annotated[
-        int | None, typer.Option(help="number of queries; default: counted in the query set", min=1)
+        int | None,
+        typer.Option(help="number of queries; default: counted in the query set", min=1, max=MOST),
     ] = None,
     params: Annotated[
         float | None,
-        typer.Option(help="parameters of the policy, such as 8.03e9; default: counted", min=1),
+        typer.Option(
+            help="parameters of the policy, such as 8.03e9; default: counted", min=1, max=MOST
+        ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="layers of the policy", min=1)] = None,
-    hidden: Annotated[int | None, typer.Option(help="hidden size of the policy", min=1)] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="layers of the policy", min=1, max=MOST)
+    ] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="hidden size of the policy", min=1, max=MOST)
+    ] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(help="vocabulary size of the policy", min=1)
+        int | None, typer.Option(help="vocabulary size of the policy", min=1, max=MOST)
     ] = None,
-    query_tokens: Annotated[int, typer.Option(help="tokens per query", min=1)] = 120,
-    principle_tokens: Annotated[int, typer.Option(help="tokens per principle", min=1)] = 250,
+    query_tokens: Annotated[int, typer.Option(help="tokens per query", min=1, max=MOST)] = 120,
+    principle_tokens: Annotated[
+        int, typer.Option(help="tokens per principle", min=1, max=MOST)
+    ] = 250,
     response_tokens: Annotated[
-        int, typer.Option(help="tokens per response, at most sampling.max_new_tokens", min=2)
+        int,
+        typer.Option(help="tokens per response, at most sampling.max_new_tokens", min=2, max=MOST),
     ] = 330,
     utilisation: Annotated[
         float,
