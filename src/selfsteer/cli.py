@@ -1,6 +1,7 @@
 """``selfsteer <verb>``: thin; torch is not loaded before a stage starts."""
 
 import errno
+import io
 import os
 import sys
 from types import ModuleType
@@ -122,6 +123,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while they wait made a busy machine up to seven times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # what a locale cannot read or write ends nothing
+            stream.reconfigure(errors="replace")
     ranks.enter()
     if not ranks.in_world():  # a rank is stopped by its launcher, which tells it from a failure
         stopping.listen()

@@ -1,9 +1,11 @@
 """What bad input gets: one paragraph, exit code 2 or 3, nothing lost."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,29 @@ def test_an_argument_that_is_no_text_is_refused(tmp_path: Path) -> None:
         said = ended.stderr.decode()
         assert r"odd\udcff" in said
         assert "is no UTF-8 text" in said
+
+
+def test_what_a_locale_cannot_read_or_write_ends_no_command(
+    smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = tmp_path / "c.yaml"
+    catalogue.write_text(
+        "features: [{name: Wärme, good_adjective: warm, bad_adjective: cold, good: A., bad: B.}]",
+        "utf-8",
+    )
+    listed = subprocess.run(
+        command("principles", "list", catalogue),
+        env=environment(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        check=False,
+    )
+    assert listed.returncode == 0
+    assert b"W?rme" in listed.stdout
+    asked = io.TextIOWrapper(io.BytesIO(b"What does the \xff eat?\n\n"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", asked)
+    said = here("chat", smoke)
+    assert said.code == 0, said.err
+    assert "policy" in said.out
 
 
 def test_unknown_keys_name_the_nearest(here: Here) -> None:

@@ -180,7 +180,7 @@ def test_what_an_error_quotes_is_packed_only_as_data(tmp_path: Path, here: Here)
         run = tmp_path / f"told{number}"
         bare, whole = (packed(run, with_data=data) for data in (False, True))
         assert "private" not in "".join(bare.files.values())
-        assert "has no query left" in bare.files["progress.json"]
+        assert "[text]" in json.loads(bare.files["progress.json"])["error"]
         assert bare.removed["quotes in the error"]
         assert "private" in whole.files["progress.json"]
     (run / "progress.json").write_text('{"error": "private')

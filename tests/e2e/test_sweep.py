@@ -70,6 +70,12 @@ def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, her
     assert finished(tmp_path / "s-sweep" / "shared").keys() == {"queries"}
 
 
+@pytest.mark.parametrize("odd", ["{", "'", "*a", "!!int x"])
+def test_values_that_are_no_yaml_are_texts(odd: str, here: Here) -> None:
+    fails(here("sweep", "smoke", f"training.base=ipo,{odd}"), 2, "training.base: ")
+    fails(here("benchmark", "nowhere", "--judged", odd), 2, "judged")
+
+
 def test_a_grid_larger_than_the_budget_is_thinned_the_same_way_each_time() -> None:
     axes, stage = axes_of(["generator.gamma=0.1,1,2", "generator.epochs=1,2"])
     assert (axes["generator.gamma"], stage) == ([0.1, 1, 2], "generator")
@@ -83,6 +89,11 @@ def test_a_grid_larger_than_the_budget_is_thinned_the_same_way_each_time() -> No
     axes, _ = axes_of(["training.ceiling=null,0.5"])
     assert cells_of(axes, 9, 0) == [{"training.ceiling": None}, {"training.ceiling": 0.5}]
     assert list(map(shown_value, axes["training.ceiling"])) == ["null", "0.5"]
-    for bad in (["generator.gamma=1"], ["generator.gamma=1, "], ["generator.gamma=1,2"] * 2):
+    for bad in (
+        ["generator.gamma=1"],
+        ["generator.gamma=1, "],
+        ["generator.gamma=1,2"] * 2,
+        ["generator.gamma=0.1,0.10"],
+    ):
         with pytest.raises(ConfigError, match="An axis must look like"):
             axes_of(bad)

@@ -838,6 +838,10 @@ def recipe(**more: Any) -> Any:
         ({**LAUNCH, "batch": True}, "a launched server answers at once"),
         ({"kind": "vllm", "batch": True}, "batch has no effect with kind vllm"),
         (
+            {**HERE, "price": {"input": 1e308, "output": 1}},
+            "price.input: input should be less than or equal to",
+        ),
+        (
             {**HERE, "price": {"input": 1, "output": 1, "batch": 0.3}},
             r"price\.batch has no effect without batch",
         ),

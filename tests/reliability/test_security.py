@@ -418,6 +418,7 @@ def test_no_other_section_of_a_recipe_holds_one() -> None:
 def test_what_is_no_secret_is_none() -> None:
     body = {"top_k": 5, "max_thinking_tokens": 64, "tokenizer": "x", "keys": 1}
     body |= {"eos_token": "</s>", "stop": ["hf_", "sk-"], "model_path": "runs/hf_checkpoints/a"}
+    body["guided_json"] = {"properties": {"password": {"type": "string"}}, "required": ["password"]}
     launch = "env HOTKEY=1 MAX_TOKENS=8 vllm serve {model} --port {port} --tokenizer=x"
     launch += " --max-num-batched-tokens 8 --download-dir /data/hf_models/sk-tuned"
     assert recipe(sampling={"engine": {"kind": "openai", "launch": launch, "extra_body": body}})

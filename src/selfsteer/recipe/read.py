@@ -140,6 +140,14 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value does not fit its tag: {e}") from None
 
 
+def typed(text: str) -> Any:
+    """The value that was typed on the command line: what is no YAML is the text that it is."""
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
 def load_values(name_or_path: str) -> dict[str, Any]:
     """The settings of a shipped recipe or of a file, as written.
 
@@ -178,10 +186,7 @@ def merge(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
                     f"{short(override)}: {clip(parent)} is a plain value, not a section."
                 )
             node[parent] = node = dict(child)
-        try:
-            value = read_yaml(text)
-        except yaml.YAMLError:
-            value = text
+        value = typed(text)
         if value is None:
             node.pop(last, None)
         else:

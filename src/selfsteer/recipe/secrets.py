@@ -77,7 +77,7 @@ def places(value: Any) -> Iterator[str]:
     inside = value.items() if isinstance(value, Mapping) else enumerate(value)
     for name, one in inside:
         text = clip(str(name))
-        if SETTING.fullmatch(str(name)) or (isinstance(one, str) and LOOK.search(one)):
+        if isinstance(one, str) and (SETTING.fullmatch(str(name)) or LOOK.search(one)):
             yield text
         elif isinstance(one, Mapping | list):
             yield from (f"{text}.{place}" for place in places(one))

@@ -316,8 +316,8 @@ _TAKEN = (
 class Price(Section):
     """What a server takes, in a currency of yours per million tokens."""
 
-    input: float = _f(..., "of prompts", ge=0)
-    output: float = _f(..., "of answers, reasoning included", ge=0)
+    input: float = _f(..., "of prompts", ge=0, le=1e12)
+    output: float = _f(..., "of answers, reasoning included", ge=0, le=1e12)
     batch: float = _f(
         0.5, "share of both that batches cost: half (OpenAI's guide to its Batch API)", ge=0, le=1
     )

@@ -88,7 +88,7 @@ def _stage(
     models: list[str], named: dict[str, list[str] | None], settings: list[str], trust: bool
 ) -> "RunBenchmarks":
     """These benchmarks, with the settings of the first run's recipe if it is a run."""
-    from selfsteer.recipe.read import check_sections, load_values, merge, read_yaml, validate
+    from selfsteer.recipe.read import check_sections, load_values, merge, typed, validate
     from selfsteer.recipe.sections import BenchmarkConfig
     from selfsteer.run.folder import recipe_file
     from selfsteer.stages.benchmark import RunBenchmarks
@@ -98,7 +98,7 @@ def _stage(
     recipe = recipe_file(Path(models[0]))
     values = load_values(str(recipe)) if recipe.is_file() else {"policy": {"model": models[0]}}
     given = {name: value for name, value in values.items() if name in sections}
-    given["benchmarks"] = {k: [read_yaml(v) for v in vs] for k, vs in named.items() if vs}
+    given["benchmarks"] = {k: [typed(v) for v in vs] for k, vs in named.items() if vs}
     own = validate(BenchmarkConfig, merge(given, settings), "settings of benchmark")
     if recipe.is_file():
         check_trust(recipe.parent, own, trust)

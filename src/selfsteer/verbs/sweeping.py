@@ -17,8 +17,8 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import disk_errors, replacing_folder, write_atomic
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.methods import recipe_of
-from selfsteer.recipe.read import merge, read_yaml
-from selfsteer.recipe.sections import Selection
+from selfsteer.recipe.read import merge, typed
+from selfsteer.recipe.sections import Selection, twice
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.train import Train
@@ -42,11 +42,12 @@ def axes_of(settings: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = text.split(",")
-        values = [read_yaml(part) for part in parts]
-        if not equals or len(values) < 2 or not all(map(str.strip, parts)) or key in axes:
+        values = [typed(part) for part in parts]
+        same = twice(map(shown_value, values)) is not None
+        if not equals or len(values) < 2 or not all(map(str.strip, parts)) or key in axes or same:
             raise ConfigError(
-                f"An axis must look like generator.gamma=0.1,1 and stand once, found "
-                f"{short(setting)}."
+                "An axis must look like generator.gamma=0.1,1, and it and each of its values stand "
+                f"once, found {short(setting)}."
             )
         axes[key] = values
     stages = {key.partition(".")[0] for key in axes}
