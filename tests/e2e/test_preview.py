@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from selfsteer.verbs.previewing import lessened
 from tests.e2e.support import Here, fails
-from tests.make import SMALL, write_jsonl
+from tests.make import SMALL, recipe, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,12 @@ def test_a_method_shows_its_answers_and_what_would_be_dropped(
     page = (tmp_path / "page" / "preview.html").read_text()
     assert found["queries"][0]["messages"][0]["content"] in page
     assert 'style="background: color-mix' in page
+
+
+def test_no_query_is_shown_that_the_run_would_not_take(tmp_path: Path) -> None:
+    for own, shown in ((None, 5), (2, 2), (9, 5)):
+        few = lessened(recipe(queries={"path": "q.jsonl", "limit": own}), 5, tmp_path)
+        assert few.queries.limit == shown
 
 
 def test_ranked_answers_stand_with_their_scores(

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import socket
+import time
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from selfsteer.verbs.bugs import _SAID, packed, redacted
+from selfsteer.verbs.bugs import _SAID, Packed, packed, redacted
 from tests.e2e.support import Here, fails
 from tests.make import write_jsonl
 
@@ -201,6 +203,15 @@ def test_what_an_error_quotes_is_packed_only_as_data(tmp_path: Path, here: Here)
 )
 def test_what_an_error_quotes(error: str, clean: str) -> None:
     assert _SAID.sub("'[text]'", error) == clean
+
+
+def test_a_clock_that_zip_files_do_not_know_stops_no_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((1970, *[1] * 8)))
+    with zipfile.ZipFile(BytesIO(Packed({"a": "text " * 99}).archive())) as made:
+        assert made.read("a") == b"text " * 99
+        assert made.infolist()[0].compress_size < 99
 
 
 def test_what_is_no_run_is_refused_and_no_file_is_overwritten(

@@ -159,6 +159,17 @@ def test_what_fails_every_time_is_counted_by_its_reason(
     assert max(server.paid.values()) == 1
 
 
+def test_what_cannot_be_used_counts_as_what_is_paid_for(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    server.answer = lambda body: None  # type: ignore[assignment,return-value]
+    with asking(server.url, tmp_path, retries=1) as engine:
+        found = ask(engine, tmp_path, requests(2))
+        assert {c.missing for c in found.values()} == {"request_failed:no_answer"}
+        assert engine.usage.counts["prompt_tokens"] == 40
+        assert engine.usage.counts["batch_prompt_tokens"] == 40
+
+
 def test_a_server_that_answers_nothing_stops_the_stage(server: BatchServer, tmp_path: Path) -> None:
     server.endings = [Ending(lines=dict.fromkeys(range(9), (400, {"message": "bad seed"})))]
     with (

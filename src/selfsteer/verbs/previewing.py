@@ -144,7 +144,8 @@ def lessened(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """The recipe with so many queries in its first round, and nothing after its rounds."""
     shares = [s.share for s in recipe.plan() if getattr(s, "share", None) is not None]  # type: ignore[attr-defined]
     sliced = any(share.size is None for share in shares)
-    few: dict[str, Any] = {"limit": count * recipe.iterations if sliced else count}
+    wanted, own = count * recipe.iterations if sliced else count, recipe.queries.limit
+    few: dict[str, Any] = {"limit": wanted if own is None else min(wanted, own)}
     if hasattr(recipe.queries, "augment"):
         few["augment"] = None
     changed = {
