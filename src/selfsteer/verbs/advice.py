@@ -404,8 +404,8 @@ class Wishes:
         if not self.pairs:
             return "contrast", (
                 "prompts and the weights at hand: one answer per query and a third of SSO's "
-                "compute; above SSO on the tiny world, below it on a harder one, where three "
-                "rounds are level with it (docs/methods.md); sso or pbaa if you want pairs to keep"
+                "compute; above SSO on the tiny world, level with it on a harder one, where three "
+                "rounds are above it (docs/methods.md); sso or pbaa if you want pairs to keep"
             )
         if self.weak:
             return (
