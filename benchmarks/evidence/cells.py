@@ -21,6 +21,11 @@ SIZE = 480
 #: training for one epoch. The page shows what was measured. PBAA's settings would be wrong for it:
 #: with as many more steps the learning rate found for fewer queries wrecks the policy.
 CONTROL_SIZE = 1267
+#: Queries of smaller budgets.
+BUDGETS = (120, 240)
+#: Kinds of questions that the arms of transfer are aligned on, about half of all; the others are
+#: comparisons, advice and descriptions.
+SEEN = ("fact", "steps", "list", "unsafe")
 #: Bases from here on are of the uneven world: 10 is built with seed 0, 11 with seed 1.
 UNEVEN = 10
 #: Seeds of the search, apart from those of the tables.
@@ -74,6 +79,7 @@ class Arm:
     ``family`` names the search whose best settings it takes, None: none; ``says`` is for the page.
     ``shared``: its principles are those of PBAA on the same base, seed and size, written once.
     ``audited``: not scored; its policy is asked under bad principles, beside its base.
+    ``tasks``: kinds of questions that it is aligned on; empty: all.
     """
 
     family: str | None
@@ -84,6 +90,7 @@ class Arm:
     #: Arms whose pairs a reward model is trained on; empty where a policy is trained.
     sets: tuple[str, ...] = ()
     audited: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 ARMS = {
@@ -193,6 +200,15 @@ for _name in ("contrast", "pbaa", "sso"):
             says=f"{_name}, good and bad principle swapped for {_share} % of the queries",
             shared=False,
         )
+METHODS = ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles")
+for _name in METHODS:
+    ARMS[f"{_name}-transfer"] = replace(
+        ARMS[_name], tasks=SEEN, shared=False, says=f"{_name}, aligned on four kinds of questions"
+    )
+    for _size in BUDGETS:
+        ARMS[f"{_name}-{_size}"] = replace(
+            ARMS[_name], size=_size, says=f"{_name} on {_size} queries"
+        )
 for _name in ("annotated", "pbaa", "sso", "online", "contrast"):
     ARMS[f"audit-{_name}"] = replace(
         ARMS[_name], says=f"{_name}, its models asked under bad principles", audited=True
@@ -251,7 +267,7 @@ TABLES = (
     Table(
         "sharpness",
         "Better, or merely surer?",
-        ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles"),
+        ("annotated", "pbaa", "sso", "contrast", "contrast-rounds", "best-of-4-principles"),
         (0,),
         5,
     ),
@@ -259,8 +275,8 @@ TABLES = (
         "uneven",
         "A harder world",
         ("annotated", "pbaa", "sso", "contrast", "contrast-rounds", "best-of-4-principles"),
-        (UNEVEN,),
-        10,
+        (UNEVEN, UNEVEN + 1),
+        6,
     ),
     Table(
         "halves",
@@ -315,6 +331,20 @@ TABLES = (
             for kind in ("", "-swapped-10", "-swapped-30", "-one-for-all")
             for arm in ("contrast", "pbaa", "sso")
         ),
+        (0,),
+        5,
+    ),
+    Table(
+        "transfer",
+        "On kinds of questions that no training saw",
+        tuple(f"{arm}-transfer" for arm in METHODS),
+        (0,),
+        5,
+    ),
+    Table(
+        "budgets",
+        "With fewer queries",
+        tuple(f"{arm}-{size}" for size in BUDGETS for arm in METHODS),
         (0,),
         5,
     ),

@@ -17,13 +17,16 @@ from typing import Any
 
 import cells
 import numpy as np
-from cells import ARMS, HERE, SEARCH, TABLES, Cell, Table
+from cells import ARMS, HERE, METHODS, SEARCH, SEEN, TABLES, Cell, Table
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import read_jsonl, write_atomic
 from selfsteer.judges.stats import Interval, mean_interval
+from selfsteer.testbed.questions import question
+from selfsteer.testbed.world import QUERIES
 
 README = HERE / "README.md"
+FINAL = QUERIES["final"]
 FIGURE = HERE / "figure3.png"
 COMPUTE = HERE / "compute.png"
 RESAMPLES = 2000
@@ -43,6 +46,16 @@ def score(found: Found) -> Sequence[float]:
 def base_score(found: Found) -> Sequence[float]:
     """The same of the base's answers."""
     return [s / 10 for s in found["base_scores"]]
+
+
+def of_tasks(seen: bool, key: str = "scores") -> Figure:
+    """Scores of the final queries of the kinds that transfer is aligned on, or of the others."""
+    chosen = [(question(row["prompt"]).task in SEEN) == seen for _, row in read_jsonl(FINAL)]
+
+    def figure(found: Found) -> Sequence[float]:
+        return [s / 10 for s, ours in zip(found[key], chosen, strict=True) if ours]
+
+    return figure
 
 
 def accuracy(found: Found) -> Sequence[float]:
@@ -637,6 +650,26 @@ def sharpness_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def transfer_table(table: Table) -> str:
+    """Scores on both halves of the kinds, of policies aligned on all kinds and on one half."""
+    heads = ("aligned on", "kinds of the half", "other kinds", "other kinds, less the base")
+    lines = ["| arm | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    base = grid(METHODS[0], table.bases, table.seeds, of_tasks(False, "base_scores"))
+    own = [grid(METHODS[0], table.bases, table.seeds, of_tasks(k, "base_scores")) for k in (1, 0)]
+    own_texts = [shown(crossed(rows, f"transfer/base/{i}")) for i, rows in enumerate(own)]
+    lines.append("| base | | " + " | ".join(own_texts) + " | |")
+    for method in METHODS:
+        for arm, on in ((method, "all kinds"), (f"{method}-transfer", "the half")):
+            row = [
+                cell_text(arm, table.bases, table.seeds, of_tasks(seen)) for seen in (True, False)
+            ]
+            mine = grid(arm, table.bases, table.seeds, of_tasks(False))
+            gain = {key: mine[key] - base[key] for key in mine if key in base}
+            text = shown(crossed(gain, f"transfer/{arm}"), sign=True) if gain else NOT_RUN
+            lines.append(f"| {method} | {on} | " + " | ".join([*row, text]) + " |")
+    return "\n".join(lines)
+
+
 def iterations_table(table: Table) -> str:
     """Score and length of an answer after each iteration, and the accuracy of its pairs."""
     lines = [
@@ -726,24 +759,29 @@ def draw() -> bool:
 
 
 def draw_compute() -> bool:
-    """Score by compute of the arms of the first base, over its seeds; False without cells."""
+    """Score by compute on the first base, the budgets of a method as one line; False without cells.
+
+    A method's points are over the same seeds where it has several.
+    """
     arms = dict.fromkeys(arm for t in TABLES if t.name in COMPARED for arm in t.arms + t.last)
-    points = {}
+    budgets = next(t for t in TABLES if t.name == "budgets")
+    lines = {}
     for arm in arms:
-        costs, scores = (grid(arm, (0,), 10, figure) for figure in (compute, score))
-        if costs:
-            cost = float(np.mean(list(costs.values())))
-            points[arm] = (cost, len(costs), crossed(scores, f"compute/{arm}"))
-    if not points:
+        own = [name for name in budgets.arms if name.rsplit("-", 1)[0] == arm]
+        found = [point_of(name, budgets.seeds if own else 10) for name in (*own, arm)]
+        if points := sorted(p for p in found if p):
+            lines[arm] = points
+    if not lines:
         return False
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(7, 4), layout="constrained")
     axes = canvas.subplots()
-    for i, (arm, (cost, seeds, (mean, low, high))) in enumerate(points.items()):
-        spread = None if low is None or high is None else [[mean - low], [high - mean]]
+    for i, (arm, points) in enumerate(lines.items()):
+        cost, mean, low, high, seeds = (np.array(column) for column in zip(*points, strict=True))
+        label = f"{arm}, {seeds.max()} seeds"
         axes.errorbar(
-            cost, mean, spread, fmt="os^Dv"[i % 5], ms=6, lw=1, label=f"{arm}, {seeds} seeds"
+            cost, mean, [mean - low, high - mean], fmt="os^Dv"[i % 5] + "-", ms=5, lw=1, label=label
         )
     axes.set_xlabel("compute: million tokens through the model, a trained token counts three times")
     axes.set_ylabel("score of sampled answers")
@@ -751,6 +789,16 @@ def draw_compute() -> bool:
     canvas.legend(fontsize=7, loc="outside right upper")
     save(canvas, COMPUTE)
     return True
+
+
+def point_of(arm: str, seeds: int) -> tuple[float, float, float, float, int] | None:
+    """Compute, score with its interval, and how many seeds stand behind it."""
+    costs, scores = (grid(arm, (0,), seeds, figure) for figure in (compute, score))
+    if not costs:
+        return None
+    mean, low, high = crossed(scores, f"compute/{arm}")
+    cost = float(np.mean(list(costs.values())))
+    return cost, mean, mean if low is None else low, mean if high is None else high, len(costs)
 
 
 def save(canvas: Any, path: Path) -> None:
@@ -807,6 +855,8 @@ def write() -> None:
             parts.append(sharpness_table(table))
         elif table.name == "uneven":
             parts += [figures_table(table), sharpness_table(table)]
+        elif table.name == "transfer":
+            parts.append(transfer_table(table))
         elif table.name == "audit":
             parts.append(audit_table(table))
         else:
@@ -922,6 +972,14 @@ What if the writer is wrong? The good and the bad principle are swapped for a se
 queries; nothing tells the method which. Or one principle, on helpfulness and accuracy in the
 catalogue's words, stands for all queries, as a user writes it who has no writer. Settings are those
 of the main arms; compute counts the principles as if the policy had written them.""",
+    "transfer": """\
+Aligned on facts, steps, lists and questions that a model should not answer, and scored on these and
+on the rest: comparisons, advice and descriptions, whose answers look different. As many queries and
+the same settings. Where the last column of *the half* comes near that of *all kinds*, what was
+learnt is a way to answer rather than answers to these questions.""",
+    "budgets": """\
+The main arms on a quarter and on half of the queries, with the settings found for 480; [the
+figure](#score-by-compute) shows the three sizes of a method as one line.""",
     "ipo": "β is v1's 0.2 in both trainings; learning rate and epochs are searched as in table 1.",
     "online": """\
 v1's settings (IPO, β 0.2, α 0.66, β_G 0.1) without its filter, which leaves one triple in twenty
