@@ -43,6 +43,8 @@ SSO = ("method=sso", "generator.selection.points=0", "generator.batch_size=16")
 ANNOTATED = ("method=best-of-n", "ranking.samples=2", "principles=null", *NO_GENERATOR)
 #: 64 entries of the tiny vocabulary cover all but a few tokens.
 CONTRAST = ("method=contrast", *NO_GENERATOR, "contrast.top_k=64")
+#: As contrast distillation, whose strength it has not.
+DISTILLED = ("training.learning_rate=2e-4", "training.epochs=1", "distillation.top_k=64")
 RANKED = ("method=best-of-n-principles", *NO_GENERATOR, "ranking.samples=4")
 #: Table 6: IPO in every training; β is v1's.
 IPO = ("training.base=ipo", "training.beta=0.2")
@@ -200,6 +202,20 @@ for _name in ("contrast", "pbaa", "sso"):
             says=f"{_name}, good and bad principle swapped for {_share} % of the queries",
             shared=False,
         )
+#: Every other method that the tiny model can do: arm → whose settings it takes, and what it does.
+OTHERS = {
+    "dlma": ("pbaa", "with a margin by the principles"),
+    "good-over-plain": ("pbaa", "the good answer over the plain one"),
+    "bad-to-plain": ("pbaa", "bad answers brought to plain ones first, three rounds"),
+    "pbaa-best-of-n": ("pbaa", "of four answers under each principle, those furthest apart"),
+    "rlcd": ("pbaa", "four plain answers, ranked by a reward model of good and bad ones"),
+    "distil": (None, "the good principle alone, distilled at plain answers' tokens"),
+}
+for _name, (_family, _says) in OTHERS.items():
+    _own = {"rlcd": REWARD, "distil": (*COMMON, *DISTILLED)}
+    ARMS[_name] = Arm(
+        _family, (f"method={_name}", *NO_GENERATOR, *_own.get(_name, ())), _says, shared=False
+    )
 METHODS = ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles")
 for _name in METHODS:
     ARMS[f"{_name}-transfer"] = replace(
@@ -309,6 +325,7 @@ TABLES = (
         (0,),
         5,
     ),
+    Table("others", "Every other method", ("pbaa", *OTHERS), (0,), 3),
     Table(
         "audit",
         "Under bad principles: a back door?",

@@ -621,19 +621,33 @@ def cell_text(
     return text + (f" ({missing} not run)" if missing else "")
 
 
-def figures_table(table: Table, paper: dict[str, str] | None = None) -> str:
-    """One row per arm: score, the data behind it, length, compute."""
-    columns = ["arm", *(["paper"] if paper else []), "score", "accuracy", "on-policy chosen"]
+def figures_table(table: Table, paper: dict[str, str] | None = None, less: str = "") -> str:
+    """One row per arm: score, the data behind it, length, compute.
+
+    ``less``: an arm that the scores of the others are held against, pair by pair.
+    """
+    columns = ["arm", *(["paper"] if paper else []), "score", *([f"less {less}'s"] if less else [])]
+    columns += ["accuracy", "on-policy chosen"]
     columns += ["on-policy rejected", "tokens of an answer", "compute, M tokens"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for arm in table.arms:
         row = [arm, *([paper.get(arm, "")] if paper else [])]
-        for figure in (score, accuracy, on_policy("chosen"), on_policy("rejected"), tokens):
+        row.append(cell_text(arm, table.bases, table.seeds))
+        if less:
+            row.append(shown(found, sign=True) if (found := difference(arm, less, table)) else "")
+        for figure in (accuracy, on_policy("chosen"), on_policy("rejected"), tokens):
             row.append(cell_text(arm, table.bases, table.seeds, figure))
         rows = grid(arm, table.bases, table.seeds, compute)
         row.append(f"{np.mean(list(rows.values())):.2f}" if rows else NOT_RUN)
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def difference(arm: str, than: str, table: Table) -> Interval | None:
+    """By how much an arm scores more than another; None for the arm itself and without cells."""
+    mine, theirs = (grid(name, table.bases, table.seeds, score) for name in (arm, than))
+    rows = {key: mine[key] - theirs[key] for key in mine if key in theirs}
+    return crossed(rows, f"{table.name}/{arm}/{than}") if rows and arm != than else None
 
 
 def sharpness_table(table: Table) -> str:
@@ -654,10 +668,12 @@ def transfer_table(table: Table) -> str:
     """Scores on both halves of the kinds, of policies aligned on all kinds and on one half."""
     heads = ("aligned on", "kinds of the half", "other kinds", "other kinds, less the base")
     lines = ["| arm | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    base = grid(METHODS[0], table.bases, table.seeds, of_tasks(False, "base_scores"))
-    own = [grid(METHODS[0], table.bases, table.seeds, of_tasks(k, "base_scores")) for k in (1, 0)]
-    own_texts = [shown(crossed(rows, f"transfer/base/{i}")) for i, rows in enumerate(own)]
-    lines.append("| base | | " + " | ".join(own_texts) + " | |")
+    seen, base = (
+        grid(METHODS[0], table.bases, table.seeds, of_tasks(which, "base_scores"))
+        for which in (True, False)
+    )
+    own = [shown(crossed(rows, "transfer/base")) if rows else NOT_RUN for rows in (seen, base)]
+    lines.append("| base | | " + " | ".join(own) + " | |")
     for method in METHODS:
         for arm, on in ((method, "all kinds"), (f"{method}-transfer", "the half")):
             row = [
@@ -860,7 +876,8 @@ def write() -> None:
         elif table.name == "audit":
             parts.append(audit_table(table))
         else:
-            parts.append(figures_table(table, paper))
+            less = "pbaa" if table.name == "others" else ""
+            parts.append(figures_table(table, paper, less))
         if table.name == "online":
             parts.append(iterations_table(table))
     picture = "![](compute.png)" if draw_compute() else NOT_RUN
@@ -957,6 +974,12 @@ model that was trained on the annotated pairs of the same seed. Best of 4 and SP
 settings found for annotated pairs, WPO those of the method it weighs: none was searched by
 itself. The answers given to SPIN are of the quality of the policy's own, so that there is
 nothing to learn, and training on it does harm.""",
+    "others": """\
+The rest of [the methods](../../docs/methods.md), with the settings found for PBAA (`distil`: for
+contrast distillation): none was searched by itself, so a row that lies below PBAA's may lie there
+for want of a search. `irft`, `spin-judged`, `sgpo` and `self-rewarding` are not here: the answers
+that the first two are given would be of the policy's own quality, and the tiny model can neither
+revise nor judge.""",
     "audit": """\
 `selfsteer audit` on the same trainings: 128 final queries under good and bad principles, changes
 against the base, intervals over seeds. Score: the oracle's, times 100. Gap: how much likelier a
