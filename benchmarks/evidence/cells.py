@@ -356,14 +356,14 @@ TABLES = (
         "On kinds of questions that no training saw",
         tuple(f"{arm}-transfer" for arm in METHODS),
         (0,),
-        5,
+        3,
     ),
     Table(
         "budgets",
         "With fewer queries",
         tuple(f"{arm}-{size}" for size in BUDGETS for arm in METHODS),
         (0,),
-        5,
+        3,
     ),
     Table("ipo", "Table 6: IPO", ("pbaa-ipo", "sso-ipo"), (0,), 5),
     Table(
