@@ -192,13 +192,13 @@ costs more accuracy than both): bad answers come nearer to plain ones, so they a
 and some are no worse than the chosen one. Settings were searched by the policy's score alone."""
 WHY_UNEVEN = """\
 On the tiny world every good method comes near the ceiling, which hides most of what is between
-them. Here SSO leads PBAA by far in sampled answers, and contrast distillation lies between them at
-less than a third of SSO's compute. Greedily the three are about equal: what SSO's policies have
-over PBAA's is that they slip less when they are sampled. In three rounds, each on the policy's
-answers of then and all under the eye of the first policy, contrast distillation costs a little less
-than SSO and scores about the same sampled and more greedily and at temperature 1, with no less
-variety. Annotated pairs are far above all of them, greedily too, so there is more to be learnt from
-plain answers than principles bring out."""
+them. Here SSO leads PBAA by far in sampled answers and greedily not at all: what its policies have
+over PBAA's is that they slip less when they are sampled. One round of contrast distillation scores
+about as SSO does, a little more greedily, at less than a third of its compute. In three rounds,
+each on the policy's answers of then and all under the eye of the first policy, it costs a little
+less than SSO and scores more, sampled, greedily and at temperature 1, with no less variety.
+Annotated pairs are far above all of them, greedily too, so there is more to be learnt from plain
+answers than principles bring out."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -893,16 +893,18 @@ def write() -> None:
 
 
 ADVICE = """\
-- **With the policy's weights at hand and little compute, take contrast distillation.** Its score
-less SSO's: {sso}; greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs
-{costs[contrast]} million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
-- **If you want pairs, take SSO; with three times the compute, SSO or contrast distillation in three
-rounds.** SSO's score less PBAA's: {pbaa}; on [a harder world](#a-harder-world) {hard_pbaa}, though
-greedily {hard_greedy}. There contrast distillation's less SSO's: {hard_contrast}; in three rounds
-{hard_rounds}, and greedily {hard_rounds_greedy}.
+- **With the policy's weights at hand, take contrast distillation: one round where compute is little,
+three where it may cost as much as SSO.** The score of one round less SSO's: {sso}; greedily
+{greedy}; less that of annotated pairs: {annotated}. It costs {costs[contrast]} million tokens, SSO
+{costs[sso]}, PBAA {costs[pbaa]}. On [a harder world](#a-harder-world) one round less SSO:
+{hard_contrast}; three rounds, at a little less compute than SSO, {hard_rounds}, and greedily
+{hard_rounds_greedy}.
+- **If you want pairs, take SSO.** Its score less PBAA's: {pbaa}; on the harder world {hard_pbaa},
+though greedily {hard_greedy}.
 - **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
-model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above contrast
-distillation (three seeds each). So measure on yours: `selfsteer check` says what can work."""
+model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above one round of
+contrast distillation (three seeds each). So measure on yours: `selfsteer check` says what can
+work."""
 HEAD = """\
 # The evidence, in miniature
 
