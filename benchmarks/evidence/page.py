@@ -893,8 +893,8 @@ def write() -> None:
 
 
 ADVICE = """\
-- **With the policy's weights at hand, take contrast distillation: one round where compute is little,
-three where it may cost as much as SSO.** The score of one round less SSO's: {sso}; greedily
+- **With the policy's weights at hand, take contrast distillation: one round where compute is
+little, three where it may cost as much as SSO.** The score of one round less SSO's: {sso}; greedily
 {greedy}; less that of annotated pairs: {annotated}. It costs {costs[contrast]} million tokens, SSO
 {costs[sso]}, PBAA {costs[pbaa]}. On [a harder world](#a-harder-world) one round less SSO:
 {hard_contrast}; three rounds, at a little less compute than SSO, {hard_rounds}, and greedily
