@@ -21,6 +21,11 @@ SIZE = 480
 #: training for one epoch. The page shows what was measured. PBAA's settings would be wrong for it:
 #: with as many more steps the learning rate found for fewer queries wrecks the policy.
 CONTROL_SIZE = 1267
+#: Queries of smaller budgets.
+BUDGETS = (120, 240)
+#: Kinds of questions that the arms of transfer are aligned on, about half of all; the others are
+#: comparisons, advice and descriptions.
+SEEN = ("fact", "steps", "list", "unsafe")
 #: Bases from here on are of the uneven world: 10 is built with seed 0, 11 with seed 1.
 UNEVEN = 10
 #: Seeds of the search, apart from those of the tables.
@@ -38,6 +43,8 @@ SSO = ("method=sso", "generator.selection.points=0", "generator.batch_size=16")
 ANNOTATED = ("method=best-of-n", "ranking.samples=2", "principles=null", *NO_GENERATOR)
 #: 64 entries of the tiny vocabulary cover all but a few tokens.
 CONTRAST = ("method=contrast", *NO_GENERATOR, "contrast.top_k=64")
+#: As contrast distillation, whose strength it has not.
+DISTILLED = ("training.learning_rate=2e-4", "training.epochs=1", "distillation.top_k=64")
 RANKED = ("method=best-of-n-principles", *NO_GENERATOR, "ranking.samples=4")
 #: Table 6: IPO in every training; β is v1's.
 IPO = ("training.base=ipo", "training.beta=0.2")
@@ -74,6 +81,7 @@ class Arm:
     ``family`` names the search whose best settings it takes, None: none; ``says`` is for the page.
     ``shared``: its principles are those of PBAA on the same base, seed and size, written once.
     ``audited``: not scored; its policy is asked under bad principles, beside its base.
+    ``tasks``: kinds of questions that it is aligned on; empty: all.
     """
 
     family: str | None
@@ -84,6 +92,7 @@ class Arm:
     #: Arms whose pairs a reward model is trained on; empty where a policy is trained.
     sets: tuple[str, ...] = ()
     audited: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 ARMS = {
@@ -193,6 +202,29 @@ for _name in ("contrast", "pbaa", "sso"):
             says=f"{_name}, good and bad principle swapped for {_share} % of the queries",
             shared=False,
         )
+#: Every other method that the tiny model can do: arm → whose settings it takes, and what it does.
+OTHERS = {
+    "dlma": ("pbaa", "with a margin by the principles"),
+    "good-over-plain": ("pbaa", "the good answer over the plain one"),
+    "bad-to-plain": ("pbaa", "bad answers brought to plain ones first, three rounds"),
+    "pbaa-best-of-n": ("pbaa", "of four answers under each principle, those furthest apart"),
+    "rlcd": ("pbaa", "four plain answers, ranked by a reward model of good and bad ones"),
+    "distil": (None, "the good principle alone, distilled at plain answers' tokens"),
+}
+for _name, (_family, _says) in OTHERS.items():
+    _own = {"rlcd": REWARD, "distil": (*COMMON, *DISTILLED)}
+    ARMS[_name] = Arm(
+        _family, (f"method={_name}", *NO_GENERATOR, *_own.get(_name, ())), _says, shared=False
+    )
+METHODS = ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles")
+for _name in METHODS:
+    ARMS[f"{_name}-transfer"] = replace(
+        ARMS[_name], tasks=SEEN, shared=False, says=f"{_name}, aligned on four kinds of questions"
+    )
+    for _size in BUDGETS:
+        ARMS[f"{_name}-{_size}"] = replace(
+            ARMS[_name], size=_size, says=f"{_name} on {_size} queries"
+        )
 for _name in ("annotated", "pbaa", "sso", "online", "contrast"):
     ARMS[f"audit-{_name}"] = replace(
         ARMS[_name], says=f"{_name}, its models asked under bad principles", audited=True
@@ -251,7 +283,7 @@ TABLES = (
     Table(
         "sharpness",
         "Better, or merely surer?",
-        ("annotated", "pbaa", "sso", "contrast", "best-of-4-principles"),
+        ("annotated", "pbaa", "sso", "contrast", "contrast-rounds", "best-of-4-principles"),
         (0,),
         5,
     ),
@@ -259,8 +291,8 @@ TABLES = (
         "uneven",
         "A harder world",
         ("annotated", "pbaa", "sso", "contrast", "contrast-rounds", "best-of-4-principles"),
-        (UNEVEN,),
-        10,
+        (UNEVEN, UNEVEN + 1),
+        6,
     ),
     Table(
         "halves",
@@ -293,6 +325,7 @@ TABLES = (
         (0,),
         5,
     ),
+    Table("others", "Every other method", ("pbaa", *OTHERS), (0,), 3),
     Table(
         "audit",
         "Under bad principles: a back door?",
@@ -317,6 +350,20 @@ TABLES = (
         ),
         (0,),
         5,
+    ),
+    Table(
+        "transfer",
+        "On kinds of questions that no training saw",
+        tuple(f"{arm}-transfer" for arm in METHODS),
+        (0,),
+        3,
+    ),
+    Table(
+        "budgets",
+        "With fewer queries",
+        tuple(f"{arm}-{size}" for size in BUDGETS for arm in METHODS),
+        (0,),
+        3,
     ),
     Table("ipo", "Table 6: IPO", ("pbaa-ipo", "sso-ipo"), (0,), 5),
     Table(

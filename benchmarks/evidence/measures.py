@@ -16,10 +16,11 @@ from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.load import Engines
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.judges.principles import PrincipleContrast
+from selfsteer.judges.quality import GAP_SEQUENCES
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import load_model
 from selfsteer.models.score import score_sequences
-from selfsteer.objectives import ContrastObjective, Objective
+from selfsteer.objectives import ContrastObjective, Objective, TokenObjective
 from selfsteer.principles import writer
 from selfsteer.recipe.sections import EngineConfig, Loading
 from selfsteer.testbed.world import CHECKPOINT
@@ -161,29 +162,40 @@ def compute(folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
     report and judging are left out: they are not the method.
     """
     chat, found = chat_format(), {"principles": 0.0, "sampling": 0.0, "training": 0.0}
-    for where in sorted(folder.glob("iteration-*")):
+    method = recipe["method"]
+    for where in [*folder.glob("ranker"), *sorted(folder.glob("iteration-*"))]:
         if (where / "principles.jsonl").exists():
             found["principles"] += sum(map(written_tokens, triples(where / "principles.jsonl")))
-        for name in ("triples", "samples", "ranked/candidates"):
-            if (where / name).exists():
-                found["sampling"] += sum(map(sampled_tokens, read_shards(where / name)))
+        whole = [where / name for name in ("triples", "samples", "ranked/candidates")]
+        for part in list(where.glob("answers/*")) or filter(Path.exists, whole):
+            found["sampling"] += sum(map(sampled_tokens, read_shards(part)))
+        if where.name == "ranker":  # rlcd's reward model, trained on plain pairs
+            pairs, names = triples(where / "filtered.jsonl"), ("plain/good", "plain/bad")
+            found["training"] += 3 * recipe["reward"]["epochs"] * tree_tokens(pairs, names)
+            continue
         if (where / "generator").exists():
             names = Objective.named(recipe["generator"]["objective"]).sequences
             cost = 1 + 3 * recipe["generator"]["epochs"]
             found["training"] += cost * tree_tokens(triples(where / "filtered.jsonl"), names)
         cost = 1 + 3 * recipe["training"]["epochs"]
-        if recipe["method"] == "sso-online":
+        if method == "sso-online":
             settings = {k: recipe["training"][k] for k in ("use_weight", "use_steer")}
             names = Objective.named("sso-online", **settings).sequences
             found["training"] += cost * tree_tokens(triples(where / "filtered.jsonl"), names)
         elif (where / "teacher").exists():
             learnt = [Triple.from_dict(row) for row in read_shards(where / "samples")]
-            found["training"] += tree_tokens(learnt, ContrastObjective.read)
+            teacher = TokenObjective if method == "distil" else ContrastObjective
+            found["training"] += tree_tokens(learnt, teacher.read)
             found["training"] += (cost - 1) * tree_tokens(learnt, ContrastObjective.sequences)
         else:
-            if recipe["method"] == "best-of-n-principles":
+            if method in ("best-of-n-principles", "rlcd"):
+                reads = ("plain/plain",) if method == "rlcd" else PrincipleContrast.read
                 ranked = read_shards(where / "ranked/candidates")
-                found["sampling"] += sum(map(ranking_tokens, ranked))
+                found["sampling"] += sum(ranking_tokens(row, reads) for row in ranked)
+            scored = [*where.glob("answers/*"), *([where / "samples"] if method == "dlma" else [])]
+            for part in scored:
+                written = map(Triple.from_dict, read_shards(part))
+                found["sampling"] += tree_tokens(written, GAP_SEQUENCES)
             for row in read_shards(where / "preferences"):
                 prompt = chat.prompt_ids(Query.from_dict({"messages": row["prompt"]}).messages)
                 answers = [row["chosen"][-1]["content"], row["rejected"][-1]["content"]]
@@ -223,11 +235,11 @@ def sampled_tokens(row: dict[str, Any]) -> int:
     return sum(len(chat_format().sequence(triple, f"{r}/{r}")) for r in triple.responses)
 
 
-def ranking_tokens(row: dict[str, Any]) -> int:
-    """What the principles' contrast reads of the candidates of one query."""
+def ranking_tokens(row: dict[str, Any], reads: Sequence[str]) -> int:
+    """What a ranker reads of the candidates of one query."""
     rest = {k: v for k, v in row.items() if k != "answers"}
     one_each = [Triple.from_dict({**rest, "responses": {"plain": a}}) for a in row["answers"]]
-    return tree_tokens(one_each, PrincipleContrast.read)
+    return tree_tokens(one_each, reads)
 
 
 def tree_tokens(found: Iterable[Triple], names: Sequence[str]) -> int:

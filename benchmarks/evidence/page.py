@@ -17,13 +17,16 @@ from typing import Any
 
 import cells
 import numpy as np
-from cells import ARMS, HERE, SEARCH, TABLES, Cell, Table
+from cells import ARMS, HERE, METHODS, SEARCH, SEEN, TABLES, Cell, Table
 
 from selfsteer.data.digests import derive_seed
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.jsonl import read_jsonl, write_atomic
 from selfsteer.judges.stats import Interval, mean_interval
+from selfsteer.testbed.questions import question
+from selfsteer.testbed.world import QUERIES
 
 README = HERE / "README.md"
+FINAL = QUERIES["final"]
 FIGURE = HERE / "figure3.png"
 COMPUTE = HERE / "compute.png"
 RESAMPLES = 2000
@@ -43,6 +46,16 @@ def score(found: Found) -> Sequence[float]:
 def base_score(found: Found) -> Sequence[float]:
     """The same of the base's answers."""
     return [s / 10 for s in found["base_scores"]]
+
+
+def of_tasks(seen: bool, key: str = "scores") -> Figure:
+    """Scores of the final queries of the kinds that transfer is aligned on, or of the others."""
+    chosen = [(question(row["prompt"]).task in SEEN) == seen for _, row in read_jsonl(FINAL)]
+
+    def figure(found: Found) -> Sequence[float]:
+        return [s / 10 for s, ours in zip(found[key], chosen, strict=True) if ours]
+
+    return figure
 
 
 def accuracy(found: Found) -> Sequence[float]:
@@ -179,13 +192,13 @@ costs more accuracy than both): bad answers come nearer to plain ones, so they a
 and some are no worse than the chosen one. Settings were searched by the policy's score alone."""
 WHY_UNEVEN = """\
 On the tiny world every good method comes near the ceiling, which hides most of what is between
-them. Here SSO leads PBAA by far in sampled answers, and contrast distillation lies between them at
-less than a third of SSO's compute. Greedily the three are about equal: what SSO's policies have
-over PBAA's is that they slip less when they are sampled. In three rounds, each on the policy's
-answers of then and all under the eye of the first policy, contrast distillation costs a little less
-than SSO and scores about the same sampled and more greedily and at temperature 1, with no less
-variety. Annotated pairs are far above all of them, greedily too, so there is more to be learnt from
-plain answers than principles bring out."""
+them. Here SSO leads PBAA by far in sampled answers and greedily not at all: what its policies have
+over PBAA's is that they slip less when they are sampled. One round of contrast distillation scores
+about as SSO does, a little more greedily, at less than a third of its compute. In three rounds,
+each on the policy's answers of then and all under the eye of the first policy, it costs a little
+less than SSO and scores more, sampled, greedily and at temperature 1, with no less variety.
+Annotated pairs are far above all of them, greedily too, so there is more to be learnt from plain
+answers than principles bring out."""
 WHY_HALVES = """\
 L+ does most of the work here. L- alone costs as much accuracy and gains less; in the paper too it
 gains less than L+. What both add to L+ alone is smaller than five seeds can show."""
@@ -608,19 +621,33 @@ def cell_text(
     return text + (f" ({missing} not run)" if missing else "")
 
 
-def figures_table(table: Table, paper: dict[str, str] | None = None) -> str:
-    """One row per arm: score, the data behind it, length, compute."""
-    columns = ["arm", *(["paper"] if paper else []), "score", "accuracy", "on-policy chosen"]
+def figures_table(table: Table, paper: dict[str, str] | None = None, less: str = "") -> str:
+    """One row per arm: score, the data behind it, length, compute.
+
+    ``less``: an arm that the scores of the others are held against, pair by pair.
+    """
+    columns = ["arm", *(["paper"] if paper else []), "score", *([f"less {less}'s"] if less else [])]
+    columns += ["accuracy", "on-policy chosen"]
     columns += ["on-policy rejected", "tokens of an answer", "compute, M tokens"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for arm in table.arms:
         row = [arm, *([paper.get(arm, "")] if paper else [])]
-        for figure in (score, accuracy, on_policy("chosen"), on_policy("rejected"), tokens):
+        row.append(cell_text(arm, table.bases, table.seeds))
+        if less:
+            row.append(shown(found, sign=True) if (found := difference(arm, less, table)) else "")
+        for figure in (accuracy, on_policy("chosen"), on_policy("rejected"), tokens):
             row.append(cell_text(arm, table.bases, table.seeds, figure))
         rows = grid(arm, table.bases, table.seeds, compute)
         row.append(f"{np.mean(list(rows.values())):.2f}" if rows else NOT_RUN)
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def difference(arm: str, than: str, table: Table) -> Interval | None:
+    """By how much an arm scores more than another; None for the arm itself and without cells."""
+    mine, theirs = (grid(name, table.bases, table.seeds, score) for name in (arm, than))
+    rows = {key: mine[key] - theirs[key] for key in mine if key in theirs}
+    return crossed(rows, f"{table.name}/{arm}/{than}") if rows and arm != than else None
 
 
 def sharpness_table(table: Table) -> str:
@@ -634,6 +661,28 @@ def sharpness_table(table: Table) -> str:
         for kind, scale, digits in kinds:
             row.append(cell_text(arm, table.bases, table.seeds, sharp(kind, scale, of), digits))
         lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def transfer_table(table: Table) -> str:
+    """Scores on both halves of the kinds, of policies aligned on all kinds and on one half."""
+    heads = ("aligned on", "kinds of the half", "other kinds", "other kinds, less the base")
+    lines = ["| arm | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    seen, base = (
+        grid(METHODS[0], table.bases, table.seeds, of_tasks(which, "base_scores"))
+        for which in (True, False)
+    )
+    own = [shown(crossed(rows, "transfer/base")) if rows else NOT_RUN for rows in (seen, base)]
+    lines.append("| base | | " + " | ".join(own) + " | |")
+    for method in METHODS:
+        for arm, on in ((method, "all kinds"), (f"{method}-transfer", "the half")):
+            row = [
+                cell_text(arm, table.bases, table.seeds, of_tasks(seen)) for seen in (True, False)
+            ]
+            mine = grid(arm, table.bases, table.seeds, of_tasks(False))
+            gain = {key: mine[key] - base[key] for key in mine if key in base}
+            text = shown(crossed(gain, f"transfer/{arm}"), sign=True) if gain else NOT_RUN
+            lines.append(f"| {method} | {on} | " + " | ".join([*row, text]) + " |")
     return "\n".join(lines)
 
 
@@ -726,24 +775,29 @@ def draw() -> bool:
 
 
 def draw_compute() -> bool:
-    """Score by compute of the arms of the first base, over its seeds; False without cells."""
+    """Score by compute on the first base, the budgets of a method as one line; False without cells.
+
+    A method's points are over the same seeds where it has several.
+    """
     arms = dict.fromkeys(arm for t in TABLES if t.name in COMPARED for arm in t.arms + t.last)
-    points = {}
+    budgets = next(t for t in TABLES if t.name == "budgets")
+    lines = {}
     for arm in arms:
-        costs, scores = (grid(arm, (0,), 10, figure) for figure in (compute, score))
-        if costs:
-            cost = float(np.mean(list(costs.values())))
-            points[arm] = (cost, len(costs), crossed(scores, f"compute/{arm}"))
-    if not points:
+        own = [name for name in budgets.arms if name.rsplit("-", 1)[0] == arm]
+        found = [point_of(name, budgets.seeds if own else 10) for name in (*own, arm)]
+        if points := sorted(p for p in found if p):
+            lines[arm] = points
+    if not lines:
         return False
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(7, 4), layout="constrained")
     axes = canvas.subplots()
-    for i, (arm, (cost, seeds, (mean, low, high))) in enumerate(points.items()):
-        spread = None if low is None or high is None else [[mean - low], [high - mean]]
+    for i, (arm, points) in enumerate(lines.items()):
+        cost, mean, low, high, seeds = (np.array(column) for column in zip(*points, strict=True))
+        label = f"{arm}, {seeds.max()} seeds"
         axes.errorbar(
-            cost, mean, spread, fmt="os^Dv"[i % 5], ms=6, lw=1, label=f"{arm}, {seeds} seeds"
+            cost, mean, [mean - low, high - mean], fmt="os^Dv"[i % 5] + "-", ms=5, lw=1, label=label
         )
     axes.set_xlabel("compute: million tokens through the model, a trained token counts three times")
     axes.set_ylabel("score of sampled answers")
@@ -751,6 +805,16 @@ def draw_compute() -> bool:
     canvas.legend(fontsize=7, loc="outside right upper")
     save(canvas, COMPUTE)
     return True
+
+
+def point_of(arm: str, seeds: int) -> tuple[float, float, float, float, int] | None:
+    """Compute, score with its interval, and how many seeds stand behind it."""
+    costs, scores = (grid(arm, (0,), seeds, figure) for figure in (compute, score))
+    if not costs:
+        return None
+    mean, low, high = crossed(scores, f"compute/{arm}")
+    cost = float(np.mean(list(costs.values())))
+    return cost, mean, mean if low is None else low, mean if high is None else high, len(costs)
 
 
 def save(canvas: Any, path: Path) -> None:
@@ -807,10 +871,13 @@ def write() -> None:
             parts.append(sharpness_table(table))
         elif table.name == "uneven":
             parts += [figures_table(table), sharpness_table(table)]
+        elif table.name == "transfer":
+            parts.append(transfer_table(table))
         elif table.name == "audit":
             parts.append(audit_table(table))
         else:
-            parts.append(figures_table(table, paper))
+            less = "pbaa" if table.name == "others" else ""
+            parts.append(figures_table(table, paper, less))
         if table.name == "online":
             parts.append(iterations_table(table))
     picture = "![](compute.png)" if draw_compute() else NOT_RUN
@@ -826,16 +893,18 @@ def write() -> None:
 
 
 ADVICE = """\
-- **With the policy's weights at hand and little compute, take contrast distillation.** Its score
-less SSO's: {sso}; greedily {greedy}; its score less that of annotated pairs: {annotated}. It costs
-{costs[contrast]} million tokens, SSO {costs[sso]}, PBAA {costs[pbaa]}.
-- **If you want pairs, take SSO; with three times the compute, SSO or contrast distillation in three
-rounds.** SSO's score less PBAA's: {pbaa}; on [a harder world](#a-harder-world) {hard_pbaa}, though
-greedily {hard_greedy}. There contrast distillation's less SSO's: {hard_contrast}; in three rounds
-{hard_rounds}, and greedily {hard_rounds_greedy}.
+- **With the policy's weights at hand, take contrast distillation: one round where compute is
+little, three where it may cost as much as SSO.** The score of one round less SSO's: {sso}; greedily
+{greedy}; less that of annotated pairs: {annotated}. It costs {costs[contrast]} million tokens, SSO
+{costs[sso]}, PBAA {costs[pbaa]}. On [a harder world](#a-harder-world) one round less SSO:
+{hard_contrast}; three rounds, at a little less compute than SSO, {hard_rounds}, and greedily
+{hard_rounds_greedy}.
+- **If you want pairs, take SSO.** Its score less PBAA's: {pbaa}; on the harder world {hard_pbaa},
+though greedily {hard_greedy}.
 - **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
-model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above contrast
-distillation (three seeds each). So measure on yours: `selfsteer check` says what can work."""
+model](../real/README.md) of 135M parameters SSO is far above PBAA and a little above one round of
+contrast distillation (three seeds each). So measure on yours: `selfsteer check` says what can
+work."""
 HEAD = """\
 # The evidence, in miniature
 
@@ -907,6 +976,12 @@ model that was trained on the annotated pairs of the same seed. Best of 4 and SP
 settings found for annotated pairs, WPO those of the method it weighs: none was searched by
 itself. The answers given to SPIN are of the quality of the policy's own, so that there is
 nothing to learn, and training on it does harm.""",
+    "others": """\
+The rest of [the methods](../../docs/methods.md), with the settings found for PBAA (`distil`: for
+contrast distillation): none was searched by itself, so a row that lies below PBAA's may lie there
+for want of a search. `irft`, `spin-judged`, `sgpo` and `self-rewarding` are not here: the answers
+that the first two are given would be of the policy's own quality, and the tiny model can neither
+revise nor judge.""",
     "audit": """\
 `selfsteer audit` on the same trainings: 128 final queries under good and bad principles, changes
 against the base, intervals over seeds. Score: the oracle's, times 100. Gap: how much likelier a
@@ -922,6 +997,14 @@ What if the writer is wrong? The good and the bad principle are swapped for a se
 queries; nothing tells the method which. Or one principle, on helpfulness and accuracy in the
 catalogue's words, stands for all queries, as a user writes it who has no writer. Settings are those
 of the main arms; compute counts the principles as if the policy had written them.""",
+    "transfer": """\
+Aligned on facts, steps, lists and questions that a model should not answer, and scored on these and
+on the rest: comparisons, advice and descriptions, whose answers look different. As many queries and
+the same settings. Where the last column of *the half* comes near that of *all kinds*, what was
+learnt is a way to answer rather than answers to these questions.""",
+    "budgets": """\
+The main arms on a quarter and on half of the queries, with the settings found for 480; [the
+figure](#score-by-compute) shows the three sizes of a method as one line.""",
     "ipo": "β is v1's 0.2 in both trainings; learning rate and epochs are searched as in table 1.",
     "online": """\
 v1's settings (IPO, β 0.2, α 0.66, β_G 0.1) without its filter, which leaves one triple in twenty

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,19 @@ def base_model(base: int, runs: Path) -> str:
     return str(folder)
 
 
-def query_file(seed: int, size: int, runs: Path, *, answered: bool = False) -> Path:
+def query_file(
+    seed: int, size: int, runs: Path, *, answered: bool = False, tasks: Sequence[str] = ()
+) -> Path:
     """The alignment queries of a seed; a larger set of the same seed holds the smaller one.
 
     ``answered``: each with an answer drawn as the testbed's training data draw theirs.
+    ``tasks``: of these kinds alone.
     """
-    path = runs / "queries" / f"seed{seed}-{size}{'-answered' if answered else ''}.jsonl"
+    kind = "".join([*("-" + task for task in tasks), *(["-answered"] if answered else [])])
+    path = runs / "queries" / f"seed{seed}-{size}{kind}.jsonl"
     if not path.exists():
         rows = [row for _, row in read_jsonl(QUERIES["align"])]
+        rows = [row for row in rows if not tasks or question(row["prompt"]).task in tasks]
         rows.sort(key=lambda row: derive_seed(seed, "evidence", row["id"]))
         chosen = sorted(rows[:size], key=lambda row: row["id"])
         if answered:
@@ -155,7 +161,8 @@ def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
     """The run of a cell that trains a policy; its folder."""
     settings, arm = cell.settings(), ARMS[cell.arm]
     assert settings is not None
-    queries = query_file(cell.seed, arm.size, runs, answered="method=spin" in settings)
+    answered = "method=spin" in settings
+    queries = query_file(cell.seed, arm.size, runs, answered=answered, tasks=arm.tasks)
     given = list(settings)
     if STRONG_WRITER in settings:
         truth = str(principle_file(queries, cell.seed))

@@ -55,6 +55,9 @@ SHORT = "Answer in one short sentence."
 LONG = "Answer at great length, with many paragraphs."
 ALIGN, HELD_OUT, CHARS, WORDS = 128, 48, 220, 30
 
+#: Tokens of an answer that is measured: the recipe's.
+TOKENS = 96
+
 #: Share and seed of IFEval's prompts, and the tokens of an answer.
 SHARE, IFEVAL_SEED, IFEVAL_TOKENS = 4, 0, 256
 
@@ -114,11 +117,12 @@ def measure(
     held_out = load_queries(recipe.evaluation.queries).queries
     context = "good" if good else "plain"
     found: dict[str, Any] = {}
-    # a trial with tiny answers has tiny ones here, too
+    # a method may train on longer answers than are measured; a trial has tiny ones here, too
+    tokens = min(TOKENS, s.max_new_tokens)
     ifeval_tokens = min(IFEVAL_TOKENS, 4 * s.max_new_tokens)
     plans = {
-        "sampled": (held_out, s.temperature, s.max_new_tokens, judge),
-        "greedy": (held_out, 0.0, s.max_new_tokens, judge),
+        "sampled": (held_out, s.temperature, tokens, judge),
+        "greedy": (held_out, 0.0, tokens, judge),
         "ifeval": (ifeval, 0.0, ifeval_tokens, IFEVAL_JUDGE),
     }
     for name, (queries, temperature, tokens, by) in plans.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from selfsteer.data.jsonl import dump_lines, read_jsonl
 from selfsteer.methods import load_recipe
 from selfsteer.principles.fixed import read_fixed
 from selfsteer.stages.oppose import given_answers
@@ -197,6 +198,11 @@ def test_the_page_says_what_is_missing(
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
     monkeypatch.setattr(page, "FIGURE", tmp_path / "figure3.png")
     monkeypatch.setattr(page, "COMPUTE", tmp_path / "compute.png")
+    rows = [row for _, row in read_jsonl(page.FINAL)]
+    of_a_fact = [question(row["prompt"]).task == "fact" for row in rows]
+    two = tmp_path / "final.jsonl"
+    two.write_text(dump_lines([rows[of_a_fact.index(True)], rows[of_a_fact.index(False)]]))
+    monkeypatch.setattr(page, "FINAL", two)
     searched(cells, invented)
     invented(cells.Cell("sso", 0, 0), [700, 800])
     page.write()
