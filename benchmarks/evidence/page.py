@@ -186,6 +186,10 @@ WHY_CONTRAST = """\
 Other than pairs, contrast distillation learns from every token of every answer, and needs no bad
 one to be written. Its lead is left when answers are greedy, at about the entropy of SSO's policies,
 so it is not a matter of sharpness alone. At temperature 1 it is not left."""
+WHY_ROUNDS = """\
+Three rounds cost less than SSO and lead it, sampled and greedily. Over one round they gain where
+answers are sampled, most at temperature 1, and nothing greedily, with less entropy and variety: the
+policy slips less. This world's ceiling is near."""
 WHY_ACCURACY = """\
 What a half of the loss teaches under one principle carries over to the other (either half alone
 costs more accuracy than both): bad answers come nearer to plain ones, so they are more on-policy,
@@ -325,6 +329,39 @@ CLAIMS = (
         "sharpness",
         sharp("greedy", 0.1),
         why=WHY_CONTRAST,
+    ),
+    Claim(
+        "contrast distillation in three rounds is above SSO",
+        "contrast-rounds",
+        "sso",
+        "not in it",
+        "sharpness",
+        why=WHY_ROUNDS,
+    ),
+    Claim(
+        "greedily, contrast distillation in three rounds is above SSO",
+        "contrast-rounds",
+        "sso",
+        "not in it",
+        "sharpness",
+        sharp("greedy", 0.1),
+        why=WHY_ROUNDS,
+    ),
+    Claim(
+        "contrast distillation in three rounds is above one round",
+        "contrast-rounds",
+        "contrast",
+        "not in it",
+        "sharpness",
+        why=WHY_ROUNDS,
+    ),
+    Claim(
+        "contrast distillation in three rounds is above annotated pairs",
+        "contrast-rounds",
+        "annotated",
+        "not in it",
+        "sharpness",
+        why=WHY_ROUNDS,
     ),
     Claim(
         "on the harder world, SSO is above PBAA",
@@ -532,6 +569,8 @@ def advice(judgements: dict[Claim, Judged]) -> str:
         greedy=said["greedily, contrast distillation is above SSO"],
         pbaa=said["SSO is above PBAA"],
         hard_pbaa=said["on the harder world, SSO is above PBAA"],
+        rounds=said["contrast distillation in three rounds is above SSO"],
+        rounds_greedy=said["greedily, contrast distillation in three rounds is above SSO"],
         hard_greedy=said["on the harder world, greedily, SSO is above PBAA"],
         hard_contrast=said["on the harder world, contrast distillation is above SSO"],
         hard_rounds=said["on the harder world, contrast distillation in three rounds is above SSO"],
@@ -896,9 +935,9 @@ ADVICE = """\
 - **With the policy's weights at hand, take contrast distillation: one round where compute is
 little, three where it may cost as much as SSO.** The score of one round less SSO's: {sso}; greedily
 {greedy}; less that of annotated pairs: {annotated}. It costs {costs[contrast]} million tokens, SSO
-{costs[sso]}, PBAA {costs[pbaa]}. On [a harder world](#a-harder-world) one round less SSO:
-{hard_contrast}; three rounds, at a little less compute than SSO, {hard_rounds}, and greedily
-{hard_rounds_greedy}.
+{costs[sso]}, PBAA {costs[pbaa]}. Three rounds, at a little less compute than SSO: {rounds},
+greedily {rounds_greedy}. On [a harder world](#a-harder-world) one round less SSO: {hard_contrast};
+three rounds: {hard_rounds}, greedily {hard_rounds_greedy}.
 - **If you want pairs, take SSO.** Its score less PBAA's: {pbaa}; on the harder world {hard_pbaa},
 though greedily {hard_greedy}.
 - **How sure is that?** On these worlds, as sure as the intervals say. For a house style on [a real
