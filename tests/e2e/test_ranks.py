@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.ranks import environment_of
@@ -209,6 +210,56 @@ def test_ranks_end_with_one_of_them_and_with_their_launcher(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_no_sharded_rank_loads_or_scores_with_the_whole_model(tmp_path: Path, here: Here) -> None:
+    """The first rank has one batch more to score than the second, which goes along with it."""
+    path = tmp_path / "triples.jsonl"
+    path.write_text("".join(json.dumps(triple(i)) + "\n" for i in range(33)))
+    args = ("train", TESTBED, path, "objective=pbaa", "learning_rate=1e-4", "batch_size=16")
+    alone = here(*args, "accumulate=2", f"output={tmp_path / 'one'}")
+    assert alone.code == 0, alone.err
+    sharded = environment_of("fsdp2", 2)
+    words = (*TORCHRUN, PATCHED, *args, f"output={tmp_path / 'two'}")
+    ended = launched(*words, **sharded, NEVER_WHOLE="1", NEVER_LOADED="1")
+    assert ended.code == 0, ended.err
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
+    saved = (GenerationConfig.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert next(saved).to_dict() == next(saved).to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("profile", ["zero2", "zero3"])
+def test_ranks_of_deepspeed_train_like_one_and_go_on_after_a_death(
+    profile: str, tmp_path: Path, here: Here
+) -> None:
+    path = tmp_path / "triples.jsonl"
+    path.write_text("".join(json.dumps(triple(i)) + "\n" for i in range(12)))
+    args = ("train", TESTBED, path, "objective=pbaa", "learning_rate=1e-4", "warmup=0")
+    alone = here(*args, "batch_size=4", f"output={tmp_path / 'one'}")
+    assert alone.code == 0, alone.err
+    words = (*TORCHRUN, PATCHED, *args, "batch_size=2", "save_every_steps=1")
+    words += (f"output={tmp_path / 'two'}",)
+    ranked = environment_of(profile, 2)
+    died = launched(*words, **ranked, DIES_AFTER="2")
+    assert died.code != 0
+    assert (tmp_path / "two.partial/checkpoint-2/complete").exists(), died.err
+    ended = launched(*words, **ranked)
+    assert ended.code == 0, ended.err
+    assert "resuming after step" in ended.err
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([json.loads(line)["loss"] for line in log] for log in logs)
+    assert two == pytest.approx(one, abs=LARGEST)
+    assert len(one) == 3
+    mine, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert mine.keys() == theirs.keys()
+    for name in mine:  # three steps move a weight by up to 3e-4
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_sharded_adapters_are_saved_and_merged(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "triples.jsonl"
     path.write_text("".join(json.dumps(triple(i)) + "\n" for i in range(8)))
@@ -258,6 +309,16 @@ def test_settings_of_ranks_without_effect_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "1")
     args = ("run", "smoke", f"runs_dir={tmp_path}", "--profile", "fsdp2")
     fails(here(*args), 2, "--profile has no effect")
+
+
+def test_a_selection_under_zero3_is_refused_before_anything_is_sampled(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    ended = here("run", "smoke", f"runs_dir={tmp_path}", "name=n")
+    fails(ended, 2, "ZeRO-3 holds no whole weights", "generator.selection.points: 0")
+    assert not list(tmp_path.rglob("samples"))
 
 
 def triple(i: int) -> dict[str, object]:

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,16 @@ def test_zero_profiles_say_which_stage(monkeypatch: pytest.MonkeyPatch, stage: i
     assert ranks.sharding() == f"zero{stage}"
 
 
+@pytest.mark.parametrize(("profile", "kind"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_a_second_launch_on_a_machine_says_nothing_of_ports(profile: str, kind: str) -> None:
+    with socket.socket() as other:
+        with suppress(OSError):  # in use already is as good
+            other.bind(("127.0.0.1", 29500))
+            other.listen()
+        assert ranks._accelerate_environment(ranks.profile_path(profile), kind, 2)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_zero_without_deepspeed_says_what_to_install() -> None:
     with pytest.raises(ConfigError, match="pip install deepspeed"):
         ranks.environment_of("zero2", 2)

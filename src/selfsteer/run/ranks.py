@@ -202,9 +202,10 @@ def _accelerate_environment(path: Path, kind: str, ranks: int) -> dict[str, str]
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     parser = command.launch_command_parser()
-    args = parser.parse_args(
-        ["--config_file", str(path), "--num_processes", str(ranks), "-m", "selfsteer"]
-    )
+    words = ["--config_file", str(path), "--num_processes", str(ranks)]
+    # accelerate's own port, which is not used here; it would warn where another program has it
+    words += ["--main_process_port", "0"]
+    args = parser.parse_args([*words, "-m", "selfsteer"])
     args, defaults, _ = command._validate_launch_command(args)
     if kind == "DEEPSPEED":
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

@@ -26,7 +26,6 @@ from selfsteer.engines.answers import answers
 from selfsteer.engines.base import Request, SamplingParams
 from selfsteer.engines.collapse import Said, collapsed, growing, signs
 from selfsteer.engines.transformers import TransformersEngine
-from selfsteer.errors import ConfigError
 from selfsteer.judges.base import Judge, Pair
 from selfsteer.judges.quality import (
     GAP_SEQUENCES,
@@ -127,26 +126,23 @@ class Selector:
     # -- OnStep ----------------------------------------------------------------------------------
 
     def begin(self, model: Any, work: Path, steps: int) -> None:
-        """Measures the start; see `OnStep`.
-
-        Raises:
-            ConfigError: no rank holds whole weights.
-        """
-        if ranks.sharding() == "zero3":
-            raise ConfigError(
-                "Checkpoint selection lets the model answer on one rank, which under ZeRO-3 holds "
-                "no whole weights. Use the profile fsdp2 or zero2, or set selection.points: 0."
-            )
+        """Measures the start; see `OnStep`."""
         self.model, self.work, self.steps = model, work, steps
-        if is_main_process():
-            found = [read_json(dict[str, Any], p) for p in work.glob("candidate-*.json")]
-            self._records = {record["step"]: record for record in found}
-            begun = 0 in self._records
-            if not begun or (self.candidates and not self._weights(self.chosen.step).exists()):
-                # an earlier try was killed while it cleaned up; its checkpoints are gone as well
-                self._records.clear()
-            self._record(0)
+        with whole(model):
+            if is_main_process():
+                self._resume()
+            ranks.barrier()
         self.stopped = ranks.broadcast(self._drifted(max(self._records, default=0)))
+
+    def _resume(self) -> None:
+        """Reads what was measured before, and measures the start if that was not."""
+        found = [read_json(dict[str, Any], p) for p in self.work.glob("candidate-*.json")]
+        self._records = {record["step"]: record for record in found}
+        begun = 0 in self._records
+        if not begun or (self.candidates and not self._weights(self.chosen.step).exists()):
+            # an earlier try was killed while it cleaned up; its checkpoints are gone as well
+            self._records.clear()
+        self._record(0)
 
     def visit(self, step: int) -> bool:
         """Measures candidates; see `OnStep`. True: drift is beyond bounds."""

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.jsonl import write_atomic
+from selfsteer.errors import ConfigError
 from selfsteer.judges.load import load_judge
 from selfsteer.objectives import Objective, TokenObjective
 from selfsteer.recipe.sections import (
@@ -20,7 +21,7 @@ from selfsteer.recipe.sections import (
     Reward,
     Sampling,
 )
-from selfsteer.run import cost
+from selfsteer.run import cost, ranks
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage
@@ -86,6 +87,12 @@ class Train(Stage):
     @override
     def check(self) -> Iterator[str]:
         check_device(self.loading, self.lora, self.start)
+        if ranks.sharding() == "zero3" and self.settings.selection.points:
+            raise ConfigError(
+                "Checkpoint selection lets the model answer on one rank, which under ZeRO-3 holds "
+                "no whole weights. Use the profile fsdp2 or zero2, or set "
+                f"{self.section}.selection.points: 0."
+            )
         # people have not seen what candidates answer: their labels judge none
         judge = self.judge if self.judge and self.judge.kind != "human" else None
         if is_main_process() and (loaded := load_judge(judge)):
