@@ -1,7 +1,8 @@
 """The command line with four queries held out, however few there are: `python patched.py run …`.
 
 Where DIES_AFTER says so, rank 1 is killed when so many steps are done. Where NEVER_WHOLE is set, a
-training that would have every rank hold the whole model while it is saved fails.
+training that would have every rank hold the whole model while it is saved fails; where NEVER_LOADED
+is set, one that loads it whole.
 """
 
 import os
@@ -17,7 +18,7 @@ def hold_out_four(ids: Sequence[str], settings: Any, seed: int) -> set[str]:
     return set(sorted(ids)[:4])
 
 
-def never_whole(model: Any) -> Any:
+def never_whole(*args: Any, **more: Any) -> Any:
     raise AssertionError("every rank would hold the whole model")
 
 
@@ -40,4 +41,8 @@ if __name__ == "__main__":
         from selfsteer.training import trainer
 
         trainer.whole = never_whole
+    if "NEVER_LOADED" in os.environ:
+        from selfsteer.models import load
+
+        load.load_whole = never_whole
     cli.main()

@@ -240,8 +240,8 @@ def test_ranks_of_deepspeed_train_like_one_and_go_on_after_a_death(
     args = ("train", TESTBED, path, "objective=pbaa", "learning_rate=1e-4", "warmup=0")
     alone = here(*args, "batch_size=4", f"output={tmp_path / 'one'}")
     assert alone.code == 0, alone.err
-    words = (*TORCHRUN, PATCHED, *args, "batch_size=2", "save_every_steps=1")
-    words += (f"output={tmp_path / 'two'}",)
+    output = f"output={tmp_path / 'two'}"
+    words = (*TORCHRUN, PATCHED, *args, "batch_size=2", "save_every_steps=1", output)
     ranked = environment_of(profile, 2)
     died = launched(*words, **ranked, DIES_AFTER="2")
     assert died.code != 0

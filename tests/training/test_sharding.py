@@ -1,19 +1,29 @@
-"""Weights in parts, on a group of one gloo rank: saved and put back without being whole at once."""
+"""Weights in parts, on a group of one gloo rank: loaded, saved and put back without being whole."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from selfsteer.models.load import LoadedModel
+from selfsteer.errors import ArtifactError
+from selfsteer.models import load as loading
+from selfsteer.models.chat import EncodedSequence
+from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.save import save_model
-from selfsteer.training.sharding import own_part, parted
+from selfsteer.models.score import score_sequences
+from selfsteer.recipe.sections import Policy
+from selfsteer.run.ranks import environment_of
+from selfsteer.training.parts import load_to_train
+from selfsteer.training.sharding import own_part, parted, reshard
+from tests.make import make_checkpoint
 
 
 @pytest.fixture
@@ -52,3 +62,91 @@ def test_a_sharded_model_is_saved_weight_by_weight(
             kept = torch.full(parameter.shape, 0.25, dtype=torch.bfloat16)
             parameter.copy_(parted(kept, parameter))
             assert bool((own_part(parameter) == 0.25).all())
+
+
+@pytest.fixture
+def sharded(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A rank of the profile fsdp2."""
+    for name, value in environment_of("fsdp2", 1).items():
+        monkeypatch.setenv(name, value)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def in_parts(folder: Path) -> LoadedModel:
+    return load_to_train(str(folder), Policy(model=str(folder), device="cpu", dtype="float32"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_loaded_in_parts_as_it_is_whole(
+    family: str, tied: bool, sharded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make_checkpoint(tmp_path / "one", family, tie_word_embeddings=tied)
+    settings = Policy(model=str(one), device="cpu", dtype="float32")
+    whole = load_model(str(one), settings)
+    several = tmp_path / "several"
+    whole.model.save_pretrained(several, max_shard_size="100KB")
+    whole.chat.tokenizer.save_pretrained(several)
+    assert len(list(several.glob("*.safetensors"))) > 1
+
+    def load_whole(*args: object, **more: object) -> None:
+        raise AssertionError("the whole model")
+
+    monkeypatch.setattr(loading, "load_whole", load_whole)
+    sequences = [EncodedSequence((5, 6), (7, 8, 9)), EncodedSequence((5, 6), (10, 11))]
+    expected = score_sequences(whole.model, sequences)
+    for folder in (several, one):
+        parts = load_to_train(str(folder), settings)
+        assert parts.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+        for mine, theirs in zip(score_sequences(parts.model, sequences), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        reshard(parts.model)
+        values = dict(parts.model.named_parameters())
+        assert values.keys() == dict(whole.model.named_parameters()).keys()
+        assert all(isinstance(v, DTensor) for v in values.values())
+        for name, weight in whole.model.named_parameters():
+            assert torch.equal(own_part(values[name]), weight), name
+    assert parts.digest == whole.digest
+
+
+def test_a_damaged_checkpoint_is_refused_in_parts_as_it_is_whole(
+    checkpoints: dict[str, Path], sharded: None, tmp_path: Path
+) -> None:
+    def damaged(change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        folder = shutil.copytree(checkpoints["llama"], tmp_path / "model", dirs_exist_ok=True)
+        weights = load_file(checkpoints["llama"] / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    norm = "model.norm.weight"
+    with pytest.raises(ArtifactError, match=f"1 of the 32 weights in {norm} are NaN"):
+        in_parts(damaged(lambda weights: weights[norm][0].fill_(torch.nan)))
+    with pytest.raises(ArtifactError, match=f"lacks the weights {norm}"):
+        in_parts(damaged(lambda weights: weights.pop(norm)))
+    with pytest.raises(ArtifactError, match="holds the weights more, for which"):
+        in_parts(damaged(lambda weights: weights.update(more=torch.ones(2))))
+    with pytest.raises(ArtifactError, match="in another shape"):
+        in_parts(damaged(lambda weights: weights.update({norm: torch.ones(2)})))
+    folder = damaged(lambda weights: None)
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        in_parts(folder)
+
+
+def test_other_names_than_the_models_are_left_to_transformers(
+    checkpoints: dict[str, Path],
+    sharded: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A checkpoint saved of the body alone, whose names lack a prefix, has to be converted."""
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in weights.items()}
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    loaded = in_parts(folder)
+    assert not isinstance(loaded.model, FSDPModule)
+    assert "every rank loads all weights" in capsys.readouterr().err
+    for name, value in loaded.model.named_parameters():
+        assert torch.equal(value, weights[name])

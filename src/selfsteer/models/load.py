@@ -1,7 +1,7 @@
 """Models with their tokenizers, from a folder or a hub id; safetensors only, unless allowed."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -187,8 +187,17 @@ def stop_tokens(source: str, configured: Any) -> list[int]:
     return found
 
 
+#: Makes the model of a plain checkpoint on a device; None: it has to be loaded as any other.
+Build = Callable[[str, Loading, torch.device], Any]
+
+
 def load_model(
-    source: str, settings: Loading, *, inference: bool = False, bits: int | None = None
+    source: str,
+    settings: Loading,
+    *,
+    inference: bool = False,
+    bits: int | None = None,
+    build: Build | None = None,
 ) -> LoadedModel:
     """A causal language model in eval mode, with float32 weights.
 
@@ -197,12 +206,15 @@ def load_model(
         settings: precision, device and permissions.
         inference: weights in the computing precision, for models that only answer.
         bits: of quantised weights, 4 or 8, under adapters (QLoRA); None: not quantised.
+        build: makes the model, if it can, in place of ``from_pretrained``.
 
     Raises:
         ArtifactError: it cannot be read or used, or its tokenizer does not fit it.
         ConfigError: quantisation is asked for where it cannot be had.
     """
-    return _load(AutoModelForCausalLM, source, settings, inference=inference, bits=bits)
+    return _load(
+        AutoModelForCausalLM, source, settings, inference=inference, bits=bits, build=build
+    )
 
 
 def _load(
@@ -212,6 +224,7 @@ def _load(
     *,
     inference: bool,
     bits: int | None = None,
+    build: Build | None = None,
     **more: Any,
 ) -> LoadedModel:
     """A model of the given class."""
@@ -226,14 +239,18 @@ def _load(
     elif stored:
         more["device_map"] = {"": device}
     more["dtype"] = dtype if inference or bits or stored else torch.float32
-    model = load_whole(kind, "model", checkpoint(source, settings), settings, **more)
+    held = checkpoint(source, settings)
+    model = build(held, settings, device) if build else None
+    placed = bool(bits or stored) or model is not None
+    if model is None:
+        model = load_whole(kind, "model", held, settings, **more)
     rows = model.get_input_embeddings().num_embeddings
     if len(chat.tokenizer) > rows:
         raise ArtifactError(
             f"{source}: the tokenizer has {len(chat.tokenizer)} tokens, the model embeds only "
             f"{rows}. They do not belong together."
         )
-    if not (bits or stored):
+    if not placed:
         model.to(device)
     parts = [model_digest(source), str(dtype), device.type, *([bits] if bits else [])]
     return LoadedModel(model.eval(), chat, device, dtype, source, digest(parts), settings.layout)

@@ -73,7 +73,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
                 f"The adapters in {adapter} do not fit {base}: {first} "
                 f"{_advice(str(e), base, given=given is not None)}"
             ) from e
-        check_finite(plain, str(adapter))
+        check_finite(plain.named_parameters(), str(adapter))
         with disk_errors(output, "folder"):
             save_model(plain, chat, partial, dtype)
     return base

@@ -152,7 +152,7 @@ def _collected(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch
     """What is stored of a model, on the CPU and in this precision; names alone without ``keep``."""
     cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
     state = {}
-    for name, value in _stored(model):
+    for name, value in stored(model):
         if id(value) not in cast:
             found = full(value.detach())
             if not keep:
@@ -162,7 +162,7 @@ def _collected(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch
     return state
 
 
-def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """What a state dict holds; asking a sharded model for one would take it apart again."""
     yield from model.named_parameters(remove_duplicate=False)
     for prefix, module in model.named_modules():
@@ -174,7 +174,7 @@ def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
     _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
-    model.save_pretrained(folder, state_dict={n: v.detach() for n, v in _stored(model)})
+    model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
     if not getattr(model, "is_quantized", False):

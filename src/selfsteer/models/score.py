@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from selfsteer.data.records import Triple
@@ -252,7 +253,7 @@ def score_sequences(
                 scores = batch_scores(model, pack(part, layout, pad_id).to(device))
             values = scores.logps if scores.collisions is None else scores.collisions.exp()
         except torch.OutOfMemoryError:
-            if len(chosen) == 1:
+            if len(chosen) == 1 or isinstance(model, FSDPModule):  # other ranks cannot turn back
                 raise
             half = len(chosen) // 2
             todo += [chosen[half:], chosen[:half]]

@@ -292,14 +292,7 @@ def load_whole(
         ArtifactError: it cannot be read; a tensor is missing, left over, of another shape, or holds
             values that are not finite; each is named.
     """
-    if not settings.trust_remote_code and not Path(source).is_file():
-        for name, code in _implementations(pretrained(AutoConfig, "config", source, settings)):
-            if "/" in code or (code not in BUILT_IN and is_kernels_available()):
-                raise ArtifactError(
-                    f"The config of {source} sets {name} to {short(code)}, which may be code from "
-                    "the hub. Remove it from its config.json or, if you trust its author, set "
-                    "trust_remote_code: true."
-                )
+    check_code(source, settings)
     more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = pretrained(kind, what, source, settings, **more)
     body = f"{model.base_model_prefix}."
@@ -322,8 +315,25 @@ def load_whole(
             f"The {what} {source} {'; it '.join(wrong)}. It was not saved whole, or not as a "
             f"{type(model).__name__}. Fetch it again, or export it again."
         )
-    check_finite(model, source)
+    check_finite(model.named_parameters(), source)
     return model
+
+
+def check_code(source: str, settings: Loading) -> None:
+    """Refuses a checkpoint whose config names code of the hub, unless its author is trusted.
+
+    Raises:
+        ArtifactError: it does; says where.
+    """
+    if settings.trust_remote_code or Path(source).is_file():
+        return
+    for name, code in _implementations(pretrained(AutoConfig, "config", source, settings)):
+        if "/" in code or (code not in BUILT_IN and is_kernels_available()):
+            raise ArtifactError(
+                f"The config of {source} sets {name} to {short(code)}, which may be code from "
+                "the hub. Remove it from its config.json or, if you trust its author, set "
+                "trust_remote_code: true."
+            )
 
 
 def _implementations(config: Any) -> Iterator[tuple[str, str]]:
@@ -344,13 +354,13 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def check_finite(model: Any, source: str) -> None:
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
     """Refuses weights that are not numbers: every answer would be noise, or an error far away.
 
     Raises:
         ArtifactError: names the first tensor that holds NaN or an infinity.
     """
-    if broken := broken_weight(model.named_parameters()):
+    if broken := broken_weight(weights):
         raise ArtifactError(
             f"{source}: {broken} are NaN or infinite. The checkpoint is damaged, or its training "
             "diverged; use another."

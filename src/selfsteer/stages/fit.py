@@ -25,6 +25,7 @@ from selfsteer.stages.selector import Selector
 from selfsteer.stages.teach import taught
 from selfsteer.terminal import is_main_process, say, warn
 from selfsteer.training.examples import Examples
+from selfsteer.training.parts import in_step, load_to_train
 from selfsteer.training.preference import DistilTask, PreferenceTask
 from selfsteer.training.select import FEWEST, hold_out
 from selfsteer.training.trainer import RowBudget, Task, publish, train
@@ -45,7 +46,7 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     figures = stored_figures(stage.figures.path) if stage.figures else {}
     needed = lessons if stage.teacher else figures if stage.figures else None
     known = (t for t in triples if needed is None or t.id in needed)
-    loaded = load_model(start, stage.loading, bits=lora.bits if lora else None)
+    loaded = load_to_train(start, stage.loading, lora)
     ranks.join(loaded.device.type)
     objective, longest = stage.objective, settings.max_length
     examples, reasons, truncated = encode(loaded, known, objective, longest, run.path)
@@ -74,7 +75,7 @@ def fit(stage: "Train", run: RunFolder) -> StageResult:
     refer(
         examples,
         objective,
-        lambda: loaded if reference == start else load_model(reference, stage.loading),
+        lambda: loaded if reference == start else load_to_train(reference, stage.loading),
         run / "scores",
     )
     examples.lessons, examples.figures = lessons, figures
@@ -224,7 +225,8 @@ def refer(
     # the layout is settled before they are shared out: all ranks must choose the same
     store = open_scores(scores, loaded, flat)
     if ranks.size() > 1:
-        store.fill(loaded, examples.flat(ranks.number(), ranks.size()), label=label)
+        with in_step(loaded):
+            store.fill(loaded, examples.flat(ranks.number(), ranks.size()), label=label)
         ranks.barrier()
         store = open_scores(scores, loaded, flat)
     store.fill(loaded, flat, label=label)

@@ -13,7 +13,7 @@ from selfsteer.data.jsonl import dump_lines, write_atomic
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Dropped, Preference, Triple
 from selfsteer.errors import ConfigError, DataError
-from selfsteer.models.load import check_trainable, load_model
+from selfsteer.models.load import check_trainable
 from selfsteer.objectives import Objective
 from selfsteer.recipe.sections import CONSTANTS, Hygiene, TrainConfig, resolve_path
 from selfsteer.run import ranks
@@ -22,6 +22,7 @@ from selfsteer.run.stage import identity
 from selfsteer.stages.filter import unfit
 from selfsteer.stages.fit import encode, refer
 from selfsteer.terminal import is_main_process, say, warn
+from selfsteer.training.parts import load_to_train
 from selfsteer.training.preference import PreferenceTask
 from selfsteer.training.trainer import (
     RowBudget,
@@ -114,7 +115,7 @@ def _train(
         Path(os.path.expanduser(config.output)),
     )
     check_trainable(model, config, config.lora)
-    loaded = load_model(model, config, bits=config.lora.bits if config.lora else None)
+    loaded = load_to_train(model, config, config.lora)
     n_in = len(triples) + len(dropped)
     limit, folder = config.max_length, work.path
     examples, reasons, truncated = encode(loaded, triples, objective, limit, folder)

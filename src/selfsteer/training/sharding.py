@@ -1,6 +1,6 @@
 """Weights that ranks hold in parts: FSDP2 through accelerate, on a CPU as on GPUs.
 
-accelerate falls back to DDP where there is no GPU, without a word. `shard_on_cpu` tells it
+accelerate falls back to DDP where there is no GPU, without a word. `accelerator_of` tells it
 otherwise; all that follows, `fully_shard` on every layer, checkpoints in parts, clipping, is
 accelerate's own code path of the GPU.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,16 +18,29 @@ from selfsteer.errors import EngineError
 from selfsteer.run import ranks
 
 
-def shard_on_cpu() -> None:
-    """Makes accelerate shard on a CPU; before the Trainer, after its arguments."""
+def accelerator_of(device: torch.device) -> Any:
+    """What accelerate makes of the ranks' environment; on a CPU it is made to shard there.
+
+    The Trainer's arguments undo the latter, so it has to be called again after them.
+    """
     from accelerate import Accelerator, DistributedType
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    Accelerator(cpu=True)
+    if device.type != "cpu":
+        return Accelerator()
+    made = Accelerator(cpu=True)
     state = AcceleratorState()
     PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()  # from FSDP_*, as on a GPU
+    return made
+
+
+def reshard(model: Any) -> None:
+    """Drops weights of other ranks, which a forward without backward leaves behind."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def check_sharded(model: Any) -> None:
@@ -63,7 +77,7 @@ def whole(model: Any) -> Iterator[None]:
 
     All ranks must enter together. Without shards it does nothing.
     """
-    if ranks.sharding() == "zero3":  # untested
+    if ranks.sharding() == "zero3":
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):

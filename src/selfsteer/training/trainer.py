@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -32,7 +33,7 @@ from selfsteer.run import ranks
 from selfsteer.run.sums import SMALL_BYTES, fault_of, sums_of
 from selfsteer.terminal import is_main_process, progress_bar, say, warn
 from selfsteer.training.batches import StepSampler, fill_rows
-from selfsteer.training.sharding import check_sharded, own_part, shard_on_cpu, whole
+from selfsteer.training.sharding import accelerator_of, check_sharded, own_part, reshard, whole
 
 if TYPE_CHECKING:
     from selfsteer.models.load import LoadedModel
@@ -177,11 +178,14 @@ class RowTrainer(Trainer):
             ddp_find_unused_parameters=False,
         )
         if ranks.sharding() == "fsdp" and loaded.device.type == "cpu":
-            shard_on_cpu()
+            accelerator_of(loaded.device)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; no DataParallel
         disable_dropout(loaded.model)
+        reshard(loaded.model)  # the optimiser takes weights as it finds them
         model = add_lora(loaded.model, lora, task.adapters) if lora else loaded.model
         super().__init__(model=model.train(), args=args, train_dataset=task.examples)  # type: ignore[arg-type]
+        if isinstance(loaded.model, FSDPModule):  # accelerate would look for layers to shard
+            self.accelerator.state.fsdp_plugin.auto_wrap_policy = None
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)  # the bar and metrics.jsonl say it better
 
