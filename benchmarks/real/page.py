@@ -18,7 +18,11 @@ CONFIGS = {
         "A house style",
         """The shipped recipe (`selfsteer run smollm2`): a catalogue of four features with rules,
 152 prompts of ours, 48 held out. The figure of an answer is the share of the rules it keeps. The
-recipe's principles ask for one feature, drawn for each query, those of *contrast-all* for all.""",
+recipe's principles ask for one feature, drawn for each query, those of *contrast-all* for all.
+*best-of-n-principles* trains on finished answers alone, of at most 192 tokens: of four plain
+answers to a query, fewer than two were finished for 95 of 152, and in 0.53 of the pairs of the
+others, about half, the chosen answer keeps more rules. So nothing is gained: where all plain
+answers are long, none can be preferred for its brevity.""",
     ),
     "first-try": (
         "One short sentence",
