@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from selfsteer.data.records import Message
+from selfsteer.engines.base import Request, SamplingParams
+from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ArtifactError
 from selfsteer.models import load as loading
 from selfsteer.models.chat import EncodedSequence
@@ -22,7 +25,7 @@ from selfsteer.models.score import score_sequences
 from selfsteer.recipe.sections import Policy
 from selfsteer.run.ranks import environment_of
 from selfsteer.training.parts import load_to_train
-from selfsteer.training.sharding import own_part, parted, reshard
+from selfsteer.training.sharding import own_part, parted, reshard, whole
 from tests.make import make_checkpoint
 
 
@@ -107,6 +110,22 @@ def test_a_model_is_loaded_in_parts_as_it_is_whole(
         for name, weight in whole.model.named_parameters():
             assert torch.equal(own_part(values[name]), weight), name
     assert parts.digest == whole.digest
+
+
+def test_parts_answer_when_they_are_made_whole_and_are_parts_again(
+    checkpoints: dict[str, Path], sharded: None, load: Callable[..., LoadedModel]
+) -> None:
+    """As a selection has them answer, before any forward has gone through them."""
+    asked = [Request("q", (Message("user", "What does the bee eat?"),), 7)]
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    (expected,) = TransformersEngine(load("llama"), 1).generate(asked, sampling)
+    parts = in_parts(checkpoints["llama"])
+    with whole(parts.model):
+        assert not any(isinstance(p, DTensor) for p in parts.model.parameters())
+        (found,) = TransformersEngine(parts, 1).generate(asked, sampling)
+        assert not any(isinstance(p, DTensor) for p in parts.model.parameters())
+    assert all(isinstance(p, DTensor) for p in parts.model.parameters())
+    assert found == expected
 
 
 def test_a_damaged_checkpoint_is_refused_in_parts_as_it_is_whole(
