@@ -9,7 +9,7 @@ import pytest
 from selfsteer.data.jsonl import dump_lines
 from selfsteer.formats.cards import model_card
 from selfsteer.report import summary, tables
-from selfsteer.report.document import content
+from selfsteer.report.document import content, headline
 from selfsteer.report.page import render_text
 from selfsteer.view import RunView
 from tests.make import entry
@@ -106,6 +106,26 @@ def test_each_rule_stands_with_its_shares_before_and_after(
     assert "| rule | queries | start | this model | gain of this model |" in card
     assert r"no_match: [!\|] | 10 | 0.100 | 0.500 | 0.400 [0.200, 0.600] |" in card
     assert "| (cut off by the token budget) | 10 | 0.900 | 0.200 |  |" in card
+
+
+def test_a_rule_that_fewer_answers_keep_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluated(tmp_path)
+    assert tables.worse_rules(run) == ""
+    path = run.path / "evaluation.json"
+    found = json.loads(path.read_text())
+    (rule,) = found["rules"].values()
+    rule["gained"]["sso/iteration-1"] = (-0.3, -0.6, 0.0)
+    path.write_text(json.dumps(found))
+    assert tables.worse_rules(RunView.open(run.path)) == "", "it may be chance"
+    rule["gained"]["sso/iteration-1"] = (-0.3, -0.6, -0.1)
+    path.write_text(json.dumps(found))
+    said = "Fewer answers than before keep: Calm: no_match: [!|] (-0.300 [-0.600, -0.100])."
+    worse = RunView.open(run.path)
+    assert said in headline(worse)
+    summary.print_result(worse)
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

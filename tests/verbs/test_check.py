@@ -446,6 +446,11 @@ def test_too_few_queries_say_nothing_of_a_rule(tmp_path: Path) -> None:
     assert (line.status, line.figures["unsure"]) == ("ok", False)
 
 
+def test_no_rule_on_enough_queries_is_no_verdict(tmp_path: Path) -> None:
+    line = by_rule(tmp_path, FEW - 2)
+    assert line.found == f"no verdict: none of 4 rules was asked for on {FEW} queries"
+
+
 def test_principles_that_know_no_feature_are_measured_on_all_queries(tmp_path: Path) -> None:
     line = by_rule(tmp_path, 32, mode="fixed")
     assert {r["queries"] for r in line.figures["rules"].values()} == {32}

@@ -16,7 +16,7 @@ from selfsteer.report.browser import embedded
 from selfsteer.report.figures import Drawing, figures, picture, svg_inline
 from selfsteer.report.logprobs import likelihoods
 from selfsteer.report.page import render, render_text
-from selfsteer.report.tables import about, compared, sentence
+from selfsteer.report.tables import about, compared, sentence, worse_rules
 from selfsteer.terminal import duration, interval, progress_bar
 from selfsteer.view import RunView
 
@@ -188,7 +188,8 @@ def headline(run: RunView) -> str:
         parts.append(f"{method} wins against base with {won} of its answers")
     if not parts:
         return "There is no result: no judge compared the answers to the held-out queries."
-    return f"On {evaluation.queries:,} held-out queries, {'; '.join(parts)}."
+    said = f"On {evaluation.queries:,} held-out queries, {'; '.join(parts)}."
+    return f"{said} {worse_rules(run)}".strip()
 
 
 def state_sentence(run: RunView) -> str:

@@ -22,7 +22,7 @@ def print_result(run: RunView) -> None:
         tables.results(run).print()
         tables.models(run).print()
         tables.rules(run).print()
-        if text := tables.sentence(run):
+        if text := tables.sentence(run) or tables.worse_rules(run):
             out.print(f"\n{escape(text)}")
         out.print(
             f"score: {escape(run.evaluation.score_scale or 'none')}. "

@@ -117,9 +117,23 @@ def sentence(run: RunView) -> str:
         return f"{found[0].of}: {found[0].score[0]:+.3f} in score: one query decides nothing."
     said = "; ".join(map(_apart, found))
     return (
-        f"{said}. Differences are paired by query, with 95 % intervals over queries; training "
-        "seeds vary more."
+        f"{said}. {worse_rules(run)}Differences are paired by query, with 95 % intervals over "
+        "queries; training seeds vary more."
     )
+
+
+def worse_rules(run: RunView) -> str:
+    """Names the rules that fewer answers keep than before, beyond chance, in a sentence; or ``""``.
+
+    A better score may hide one of them.
+    """
+    found = run.evaluation
+    if found is None or not found.rules:
+        return ""
+    label = found.finals.get(run.methods[0], run.methods[0])
+    gains = ((name, rule.gained.get(label)) for name, rule in found.rules.items())
+    worse = [f"{name} ({interval(g, '+.3f')})" for name, g in gains if g and (g[2] or 0) < 0]
+    return f"Fewer answers than before keep: {'; '.join(worse)}. " if worse else ""
 
 
 def _apart(found: Difference) -> str:

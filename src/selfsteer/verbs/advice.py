@@ -397,9 +397,9 @@ class Wishes:
             return "spin", "prompts with good answers need no principles; irft does it in one pass"
         if self.goal.kind == "style":
             return "sso", (
-                "a model of 135M parameters kept 0.91 of a house style's rules after SSO, 0.62 "
-                "after PBAA and 0.87 after contrast, which takes about half the time, with all "
-                "features in each principle (three seeds each)"
+                "a model of 135M parameters kept 0.91 of a house style's rules after SSO and 0.62 "
+                "after PBAA; contrast, in about half of SSO's time and with all features in each "
+                "principle, had 0.87 (three seeds each)"
             )
         if not self.pairs:
             return "contrast", (
@@ -534,7 +534,10 @@ def _sizes(w: Wishes, kind: type[Recipe]) -> Iterator[Advice]:
     new = _new_tokens(w, kind)
     why = "no GPU: longer answers take hours" if w.weak else "as SSO v2"
     if w.weak and new == _ruled(w):
-        why = f"{PER_WORD} tokens for each word of the longest answer that the rules speak of"
+        why = (
+            f"room to break each rule of length: {PER_WORD} tokens a word, {SENTENCE} words a "
+            "sentence"
+        )
     elif w.model and w.model.context and new < (128 if w.weak else MOST):
         why = f"the model's context has {w.model.context:,} tokens, principle and prompt included"
     elif w.weak and issubclass(kind, Distilled):

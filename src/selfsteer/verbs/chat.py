@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from selfsteer import stopping
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.terminal import CONTROL, err, out
 from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit
@@ -52,6 +53,7 @@ def chat(
     if contrast is not None:
         validate(PrincipledSampling, {"contrast": contrast}, "--contrast")
     named = tuple(f.strip() for f in features.split(",") if f.strip())
+    stopping.keeps = False
     opened = RunView.open(run)
     check_trust(run, opened.recipe.policy, trust)
     talk = Chat(opened, named, seed=seed, contrast=contrast)

@@ -928,6 +928,8 @@ def _by_rule(line: Line, recipe: Principled, triples: Sequence[Triple], judge: C
     line.found = (
         f"the good principle has more answers keep {raised} of {len(rules)} rules beyond chance, "
         f"on {len(triples)} queries"
+        if any(r["queries"] >= FEW for r in rules.values())
+        else f"no verdict: none of {len(rules)} rules was asked for on {FEW} queries"
     )
     more = any(rules[rule]["queries"] < DECIDING for rule in missing)
     line.warn(
