@@ -113,16 +113,16 @@ def test_a_rule_that_fewer_answers_keep_is_named(
 ) -> None:
     run = evaluated(tmp_path)
     assert tables.worse_rules(run) == ""
-    path = run.path / "evaluation.json"
+    path = run.folder / "evaluation.json"
     found = json.loads(path.read_text())
     (rule,) = found["rules"].values()
     rule["gained"]["sso/iteration-1"] = (-0.3, -0.6, 0.0)
     path.write_text(json.dumps(found))
-    assert tables.worse_rules(RunView.open(run.path)) == "", "it may be chance"
+    assert tables.worse_rules(RunView.open(run.folder)) == "", "it may be chance"
     rule["gained"]["sso/iteration-1"] = (-0.3, -0.6, -0.1)
     path.write_text(json.dumps(found))
     said = "Fewer answers than before keep: Calm: no_match: [!|] (-0.300 [-0.600, -0.100])."
-    worse = RunView.open(run.path)
+    worse = RunView.open(run.folder)
     assert said in headline(worse)
     summary.print_result(worse)
     assert said in " ".join(capsys.readouterr().out.split())
