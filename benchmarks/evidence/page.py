@@ -1044,7 +1044,7 @@ learnt is a way to answer rather than answers to these questions.""",
     "budgets": """\
 The main arms on a quarter and on half of the queries, with the settings found for 480; [the
 figure](#score-by-compute) shows the three sizes of a method as one line. With few queries there are
-few steps, and one epoch of contrast distillation has half as many as two of the others.""",
+few steps, and PBAA and contrast distillation take one epoch where the others take two.""",
     "ipo": "β is v1's 0.2 in both trainings; learning rate and epochs are searched as in table 1.",
     "online": """\
 v1's settings (IPO, β 0.2, α 0.66, β_G 0.1) without its filter, which leaves one triple in twenty
