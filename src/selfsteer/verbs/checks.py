@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from selfsteer.data.digests import derive_seed
 from selfsteer.data.curate import likeness
+from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
