@@ -1,4 +1,5 @@
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -110,6 +111,14 @@ def test_duplicates_are_told_from_those_in_other_case() -> None:
     assert found == [None, "duplicate", "duplicate_but_case", None]
     assert seen.add(query("Name a fish.", system="Be brief.")) is None
     assert seen.add(talk("Name", "a", "fish.")) is None
+
+
+def test_a_text_composed_in_another_way_is_a_duplicate() -> None:
+    seen = curate.Duplicates()
+    composed, apart = (unicodedata.normalize(form, "Où est le café ?") for form in ("NFC", "NFD"))
+    assert composed != apart
+    found = [seen.add(query(t)) for t in (composed, apart, apart.upper(), "Ou est le cafe ?")]
+    assert found == [None, "duplicate_but_case", "duplicate_but_case", None]
 
 
 def test_jaccard_by_hand() -> None:

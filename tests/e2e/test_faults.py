@@ -78,6 +78,25 @@ def undisturbed(server: Server, tmp_path: Path, here: Here) -> dict[str, bytes]:
     return found
 
 
+def test_what_a_server_answers_otherwise_is_not_mixed_with_what_was_made_before(
+    server: Server, tmp_path: Path, here: Here, undisturbed: dict[str, bytes]
+) -> None:
+    """Samples that are deleted are asked for again; the pairs of the old ones are not kept."""
+    run = tmp_path / "calm"
+    shutil.rmtree(run / "iteration-1" / "samples")
+    server.answer = lambda body: f"Again, {fakes.say(body)}"
+    fails(ask(here, server, tmp_path, "calm"), 2, "work of iteration-1/preferences", "--redo")
+    fails(ask(here, server, tmp_path, "calm"), 2, "came out differently")
+    ended = here(*arguments(server, tmp_path, "calm"), "--until", "preferences", "--redo")
+    assert ended.code == 0, ended.err
+    now = made(run)
+    assert now.keys() == undisturbed.keys()
+    for name in (n for n in now if "preferences" in n):
+        chosen = [json.loads(line)["chosen"][0]["content"] for line in now[name].splitlines()]
+        assert all(text.startswith("Again, ") for text in chosen)
+    assert len(list(run.glob("superseded/*/iteration-1/preferences"))) == 1
+
+
 def test_a_run_survives_every_fault_that_passes(
     server: Server, tmp_path: Path, here: Here, undisturbed: dict[str, bytes]
 ) -> None:

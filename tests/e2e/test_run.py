@@ -1,6 +1,7 @@
 """`selfsteer run`: the whole method, again, interrupted, contradicted."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -381,6 +382,19 @@ def test_the_generator_can_be_dropped_at_the_end(tmp_path: Path, here: Here) -> 
     shown = here("chat", tmp_path / "k", "--question", "What does the bee eat?")
     assert shown.code == 0, shown.err
     assert "generator" not in shown.out
+    # an exhibit is not worth its training, what it sampled is
+    ended = here(*args, "baseline=null", "evaluation.bootstrap=500", "--redo")
+    assert ended.code == 0, ended.err
+    assert "[1/1] evaluation" in ended.err
+    assert "no exhibit: the weights of the generator were removed" in ended.err
+    shutil.rmtree(tmp_path / "k" / "iteration-1" / "samples")
+    listed = here("run", tmp_path / "k", "--dry-run").out
+    assert "to do      iteration-1/generator" in listed
+    ended = here("run", tmp_path / "k")
+    assert ended.code == 0, ended.err
+    assert "[1/2] iteration-1/generator" in ended.err
+    assert "[2/2] iteration-1/samples" in ended.err
+    assert not list(generator.glob("*.safetensors"))
 
 
 def test_help_and_config_load_no_torch() -> None:

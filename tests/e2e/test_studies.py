@@ -57,6 +57,11 @@ def test_an_audit_asks_every_model_once_and_counts_what_the_oracle_says(
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("answers-*.jsonl")} == files
     with RunFolder(tmp_path).locked():
         fails(here(*args), 3, "is in use by process")
+    # what a killed audit has left is of no other settings
+    for path in files:
+        path.rename(path.with_suffix(".partial"))
+    hot = ("--set", "sampling.temperature=2")
+    assert report(here(*args, *hot)) == report(here(*args[:-2], tmp_path / "new", "--json", *hot))
 
 
 def test_a_model_against_itself_has_changed_in_nothing(tmp_path: Path, here: Here) -> None:

@@ -145,6 +145,17 @@ def test_a_stored_answer_to_another_request_of_that_name_does_not_count(
     assert len(engine.asked) == (size or 1)
 
 
+def test_answers_of_another_model_do_not_count(tmp_path: Path) -> None:
+    """Stores of an audit lie side by side, one a model, and every model has the same seeds."""
+    with pytest.raises(Killed):
+        answers(
+            killed_after(5, None), REQUESTS, PARAMS, store=tmp_path / "answers-00000c0ffee.partial"
+        )
+    engine = FakeEngine(lambda r: "another model")
+    found = answers(engine, REQUESTS, PARAMS, store=tmp_path / "answers-00000decade.partial")
+    assert {a.text for a in found.values()} == {"another model"}
+
+
 def test_a_store_with_a_bad_line_is_read_once_it_is_asked_again(tmp_path: Path) -> None:
     store = tmp_path / "a.jsonl"
     expected = answers(FakeEngine(told), REQUESTS, PARAMS, store=store)

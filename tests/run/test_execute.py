@@ -16,6 +16,9 @@ from selfsteer.run.stage import COSTS_ONLY, Artifact, Stage, Where
 
 RAN: list[str] = []
 
+#: Stage → what it says beside its setting, as a server might another time.
+SAID: dict[str, str] = {}
+
 
 @dataclass(frozen=True)
 class Step(Stage):
@@ -33,7 +36,7 @@ class Step(Stage):
         if self.fails:
             raise ArtifactError("it fails")
         (run / self.outputs[0]).parent.mkdir(exist_ok=True)
-        (run / self.outputs[0]).write_text(str(self.setting))
+        (run / self.outputs[0]).write_text(str(self.setting) + SAID.get(self.name, ""))
         return StageResult(1, 1)
 
     def check(self) -> Any:
@@ -79,6 +82,7 @@ NAMES = ["first", "iteration-1/second", "third"]
 @pytest.fixture(autouse=True)
 def ran() -> list[str]:
     RAN.clear()
+    SAID.clear()
     return RAN
 
 
@@ -131,6 +135,70 @@ def test_work_of_another_recipe_is_refused_or_moved_away(tmp_path: Path, ran: li
     assert (run / "iteration-1/second.txt").read_text() == "2"
     (kept,) = (run / "superseded").glob("recipe-*/resolved.json")
     assert kept.read_text() == "{}\n"
+
+
+def test_work_made_from_what_came_out_differently_is_refused_or_redone(
+    tmp_path: Path, ran: list[str]
+) -> None:
+    run = tmp_path / "run"
+    execute(Plan(run), {})
+    (run / "first.txt").unlink()
+    SAID["first"] = " otherwise"
+    ran.clear()
+    for _ in range(2):  # the second time nothing but the ledger tells
+        with pytest.raises(ConfigError, match=r"work of iteration-1/second that .*differently"):
+            execute(Plan(run), {})
+        assert ran == ["first"]
+    ran.clear()
+    SAID["iteration-1/second"] = " as well"
+    assert execute(Plan(run), {}, redo=True) == 2
+    assert ran[:2] == NAMES[1:]
+    assert {p.read_text() for p in (run / "superseded").rglob("*.txt")} == {"1"}
+    ran.clear()
+    assert execute(Plan(run), {}) == 0
+
+
+def test_what_was_begun_with_it_is_not_gone_on_with(tmp_path: Path, ran: list[str]) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ArtifactError, match="it fails"):
+        execute(Plan(run, fails="third"), {})
+    (run / "iteration-1/second.txt").unlink()
+    SAID["iteration-1/second"] = " otherwise"
+    with pytest.raises(ConfigError, match="work of third that"):
+        execute(Plan(run), {})
+    ran.clear()
+    assert execute(Plan(run), {}, redo=True) == 1
+    assert ran[0] == "third"
+
+
+def test_work_made_from_what_came_out_the_same_stays(tmp_path: Path, ran: list[str]) -> None:
+    run = tmp_path / "run"
+    execute(Plan(run), {})
+    (run / "first.txt").unlink()
+    ran.clear()
+    assert execute(Plan(run), {}) == 1
+    assert ran[0] == "first"
+    (run / "first.txt").unlink()
+    SAID["first"] = " otherwise"
+    ran.clear()
+    # the second is done again, comes out the same, and the third stays
+    assert execute(Plan(run), {}, redo=True) == 2
+    assert ran[:2] == NAMES[:2]
+
+
+def test_the_new_recipe_is_there_before_old_work_moves_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    execute(Plan(run), {})
+
+    def killed(self: RunFolder, entries: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "supersede", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(Plan(run, {"second": 2}), {"new": True}, redo=True)
+    assert (run / "recipe.yaml").read_text() == "new: true\n"
 
 
 def test_what_changes_no_result_changes_nothing(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ PROMPTS = ("Why is it so?", "Why is it so?", "Who?", "Where is it then?", "Which
 
 
 def stage(run: RunFolder, *models: str) -> Evaluate:
-    """An evaluation on `PROMPTS`; the run's own query is the first of them."""
+    """An evaluation on `PROMPTS`; the run's own query is the first of them, in other case."""
     run.path.mkdir(exist_ok=True)
-    own = Artifact(write_jsonl(run / "queries.jsonl", {"id": "a", "prompt": PROMPTS[0]}))
+    own = Artifact(write_jsonl(run / "queries.jsonl", {"id": "a", "prompt": PROMPTS[0].upper()}))
     held_out = write_jsonl(run.path.parent / "e.jsonl", *({"prompt": p} for p in PROMPTS))
     return Evaluate(
         own,

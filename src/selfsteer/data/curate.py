@@ -131,20 +131,28 @@ class Duplicates:
         """Remembers a query that is new, else says how it was seen before.
 
         Returns:
-            ``duplicate`` for the same messages, ``duplicate_but_case`` where they differ in case
-            or white space alone, None for a new query.
+            ``duplicate`` for the same messages, ``duplicate_but_case`` where they have the same
+            `likeness`, None for a new query.
         """
-        turns = "\0".join(f"{m.role}\0{_folded(m.content)}" for m in query.messages)
-        key = hashlib.blake2b(turns.encode(), digest_size=16).digest()
-        content = content_id(query.messages)
+        key, content = likeness(query), content_id(query.messages)
         if key not in self._seen:
             self._seen[key] = content
             return None
         return "duplicate" if self._seen[key] == content else "duplicate_but_case"
 
 
+def likeness(query: Query) -> bytes:
+    """16 bytes that queries share which differ in case, white space or composition alone.
+
+    Composition: é may be one character, or e with an accent after it; both look the same.
+    """
+    turns = "\0".join(f"{m.role}\0{_folded(m.content)}" for m in query.messages)
+    return hashlib.blake2b(turns.encode(), digest_size=16).digest()
+
+
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    composed = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(composed.split())
 
 
 def held_out(query: Query, share: float) -> bool:

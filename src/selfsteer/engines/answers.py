@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -21,6 +22,10 @@ from selfsteer.engines.base import (
     cut,
     no_news,
 )
+
+#: Begins the name of a store of one shard, or of all of a stage. Only these are of the same models
+#: and settings as those beside them: a mark says nothing of who answered.
+_OF_SHARDS = re.compile(r"answers-([0-9]{5,9}|all)\.")
 
 
 def answers(
@@ -88,7 +93,11 @@ def _stored(
 ) -> dict[str, Completion]:
     """The stored answers that count; lines that were cut short or changed are ignored."""
     known: dict[str, Completion] = {}
-    for path in {store, *store.parent.glob(f"answers-*{''.join(store.suffixes)}")}:
+    paths = {store}
+    if _OF_SHARDS.match(store.name):
+        beside = store.parent.glob(f"answers-*{''.join(store.suffixes)}")
+        paths.update(path for path in beside if _OF_SHARDS.match(path.name))
+    for path in paths:
         for request, answer in filter(None, _lines(path)):
             if request == marks.get(answer.id):
                 known[answer.id] = answer

@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -22,7 +22,7 @@ from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, short
 from selfsteer.run import ranks
-from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse
+from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse, refuse_outdated
 from selfsteer.run.progress import reported
 from selfsteer.run.stage import Stage
 from selfsteer.run.sums import SMALL_BYTES
@@ -149,11 +149,15 @@ def execute(
         stale = run.stale(whole)
         if stale and not redo:
             refuse(run, stale)
+        outdated = [e for e in run.outdated(whole) if e not in stale]
+        if outdated and not redo:
+            refuse_outdated(run, outdated)
         broken = run.damaged(whole, most=None if redo else SMALL_BYTES)
         if broken and not redo:
             raise broken[0][1]
-        again = {entry["stage"] for entry, _ in broken}
-        todo = [s for s in stages if s.name in again or not run.is_done(s)]
+        gone = [*stale, *outdated]
+        gone += [entry for entry, _ in broken if entry not in gone]
+        todo = to_do(run, stages, {entry["stage"] for entry in gone})
         with (
             reported(run, [s.name for s in todo]) as reporter,
             closing(Tracker(recipe.tracking if todo else (), run.path)) as tracker,
@@ -161,8 +165,9 @@ def execute(
             run.watch = tracker.note
             for note in dict.fromkeys(note for stage in todo for note in stage.check()):
                 say(note)
-            run.supersede([*stale, *(entry for entry, _ in broken)])
+            # first, so that what a kill leaves is never taken for work of the old recipe
             _write_recipe(run, recipe, given)
+            run.supersede(gone)
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
             stopping.way_on = way_on
@@ -170,8 +175,10 @@ def execute(
                 done = f", {n} of them done" if (n := len(stages) - len(todo)) else ""
                 say(f"{heading}: {len(stages)} stages{done}, in {run.path}")
                 say(f"to watch: selfsteer view {run.path}; Ctrl-C stops, the same command resumes")
-            for i, stage in enumerate(todo, 1):
-                say(f"[{i}/{len(todo)}] {stage.name}", "bold")
+            ran = 0
+            while len(todo) > ran:
+                stage, ran = todo[ran], ran + 1
+                say(f"[{ran}/{len(todo)}] {stage.name}", "bold")
                 reporter.stage(stage.name)
                 for maker in stage.makers:
                     run.check(maker)
@@ -182,10 +189,32 @@ def execute(
                 stopping.if_asked()
                 _free_memory()
                 say(f"  {summary_line(result)}; {duration(time.monotonic() - begin)}")
+                if outdated := run.outdated(whole):
+                    if not redo:
+                        refuse_outdated(run, outdated)
+                    run.supersede(outdated)
+                    rest = {s.name for s in todo[ran:]} | {e["stage"] for e in outdated}
+                    todo[ran:] = [s for s in stages if s.name in rest]
+                    reporter.write(todo=[s.name for s in todo])
         if until is None:
             for stage in whole:
                 stage.tidy(run)
     return len(todo)
+
+
+def to_do(run: RunFolder, stages: Sequence[Stage], again: Container[str] = ()) -> list[Stage]:
+    """The stages that are not done, and those whose weights one of them needs and are removed.
+
+    Args:
+        run: the folder.
+        stages: in the order they run.
+        again: names of those that are done, and are to be done again.
+    """
+    names = {s.name for s in stages if s.name in again or not run.is_done(s)}
+    for stage in reversed(stages):
+        if stage.name in names:
+            names |= {m.name for m in stage.depends_on if run.has_lost_weights(m)}
+    return [s for s in stages if s.name in names]
 
 
 def follow(stages: Sequence[Stage], run: RunFolder) -> None:

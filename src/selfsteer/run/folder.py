@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
+from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import (
     Record,
     Records,
@@ -41,13 +42,16 @@ from selfsteer.data.records import Dropped
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.chat import DAY
 from selfsteer.recipe.texts import ENDLESS, is_endless
-from selfsteer.run.sums import SMALL_BYTES, check_sums, is_in, sums_of
+from selfsteer.run.sums import REMOVED, SMALL_BYTES, Sums, check_sums, is_in, sums_of
 
 if TYPE_CHECKING:
     from selfsteer.run.stage import Stage
 
 #: The log of all stages.
 LEDGER = "ledger.jsonl"
+
+#: Ends the name of what says of a shard that it is finished.
+MARK = ".done.json"
 
 #: What ends a whole line of it: the CRC-32 of the rest.
 _SEAL = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
@@ -403,6 +407,35 @@ class RunFolder:
             if e["event"] != "superseded" and wanted.get(name) != e["fingerprint"]
         ]
 
+    def outdated(self, stages: Sequence["Stage"]) -> list[dict[str, Any]]:
+        """Newest entries of work for which these stages read what is no longer there.
+
+        What they read was made again and came out differently: a server has answered otherwise, or
+        a GPU has rounded otherwise.
+        """
+        plan = {s.name: s for s in stages}
+        made: dict[str, str] = {}  # stage → digest of what it made last
+        read: dict[str, dict[str, str | None]] = {}  # stage → those of what it began with
+        last: dict[str, str] = {}  # stage → its last event
+        for entry in self.ledger():
+            name, event = entry["stage"], entry["event"]
+            if (stage := plan.get(name)) is None:
+                continue
+            if event == "begin" and last.get(name) != "begin":  # else it was killed and went on
+                read[name] = {m.name: made.get(m.name) for m in stage.depends_on}
+            elif event == "finish":
+                made[name] = _result(stage, entry.get("sums", {}))
+            last[name] = event
+        return [
+            self.newest[name]
+            for name, known in read.items()
+            if last[name] != "superseded" and any(made.get(m) != d for m, d in known.items())
+        ]
+
+    def has_lost_weights(self, stage: "Stage") -> bool:
+        """Whether weights that it made were removed on purpose, as the recipe keeps none."""
+        return any(True for o in stage.outputs for _ in (self / o).glob(f"**/{REMOVED}"))
+
     def execute(self, stage: "Stage") -> StageResult:
         """Runs a stage, with its entries in the ledger.
 
@@ -477,6 +510,13 @@ class RunFolder:
             self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
 
 
+def _result(stage: "Stage", sums: Sums) -> str:
+    """A digest of what others read of a stage: of a model its weights, of shards no marks."""
+    of = {n: s for n, s in sums.items() if is_in(n, stage.outputs[:1]) and not n.endswith(MARK)}
+    weights = {n: s for n, s in of.items() if n.endswith(".safetensors")}
+    return digest(weights or of)
+
+
 def logged(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Stage → the lines of ``metrics.jsonl`` that its training logged, in their order."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -539,12 +579,25 @@ def _is_entry(value: Any) -> bool:
 
 def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
     """Raises ConfigError because this work was made by another recipe or input."""
-    names = ", ".join(e["stage"] for e in entries[:3]) + (" …" if len(entries) > 3 else "")
     raise ConfigError(
-        f"{run.path} holds work of {names} that was made with other settings or inputs; this "
-        "recipe would change it. Choose another name, or add --redo to do it again (what it "
+        f"{run.path} holds work of {_some(entries)} that was made with other settings or inputs; "
+        "this recipe would change it. Choose another name, or add --redo to do it again (what it "
         "replaces moves to superseded/)."
     )
+
+
+def refuse_outdated(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError because this work was made from what is no longer there."""
+    raise ConfigError(
+        f"{run.path} holds work of {_some(entries)} that was made from the results of a stage "
+        "before that stage was done again and came out differently, as it may where a server or a "
+        "GPU is asked. The two do not go together. Add --redo to do that work again as well (what "
+        "it replaces moves to superseded/)."
+    )
+
+
+def _some(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(e["stage"] for e in entries[:3]) + (" …" if len(entries) > 3 else "")
 
 
 # -- shards --------------------------------------------------------------------------------------
@@ -630,7 +683,7 @@ def _unlink(files: Iterable[Path]) -> None:
 def _names(folder: Path, number: int) -> tuple[Path, Path]:
     """A shard and its mark."""
     shard = folder / f"shard-{number:05d}.jsonl"
-    return shard, shard.with_suffix(".done.json")
+    return shard, shard.with_suffix(MARK)
 
 
 def _finished_shard(shard: Path, mark: Path, n_in: int) -> dict[str, Any] | None:

@@ -152,6 +152,12 @@ class Stage(ABC):
         return list(_makers([getattr(self, f.name) for f in fields(self)]))
 
     @property
+    def depends_on(self) -> "list[Stage]":
+        """Those of them that its result depends on."""
+        counts = (f.name for f in fields(self) if not f.metadata.get("costs_only"))
+        return list(_makers([getattr(self, name) for name in counts]))
+
+    @property
     def texts(self) -> str:
         """The stage whose responses its records hold."""
         return self.read.texts if self.passes_on and self.read else self.name

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from selfsteer.data.curate import likeness
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import dump_lines, read_jsonl, write_atomic
 from selfsteer.data.queries import load_queries
@@ -28,11 +29,12 @@ from selfsteer.recipe.sections import Evaluation, JudgeConfig, PrinciplesConfig,
 from selfsteer.run.cost import Cost, Scale
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
+from selfsteer.run.sums import REMOVED
 from selfsteer.stages.inputs import stored_queries
 from selfsteer.stages.principles import kept_system
 from selfsteer.stages.queries import reading_notes
 from selfsteer.stages.sample import check_sampler, params_of
-from selfsteer.terminal import progress_bar, warn
+from selfsteer.terminal import progress_bar, say, warn
 
 #: What is kept of an answer beside its text.
 COUNTS = ("finish_reason", "prompt_tokens", "completion_tokens")
@@ -115,7 +117,7 @@ class Evaluate(Stage):
             report = self._report(queries, said, load_judge(self.judge, run / "judgements"))
             text = json.dumps(report, indent=1, allow_nan=False) + "\n"
             write_atomic(run / "evaluation.json", text)
-        if queries and self.exhibit:
+        if queries and self.exhibit and self._can_show(self.exhibit):
             example = report.get("example", {"id": queries[0].id})
             query = next(q for q in queries if q.id == example["id"])
             shown = self._show(query, self.exhibit, run)
@@ -126,9 +128,9 @@ class Evaluate(Stage):
         return StageResult(n_in, len(queries), dropped, notes=notes)
 
     def _check_held_out(self, queries: Sequence[Query]) -> None:
-        held_out = {q.messages for q in queries}
-        seen = {q.messages for q in stored_queries(self.queries.path) if q.messages in held_out}
-        shared = sum(q.messages in seen for q in queries)
+        held_out = [likeness(q) for q in queries]
+        seen = set(held_out).intersection(map(likeness, stored_queries(self.queries.path)))
+        shared = sum(key in seen for key in held_out)
         if shared:
             warn(
                 f"{shared} of {len(queries)} evaluation queries are also alignment queries: the "
@@ -301,6 +303,13 @@ class Evaluate(Stage):
         self, values: Iterable[float | None], rng: np.random.Generator
     ) -> Interval | None:
         return known_interval(values, rng, self.settings.bootstrap)
+
+    def _can_show(self, exhibit: Exhibit) -> bool:
+        """Whether its models still have weights; none is trained again for an exhibit."""
+        gone = [name for name, m in exhibit.models.items() if (m.path / REMOVED).exists()]
+        if gone:
+            say(f"  no exhibit: the weights of the {gone[0]} were removed (keep.{gone[0]})")
+        return not gone
 
     def _show(self, query: Query, exhibit: Exhibit, run: RunFolder) -> dict[str, Any]:
         s, seed = self.sampling, derive_seed(self.seed, "exhibit")

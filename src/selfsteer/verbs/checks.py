@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsteer.data.curate import likeness
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
@@ -58,8 +59,8 @@ from selfsteer.recipe.sections import (
     resolve_path,
 )
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
-from selfsteer.run.execute import pinned
-from selfsteer.run.folder import RunFolder, by_reason, refuse
+from selfsteer.run.execute import pinned, to_do
+from selfsteer.run.folder import RunFolder, by_reason, refuse, refuse_outdated
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
@@ -227,9 +228,11 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
             )
         run.check_free()
         whole = pinned(recipe)[0].plan()
-        stages = [s for s in whole if not run.is_done(s)]
+        stages = to_do(run, whole)
         if stale := run.stale(whole):
             refuse(run, stale)
+        if outdated := run.outdated(whole):
+            refuse_outdated(run, outdated)
         for _, fault in run.damaged(whole):
             raise fault
         done = len(whole) - len(stages)
@@ -259,8 +262,8 @@ def _queries(c: Checks, recipe: Aligning) -> tuple[Sequence[Query], Sequence[Que
     if recipe.evaluation is not None:
         with c.line("evaluation") as line:
             held_out = load(line, recipe.evaluation.queries)
-            seen = {q.messages for q in queries}
-            overlap = sum(q.messages in seen for q in held_out)
+            seen = set(map(likeness, queries))
+            overlap = sum(likeness(q) in seen for q in held_out)
             line.figures["overlap"] = overlap
             line.found += f", {overlap:,} of them also above" if overlap else ", none of them above"
             advice = "The evaluation is not held out. Take those queries out of one set."

@@ -57,19 +57,21 @@ def run(
     self-rewarding, sgpo, spin, spin-judged, irft, wpo, reward.
     """
     from selfsteer.report import summary
-    from selfsteer.run.execute import execute, pinned, select
+    from selfsteer.run.execute import execute, pinned, select, to_do
     from selfsteer.run.folder import RunFolder
     from selfsteer.view import RunView
 
     checked, given = load_recipe(recipe, overrides or [])
     if dry_run:
         folder, whole = RunFolder(checked.folder), pinned(checked)[0].plan()
-        stale = {e["stage"] for e in folder.stale(whole)}
+        stale = {e["stage"] for e in [*folder.stale(whole), *folder.outdated(whole)]}
         for _, fault in folder.damaged(whole):
             raise fault
+        stages = select(whole, until)
+        todo = {s.name for s in to_do(folder, stages)}
         states = {
-            s.name: "done" if folder.is_done(s) else "conflict" if s.name in stale else "to do"
-            for s in select(whole, until)
+            s.name: "conflict" if s.name in stale else "to do" if s.name in todo else "done"
+            for s in stages
         }
         text = "\n".join(f"{state:<10} {name}" for name, state in states.items())
         if is_main_process():
