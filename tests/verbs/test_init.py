@@ -338,8 +338,19 @@ def test_on_a_terminal_it_asks_and_a_wrong_answer_is_asked_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"What is {i}?"} for i in range(20)))
+    write_jsonl(tmp_path / "held.jsonl", *({"prompt": f"Why is {i}?"} for i in range(20)))
     monkeypatch.setattr(init, "on_terminal", lambda: True)
-    said = ["no such model", "org/m-8B", "none.jsonl", "p.jsonl", "²", "5", "foo", "2"]
+    said = [
+        "no such model",
+        "org/m-8B",
+        "none.jsonl",
+        "p.jsonl",
+        "held.jsonl",
+        "²",
+        "5",
+        "foo",
+        "2",
+    ]
     said.append("support-desk")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
     ended = here("init", "mine.yaml", "--hardware", 80)
@@ -349,6 +360,7 @@ def test_on_a_terminal_it_asks_and_a_wrong_answer_is_asked_again(
     assert values["method"] == "sso"
     assert values["policy"]["model"] == "org/m-8B"
     assert values["queries"]["path"] == "p.jsonl"
+    assert values["evaluation"]["queries"]["path"] == "held.jsonl"
     assert values["principles"]["catalogue"] == "support-desk"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n\n\n"))
     ended = here("init", "empty.yaml")

@@ -151,15 +151,16 @@ def _sums(found: "Mapping[str, Tensor]", coverage: float) -> dict[str, float]:
 def _too_few(s: Distillation, short: float, covered: float, needed: Counter[int]) -> str:
     """What to say where this share of the tokens has too few entries.
 
-    >>> _too_few(Distillation(top_k=9), 0.5, 0.954, Counter([20, 10, 40, 30])).split("; ")[1]
-    'on average 0.954 is covered. Set top_k 40, enough for 95% of the tokens, or lower coverage.'
+    >>> _too_few(Distillation(top_k=9), 0.5, 0.954, Counter([20, 10, 40, 30])).split(". ")[1]
+    'Set top_k 40, enough for 95% of the tokens, or lower coverage'
     """
     enough = sorted(needed.elements())[int(needed.total() * (1 - SHORT / short))]
     return (
         f"{short:.0%} of the tokens need more than top_k {s.top_k:,} entries to cover "
         f"{s.coverage:g} of the mass; on average {covered:.3g} is covered. "
         + (
-            f"Set top_k {enough}, enough for {1 - SHORT:.0%} of the tokens, or lower coverage."
+            f"Set top_k {enough}, enough for {1 - SHORT:.0%} of the tokens, or lower coverage. "
+            "Disk and the time of the teacher grow with top_k."
             if enough > s.top_k
             else "That is the whole vocabulary: lower coverage."
         )

@@ -77,8 +77,12 @@ def init(
     queries, found = _answer(
         asking, prompts, "prompts: file, folder or data set on the hub (Enter: later)", _prompts
     ) or (None, None)
-    if held_out is not None:
-        _prompts(held_out)
+    held_out, _ = _answer(
+        asking and queries is not None,
+        held_out,
+        "held-out prompts, to measure before and after (Enter: none)",
+        _prompts,
+    ) or (None, None)
     if asking and goal is None:
         for number, text in enumerate(advice.GOALS.values(), 1):
             err.print(f"  {number} {text}", markup=False)
