@@ -60,10 +60,12 @@ def test_a_tokenizer_that_gives_up_is_an_error_in_words(
 
 def test_an_argument_that_is_no_text_is_refused(tmp_path: Path) -> None:
     """What is not UTF-8 can stand in no recipe, ledger or page."""
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.jsonl")
-    Path(odd).write_text('{"prompt": "Hi"}\n')
-    for args in (("queries", odd, "--to", tmp_path / "q.jsonl"), ("plan", "smoke", f"name={odd}")):
-        ended = subprocess.run(command(*args), env=environment(), capture_output=True, check=False)
+    odd = os.fsdecode(b"odd\xff.jsonl")
+    (tmp_path / odd).write_text('{"prompt": "Hi"}\n')
+    for args in (("queries", odd, "--to", "q.jsonl"), ("plan", "smoke", f"name={odd}")):
+        ended = subprocess.run(
+            command(*args), env=environment(), cwd=tmp_path, capture_output=True, check=False
+        )
         assert ended.returncode == 2
         said = ended.stderr.decode()
         assert r"odd\udcff" in said
