@@ -93,6 +93,10 @@ def test_what_a_locale_cannot_read_or_write_ends_no_command(
     said = here("chat", smoke)
     assert said.code == 0, said.err
     assert "policy" in said.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n/quit\nWhat does the ant eat?\n"))
+    said = here("chat", smoke, "--plain")
+    assert (said.code, said.out) == (0, "")
+    assert said.err.count("each question on its own") == 2
 
 
 def test_unknown_keys_name_the_nearest(here: Here) -> None:
@@ -114,8 +118,10 @@ def test_values_out_of_range_name_key_and_value(here: Here) -> None:
     fails(here("run", "smoke", "seed"), 2, "key=value")
 
 
-def test_an_unknown_recipe_names_the_nearest(here: Here) -> None:
+def test_an_unknown_recipe_names_the_nearest(tmp_path: Path, here: Here) -> None:
     fails(here("run", "dmeo"), 2, "Did you mean demo?", "smoke")
+    (tmp_path / "mine.yaml").write_text("method: pbaa\n")
+    fails(here("run", tmp_path / "mine.yml"), 2, f"Did you mean {tmp_path}/mine.yaml?")
 
 
 def test_a_recipe_left_empty_says_what_is_missing(here: Here) -> None:

@@ -258,6 +258,11 @@ def test_chat_shows_each_model_in_each_context(smoke: Path, here: Here) -> None:
     for said in json.loads(ended.out)["answers"].values():
         assert list(said) == ["plain", "good", "bad", "contrast"]
         assert said["contrast"]
+    ended = here("chat", smoke, "--question", "What does the bee eat?", "--plain", "--json")
+    answers = json.loads(ended.out)["answers"]
+    assert [list(answers[name]) for name in ("base", "policy")] == [["plain"], ["plain"]]
+    ended = here("chat", smoke, "--question", "Why?", "--plain", "--features", "Accuracy")
+    fails(ended, 2, "--plain asks without principles", "--features")
 
 
 @pytest.mark.parametrize("number", ["nan", "1e39"])

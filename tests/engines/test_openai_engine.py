@@ -652,7 +652,7 @@ def taking(loaded: dict[str, str]) -> fakes.Fault:
         if name in loaded or not Path(path).exists():
             return status(400 if name in loaded else 404, f"Loading lora {name} failed")(h)
         loaded[name] = path
-        return sends({})(h)
+        return sends(b"Success: LoRA adapter added.")(h)  # as vLLM says it, and no JSON
 
     return fault
 

@@ -510,6 +510,16 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
     assert rounds(monkeypatch, lambda n: False, left=0)[0] == [2]
 
 
+def test_what_would_be_enough_queries_is_said_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    eight = [triple(i) for i in range(8)]
+    probe = checks.Probe(Path("none"), eight, began=880.0, most=32)
+    # 8 in two minutes; 24 more take up to one and a half times as long each
+    assert probe.enough(32) == "--minutes 11"
+    probe.most = 20
+    assert probe.enough(32) == "give more than 20 queries (--queries, or queries.path)"
+
+
 def test_a_judge_that_no_query_is_tried_with_is_counted_all_the_same() -> None:
     """It meets 4 answers to each of 10 queries, each with each, in both orders."""
     server = {"kind": "openai", "base_url": "http://h/v1", "price": {"input": 1e6, "output": 0}}

@@ -414,7 +414,7 @@ class OpenAIEngine(ProbedEngine):
 
     def _change_adapters(self, how: str, name: str, **more: str) -> None:
         asked = self._client.post(
-            f"/{how}_lora_adapter", cast_to=object, body={"lora_name": name, **more}
+            f"/{how}_lora_adapter", cast_to=str, body={"lora_name": name, **more}
         )
         with self._faults():
             self._start(asked).result()

@@ -4,7 +4,9 @@ import difflib
 import math
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -49,8 +51,16 @@ def recipe_text(name_or_path: str) -> str:
         raise ConfigError(
             f"There is no recipe {short(name_or_path, 200)}: it is not a shipped one "
             f"({', '.join(recipe_names())}) and as a file: {reason}."
-            f"{did_you_mean(name_or_path, recipe_names())}"
+            f"{did_you_mean(name_or_path, [*recipe_names(), *_beside(path)])}"
         ) from None
+
+
+def _beside(path: Path) -> list[str]:
+    """The YAML files of the same folder, as the user would name them; none where it has none."""
+    with suppress(OSError):
+        found = (p for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+        return sorted(map(str, islice(found, 1000)))
+    return []
 
 
 class Loader(yaml.SafeLoader):

@@ -596,7 +596,7 @@ def embedded(run: RunView, cap: int = 200, most_bytes: int = 1_500_000) -> dict[
     """
     sets = run.sampled
     rows, about = [], {}
-    with progress_bar("indexing triples", len(sets)) as bar:
+    with progress_bar("indexing answers", len(sets)) as bar:
         for found in sets:
             index = Index(build(found))
             count = index.about["of"]

@@ -31,6 +31,7 @@ from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.report.logprobs import Likelihoods
 from selfsteer.report.page import asset
 from selfsteer.report.tables import PAIR, Cell, Sheet
+from selfsteer.stages.train import Train
 from selfsteer.terminal import duration
 from selfsteer.view import RunView, StageView
 
@@ -682,9 +683,12 @@ def selection(run: RunView) -> Drawing:
     """What each candidate step was measured to be, and which was kept."""
     trainings = [(s, s.selection) for s in run.stages if s.selection]
     if not trainings:
+        points = [s.settings.selection.points for s in run.recipe.plan() if isinstance(s, Train)]
+        if not any("last" in s.notes for s in run.stages):
+            raise NothingToDrawError("No training has finished.")
+        why = "a tenth of the queries is too few to hold back" if any(points) else "it is off"
         raise NothingToDrawError(
-            "No checkpoint was selected (too few queries, or selection is off, or no training has "
-            "finished): the last step of each training is kept."
+            f"No checkpoint was selected, as {why}: the last step of each training is kept."
         )
     wins = {f.wins for _, f in trainings if f.wins and any(x.wins_mean for x in f.candidates)}
     generators = [s for s, _ in trainings if s.title.startswith("generator")]

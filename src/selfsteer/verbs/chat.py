@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfsteer import stopping
-from selfsteer.errors import ConfigError, DataError
+from selfsteer.errors import ConfigError, DataError, listed
 from selfsteer.terminal import CONTROL, err, out
 from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit
 
@@ -39,6 +39,9 @@ def chat(
             "bad context (as sampling.contrast)",
         ),
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="in the plain context alone: an answer per model")
+    ] = False,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -52,11 +55,13 @@ def chat(
         raise ConfigError("--json prints one answer; give the question with --question.")
     if contrast is not None:
         validate(PrincipledSampling, {"contrast": contrast}, "--contrast")
+    if plain and (features or contrast is not None):
+        raise ConfigError("--plain asks without principles; leave out --features and --contrast.")
     named = tuple(f.strip() for f in features.split(",") if f.strip())
     stopping.keeps = False
     opened = RunView.open(run)
     check_trust(run, opened.recipe.policy, trust)
-    talk = Chat(opened, named, seed=seed, contrast=contrast)
+    talk = Chat(opened, named, seed=seed, contrast=contrast, plain=plain)
     if question is not None:
         said = talk.answers(question)
         result = {"question": question, "principles": talk.principles.to_dict()}
@@ -67,13 +72,16 @@ def chat(
             }
         emit(result, as_json, lambda _: print_answers(said))
         return
-    err.print("ask anything; an empty line or Ctrl-D leaves", style="dim")
+    err.print(talk.hint, style="dim", markup=False)
     while True:
         if sys.stdin.isatty():
             err.print("> ", end="")
         line = sys.stdin.readline().strip()
-        if not line:
+        if not line or line in ("/exit", "/quit"):
             return
+        if line in ("/help", "/?"):
+            err.print(talk.hint, style="dim", markup=False)
+            continue
         try:
             print_answers(talk.answers(line))
         except DataError as e:
@@ -88,6 +96,7 @@ class Chat:
         features: what the principles name; none: as `writer.specimen` chooses.
         seed: of the sampling; counts up by question.
         contrast: r of a further answer, good pushed away from bad; None: no such answer.
+        plain: asks in the plain context alone.
     """
 
     def __init__(
@@ -97,12 +106,14 @@ class Chat:
         *,
         seed: int,
         contrast: float | None = None,
+        plain: bool = False,
     ) -> None:
         from selfsteer.engines.base import SamplingParams
         from selfsteer.engines.transformers import TransformersEngine
         from selfsteer.methods import Principled
         from selfsteer.models.load import load_model
         from selfsteer.principles import writer
+        from selfsteer.principles.contexts import CONTEXTS
         from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
         from selfsteer.stages.principles import kept_system
 
@@ -114,12 +125,25 @@ class Chat:
         system = kept_system(own, base, loading)
         self.principles = replace(writer.specimen(own, features), system=system)
         self.seed, self.contrast = seed, contrast
+        self.contexts = ("plain",) if plain else CONTEXTS
         self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
             name: TransformersEngine(load_model(resolve_path(source), loading, inference=True))
             for name, source in run.checked_models.items()
             if name != "reward"
         }
+
+    @property
+    def hint(self) -> str:
+        """Who will answer, and how to leave."""
+        under = ""
+        if len(self.contexts) > 1:
+            named = ", ".join(self.principles.features) or "the run's fixed texts"
+            under = f", under principles of {named} (--features) and without (alone: --plain)"
+        return (
+            f"{listed([*self.engines])} answer{under}, each question on its own. An empty line or "
+            "Ctrl-D leaves."
+        )
 
     def answers(self, question: str) -> dict[str, dict[str, "Completion"]]:
         """Model → context, or ``contrast`` → what it says.
@@ -131,11 +155,11 @@ class Chat:
         from selfsteer.data.records import Message
         from selfsteer.engines.answers import answers
         from selfsteer.engines.base import PROMPT_TOO_LONG, Contrast, Request
-        from selfsteer.principles.contexts import CONTEXTS, context_messages
+        from selfsteer.principles.contexts import context_messages
 
         messages = (Message("user", question),)
-        said = {c: tuple(context_messages(messages, self.principles, c)) for c in CONTEXTS}
-        asked = [Request(c, said[c], derive_seed(self.seed, "chat", c)) for c in CONTEXTS]
+        said = {c: tuple(context_messages(messages, self.principles, c)) for c in self.contexts}
+        asked = [Request(c, said[c], derive_seed(self.seed, "chat", c)) for c in self.contexts]
         if self.contrast is not None:
             pushed = Contrast(said["bad"], self.contrast)
             seed = derive_seed(self.seed, "chat", "contrast")

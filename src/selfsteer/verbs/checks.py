@@ -5,6 +5,7 @@ that failed is skipped; the rest goes on, so that one look shows all there is to
 own functions do the work, on a few queries, into a temporary folder.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -68,6 +69,7 @@ from selfsteer.stages.principles import WritePrinciples
 from selfsteer.stages.sample import Sample, Wanted, in_contexts, params_of
 from selfsteer.stages.train import Train
 from selfsteer.terminal import duration, interval, progress_bar
+from selfsteer.training.select import FEWEST
 from selfsteer.verbs.common import amount, size
 from selfsteer.verbs.planning import ASKED, Lengths, judge_asked
 
@@ -172,7 +174,8 @@ def check(
         All figures: ``exit_code`` is 0, or that of the first failure (2 config and data, 3
         artifact and engine), ``checks`` the lines by name.
     """
-    c, until = Checks(tell), time.monotonic() + 60 * minutes
+    c, began = Checks(tell), time.monotonic()
+    until = began + 60 * minutes
     with c.line("recipe") as line:
         method, *beside = recipe.methods
         principles = recipe.principles.mode if isinstance(recipe, Principled) else "none"
@@ -202,7 +205,7 @@ def check(
         )
         if isinstance(recipe, Principled):
             with tempfile.TemporaryDirectory(prefix="selfsteer-check-") as scratch:
-                probe = Probe(Path(scratch))
+                probe = Probe(Path(scratch), began=began, most=len(chosen))
                 rates = _steering(c, recipe, chat, probed, queries, chosen, judge, probe, until)
                 if rates is None:
                     c.skip("ranking", "answers")
@@ -259,6 +262,13 @@ def _queries(c: Checks, recipe: Aligning) -> tuple[Sequence[Query], Sequence[Que
     held_out: Sequence[Query] = []
     with c.line("queries") as line:
         queries = load(line, recipe.queries)
+        selections = (s.settings.selection for s in recipe.plan() if isinstance(s, Train))
+        held_back = [min(s.queries, len(queries) // 10) for s in selections if s.points]
+        if held_back and max(held_back) < FEWEST:
+            line.found += (
+                f", too few to select checkpoints by (a tenth is fewer than {FEWEST}): the last "
+                "step is kept"
+            )
     if recipe.evaluation is not None:
         with c.line("evaluation") as line:
             held_out = load(line, recipe.evaluation.queries)
@@ -474,6 +484,17 @@ class Probe:
     #: pairs judged, and the tokens in and out that this took
     judged: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    #: when the check began, of `time.monotonic`, and how many queries it may ask
+    began: float = field(default_factory=time.monotonic)
+    most: int = 0
+
+    def enough(self, wanted: int) -> str:
+        """What asks that many queries, at the pace so far."""
+        if self.most < wanted:
+            return f"give more than {self.most:,} queries (--queries, or queries.path)"
+        spent = time.monotonic() - self.began
+        needed = spent * (1 + SLOWER * (wanted / len(self.triples) - 1))
+        return f"--minutes {math.ceil(needed / 60)}"
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
@@ -828,7 +849,7 @@ def _measure(
         + (f"; accuracy {interval(right, '.2f')}" if right else f"; no {missing}")
         + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
     )
-    _advise(line, verdicts or (), few)
+    _advise(line, verdicts or (), probe.enough(DECIDING) if few else "")
     per_judged = probe.seconds["judging"] / (len(triples) - 1) if judge else None
     return probe.seconds["scoring"] / len(flat), per_judged
 
@@ -845,8 +866,15 @@ def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Ver
     return [j.verdict for j in (*first, *rest)]
 
 
-def _advise(line: Line, verdicts: Sequence[Verdict], few: bool) -> None:
-    """What the figures of steering mean, and what to do about it."""
+def _advise(line: Line, verdicts: Sequence[Verdict], more: str) -> None:
+    """What the figures of steering mean, and what to do about it.
+
+    Args:
+        line: with them.
+        verdicts: of the judge, if there is one.
+        more: how to ask more queries, where these are too few.
+    """
+    few = bool(more)
     found, tokens, steers = line.figures, line.figures["tokens"], line.figures["steers"]
     for half in () if few else ("good", "bad"):
         gap, net = above(found["gap"][half], 0), above(found["net_gap"][half], 0)
@@ -862,8 +890,8 @@ def _advise(line: Line, verdicts: Sequence[Verdict], few: bool) -> None:
         bool(found["accuracy"]) and not (few or above(found["accuracy"], 0.5)),
     )
     line.warn(
-        f"{found['triples']} queries are too few to tell whether the policy steers. Measure more: "
-        "--minutes 15, or more prompts.",
+        f"{found['triples']} queries are too few to tell whether the policy steers; {ENOUGH} to "
+        f"{DECIDING} are enough: {more}.",
         few,
     )
     line.warn(

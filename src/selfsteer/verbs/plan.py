@@ -1,12 +1,13 @@
 """``selfsteer plan``: what a recipe will cost, before anything of it runs."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from selfsteer.errors import ConfigError, short
-from selfsteer.terminal import duration, out, table, warn
+from selfsteer.terminal import duration, out, say, table, warn
 from selfsteer.verbs.common import (
     AsJson,
     Overrides,
@@ -101,6 +102,7 @@ def plan(
         planning.Machine(gpu, gpus, utilisation, sampling_utilisation),
     )
     emit(found, as_json, tell)
+    say(f"measured on this machine: {shlex.join(['selfsteer', 'check', recipe])}")
 
 
 def tell(found: Mapping[str, Any]) -> None:
