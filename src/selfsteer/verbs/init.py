@@ -137,10 +137,12 @@ def _answer(asking: bool, given: str | None, question: str, read: Callable[[str]
 
 
 def _model(text: str) -> "Model":
+    from selfsteer.recipe.sections import resolve_path
     from selfsteer.verbs.advice import look_at_model
 
     found = look_at_model(text)
-    say(f"  {text}: {found}")
+    there = Path(resolve_path(text)).exists()
+    say(f"  {text}: {found}" + " (no such folder here, so a hub id)" * (not there))
     return found
 
 
