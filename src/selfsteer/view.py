@@ -883,6 +883,22 @@ class RunView:
             _refuse_foreign(self.folder, read)
         return path
 
+    def settled(self, path: Path) -> Path:
+        """What a stage of this run wrote, as it wrote it, all of it.
+
+        Raises:
+            ArtifactError: the stage has not finished; or what it wrote is damaged, or is a link
+                that leads out of the run.
+        """
+        for stage in self.stages:
+            if not stage.done and path in [self.folder / o for o in stage.outputs]:
+                raise ArtifactError(
+                    f"{path} is not finished: the stage {stage.name} has written a part of it at "
+                    "most. Run the recipe to its end first; it goes on where it was."
+                )
+        self.check(path)
+        return self.own(path)
+
     def place(self, name: str) -> Path:
         """Where something new of this name may be written in the run folder.
 

@@ -192,6 +192,43 @@ def test_export_refuses_what_has_no_effect(smoke: Path, tmp_path: Path, here: He
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(("stage", "fmt"), [("preferences", "trl"), ("triples", "authors")])
+def test_a_part_of_what_a_stage_writes_is_no_data_set(
+    smoke: Path, tmp_path: Path, here: Here, stage: str, fmt: str
+) -> None:
+    """As a run leaves it that was killed between two shards, or is still at it."""
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    if stage == "triples":
+        (run / "iteration-1" / "triples").rename(run / "iteration-1" / "filtered.of")
+        (run / "iteration-1" / "filtered.jsonl").unlink()
+        stage = "samples"
+    ledger = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    last = f"iteration-1/{stage}"
+    ends = next(i for i, e in enumerate(map(json.loads, ledger)) if e["stage"] == last) + 1
+    (run / "ledger.jsonl").write_text("".join(ledger[:ends]))
+    said = f"iteration-1/{stage} is not finished"
+    ended = here("export", run, "--format", fmt, "--to", tmp_path / "out")
+    fails(ended, 3, said, "it goes on where it was")
+    assert not (tmp_path / "out").exists()
+    if stage == "preferences":
+        fails(here("judge", run), 3, said)
+
+
+def test_data_sets_of_one_run_stand_beside_each_other_for_llama_factory(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    made = [
+        exported(here, smoke, fmt, tmp_path / "data", *more)[0].name
+        for fmt in ("llama-factory", "llama-factory-sharegpt")
+        for more in ([], ["--baseline"])
+    ]
+    parts = ("", "-pbaa", "-sharegpt", "-pbaa-sharegpt")
+    assert made == [f"{smoke.name}{part}.json" for part in parts]
+    entries = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    assert [e["file_name"] for e in entries.values()] == made
+
+
 def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
     smoke: Path, tmp_path: Path, here: Here
 ) -> None:
@@ -592,11 +629,15 @@ def test_push_says_in_one_paragraph_why_it_failed(tmp_path: Path) -> None:
     with hub_on_loopback({"/validate-yaml": mistake}) as (address, sent):
         odd_card = pushed(folder, HF_HUB_OFFLINE="0", HF_TOKEN="x", HF_ENDPOINT=address)
     assert not any("/commit/" in path for path in sent)
+    (folder / "README.md").unlink()
+    with hub_on_loopback({"/commit/main": (200, {"ok": True})}) as (address, _):
+        no_hub = pushed(folder, HF_HUB_OFFLINE="0", HF_TOKEN="x", HF_ENDPOINT=address)
     for ended, said in (
         (offline, "HF_HUB_OFFLINE is set"),
         (dead, "The hub at http://127.0.0.1:9 cannot be reached"),
         (refused, "status 401): no token, or not one that may. Log in with `hf auth login`"),
         (odd_card, "license must be one of a list"),
+        (no_hub, "whether me/data has the upload is not known"),
     ):
         assert ended.returncode == 3
         assert ended.stderr.startswith("selfsteer: ")

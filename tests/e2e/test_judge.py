@@ -29,6 +29,18 @@ def test_the_runs_own_judge_says_again_what_quality_says(smoke: Path, here: Here
     assert judge["position"] is None
 
 
+def test_pairs_that_are_not_as_the_run_wrote_them_are_not_judged(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    shard = sorted((run / "iteration-1" / "preferences").glob("shard-*.jsonl"))[-1]
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
+    for more in ((), ("--label-sheet", tmp_path / "sheet.jsonl")):
+        fails(here("judge", run, *more), 3, shard.name)
+    assert not (tmp_path / "sheet.jsonl").exists()
+
+
 def test_a_model_that_cannot_judge_is_unparseable_and_nothing_breaks(
     smoke: Path, tmp_path: Path, here: Here
 ) -> None:

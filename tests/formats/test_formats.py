@@ -507,6 +507,22 @@ def test_exporting_again_replaces_and_leaves_no_partial_file(tmp_path: Path) -> 
     assert names == ["dataset_info.json", "heron.json", "train.jsonl"]
 
 
+def test_llama_factory_keeps_what_is_somebody_elses(tmp_path: Path) -> None:
+    own = [{"instruction": "mine"}]
+    write(tmp_path / "heron.json", own)
+    with pytest.raises(ConfigError, match=r"heron.json is there, dataset_info.json does not name"):
+        export(PREFERENCES, "llama-factory", tmp_path, "heron")
+    write(tmp_path / "dataset_info.json", {"heron": {"file_name": "heron.json"}})
+    with pytest.raises(ConfigError, match="has an entry heron for something else"):
+        export(PREFERENCES, "llama-factory", tmp_path, "heron")
+    assert json.loads((tmp_path / "heron.json").read_text("utf-8")) == own
+    assert len(list(tmp_path.iterdir())) == 2
+    # a kill may leave the file without its entry, and the same command goes on
+    both = export(PREFERENCES, "llama-factory", tmp_path / "out", "heron").paths
+    both[1].unlink()
+    assert export(PREFERENCES, "llama-factory", tmp_path / "out", "heron").paths == both
+
+
 def test_formats_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     assert tuple(FORMATS) == (
         "trl",

@@ -235,6 +235,29 @@ def test_adapters_are_a_policy_on_their_base(
     assert model_digest(str(adapter)) == before != model_digest(str(checkpoints["llama"]))
 
 
+def test_adapters_know_a_base_that_is_another_by_now(
+    checkpoints: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    """Their config names a path, which may be relative to where they were trained."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["llama"], base)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    adapters.note_base(adapter, str(base))
+    merge_adapter(adapter, tmp_path / "one", CPU, None)
+    (base / "README.md").write_text("what is beside the weights may change")
+    merge_adapter(adapter, tmp_path / "two", CPU, None)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for use in (
+        lambda: merge_adapter(adapter, tmp_path / "three", CPU, None),
+        lambda: load_model(str(adapter), CPU),
+    ):
+        with pytest.raises(ArtifactError, match=r"on other weights than .*merge --base MODEL"):
+            use()
+    merge_adapter(adapter, tmp_path / "three", CPU, str(base))
+
+
 def test_merging_keeps_the_adapters_template_and_the_base_may_have_none(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

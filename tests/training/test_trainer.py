@@ -618,6 +618,7 @@ def test_lora_begins_at_the_reference_and_saves_a_plain_checkpoint(
     assert {p.name for p in (tmp_path / "m" / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
     }
     trained = weights(tmp_path / "m")
     assert trained.keys() == start.keys()

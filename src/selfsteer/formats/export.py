@@ -258,7 +258,8 @@ def export(
         rows_per_file: of parquet.
 
     Raises:
-        ConfigError: no such format, or a name that cannot be a file's.
+        ConfigError: no such format, a name that cannot be a file's, or one that LLaMA-Factory's
+            folder has for something else.
         DataError: nothing to export, or a ``dataset_info.json`` that cannot be added to.
     """
     if fmt not in FORMATS:
@@ -361,11 +362,37 @@ def _write_llama_factory(
             raise DataError(f"{info} is there and cannot be added to: it is not an object.")
     same = {key: key for key in ("system", "chosen", "rejected")}
     columns = {**entry["columns"], **same}
-    entries[name] = {"file_name": data.name, "ranking": True, **entry, "columns": columns}
+    ours = {"file_name": data.name, "ranking": True, **entry, "columns": columns}
+    text = _json_list(rows)
+    if name not in entries and data.exists():
+        text = _unless_other(text, data)
+    if entries.setdefault(name, ours) != ours:
+        raise ConfigError(
+            f"{info} has an entry {name} for something else, and it would be replaced. Give "
+            "another folder, or rename that entry."
+        )
     # The entry last: it must not name a file that is not there.
-    write_atomic(data, _json_list(rows))
+    write_atomic(data, text)
     write_atomic(info, json.dumps(entries, indent=2) + "\n")  # read with the locale's encoding
     return [data, info]
+
+
+def _unless_other(text: Iterator[str], path: Path) -> Iterator[str]:
+    """The text, for a file that is there: fails at its end unless it is what the file holds.
+
+    Raises:
+        ConfigError: it is another, maybe somebody's own.
+    """
+    made = hashlib.sha256()
+    for piece in text:
+        made.update(piece.encode("utf-8"))
+        yield piece
+    with open(path, "rb") as file:
+        if made.digest() != hashlib.file_digest(file, "sha256").digest():
+            raise ConfigError(
+                f"{path} is there, dataset_info.json does not name it, and it would be replaced. "
+                "Give another folder, or move that file."
+            )
 
 
 def _json_list(rows: Iterable[Row]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A folder to the Hugging Face hub: first said, then done, and only if it was asked for."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,13 @@ def _explained(error: Exception, repo: str) -> Exception:
         )
     elif isinstance(error, HfHubHTTPError):
         why = f"The hub refused to write to {repo} (status {status}): {said}. Try again later."
+    elif isinstance(error, AttributeError | KeyError | TypeError | json.JSONDecodeError):
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        why = (
+            f"{host} answered in a way that no hub does ({type(error).__name__}: {said[:200]}), so "
+            f"whether {repo} has the upload is not known. Check HF_ENDPOINT and any proxy, look at "
+            "the repository, then try again."
+        )
     elif isinstance(error, ValueError):  # above all, what the hub says of the front matter
         why = f"The hub does not take what would go to {repo}: {said}. Set that right, try again."
     elif transport or isinstance(error, ConnectionError | TimeoutError):

@@ -10,9 +10,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from selfsteer.data.artifacts import read_json
-from selfsteer.data.digests import ADAPTER_CONFIG
+from selfsteer.data.digests import ADAPTER_CONFIG, digest, digest_path
+from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ArtifactError, clip
 from selfsteer.recipe.sections import Loading
+
+#: Holds a digest of the weights that adapters were trained on.
+BASE = "base.json"
 
 #: Seconds that all expressions of a config may take on the names of a model's modules.
 MATCH_S = 10.0
@@ -101,6 +105,38 @@ def adapter_config(adapter: Path, settings: Loading) -> AdapterConfig:
             "--allow-pickle)."
         )
     return config
+
+
+def note_base(adapter: Path, base: str) -> None:
+    """Writes beside adapters which weights they were trained on, if the base is on this machine.
+
+    Their config names the base by a path, which may later lead to another model.
+    """
+    if base and (weights := _weights_digest(base)):
+        write_atomic(adapter / BASE, json.dumps({"weights": weights}) + "\n")
+
+
+def check_base(adapter: Path, base: str) -> None:
+    """Fails where `note_base` saw other weights.
+
+    Raises:
+        ArtifactError: it did.
+    """
+    path = adapter / BASE
+    noted = read_json(dict[str, str], path, "Fetch the adapters again.") if path.is_file() else {}
+    if noted and noted.get("weights") != _weights_digest(base):
+        raise ArtifactError(
+            f"The adapters in {adapter} were trained on other weights than {base} now holds, which "
+            "is what they name as their base. Give the right one: selfsteer merge --base MODEL."
+        )
+
+
+def _weights_digest(base: str) -> str | None:
+    path = Path(base)
+    if path.is_file():
+        return digest_path(path)
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    return digest([[p.name, digest_path(p)] for p in found]) if found else None
 
 
 def check_expressions(config: AdapterConfig, adapter: Path, names: Iterable[str]) -> None:

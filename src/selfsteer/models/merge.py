@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfsteer.data.digests import adapter_base
 from selfsteer.data.jsonl import disk_errors, replacing_folder
 from selfsteer.errors import ArtifactError
-from selfsteer.models.adapters import adapter_config, check_expressions
+from selfsteer.models.adapters import adapter_config, check_base, check_expressions
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import CPU, resolve_dtype
 from selfsteer.models.save import merged, save_model
@@ -35,8 +35,8 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         The base that was used.
 
     Raises:
-        ArtifactError: no LoRA adapters, they name no base, base and adapters do not fit, or the
-            disk is full.
+        ArtifactError: no LoRA adapters, they name no base or one that has changed, base and
+            adapters do not fit, or the disk is full.
         ConfigError: the output is there already.
     """
     config = adapter_config(adapter, settings)
@@ -45,6 +45,8 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         raise ArtifactError(
             f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
         )
+    if given is None:
+        check_base(adapter, base)
     try:
         found = checkpoint(base, settings)
         method = quantisation(found, settings)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, NumericsError, short
 from selfsteer.models import tree
+from selfsteer.models.adapters import note_base
 from selfsteer.models.finite import broken_weight
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
+    note_base(folder, model.peft_config["default"].base_model_name_or_path or "")
     if not getattr(model, "is_quantized", False):
         return model.merge_and_unload()
     # merged into the weights as they were before quantisation, which rounded them

@@ -196,6 +196,7 @@ def settings_of(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
     if is_run(recipe):
         here = Path(recipe).absolute()
+        here = here.resolve() if here.is_symlink() else here  # the run is called as its folder is
         overrides = [f"runs_dir={here.parent}", f"name={here.name}", *overrides]
         recipe = str(recipe_file(here))
     return merge(load_values(recipe), overrides)

@@ -97,6 +97,7 @@ def export_round(
         for name in ("preferences", "samples", "filtered.jsonl"):
             of.run.own(of.folder / name)
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
+    of.run.settled(records.path)
     kept, unsafe = _allowed(of, records)
     if fmt == "reward":
         return _export_reward(of, kept, folder, unsafe, trust=trust)
@@ -114,11 +115,23 @@ def export_round(
         kept,
         fmt,
         folder,
-        of.run.recipe.name,
+        _name(of, fmt),
         models=_writers(of),
         card=card if fmt == "parquet" else None,
     )
     return Exported(exported.paths, exported.count, [*unsafe, *exported.left_out])
+
+
+def _name(of: RoundView, fmt: str) -> str:
+    """What LLaMA-Factory calls the data set, beside others of the same run."""
+    parts = [of.run.recipe.name]
+    if of.is_baseline:
+        parts.append(of.method)
+    if of.k < of.recipe.iterations:
+        parts.append(f"iteration-{of.k}")
+    if fmt == "llama-factory-sharegpt":
+        parts.append("sharegpt")
+    return "-".join(parts)
 
 
 def _export_reward(

@@ -69,7 +69,7 @@ def judge(
                 "Compare its models with selfsteer compare."
             )
         made = run.round(iteration, baseline=baseline)
-        source = run.own(made.folder / "preferences")
+        source = run.settled(made.folder / "preferences")
         principles = {t.id: t.principles.to_dict() for t in made.principles if t.principles}
         store = store or run.place("judgements")
         if not given and own is not None and label_sheet is None:
