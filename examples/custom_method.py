@@ -31,7 +31,8 @@ class FirstBad(PrincipledPairs):
         asked = self.ask(plan, policy)
         samples = plan(Sample(asked, {"good": policy, "bad": plan.base}, self.sampling))
         pairs = self.pairs(plan, samples, policy, principled=asked)
-        return self.train(plan, pairs, policy, plain_pair(self.training), self.training)
+        objective = plain_pair(self.training)
+        return self.train(plan, pairs, policy, objective, self.training, principled=asked)
 
 
 SETTINGS = {

@@ -2,7 +2,7 @@
 
 import ast
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import selfsteer
 from selfsteer.errors import ConfigError, SelfsteerError
 from selfsteer.formats.cards import compared, model_card
 from selfsteer.methods import METHODS, load_recipe, recipe_of
+from selfsteer.methods.base import Plan, plain_pair
 from selfsteer.methods.pbaa import PBAA
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.read import known_keys, load_values, method_of, recipe_names
@@ -260,6 +261,20 @@ def test_each_round_begins_with_the_policy_of_the_one_before(method: str) -> Non
         assert second.start.maker == first
         assert second.start.path == Path("runs/n/iteration-1/policy")
         assert second.reference == (first.start if reference == "first" else second.start)
+
+
+def test_a_round_that_would_overwrite_or_lack_something_is_refused_where_it_is_planned() -> None:
+    made = recipe("pbaa")
+    plan = Plan(made)
+    sample = Sample(plan.base, {"good": plan.base}, made.sampling)
+    with plan.at("pbaa", 1, "iteration-1"):
+        plan(sample)
+        plan(replace(sample, title="more"))
+        with pytest.raises(ValueError, match="two stages are called iteration-1/samples, so one"):
+            plan(sample)
+        objective = replace(plain_pair(made.training), weighting="dora")
+        with pytest.raises(ValueError, match=r"reads good/good, bad/bad, and .*principled=asked"):
+            made.train(plan, plan.base, plan.base, objective, made.training)
 
 
 def test_optional_parts_are_stages_where_they_are_asked_for() -> None:

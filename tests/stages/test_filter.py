@@ -7,7 +7,7 @@ import pytest
 
 from selfsteer.data.jsonl import dump_lines, read_jsonl
 from selfsteer.data.records import Preference, Triple
-from selfsteer.errors import ArtifactError, ConfigError
+from selfsteer.errors import ArtifactError, ConfigError, DataError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.recipe.sections import Bound, Filter, Hygiene
 from selfsteer.run.folder import RunFolder, read_dropped
@@ -212,6 +212,11 @@ def test_clean_counts_the_first_reason_that_applies() -> None:
     assert dropped == {"empty": 3, "too_short": 1, "good_equals_bad": 2, "equals_plain": 2}
     assert stripped == 0
     assert len(triples) == len(kept) + sum(dropped.values())
+
+
+def test_a_pair_without_its_other_half_is_no_pair() -> None:
+    with pytest.raises(DataError, match=r"triple t has no bad response, found good, plain; .*1\.0"):
+        Left([triple(good="Yes.", plain="No.")], Hygiene()).sift()
 
 
 def test_a_bound_of_zero_or_one_keeps_the_shortest_answers() -> None:

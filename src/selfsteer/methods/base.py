@@ -118,9 +118,17 @@ class Plan:
         Args:
             stage: gets its place, seed and model settings.
             shared: whether a baseline uses what it makes as well.
+
+        Raises:
+            ValueError: another stage has its name.
         """
         where = replace(self._where, method=None) if shared else self._where
         placed = replace(stage, where=where, **self._common)
+        if any(placed.name == other.name for other in self.stages):
+            raise ValueError(
+                f"two stages are called {placed.name}, so one would overwrite what the other "
+                "made; give one of them another title"
+            )
         self.stages.append(placed)
         return Artifact(self.folder / placed.outputs[0], placed)
 
@@ -284,9 +292,18 @@ class Aligning(Recipe):
             title: of the training.
             teacher: targets of the data.
             principled: records of the same ids with principles, where figures of pairs need them.
+
+        Raises:
+            ValueError: they need them, and they are not given.
         """
         figures = None
         if isinstance(objective, Objective) and objective.read:
+            beside = [name for name in objective.read if not name.startswith("plain/")]
+            if beside and principled is None:
+                raise ValueError(
+                    f"objective {objective.name} reads {', '.join(beside)}, and pairs hold no "
+                    "principles; call train(…, principled=asked)"
+                )
             longest = settings.max_length
             figures = plan(FigurePairs(data, principled, policy, objective, longest))
         measured = settings.selection.points > 0

@@ -19,7 +19,7 @@ from typing_extensions import override
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import Records, batched, dump_line, dump_lines, write_atomic
 from selfsteer.data.records import Dropped, Preference, Triple, feature_names, rules
-from selfsteer.errors import ArtifactError
+from selfsteer.errors import ArtifactError, DataError
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.principles.catalogue import BUILT_IN, Catalogue, load_catalogue
 from selfsteer.recipe.sections import Bound, Filter, Hygiene, Loading
@@ -118,8 +118,18 @@ class Left:
 
 
 def unfit(triple: Triple, hygiene: Hygiene) -> str | None:
-    """Why a triple, or a pair, teaches nothing; None where it may teach something."""
+    """Why a triple, or a pair, teaches nothing; None where it may teach something.
+
+    Raises:
+        DataError: it has no good or no bad response.
+    """
     texts = triple.responses
+    if missing := {"good", "bad"} - texts.keys():
+        raise DataError(
+            f"triple {triple.id} has no {' and no '.join(sorted(missing))} response, found "
+            f"{', '.join(texts)}; a pair is the good one over the bad one. A method whose rejected "
+            "answers are plain calls pairs(…, plain=1.0)"
+        )
     good, bad, plain = texts["good"], texts["bad"], texts.get("plain")
     faults = {
         "empty": not all(text.strip() for text in texts.values()),
