@@ -55,6 +55,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def test_a_bar_bounds_what_is_left_before_an_item_is_finished(clock: list[float]) -> None:
+    bar = Bar("samples", 100, None, most=90)
+    clock[0] += 10
+    bar.advance(0, 3000)
+    assert (bar.seconds_left, bar.facts()) == (None, "300 tok/s, at most 20 s left")
+
+
 def test_a_bar_knows_its_rate_and_what_is_left(clock: list[float]) -> None:
     bar = Bar("triples", 100, None)
     clock[0] += 10

@@ -130,7 +130,10 @@ def table(
 class Bar:
     """Counts items and, where given, tokens; knows its rate over the last minute or so."""
 
-    def __init__(self, label: str, total: int | None, progress: Progress | None) -> None:
+    def __init__(
+        self, label: str, total: int | None, progress: Progress | None, most: int | None = None
+    ) -> None:
+        self._most = most
         self.label, self.total, self.done, self.tokens = label, total, 0, 0
         self._skipped = 0
         self._progress = progress
@@ -186,6 +189,9 @@ class Bar:
             said.append(f"{items:,.1f}/s" if items >= 1 else f"{1 / items:,.1f} s each")
         if self.seconds_left:
             said.append(f"about {duration(self.seconds_left)} left")
+        elif tokens and self._most and self.total is not None:  # nothing is finished yet
+            left = (self.total - self.done) * self._most - self.tokens
+            said.append(f"at most {duration(max(left, 0) / tokens)} left")
         return ", ".join(said)
 
 
@@ -204,15 +210,16 @@ def watched(watcher: Callable[[Bar], None]) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None) -> Iterator[Bar]:
+def progress_bar(label: str, total: int | None, most: int | None = None) -> Iterator[Bar]:
     """A bar with rate and time left; plain lines, one per half minute, when piped.
 
     Args:
         label: what is being done.
         total: how many items; None where it is not known.
+        most: tokens of an item at most, which bound the time left before one is finished.
     """
     if not (err.is_terminal and sys.stderr.isatty() and is_main_process()) or "CI" in os.environ:
-        yield _begin(Bar(label, total, None))
+        yield _begin(Bar(label, total, None, most))
         return
     columns = (
         SpinnerColumn(),
@@ -223,7 +230,7 @@ def progress_bar(label: str, total: int | None) -> Iterator[Bar]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        yield _begin(Bar(escape(label), total, progress))
+        yield _begin(Bar(escape(label), total, progress, most))
 
 
 def _begin(bar: Bar) -> Bar:

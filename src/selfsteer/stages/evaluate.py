@@ -154,7 +154,10 @@ class Evaluate(Stage):
             # the same seeds for every model: what differs is the model
             seed = derive_seed(self.seed, "evaluation")
             asked = [Request(q.id, q.messages, derive_seed(seed, q.id)) for q in queries]
-            with Engines(run.path) as engines, progress_bar(label, len(queries)) as bar:
+            with (
+                Engines(run.path) as engines,
+                progress_bar(label, len(queries), params.max_new_tokens) as bar,
+            ):
                 # without a name, so that one model leaves memory before the next comes
                 found = ask(
                     engines.sampler(s.engine, str(model.path), self.loading, s.batch_size),

@@ -141,7 +141,7 @@ class Asking(Generic[R]):
             # where unfinished answers are kept, to be cut off is no fault
             return collapsed(sampled, unfinished_count=not sampling.keep_unfinished)
 
-        with progress_bar(label, len(records) * each) as bar:
+        with progress_bar(label, len(records) * each, params.max_new_tokens) as bar:
 
             def work(store: Path, part: Sequence[R]) -> Iterator[Record]:
                 nonlocal warned

@@ -151,7 +151,8 @@ def _audited(s: Subjects) -> dict[str, Any]:
     judge = load_judge(s.judge, s.folder / "judgements")
     asked, dropped = _probes(s, judge)
     answers = {}
-    with progress_bar("audit: answers", len(s.models) * len(asked) * len(CONTEXTS)) as bar:
+    count, most = len(s.models) * len(asked) * len(CONTEXTS), s.settings.sampling.max_new_tokens
+    with progress_bar("audit: answers", count, most) as bar:
         for label, source in s.models.items():
             answers[label] = _answers(s, resolve_path(source), asked, bar.advance)
     probes = [t for t in asked if all(_answered(found, t) for found in answers.values())]

@@ -699,7 +699,10 @@ def _sample(
     sampling, triples, count = next(own, recipe.sampling), probe.triples, len(probe.triples)
     models = dict.fromkeys(RESPONSES, "policy")
     asking = in_contexts(models, sampling)
-    with probe.timed("sampling"), progress_bar("sampling", count * len(models)) as bar:
+    with (
+        probe.timed("sampling"),
+        progress_bar("sampling", count * len(models), sampling.max_new_tokens) as bar,
+    ):
         said = asking.answers(
             triples,
             lambda source: engine,
