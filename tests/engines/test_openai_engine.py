@@ -22,7 +22,7 @@ import pytest
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message, Query, Verdict
-from selfsteer.engines import openai
+from selfsteer.engines import openai, usage
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
@@ -480,6 +480,7 @@ def test_counts_are_written_while_no_answer_comes(
     server: Server, engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers that came together just before: a kill in the pause after them loses no tokens."""
+    monkeypatch.setattr(usage, "SAVE_EVERY_S", 1e9)  # no answer writes them
     monkeypatch.setattr(openai, "SAVE_EVERY_S", 0.05)
     path, go_on = tmp_path / "usage.json", threading.Event()
 

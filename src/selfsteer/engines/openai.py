@@ -438,7 +438,15 @@ class OpenAIEngine(ProbedEngine):
     ) -> Iterator[Completion]:
         """What ``ask`` puts, while it goes on."""
         answered: SimpleQueue[Completion | None] = SimpleQueue()
-        asking, counting = self._start(ask(answered.put)), self._start(self._keep_counts())
+
+        async def work() -> None:
+            counting = asyncio.create_task(self._keep_counts())
+            try:
+                await ask(answered.put)
+            finally:
+                counting.cancel()
+
+        asking = self._start(work())
         asking.add_done_callback(lambda _: answered.put(None))
         try:
             while (answer := answered.get()) is not None:
@@ -447,7 +455,6 @@ class OpenAIEngine(ProbedEngine):
             asking.result()
         finally:
             asking.cancel()
-            counting.cancel()
 
     async def _keep_counts(self) -> None:
         """Writes the counts of answers that came together, after which none came for long."""
