@@ -355,10 +355,10 @@ def remove_read(task: str, left: Sequence[str], folder: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     """The Markdown page."""
-    sizes = sorted({r["records"] for r in rows})
     stopped = [r for r in rows if "on_disk" in r]
+    sizes = sorted({r["records"] for r in rows if r not in stopped})
     found = {(r["task"], r["records"]): r for r in rows if "on_disk" not in r}
-    shorter = {r["records"]: r["answer_words"] for r in rows if "answer_words" in r}
+    shorter = {n: r["answer_words"] for (_, n), r in found.items() if "answer_words" in r}
     names, dates = list(dict.fromkeys(r["task"] for r in rows)), [r["date"] for r in rows]
     columns = [f"{what} at {n:,}" for what in ("µs", "MB") for n in sizes]
     kept, had = "kept on disk, bytes/record", header["versions"]

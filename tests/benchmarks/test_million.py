@@ -56,10 +56,11 @@ def test_files_go_when_no_stage_left_reads_them_and_it_goes_on(
 def test_a_stage_that_was_ended_is_on_the_page(bench: Any) -> None:
     whole = {"task": "queries", "records": 10, "date": "2026-12-01", "us_per_record": 90.0}
     whole |= {"added_mb": 1.0, "written_mb": 2.0}
-    ended = {"task": "preferences", "records": 10, "date": "2026-12-01", "on_disk": 4}
+    ended = {"task": "preferences", "records": 30, "date": "2026-12-01", "on_disk": 4}
     ended |= {"stopped_after": 60.0, "seconds": 99.0, "peak_mb": 70, "written_mb": 1.0}
     header = {"cores": 2, "cpu": "X", "seed": 0}
     header["versions"] = {"python": "3", "numpy": "2", "torch": "2"}
     page = bench.table([whole, ended], header)
     assert "| preferences |" not in page
-    assert "10 records: stopped after 60 minutes (99 s of CPU time) in preferences, with 4" in page
+    assert "at 30" not in page
+    assert "30 records: stopped after 60 minutes (99 s of CPU time) in preferences, with 4" in page
