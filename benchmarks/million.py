@@ -1,17 +1,23 @@
-"""Every stage that asks no model, on many records: does memory stay flat, and the time of each?
+r"""Every stage that asks no model, on many records: does memory stay flat, and the time of each?
 
     python benchmarks/million.py                            # hours, and 20 GB of disk
     python benchmarks/million.py --sizes 10000 100000       # minutes
+    python benchmarks/million.py --sizes 10000000 --answer-words 20 --remove --minutes 240 \
+        --only queries "principles, picked" "sampling, scripted engine" preferences "export trl"
 
 Records are made up as they are written: queries of 60 words drawn from the tiny world's, answers
-of 120 words each. Models are scripted: the engine answers at once with words cut out of a long
-text, and log-probs are made of lengths.
+of 120 words each, or of `--answer-words`. Models are scripted: the engine answers at once with
+words cut out of a long text, and log-probs are made of lengths.
 Everything else is the program's own code, called as the stages call it, file to file.
 
 Each figure is measured in a process of its own, on one thread, after the same stage has worked on
 64 records, so that imports and tokenizers are loaded. Seconds are the process's CPU time; the peak
 is the highest resident memory of the whole process, and what comes on top of where it was before
 the stage began.
+
+With `--minutes` a stage under way is ended as well, and how far it came is a result. With
+`--remove` a file goes as soon as no stage that was asked for reads it. To go on, name the stages
+that are left with `--only`: each begins with what the one before it left on disk.
 """
 
 import argparse
@@ -20,6 +26,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +36,7 @@ from typing import Any
 from data_speed import peak_mb, reset_peak
 
 ROOT = Path(__file__).parent
-WARM = 64
+WARM, MB = 64, 2**20
 QUERY_WORDS, ANSWER_WORDS = 60, 120
 SETTINGS = (
     "principles={mode: picked, features: random}",
@@ -41,6 +48,17 @@ SETTINGS = (
 )
 #: Stages that ask for hours at a million are measured up to here.
 MOST = {"queries, near-duplicates": 1_000_000, "filter by scripted log-probs": 100_000}
+#: What the stages read in the folder of their size, by the first word of their names.
+READS = {
+    "queries": {"prompts.jsonl"},
+    "principles": {"queries.jsonl"},
+    "sampling": {"principles.jsonl"},
+    "filter": {"triples"},
+    "preferences": {"triples"},
+    "training's": {"preferences"},
+    "quality": {"preferences", "triples"},
+    "export": {"preferences", "triples"},
+}
 EXPORTED = (
     "trl",
     "trl-prompts",
@@ -66,14 +84,16 @@ def words(seed: int) -> list[str]:
 
 def write_prompts(path: Path, count: int, seed: int) -> None:
     """A file of prompts, unlike each other."""
-    import numpy as np
+    from selfsteer.data.jsonl import dump_line, write_atomic
 
-    text = np.array(words(seed))
-    rng = np.random.default_rng(seed)
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(count):
-            chosen = text[rng.integers(0, len(text), QUERY_WORDS)]
-            file.write(json.dumps({"prompt": " ".join(chosen) + "?"}) + "\n")
+    text, rng, piece = words(seed), random.Random(seed), QUERY_WORDS // 3
+    last = len(text) - piece
+
+    def prompt() -> str:
+        found = [text[i : i + piece] for i in (int(rng.random() * last) for _ in range(3))]
+        return " ".join(word for words in found for word in words) + "?"
+
+    write_atomic(path, (dump_line({"prompt": prompt()}) for _ in range(count)))
 
 
 class Scripted:
@@ -83,6 +103,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self._words = words(0)
+        self._length = int(os.environ.get("MILLION_ANSWER_WORDS", ANSWER_WORDS))
 
     def generate(
         self,
@@ -94,10 +115,10 @@ class Scripted:
         from selfsteer.engines.base import Completion
 
         for request in requests:
-            start = request.seed % (len(self._words) - ANSWER_WORDS)
-            answer = " ".join(self._words[start : start + ANSWER_WORDS])
+            start = request.seed % (len(self._words) - self._length)
+            answer = " ".join(self._words[start : start + self._length])
             advance(1, 0)
-            yield Completion(request.id, answer, "stop", QUERY_WORDS, ANSWER_WORDS)
+            yield Completion(request.id, answer, "stop", QUERY_WORDS, self._length)
 
 
 def placed(folder: Path, *more: str) -> dict[str, Any]:
@@ -268,7 +289,6 @@ def measure(task: str, folder: Path, count: int) -> dict[str, Any]:
     before, start, began = peak_mb(), time.process_time(), time.time()
     out = work(folder / str(count))
     seconds = time.process_time() - start
-    stats = [p.stat() for p in (folder / str(count)).rglob("*") if p.is_file()]
     return {
         "task": task,
         "records": count,
@@ -278,20 +298,67 @@ def measure(task: str, folder: Path, count: int) -> dict[str, Any]:
         "us_per_record": round(seconds / count * 1e6, 1),
         "peak_mb": round(peak_mb()),
         "added_mb": round(peak_mb() - before, 1),
-        "written_mb": round(sum(s.st_size for s in stats if s.st_mtime >= began) / 2**20, 1),
+        "written_mb": round(
+            sum(p.stat().st_size for p in since(folder / str(count), began)) / MB, 1
+        ),
     }
 
 
-def apart(task: str, folder: Path, count: int) -> dict[str, Any]:
-    """One figure, in a process of its own."""
+def since(folder: Path, began: float) -> list[Path]:
+    """The files that were written there from a moment on."""
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    return [p for p in found if p.stat().st_mtime >= began]
+
+
+def apart(task: str, folder: Path, count: int, seconds: float | None) -> dict[str, Any]:
+    """One figure, in a process of its own; what is on disk of it where the time is over before."""
+    began, start = time.time(), time.monotonic()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (task, folder, count))
+        try:
+            return pool.apply_async(measure, (task, folder, count)).get(seconds)
+        except multiprocessing.TimeoutError:
+            (child,) = multiprocessing.active_children()
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            written = since(folder / str(count), began)
+    records = 0
+    for path in written:
+        if re.fullmatch(r"shard-\d+\.jsonl|\..+\.jsonl\.partial", path.name):
+            with open(path, "rb") as file:
+                records += sum(1 for _ in file)
+    return {
+        "task": task,
+        "records": count,
+        "date": time.strftime("%Y-%m-%d"),
+        "stopped_after": round((time.monotonic() - start) / 60, 1),
+        "on_disk": records,
+        "seconds": round(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), 2),
+        "peak_mb": round(int(status.partition("VmHWM:")[2].split()[0]) / 1024),
+        "written_mb": round(sum(p.stat().st_size for p in written) / MB, 1),
+    }
+
+
+def reads(task: str) -> set[str]:
+    """Names of what a stage reads."""
+    return READS.get(task.split()[0].rstrip(","), set())
+
+
+def remove_read(task: str, left: Sequence[str], folder: Path) -> None:
+    """Removes what a stage read and none of those that are left reads."""
+    for name in reads(task).difference(*map(reads, left)):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     """The Markdown page."""
-    sizes = sorted({r["records"] for r in rows})
-    found = {(r["task"], r["records"]): r for r in rows}
+    stopped = [r for r in rows if "on_disk" in r]
+    sizes = sorted({r["records"] for r in rows if r not in stopped})
+    found = {(r["task"], r["records"]): r for r in rows if "on_disk" not in r}
+    shorter = {n: r["answer_words"] for (_, n), r in found.items() if "answer_words" in r}
     names, dates = list(dict.fromkeys(r["task"] for r in rows)), [r["date"] for r in rows]
     columns = [f"{what} at {n:,}" for what in ("µs", "MB") for n in sizes]
     kept, had = "kept on disk, bytes/record", header["versions"]
@@ -311,13 +378,24 @@ def table(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     ]
     for name in names:
         mine = [found.get((name, n)) for n in sizes]
-        last = next(r for r in reversed(mine) if r is not None)
-        each = last["added_mb"] * 2**20 / last["records"]
+        last = next((r for r in reversed(mine) if r is not None), None)
+        if last is None:
+            continue
+        each = last["added_mb"] * MB / last["records"]
         cells = [f"{r['us_per_record']:,.0f}" if r else "-" for r in mine]
         cells += [f"{r['added_mb']:,.0f}" if r else "-" for r in mine]
         sized = [r for r in mine if r and "written_mb" in r]
-        disk = f"{sized[-1]['written_mb'] * 2**20 / sized[-1]['records']:,.0f}" if sized else "-"
+        disk = f"{sized[-1]['written_mb'] * MB / sized[-1]['records']:,.0f}" if sized else "-"
         lines.append(f"| {name} | {' | '.join(cells)} | {each:,.0f} | {disk} |")
+    for count, words in sorted(shorter.items()):
+        lines += ["", f"At {count:,} records an answer has {words} words, not {ANSWER_WORDS}."]
+    for r in stopped:
+        lines += [
+            "",
+            f"{r['records']:,} records: stopped after {r['stopped_after']:,.0f} minutes "
+            f"({r['seconds']:,.0f} s of CPU time) in {r['task']}, with {r['on_disk']:,} records "
+            f"and {r['written_mb']:,.0f} MB on disk; it had held {r['peak_mb']:,} MB at most.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -343,39 +421,51 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--only", nargs="+", help="names of stages; default: all")
-    parser.add_argument("--minutes", type=float, help="begin no stage later")
+    parser.add_argument("--minutes", type=float, help="end the stage under way then")
+    parser.add_argument("--answer-words", type=int, default=ANSWER_WORDS)
+    parser.add_argument("--remove", action="store_true", help="files that no stage left reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-million"))
     parser.add_argument("--output", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
+    os.environ["MILLION_ANSWER_WORDS"] = str(args.answer_words)
     there = args.output / "million.json"
     rows: list[dict[str, Any]] = json.loads(there.read_text())["rows"] if there.exists() else []
     order = [name for name, _ in tasks()]
+    began = time.monotonic()
+    chosen = {
+        n: [t for t in order if (t in args.only if args.only else n <= MOST.get(t, n))]
+        for n in args.sizes
+    }
     for count in (WARM, *args.sizes):
         folder = args.work / str(count)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "prompts.jsonl").exists():
+        needed = count == WARM or any("prompts.jsonl" in reads(t) for t in chosen[count])
+        if needed and not (folder / "prompts.jsonl").exists():
             write_prompts(folder / "prompts.jsonl", count, args.seed)
     warmed: set[str] = set()
-    began = time.monotonic()
     for count in args.sizes:
-        for task, work in tasks():
-            chosen = task in args.only if args.only else count <= MOST.get(task, count)
-            if not chosen:
-                continue
-            if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
+        for number, task in enumerate(chosen[count]):
+            if task not in warmed:
+                dict(tasks())[task](args.work / str(WARM))
+                warmed.add(task)
+            left = began + args.minutes * 60 - time.monotonic() if args.minutes else None
+            if left is not None and left <= 0:
                 print(f"stopped before {task!r} at {count:,}: {args.minutes:g} minutes are over")
                 return
-            if task not in warmed:
-                work(args.work / str(WARM))
-                warmed.add(task)
-            made = apart(task, args.work, count)
+            made = apart(task, args.work, count, left)
+            if args.answer_words != ANSWER_WORDS:
+                made["answer_words"] = args.answer_words
             rows = [r for r in rows if (r["task"], r["records"]) != (task, count)] + [made]
-            print(json.dumps(rows[-1]), flush=True)
+            print(json.dumps(made), flush=True)
             write_results(
                 sorted(rows, key=lambda r: order.index(r["task"])), args.seed, args.output
             )
+            if "on_disk" in made:
+                return
+            if args.remove:
+                remove_read(task, chosen[count][number + 1 :], args.work / str(count))
             if task.startswith("import "):
                 shutil.rmtree(args.work / str(count) / f"export-{task.removeprefix('import ')}")
     print((args.output / "million.md").read_text())

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import pytest
 
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.records import Message, Query, Verdict
+from selfsteer.engines import openai, usage
 from selfsteer.engines.answers import answers
 from selfsteer.engines.base import (
     PROMPT_TOO_LONG,
@@ -472,6 +474,34 @@ def test_counts_of_a_run_go_on(engine: Make, tmp_path: Path) -> None:
     assert (second.counts["requests"], second.counts["prompt_tokens"]) == (5, 50)
     assert (second.here["requests"], second.here["prompt_tokens"]) == (2, 20)
     assert Usage(path).counts == second.counts
+
+
+def test_counts_are_written_while_no_answer_comes(
+    server: Server, engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that came together just before: a kill in the pause after them loses no tokens."""
+    monkeypatch.setattr(usage, "SAVE_EVERY_S", 1e9)  # no answer writes them
+    monkeypatch.setattr(openai, "SAVE_EVERY_S", 0.05)
+    path, go_on = tmp_path / "usage.json", threading.Event()
+
+    def answer(body: dict[str, Any]) -> str:
+        if body["messages"][-1]["content"] == "Query 3":
+            assert go_on.wait(60)
+        return say(body)
+
+    server.answer = answer
+    requests = [Request(f"q{i}", tuple(c), i) for i, c in enumerate(CONVERSATIONS[:4])]
+    found = engine(Usage(path)).generate(requests, GREEDY)
+    try:
+        said = sum(next(found).completion_tokens for _ in range(3))
+        until = time.monotonic() + 60
+        while not path.exists() or Usage(path).counts["completion_tokens"] < said:
+            assert time.monotonic() < until, "not written"
+            time.sleep(0.01)
+    finally:
+        go_on.set()
+    assert Usage(path).counts["prompt_tokens"] == 30
+    assert [c.id for c in found] == ["q3"]
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(

@@ -43,7 +43,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.pace import BUSY, Pace
-from selfsteer.engines.usage import Usage
+from selfsteer.engines.usage import SAVE_EVERY_S, Usage
 from selfsteer.errors import ConfigError, EngineError, clip, short
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.reasoning import bare_thoughts, split
@@ -438,7 +438,15 @@ class OpenAIEngine(ProbedEngine):
     ) -> Iterator[Completion]:
         """What ``ask`` puts, while it goes on."""
         answered: SimpleQueue[Completion | None] = SimpleQueue()
-        asking = self._start(ask(answered.put))
+
+        async def work() -> None:
+            counting = asyncio.create_task(self._keep_counts())
+            try:
+                await ask(answered.put)
+            finally:
+                counting.cancel()
+
+        asking = self._start(work())
         asking.add_done_callback(lambda _: answered.put(None))
         try:
             while (answer := answered.get()) is not None:
@@ -447,6 +455,12 @@ class OpenAIEngine(ProbedEngine):
             asking.result()
         finally:
             asking.cancel()
+
+    async def _keep_counts(self) -> None:
+        """Writes the counts of answers that came together, after which none came for long."""
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            self.usage.save(now=True)
 
     async def _ask_all(
         self,

@@ -18,7 +18,7 @@ COUNTED = ("requests", "retried", "prompt_tokens", "completion_tokens")
 #: What of those tokens was asked in batches; stored where there are any.
 BATCHED = ("batch_prompt_tokens", "batch_completion_tokens")
 
-#: Seconds between two writings of the counts.
+#: Seconds between two writings of the counts, at most while a server is asked.
 SAVE_EVERY_S = 2.0
 
 
@@ -68,6 +68,7 @@ class Usage:
         #: tokens that requests under way may still use
         self.under_way = 0
         self._before, self._saved = self.counts.copy(), time.monotonic()
+        self._stored: dict[str, Any] = {}
 
     @property
     def here(self) -> Counter[str]:
@@ -80,9 +81,10 @@ class Usage:
         self.counts["completion_tokens"] += completion_tokens
 
     def save(self, *, now: bool = False) -> None:
-        """Writes the counts, every other second or now."""
+        """Writes the counts if there is anything new, every other second or now."""
         if self.path is not None and (now or time.monotonic() - self._saved > SAVE_EVERY_S):
             batches = {"batches": sorted(self.batches)} if self.batches else {}
             stored = as_stored(self.counts, self.price) | batches
-            write_atomic(self.path, json.dumps(stored) + "\n")
-            self._saved = time.monotonic()
+            if stored != self._stored:
+                write_atomic(self.path, json.dumps(stored) + "\n")
+                self._stored, self._saved = stored, time.monotonic()
