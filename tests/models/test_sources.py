@@ -22,7 +22,7 @@ from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.errors import ArtifactError, ConfigError
-from selfsteer.models import adapters
+from selfsteer.models import adapters, save
 from selfsteer.models.load import (
     check_trainable,
     configured_stops,
@@ -242,7 +242,7 @@ def test_adapters_know_a_base_that_is_another_by_now(
     base = tmp_path / "base"
     shutil.copytree(checkpoints["llama"], base)
     adapter = make_adapter(tmp_path / "adapter", base)
-    adapters.note_base(adapter, str(base))
+    save._note_base(adapter, str(base))
     merge_adapter(adapter, tmp_path / "one", CPU, None)
     (base / "README.md").write_text("what is beside the weights may change")
     merge_adapter(adapter, tmp_path / "two", CPU, None)

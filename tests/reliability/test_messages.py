@@ -12,6 +12,7 @@ import pytest
 
 from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, SamplingParams
 from selfsteer.errors import DataError, clip, listed, short, some
+from selfsteer.principles.contexts import CONTEXTS
 from selfsteer.terminal import out
 from selfsteer.verbs import chat
 from tests.e2e.support import TESTBED, Here, fails
@@ -125,6 +126,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> dict[str, dict[str,
     talk = chat.Chat.__new__(chat.Chat)
     principles = SimpleNamespace(good="g", bad="b", system="")
     vars(talk).update(principles=principles, seed=0, contrast=None, params=SamplingParams())
+    talk.contexts = CONTEXTS
     vars(talk).update(engines={"base": FakeEngine(lambda request: next(said))})
     return talk.answers("Hi")
 

@@ -13,6 +13,10 @@ from selfsteer.data.jsonl import readable
 #: What peft calls the file that makes a folder one of adapters.
 ADAPTER_CONFIG = "adapter_config.json"
 
+#: Beside adapters: ``weights``, the digest of those that they were trained on. Their config names
+#: the base by a path, which may later lead to another model.
+BASE = "base.json"
+
 
 def digest(value: Any) -> str:
     """16 hex digits over any JSON value; equal values give equal digests."""
@@ -100,6 +104,15 @@ def adapter_base(folder: Path) -> str | None:
     if not base or not isinstance(base, str):
         return None
     return f"{base}@{revision}" if revision and is_hub_id(base) else base
+
+
+def weights_digest(model: str) -> str | None:
+    """Identifies the weights of a folder or a file, whatever is beside them; None: no weights."""
+    path = Path(model)
+    if not model or path.is_file():
+        return digest_path(path) if model else None
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    return digest([[p.name, digest_path(p)] for p in found]) if found else None
 
 
 def derive_seed(*parts: Any) -> int:

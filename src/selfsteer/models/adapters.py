@@ -10,13 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from selfsteer.data.artifacts import read_json
-from selfsteer.data.digests import ADAPTER_CONFIG, digest, digest_path
-from selfsteer.data.jsonl import write_atomic
+from selfsteer.data.digests import ADAPTER_CONFIG, BASE, weights_digest
 from selfsteer.errors import ArtifactError, clip
 from selfsteer.recipe.sections import Loading
-
-#: Holds a digest of the weights that adapters were trained on.
-BASE = "base.json"
 
 #: Seconds that all expressions of a config may take on the names of a model's modules.
 MATCH_S = 10.0
@@ -107,36 +103,19 @@ def adapter_config(adapter: Path, settings: Loading) -> AdapterConfig:
     return config
 
 
-def note_base(adapter: Path, base: str) -> None:
-    """Writes beside adapters which weights they were trained on, if the base is on this machine.
-
-    Their config names the base by a path, which may later lead to another model.
-    """
-    if base and (weights := _weights_digest(base)):
-        write_atomic(adapter / BASE, json.dumps({"weights": weights}) + "\n")
-
-
 def check_base(adapter: Path, base: str) -> None:
-    """Fails where `note_base` saw other weights.
+    """Fails where adapters say that they were trained on other weights.
 
     Raises:
-        ArtifactError: it did.
+        ArtifactError: they do.
     """
     path = adapter / BASE
     noted = read_json(dict[str, str], path, "Fetch the adapters again.") if path.is_file() else {}
-    if noted and noted.get("weights") != _weights_digest(base):
+    if noted and noted.get("weights") != weights_digest(base):
         raise ArtifactError(
             f"The adapters in {adapter} were trained on other weights than {base} now holds, which "
             "is what they name as their base. Give the right one: selfsteer merge --base MODEL."
         )
-
-
-def _weights_digest(base: str) -> str | None:
-    path = Path(base)
-    if path.is_file():
-        return digest_path(path)
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    return digest([[p.name, digest_path(p)] for p in found]) if found else None
 
 
 def check_expressions(config: AdapterConfig, adapter: Path, names: Iterable[str]) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from selfsteer.data.digests import BASE, weights_digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, NumericsError, short
 from selfsteer.models import tree
-from selfsteer.models.adapters import note_base
 from selfsteer.models.finite import broken_weight
 
 if TYPE_CHECKING:
@@ -172,13 +172,19 @@ def stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, buffer
 
 
+def _note_base(adapter: Path, base: str) -> None:
+    """Writes beside adapters which weights they were trained on, where they are on this machine."""
+    if weights := weights_digest(base):
+        write_atomic(adapter / BASE, json.dumps({"weights": weights}) + "\n")
+
+
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
     _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
     model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
-    note_base(folder, model.peft_config["default"].base_model_name_or_path or "")
+    _note_base(folder, model.peft_config["default"].base_model_name_or_path or "")
     if not getattr(model, "is_quantized", False):
         return model.merge_and_unload()
     # merged into the weights as they were before quantisation, which rounded them
