@@ -134,8 +134,9 @@ def main() -> None:
         app()
     except SelfsteerError as e:
         _fail(str(e), e.exit_code)
-    except SystemExit as e:
-        if e.code == 130:  # what typer makes of Ctrl-C
+    except (SystemExit, KeyboardInterrupt) as e:
+        # what typer makes of Ctrl-C, but while it builds its commands
+        if isinstance(e, KeyboardInterrupt) or e.code == 130:
             way_on = stopping.way_on
             then = f". Go on with: {way_on}" if way_on else ", and the same command resumes"
             kept = f"finished work is kept{then}" if stopping.keeps else "nothing is kept"

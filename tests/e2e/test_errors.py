@@ -249,7 +249,7 @@ def test_a_training_that_never_began_does_not_take_the_name(tmp_path: Path, here
     }
     (tmp_path / "t.jsonl").write_text(json.dumps(line) + "\n")
     args = ("train", TESTBED, tmp_path / "t.jsonl", f"output={tmp_path / 'out'}", "epochs=2")
-    fails(here(*args, "objective=sso"), 2, "has no principles")
+    fails(here(*args, "objective=sso"), 2, "Nothing to train on", "1 no_plain")
     nan = ("learning_rate=1e30", "max_grad_norm=1e30", "warmup=0", "save_every_steps=1")
     fails(here(*args, "objective=pbaa", *nan), 3, "became nan")
     fails(here(*args, "objective=pbaa"), 2, "begun with other settings")

@@ -154,6 +154,36 @@ def test_curves_of_a_training_with_several_terms_are_those_of_its_plain_term(
     assert found == {"loss": [1.0] * 5, "rewards/margins": [0.0, 1.0, 2.0, 3.0, 4.0]}
 
 
+def test_accuracies_are_of_the_judge_that_compares(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "features: [{name: Brevity, good_adjective: brief, bad_adjective: long, good: Be brief., "
+        "bad: Be long., checks: [{words: {max: 5}}]}]"
+    )
+    judge = ("--judge", f"checks:{rules}", "--json")
+    (alone,) = report(here("judge", smoke, *judge))["judges"]
+    found = report(here("compare", smoke, *judge))["entrants"]["sso"]["quality"]
+    quality = json.loads((smoke / "iteration-1" / "quality.json").read_text())
+    assert found["accuracy"] == pytest.approx(alone["accuracy"])
+    assert found["accuracy"] != pytest.approx(quality["preferences"]["accuracy"])
+
+
+def test_a_judge_that_has_changed_since_is_named(smoke: Path, tmp_path: Path, here: Here) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    assert report(here("compare", run, "--json"))["rejudged"] == {}
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    now = evaluation["models"]["sso/iteration-1"]["score"][0]
+    evaluation["models"]["sso/iteration-1"]["score"][0] = now - 0.1
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    accepted(run)
+    ended = here("compare", run, "--json")
+    assert report(ended)["rejudged"] == {"sso": [pytest.approx(now - 0.1), pytest.approx(now)]}
+    assert "sso was evaluated with a score of" in ended.err
+
+
 def test_two_runs_of_the_same_answers_differ_in_nothing(
     smoke: Path, tmp_path: Path, here: Here
 ) -> None:

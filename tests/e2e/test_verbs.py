@@ -75,6 +75,19 @@ def test_train_takes_the_authors_json_and_every_argument(tmp_path: Path, here: H
     fails(here(*args[:-1], "seed=3", args[-1]), 2, "Choose another output")
 
 
+def test_train_drops_what_lacks_what_the_objective_reads(tmp_path: Path, here: Here) -> None:
+    path, rows = tmp_path / "a.json", authors_records(4)
+    rows[1]["raw"] = ""
+    del rows[2]["p_system"], rows[2]["n_system"]
+    path.write_text(json.dumps(rows))
+    args = ("train", TESTBED, path, "learning_rate=1e-6", "--json")
+    ended = here(*args, "objective=sso", f"output={tmp_path / 'sso'}")
+    found = json.loads(ended.out)
+    assert (found["n_out"], found["dropped"]) == (2, {"no_plain": 1, "no_principles": 1})
+    ended = here(*args, "objective=pbaa", f"output={tmp_path / 'pbaa'}")
+    assert json.loads(ended.out)["n_out"] == 4
+
+
 def test_train_refuses_what_the_objective_ignores(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(authors_records(2)))

@@ -190,6 +190,19 @@ def test_baseline_answers_are_found_by_id_or_by_question(tmp_path: Path) -> None
             read_baseline(settings, questions)
 
 
+def test_a_baseline_of_other_questions_is_refused_whatever_its_ids(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", *({"id": i, "prompt": f"{i}?"} for i in "abc"))
+    answers = tmp_path / "a.jsonl"
+    settings = JudgedSet(style="alpaca-eval", questions=path, baseline=str(answers))
+    questions = read_questions(settings)
+    # in another order, each answer still goes with the question beside it
+    write(answers, {"id": "a", "prompt": "b?", "output": "B."}, {"id": "c", "output": "C."})
+    assert read_baseline(settings, questions) == {"b": "B.", "c": "C."}
+    write(answers, {"id": "a", "prompt": "Something else?", "output": "No."})
+    with pytest.raises(DataError, match=r"line 1 has the id of question 'a' and states another"):
+        read_baseline(settings, questions)
+
+
 def test_references_are_texts_or_numbers_and_a_turn_may_have_none(tmp_path: Path) -> None:
     path = write(
         tmp_path / "q.jsonl",

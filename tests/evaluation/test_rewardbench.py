@@ -251,10 +251,14 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         row("x", "a", None),
         row("x", "a", []),
         {"chosen": "a", "rejected": "b"},
+        {
+            side: [{"role": "user", "content": side}, {"role": "assistant", "content": answer}]
+            for side, answer in (("chosen", "a"), ("rejected", "b"))
+        },
     ]
     items, dropped, examples = read_items(((f"line {i}", r) for i, r in enumerate(rows, 1)), "x")
     assert len(items) == 1
-    assert dropped == {"equal": 1, "malformed": 2, "unknown_shape": 1}
+    assert dropped == {"equal": 1, "malformed": 2, "unknown_shape": 1, "prompts_differ": 1}
     assert examples[0].startswith("line 2: ")
     assert examples[1].startswith("line 3: rejected must be a text")
 

@@ -135,6 +135,14 @@ def _given_id(row: Mapping[str, Any]) -> str | None:
     return next((str(row[k]) for k in _IDS if row.get(k) is not None), None)
 
 
+def _stated(row: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    """The question beside an answer, which may come without one."""
+    try:
+        return _question(row).start
+    except DataError:
+        return None
+
+
 def _is_number(value: Any) -> bool:
     return is_number(value) and not isinstance(value, bool)
 
@@ -145,27 +153,34 @@ def read_baseline(settings: JudgedSet, questions: Sequence[Question]) -> dict[st
     Rows that selfsteer itself wrote for an unanswered question do not count.
 
     Raises:
-        DataError: a row is no answer, a question has two, or none has one.
+        DataError: a row is no answer or states another question than the one with its id, a
+            question has two answers, or none has one.
     """
     assert settings.baseline is not None
-    wanted = {q.id: q.id for q in questions} | {content_id(q.start): q.id for q in questions}
+    by_id = {q.id: q for q in questions}
+    by_content = {content_id(q.start): q for q in questions}
     found: dict[str, str] = {}
     for where, row in read(read_rows(resolve_path(settings.baseline)), dict):
         answer = next((row[k] for k in _ANSWERS if isinstance(row.get(k), str)), None)
         if answer is None:
             raise DataError(f"{where} is not an answer: it needs 'response' or 'output', a text.")
-        try:
-            question = _question(row)
-            key = wanted.get(question.id) or wanted.get(content_id(question.start))
-        except DataError:  # an answer may come without its question
-            key = wanted.get(_given_id(row) or "")
+        beaten, stated = by_id.get(_given_id(row) or ""), _stated(row)
+        if stated and (beaten is None or content_id(beaten.start) != content_id(stated)):
+            same = by_content.get(content_id(stated))
+            if same is None and beaten and beaten.start[-1].content != stated[-1].content:
+                raise DataError(
+                    f"{where} has the id of question {short(beaten.id)} and states another one, "
+                    f"{short(stated[-1].content)}, not {short(beaten.start[-1].content)}. Give "
+                    "the answers to these questions."
+                )
+            beaten = same or beaten
         lost = str(row.get("finish_reason")).startswith((PROMPT_TOO_LONG, REQUEST_FAILED))
-        if key is None or row.get("missing") or lost:
+        if beaten is None or row.get("missing") or lost:
             continue
-        if found.setdefault(key, answer) != answer:
+        if found.setdefault(beaten.id, answer) != answer:
             raise DataError(
-                f"{where} answers question {short(key)} differently from an earlier line. Keep the "
-                "answers of one model."
+                f"{where} answers question {short(beaten.id)} differently from an earlier line. "
+                "Keep the answers of one model."
             )
     if not found:
         raise DataError(

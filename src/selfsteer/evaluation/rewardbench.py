@@ -96,7 +96,8 @@ def read_items(rows: Rows, default_subset: str) -> tuple[list[Item], Counter[str
     what comes before the answer in ``chosen``.
 
     Returns:
-        The items, drops by reason (``equal``: a chosen answer is also a rejected one; others as
+        The items, drops by reason (``equal``: a chosen answer is also a rejected one;
+        ``prompts_differ``: two conversations that do not ask the same; others as
         `selfsteer.data.shapes.asked` has them), and the first drop of each reason in words.
     """
     drops = Drops()
@@ -109,15 +110,21 @@ def _item(row: Mapping[str, Any], default_subset: str) -> Item:
     chosen = _answers(row.get("chosen"), "chosen")
     rejected = _answers([row[k] for k in several] or row.get("rejected"), "rejected")
     query = asked(row).query
+    sides = [row.get("chosen"), row.get("rejected")]
+    if all(map(_is_chat, sides)) and sides[0][:-1] != sides[1][:-1]:
+        raise Unusable("prompts_differ", "chosen and rejected do not answer the same prompt")
     if set(chosen) & set(rejected):
         raise Unusable("equal", "a chosen answer is also a rejected one")
     return Item(query.id, str(row.get("subset") or default_subset), query, chosen, rejected)
 
 
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, Mapping) for x in value)
+
+
 def _answers(value: Any, name: str) -> tuple[str, ...]:
     """The answers in a cell; of a conversation its last turn."""
-    is_chat = isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value)
-    found = value[-1].get("content") if is_chat else value
+    found = value[-1].get("content") if _is_chat(value) else value
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{name} must be a text, texts or a conversation, found {short(value)}")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,18 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
 
     Raises:
         ConfigError: the output holds something made with other settings or ranks.
-        DataError: the triples lack a response that the objective needs, or none is left of them.
+        DataError: no triple has what the objective needs.
     """
     output = Path(os.path.expanduser(config.output))
-    model = resolve_path(model)
+    model, objective = resolve_path(model), _objective(config)
+    needed = {*objective.sequences, *objective.read}
     found = import_records(triples_path, trainable=True)
     for example in found.examples:
         warn(f"dropped: {example}")
     dropped, triples = list(found.drops), list[Triple]()
     for record in found.records:
         triple: Any = record.to_triple() if isinstance(record, Preference) else record
-        if why := teaches_nothing(triple, keep_unfinished=config.keep_unfinished):
+        if why := teaches_nothing(triple, needed, keep_unfinished=config.keep_unfinished):
             dropped.append(Dropped(triple.id, why, triple))
         else:
             triples.append(triple)
@@ -87,10 +89,25 @@ def train_offline(model: str, triples_path: Path, config: TrainConfig) -> dict[s
             return _train(model, triples, dropped, config, work, made)
 
 
-def teaches_nothing(triple: Triple, *, keep_unfinished: bool) -> str | None:
-    """Why a run would drop this triple: ``no_pair``, ``unfinished``, or as `unfit` says."""
+def teaches_nothing(
+    triple: Triple, sequences: Collection[str], *, keep_unfinished: bool
+) -> str | None:
+    """Why a run would drop this triple.
+
+    Args:
+        triple: to look at.
+        sequences: that the objective reads, as ``context/response``.
+        keep_unfinished: whether answers may lack their end.
+
+    Returns:
+        ``no_pair``, ``no_plain``, ``no_principles``, ``unfinished``, or as `unfit` says.
+    """
     if not {"good", "bad"} <= triple.responses.keys():
         return "no_pair"
+    if "plain" not in triple.responses and any(s.endswith("/plain") for s in sequences):
+        return "no_plain"
+    if triple.principles is None and not all(s.startswith("plain/") for s in sequences):
+        return "no_principles"
     if not keep_unfinished and not all(map(triple.finished, triple.responses)):
         return "unfinished"
     return unfit(triple, Hygiene())
@@ -102,6 +119,10 @@ def _nothing_left(dropped: list[Dropped]) -> DataError:
     return DataError(f"Nothing to train on: all {len(dropped):,} records are dropped ({reasons}).")
 
 
+def _objective(config: TrainConfig) -> Objective:
+    return Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS}))
+
+
 def _train(
     model: str,
     triples: list[Triple],
@@ -110,10 +131,7 @@ def _train(
     work: RunFolder,
     made: dict[str, Any],
 ) -> dict[str, Any]:
-    objective, output = (
-        Objective.named(config.objective, **config.model_dump(include={"base", *CONSTANTS})),
-        Path(os.path.expanduser(config.output)),
-    )
+    objective, output = _objective(config), Path(os.path.expanduser(config.output))
     check_trainable(model, config, config.lora)
     loaded = load_to_train(model, config, config.lora)
     n_in = len(triples) + len(dropped)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from selfsteer.errors import ConfigError
-from selfsteer.terminal import interval, out, table
+from selfsteer.terminal import interval, out, table, warn
 from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
 
 
@@ -55,6 +55,12 @@ def compare(
                 "--judge own; if not, name a judge of your own with --judge."
             )
     report = comparing.compare(found, chosen, by=by, examples=examples, seed=seed)
+    for label, (then, now) in report["rejudged"].items():
+        warn(
+            f"{label} was evaluated with a score of {then:.3f}, and the same judge now gives "
+            f"{now:.3f}: its rules or its model have changed. Scores and accuracies here are what "
+            "it says now."
+        )
     emit(report, as_json, print_comparison)
 
 

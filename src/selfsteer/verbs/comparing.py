@@ -130,18 +130,30 @@ def compare(
         tokens = np.array([e.answers[i].tokens for i in ids], dtype=np.float64)
         answered.append(Answered(e.label, texts, tokens, scores))
     first, *others = answered
+    judged = {e.label: _judged_pairs(e, judge_settings, seed) for e in found}
     return {
         "queries": len(ids),
         "not_shared": {e.label: len(e.answers) - len(ids) for e in found},
         "judge": judge.name if judge else None,
+        "rejudged": _rejudged(found, answered, judge),
         "class": key,
         "first": first.label,
-        "entrants": {e.label: _own(e, a, seed) for e, a in zip(found, answered, strict=True)},
+        "entrants": {
+            e.label: _own(e, a, judged[e.label], seed) for e, a in zip(found, answered, strict=True)
+        },
         "differences": {
             other.label: _difference(queries, first, other, judge, classes, examples, seed)
             for other in others
         },
-        "features": {e.label: _features(e, judge_settings, seed) for e in found},
+        "features": {
+            e.label: {
+                name: {"pairs": n, "accuracy": figure}
+                for name, (n, figure) in by_group(
+                    *judged[e.label], np.random.default_rng(seed)
+                ).items()
+            }
+            for e in found
+        },
     }
 
 
@@ -182,15 +194,25 @@ def query_classes(queries: Sequence[Query], by: str | None) -> tuple[str, list[s
     return "prompt length, in thirds", names.tolist()
 
 
-def _own(e: Entrant, answered: Answered, seed: int) -> dict[str, Any]:
-    """What the run itself measured of this policy's data and training, and its score."""
+def _own(
+    e: Entrant, answered: Answered, judged: tuple[Sequence[float | None], Any], seed: int
+) -> dict[str, Any]:
+    """What the run itself measured of this policy's data and training, and what the judge says.
+
+    Accuracy is the judge's as well: that of the run's own files may be another's.
+    """
+    worth = [w for w in judged[0] if w is not None]
     quality = e.last.quality.preferences if e.last and e.last.quality else None
     out = {
         "run": str(e.run.folder),
         "method": e.method,
         "tokens": float(answered.tokens.mean()),
         "quality": quality
-        and {k: getattr(quality, k) for k in ("accuracy", "on_policyness", "tokens")},
+        and {
+            "accuracy": float(np.mean(worth)) if worth else None,
+            "on_policyness": quality.on_policyness,
+            "tokens": quality.tokens,
+        },
         "steering_gap": quality and quality.steering_gap,
         "seconds": e.run.seconds_of(e.method) if e.last else None,
         "curves": curves(e.last) if e.last else {},
@@ -258,13 +280,34 @@ def _difference(
     return out
 
 
-def _features(e: Entrant, settings: JudgeConfig | None, seed: int) -> dict[str, Any]:
-    """Accuracy of the run's preferences by the feature that their principles name."""
+def _rejudged(
+    found: Sequence[Entrant], answered: Sequence[Answered], judge: Judge | None
+) -> dict[str, tuple[float, float]]:
+    """Entrants whose run holds another score by the same judge: (then, now).
+
+    Its rules, or its model, have changed since. Only where all answers of the run are compared.
+    """
+    out = {}
+    for e, a in zip(found, answered, strict=True):
+        own = e.run.evaluation
+        model = own and own.models.get(own.finals.get(e.method, e.method))
+        if judge is None or not own or not model or own.judge != judge.name:
+            continue
+        if a.scores is None or model.score is None or len(a.texts) < len(e.answers):
+            continue
+        now = known_interval(a.scores, np.random.default_rng(0))
+        if now and abs(now[0] - model.score[0]) > 1e-6:
+            out[e.label] = (model.score[0], now[0])
+    return out
+
+
+def _judged_pairs(
+    e: Entrant, settings: JudgeConfig | None, seed: int
+) -> tuple[list[float | None], list[tuple[str, ...]]]:
+    """Of some pairs that a policy was trained on: the judge's `worth`, and the features named."""
     judge = load_judge(settings, e.run.place("judgements"))
     if e.last is None or judge is None:
-        return {}
+        return [], []
     found = sorted(e.last.preferences, key=lambda p: derive_seed(seed, "compare", p.id))[:PAIRS]
     pairs = [Pair(p.query, p.chosen, p.rejected) for p in found]
-    named = list(map(named_features, found))
-    groups = by_group(worths(judge, pairs), named, np.random.default_rng(seed))
-    return {name: {"pairs": n, "accuracy": figure} for name, (n, figure) in groups.items()}
+    return worths(judge, pairs), list(map(named_features, found))
