@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +114,25 @@ def test_early_notice_has_no_limit_and_a_kill_after_it_has() -> None:
 
     deferring(work)
     assert stopping.exit_code() == 143
+
+
+def test_an_interrupt_in_a_text_that_is_executed_ends_with_the_code(tmp_path: Path) -> None:
+    """As of dataclasses, which are made that way; `python -m` then ended by SIGINT instead."""
+    (tmp_path / "interrupted.py").write_text(
+        "from selfsteer import cli\n"
+        "def app():\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM)')\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 143
+    assert ran.stderr == (
+        "selfsteer: interrupted; finished work is kept, and the same command resumes\n"
+    )

@@ -154,9 +154,7 @@ def test_curves_of_a_training_with_several_terms_are_those_of_its_plain_term(
     assert found == {"loss": [1.0] * 5, "rewards/margins": [0.0, 1.0, 2.0, 3.0, 4.0]}
 
 
-def test_accuracies_are_of_the_judge_that_compares(
-    smoke: Path, tmp_path: Path, here: Here
-) -> None:
+def test_accuracies_are_of_the_judge_that_compares(smoke: Path, tmp_path: Path, here: Here) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(
         "features: [{name: Brevity, good_adjective: brief, bad_adjective: long, good: Be brief., "
