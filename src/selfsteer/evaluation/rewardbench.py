@@ -110,7 +110,7 @@ def _item(row: Mapping[str, Any], default_subset: str) -> Item:
     chosen = _answers(row.get("chosen"), "chosen")
     rejected = _answers([row[k] for k in several] or row.get("rejected"), "rejected")
     query = asked(row).query
-    sides = [row.get("chosen"), row.get("rejected")]
+    sides: list[Any] = [row.get("chosen"), row.get("rejected")]
     if all(map(_is_chat, sides)) and sides[0][:-1] != sides[1][:-1]:
         raise Unusable("prompts_differ", "chosen and rejected do not answer the same prompt")
     if set(chosen) & set(rejected):

@@ -303,7 +303,7 @@ def _rejudged(
 
 def _judged_pairs(
     e: Entrant, settings: JudgeConfig | None, seed: int
-) -> tuple[list[float | None], list[tuple[str, ...]]]:
+) -> tuple[list[float | None], list[Sequence[str]]]:
     """Of some pairs that a policy was trained on: the judge's `worth`, and the features named."""
     judge = load_judge(settings, e.run.place("judgements"))
     if e.last is None or judge is None:
