@@ -19,11 +19,11 @@ CONFIGS = {
         """The shipped recipe (`selfsteer run smollm2`): a catalogue of four features with rules,
 152 prompts of ours, 48 held out. The figure of an answer is the share of the rules it keeps. The
 recipe's principles ask for one feature, drawn for each query, those of *contrast-all* for all.
-*contrast-all-three-rounds* lets the policy answer anew before each of three rounds, whose teacher stays
-the first policy. *best-of-n-principles* trains on finished answers alone, of at most 192 tokens: of
-four plain answers to a query, fewer than two were finished for 95 to 100 of 152, and in 0.50 to 0.53
-of the pairs of the others the chosen answer keeps more rules, which is chance. So nothing is gained:
-where all plain answers are long, none can be preferred for its brevity.""",
+*contrast-all-three-rounds* lets the policy answer anew before each of three rounds, whose teacher
+stays the first policy. *best-of-n-principles* trains on finished answers alone, of at most 192
+tokens: of four plain answers to a query, fewer than two were finished for 95 to 100 of 152, and in
+0.50 to 0.53 of the pairs of the others the chosen answer keeps more rules, which is chance. So
+nothing is gained: where all plain answers are long, none can be preferred for its brevity.""",
     ),
     "first-try": (
         "One short sentence",

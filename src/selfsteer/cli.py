@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from dataclasses import make_dataclass
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -142,9 +143,9 @@ def main() -> None:
             kept = f"finished work is kept{then}" if stopping.keeps else "nothing is kept"
             code = stopping.exit_code()
             why = "the time is up" if code == stopping.OUT_OF_TIME else "interrupted"
-            # Python remembers an interrupt that left the exec() of a text, as dataclasses do, and
-            # would end by SIGINT in spite of the code; one that ends well makes it forget
-            exec("")
+            # Python remembers an interrupt that left a text it was executing, as for dataclasses,
+            # and would end by SIGINT in spite of the code; one that ends well makes it forget
+            make_dataclass("Forgotten", ())
             _fail(f"{why}; {kept}", code)
         raise
     except RuntimeError as e:

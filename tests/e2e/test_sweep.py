@@ -66,7 +66,9 @@ def test_a_cell_is_a_folder_of_its_sweep(tmp_path: Path) -> None:
 
 def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, here: Here) -> None:
     args = ("sweep", "smoke", f"runs_dir={tmp_path}", "name=s", "queries.limit=24")
-    fails(here(*args, "training.beta=0.1,1"), 2, "at least 16; the recipe has 24")
+    fails(
+        here(*args, "training.beta=0.1,1"), 2, "at least 16; 24 are there after the stage queries"
+    )
     assert finished(tmp_path / "s-sweep" / "shared").keys() == {"queries"}
 
 

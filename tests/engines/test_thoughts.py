@@ -34,7 +34,8 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'"
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # new rows are random
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         weight = model.lm_head.weight
         for token, like in (("</think>", 70), ("<|im_end|>", 80)):

@@ -110,15 +110,15 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
     say(f"sweep: what the cells share, in {folder / SHARED}", "bold")
     # the rest of the recipe stays: it says what is held out, and how queries are shared out
     shared = {**values, "runs_dir": str(folder), "name": SHARED}
-    _run(shared, stages[0].name)
-    queries = (RunFolder(folder / SHARED).last(stages[0].name) or {})["n_out"]
-    if min(selection.queries, queries // 10) < FEWEST:
-        raise ConfigError(
-            f"A sweep compares on queries that are held out, a tenth of them and at least "
-            f"{FEWEST}; the recipe has {queries:,}. Give it {10 * FEWEST} or more, and let "
-            f"{training.section}.selection.queries be {FEWEST} or more."
-        )
-    _run(shared, before)
+    for last in (stages[0].name, before):  # what is dropped on the way is not trained on
+        _run(shared, last)
+        left = (RunFolder(folder / SHARED).last(last) or {})["n_out"]
+        if min(selection.queries, left // 10) < FEWEST:
+            raise ConfigError(
+                f"A sweep compares on queries that are held out, a tenth of them and at least "
+                f"{FEWEST}; {left:,} are there after the stage {last}. Let {10 * FEWEST} or more "
+                f"be left, and {training.section}.selection.queries be {FEWEST} or more."
+            )
     found = []
     for number, (cell, name, own) in enumerate(cells, 1):
         shown = " ".join(f"{k}={shown_value(v)}" for k, v in cell.items())
