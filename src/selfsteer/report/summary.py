@@ -109,7 +109,8 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     if "entries" in notes:
         out.append(
             f"{notes['entries']:.1f} entries a token cover {notes['covered']:.3f} of the mass; "
-            f"mean reward {notes['reward']:+.3f} nats"
+            f"the good principle makes a token {notes['reward']:+.3f} nats likelier than the "
+            "bad one"
         )
     survivors = notes.get("survivors", {})
     if len(survivors) > 3:  # more than hygiene and lengths

@@ -55,7 +55,7 @@ def preview(
     page = folder / "preview.html"
     write_atomic(page, page_of(made, asked.name, asked.method))
     emit(made.to_json(), as_json, lambda _: _print(made))
-    say(f"\nthe same as a page: {page}")
+    say(f"\nthe same as a page: {page}" + " (--to DIR keeps it elsewhere)" * (to is None))
     say(f"next: {shlex.join(['selfsteer', 'run', recipe, *(overrides or [])])}")
 
 
