@@ -515,9 +515,11 @@ def test_what_would_be_enough_queries_is_said_in_minutes(monkeypatch: pytest.Mon
     eight = [triple(i) for i in range(8)]
     probe = checks.Probe(Path("none"), eight, began=880.0, most=32)
     # 8 in two minutes; 24 more take up to one and a half times as long each
-    assert probe.enough(32) == "--minutes 11"
+    assert probe.enough(32, 8) == "--minutes 11"
+    # where half of the answers are dropped, twice as many have to be asked
+    assert probe.enough(32, 4).startswith("give more than 32 queries")
     probe.most = 20
-    assert probe.enough(32) == "give more than 20 queries (--queries, or queries.path)"
+    assert probe.enough(32, 8) == "give more than 20 queries (--queries, or queries.path)"
 
 
 def test_a_judge_that_no_query_is_tried_with_is_counted_all_the_same() -> None:

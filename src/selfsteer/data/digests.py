@@ -109,8 +109,10 @@ def adapter_base(folder: Path) -> str | None:
 def weights_digest(model: str) -> str | None:
     """Identifies the weights of a folder or a file, whatever is beside them; None: no weights."""
     path = Path(model)
-    if not model or path.is_file():
-        return digest_path(path) if model else None
+    if not model:
+        return None
+    if path.is_file():
+        return digest_path(path)
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     return digest([[p.name, digest_path(p)] for p in found]) if found else None
 

@@ -488,12 +488,13 @@ class Probe:
     began: float = field(default_factory=time.monotonic)
     most: int = 0
 
-    def enough(self, wanted: int) -> str:
-        """What asks that many queries, at the pace so far."""
-        if self.most < wanted:
+    def enough(self, wanted: int, usable: int) -> str:
+        """What leaves ``wanted`` queries usable, at the pace and with the drops so far."""
+        asked = math.ceil(wanted * len(self.triples) / usable)
+        if self.most < asked:
             return f"give more than {self.most:,} queries (--queries, or queries.path)"
         spent = time.monotonic() - self.began
-        needed = spent * (1 + SLOWER * (wanted / len(self.triples) - 1))
+        needed = spent * (1 + SLOWER * (asked / len(self.triples) - 1))
         return f"--minutes {math.ceil(needed / 60)}"
 
     @contextmanager
@@ -852,7 +853,7 @@ def _measure(
         + (f"; accuracy {interval(right, '.2f')}" if right else f"; no {missing}")
         + f"; on-policyness good {policyness['chosen']:.2f}, bad {policyness['rejected']:.2f}"
     )
-    _advise(line, verdicts or (), probe.enough(DECIDING) if few else "")
+    _advise(line, verdicts or (), probe.enough(DECIDING, len(triples)) if few else "")
     per_judged = probe.seconds["judging"] / (len(triples) - 1) if judge else None
     return probe.seconds["scoring"] / len(flat), per_judged
 

@@ -201,7 +201,7 @@ def _own(
 
     Accuracy is the judge's as well: that of the run's own files may be another's.
     """
-    worth = [w for w in judged[0] if w is not None]
+    right = [w for w in judged[0] if w is not None]
     quality = e.last.quality.preferences if e.last and e.last.quality else None
     out = {
         "run": str(e.run.folder),
@@ -209,7 +209,7 @@ def _own(
         "tokens": float(answered.tokens.mean()),
         "quality": quality
         and {
-            "accuracy": float(np.mean(worth)) if worth else None,
+            "accuracy": float(np.mean(right)) if right else None,
             "on_policyness": quality.on_policyness,
             "tokens": quality.tokens,
         },
