@@ -233,7 +233,7 @@ def test_the_verdict_claims_no_more_than_was_measured(
             lambda folder, loaded, flat, label: [torch.tensor([scores.get(n, -3.0)]) for n in flat],
         )
         line = Line("steering")
-        probe = checks.Probe(tmp_path)
+        probe = checks.Probe(tmp_path, triples)
         checks._measure(line, "m", Loading(), triples, judge, probe, seed=0)
         return line.found.split(";")[0], line.figures["steers"], " ".join(line.todo)
 
