@@ -17,6 +17,7 @@ from selfsteer.judges.store import AnswerStore
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.report.browser import Index, Wanted, build, disagreement, embedded, index_file
+from selfsteer.report.server import Pages
 from selfsteer.run.folder import RunFolder
 from selfsteer.view import RunView, Sampled
 from tests.fakes import FakeEngine
@@ -181,6 +182,23 @@ def test_an_index_is_made_once_and_again_when_the_stage_has_changed(run: Path) -
     assert second != first
     assert not first.exists()
     assert Index(second).number("e") == 5
+
+
+def test_an_index_that_goes_while_it_is_looked_at_is_waited_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, pages = sampled(run), Pages(run)
+    path = index_file(found)
+    earlier = build(found).rename(path.with_suffix(".earlier"))
+    at_work = {"done": 1, "total": 4}
+    monkeypatch.setattr(pages.jobs, "ask", lambda *_: at_work)
+    index, building = pages.index(found)
+    assert index is not None
+    assert (index.about["of"], building) == (4, at_work)
+    earlier.unlink()
+    earlier.symlink_to("gone")  # listed, and nothing there when it is opened
+    assert pages.index(found) == (None, at_work)
+    pages.close()
 
 
 def test_a_link_out_of_the_run_is_not_followed(run: Path, tmp_path: Path) -> None:

@@ -270,8 +270,9 @@ def build(found: Sampled, advance: Advance = no_news) -> Path:
             Index(target).close()
             return target
     for other in home.parent.iterdir():
-        if other.name != home.name and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
-            shutil.rmtree(other, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            if other.name != home.name and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
+                shutil.rmtree(other, ignore_errors=True)
     for left in home.glob(f".{stem}.*"):  # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
@@ -490,11 +491,13 @@ class Index:
     """A set's rows, opened for reading.
 
     Raises:
+        FileNotFoundError: it is gone.
         ArtifactError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        path.stat()  # SQLite's own error does not say why
         # SQLite lets one thread after the other use it
         self._database = sqlite3.connect(
             f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False

@@ -87,14 +87,17 @@ def curves(run: RunView) -> dict[str, dict[str, list[list[float]]]]:
 
 def last_samples(run: RunView) -> dict[str, Any] | None:
     """The last records of the shard that was finished last; None before the first."""
-    shards = [(p.stat().st_mtime, p, s) for s in run.sampled for p in s.shards]
-    if not shards:
+    try:
+        shards = [(p.stat().st_mtime, p, s) for s in run.sampled for p in s.shards]
+        if not shards:
+            return None
+        modified, path, found = max(shards, key=lambda shard: shard[:2])
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
+            records = list(lines(file.read()))[-SAMPLES:]
+    except FileNotFoundError:  # `run --redo` took it away meanwhile: the next answer has others
         return None
-    modified, path, found = max(shards, key=lambda shard: shard[:2])
     kind: type[Candidates] | type[Triple] = Candidates if found.ranked else Triple
-    with open(path, "rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
-        records = list(lines(file.read()))[-SAMPLES:]
     kept = []
     for value in records:
         with suppress(DataError, TypeError):  # the index says which lines cannot be read

@@ -333,12 +333,15 @@ class Pages:
         """
         path, run = index_file(rows), rows.round.run.folder
         if path.exists():
-            with contextlib.suppress(ArtifactError):  # damaged: made again
+            with contextlib.suppress(FileNotFoundError, ArtifactError):  # damaged: made again
                 return self._open(path), None
         arguments = ["-m", "selfsteer.report.browser", str(run), rows.name]
         building = self.jobs.ask((run, rows.name), path.name, arguments)
-        earlier = sorted(path.parent.glob(f"{path.stem}.*"), key=lambda p: p.stat().st_mtime)
-        return self._open(earlier[-1]) if earlier else None, building
+        # the one that a job has just replaced may go while it is looked at
+        with contextlib.suppress(FileNotFoundError, ArtifactError):
+            earlier = sorted(path.parent.glob(f"{path.stem}.*"), key=lambda p: p.stat().st_mtime)
+            return self._open(earlier[-1]) if earlier else None, building
+        return None, building
 
     # -- pages ------------------------------------------------------------------------------------
 
