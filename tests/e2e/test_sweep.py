@@ -70,6 +70,11 @@ def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, her
         here(*args, "training.beta=0.1,1"), 2, "at least 16; 24 are there after the stage queries"
     )
     assert finished(tmp_path / "s-sweep" / "shared").keys() == {"queries"}
+    # enough queries, of which the filter leaves few
+    args = ("sweep", "smoke", f"runs_dir={tmp_path}", "name=f", *ARGS, "filter=true")
+    fails(here(*args, "generator.gamma=0.1,1"), 2, "at least 16", "after the stage iteration-1/fil")
+    assert "iteration-1/generator" not in finished(tmp_path / "f-sweep" / "shared")
+    assert not list((tmp_path / "f-sweep").glob("cell-*"))
 
 
 @pytest.mark.parametrize("odd", ["{", "'", "*a", "!!int x"])
