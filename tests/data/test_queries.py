@@ -478,6 +478,19 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
         write_curated(Queries(path=str(path)), tmp_path / "o.jsonl", 0.5)
 
 
+def test_what_is_written_is_not_read_the_next_time(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "data").mkdir(parents=True)
+    rows_in(source / "data/q.jsonl", {"prompt": "Hm?"})
+    for beside in (source / "clean.jsonl", source / "data" / "clean.jsonl"):
+        with pytest.raises(ConfigError, match="would read its own output"):
+            write_curated(Queries(path=str(source)), beside, None)
+    write_curated(Queries(path=str(source)), source / "clean" / "q.jsonl", None)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(ConfigError, match="would read its own output"):
+        write_curated(Queries(path=str(tmp_path / "link")), source / "clean.jsonl", None)
+
+
 def test_the_documented_rows_are_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "queries.md").read_text()
     rows = [json.loads(r) for r in re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.M)]

@@ -300,7 +300,7 @@ def test_ratings_by_turn_and_category_with_unparseable_ones_counted() -> None:
     # only one was rated on every turn
     assert found["score"][0] == 6.0
     assert (found["questions"], found["judged"]) == (3, 1)
-    assert {k: v[0] for k, v in found["turns"].items()} == {"1": pytest.approx(16 / 3), "2": 4.0}
+    assert {k: v[0] for k, v in found["turns"].items()} == {"1": 8.0, "2": 4.0}
     assert {k: v[0] for k, v in found["categories"].items()} == {"writing": 6.0}
     assert found["dropped"] == {"no_rating": 1, "prompt_too_long": 1}
     assert found["values"] == {"": {"a": 6.0}}

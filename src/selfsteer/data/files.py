@@ -131,6 +131,24 @@ def _renamed(rows: Rows, new: Mapping[str, str], source: str, header: Mapping[st
         yield where, row
 
 
+def refuse_rereading(sources: Iterable[str | Path], written: Iterable[Path]) -> None:
+    """Refuses to write what one of the sources is, or what would be read with it the next time.
+
+    Raises:
+        ConfigError: a file would be written over a source, or beside the shards of a folder.
+    """
+    found = [Path(s).resolve() for s in sources]
+    folders = {f / inner for f in found if f.is_dir() for inner in ("", "data")}
+    for file in written:
+        if file.resolve() in found:
+            raise ConfigError(f"{file} is read here and cannot be written; choose another --to.")
+        if file.resolve().parent in folders:
+            raise ConfigError(
+                f"{file} would be in a folder that is read here, so that the same command would "
+                "read its own output the next time. Choose a --to outside of it."
+            )
+
+
 def _shards(folder: Path) -> list[Path]:
     inside = [*folder.glob("*"), *folder.glob("data/*")]
     found = {kind: sorted(p for p in inside if _kind(p) == kind) for kind in SHARDS}

@@ -16,7 +16,7 @@ from selfsteer.data.curate import (
     held_out,
 )
 from selfsteer.data.digests import digest_path
-from selfsteer.data.files import HubName, read_rows
+from selfsteer.data.files import HubName, read_rows, refuse_rereading
 from selfsteer.data.jsonl import Spool, dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Dropped, Query
@@ -146,7 +146,8 @@ def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[st
         Counts, pairs, and the files written.
 
     Raises:
-        ConfigError: the output is the input or no .jsonl, or the share is not one.
+        ConfigError: an output is an input, beside one in its folder, or no .jsonl, or the share is
+            not one.
         DataError: see `load_queries`; or a side of the split is empty.
     """
     if holdout is not None and not 0 < holdout < 1:
@@ -163,10 +164,7 @@ def write_curated(settings: Queries, to: Path, holdout: float | None) -> dict[st
         )
     if settings.against:
         files["contaminated"] = to.with_name(f"{to.stem}.contaminated.jsonl")
-    sources = {Path(s).resolve() for s in (settings.path, *settings.against)}
-    for file in files.values():
-        if file.resolve() in sources:
-            raise ConfigError(f"{file} is read here and cannot be written; choose another --to.")
+    refuse_rereading((settings.path, *settings.against), files.values())
     loaded = load_queries(settings, to.absolute().parent)
     out = bytearray(len(loaded.queries))
     if holdout is not None:

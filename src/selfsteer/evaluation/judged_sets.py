@@ -180,23 +180,26 @@ def _rate(
             for q, turn in places
         ],
     )
-    dropped = Counter(reason for rating, reason in ratings if rating is None)
-    for q in questions:
-        if reason := found[q.id].missing:
-            dropped[reason] += 1 + len(q.later) - len(found[q.id].responses)
-    turns, by_question, categories = (defaultdict[Any, list[float]](list) for _ in range(3))
-    for (q, turn), (rating, _) in zip(places, ratings, strict=True):
-        if rating is not None:
-            turns[str(turn + 1)].append(rating)
+    by_question: dict[Question, list[float]] = {q: [] for q in questions}
+    lost = {q: reason for q in questions if (reason := found[q.id].missing)}
+    for (q, _), (rating, reason) in zip(places, ratings, strict=True):
+        if rating is None:
+            lost.setdefault(q, reason)
+        else:
             by_question[q].append(rating)
-    values = {q: float(np.mean(r)) for q, r in by_question.items() if len(r) == 1 + len(q.later)}
+    whole = {q: rated for q, rated in by_question.items() if q not in lost}
+    turns, categories = (defaultdict[Any, list[float]](list) for _ in range(2))
+    for rated in whole.values():
+        for number, rating in enumerate(rated, 1):
+            turns[str(number)].append(rating)
+    values = {q: float(np.mean(rated)) for q, rated in whole.items()}
     for q, value in values.items():
         if q.category is not None:
             categories[q.category].append(value)
     return {
         "questions": len(questions),
         "judged": len(values),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dict(sorted(Counter(lost.values()).items())),
         "unfinished": sum("length" in a.finish_reasons for a in found.values()),
         "score": known_interval(values.values(), rng),
         "turns": {t: mean_interval(r, rng) for t, r in sorted(turns.items())},

@@ -22,7 +22,14 @@ from selfsteer.data.digests import digest, hub_commit, is_hub_id, split_revision
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, short
 from selfsteer.run import ranks
-from selfsteer.run.folder import RunFolder, StageResult, by_reason, refuse, refuse_outdated
+from selfsteer.run.folder import (
+    REDO,
+    RunFolder,
+    StageResult,
+    by_reason,
+    refuse,
+    refuse_outdated,
+)
 from selfsteer.run.progress import reported
 from selfsteer.run.stage import Stage
 from selfsteer.run.sums import SMALL_BYTES
@@ -109,6 +116,7 @@ def execute(
     redo: bool = False,
     heading: str = "",
     way_on: str | None = None,
+    otherwise: str = REDO,
 ) -> int:
     """Runs what of a recipe is not done yet; returns how many stages it ran.
 
@@ -123,6 +131,7 @@ def execute(
             ``superseded/``).
         heading: what runs, said at the start where something does.
         way_on: the command that resumes it, for a person who stops it; None: the same one.
+        otherwise: what may be done about work of other settings but to choose another name.
 
     Raises:
         SelfsteerError: see the errors' own texts; finished stages and shards stay.
@@ -148,10 +157,10 @@ def execute(
     with run.locked(), run.on_its_day(), ranks.leading() as call:
         stale = run.stale(whole)
         if stale and not redo:
-            refuse(run, stale)
+            refuse(run, stale, otherwise)
         outdated = [e for e in run.outdated(whole) if e not in stale]
         if outdated and not redo:
-            refuse_outdated(run, outdated)
+            refuse_outdated(run, outdated, otherwise)
         broken = run.damaged(whole, most=None if redo else SMALL_BYTES)
         if broken and not redo:
             raise broken[0][1]
@@ -191,7 +200,7 @@ def execute(
                 say(f"  {summary_line(result)}; {duration(time.monotonic() - begin)}")
                 if outdated := run.outdated(whole):
                     if not redo:
-                        refuse_outdated(run, outdated)
+                        refuse_outdated(run, outdated, otherwise)
                     run.supersede(outdated)
                     rest = {s.name for s in todo[ran:]} | {e["stage"] for e in outdated}
                     todo[ran:] = [s for s in stages if s.name in rest]

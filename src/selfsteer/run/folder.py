@@ -577,22 +577,31 @@ def _is_entry(value: Any) -> bool:
     )
 
 
-def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ConfigError because this work was made by another recipe or input."""
+REDO = "add --redo to do it again (what it replaces moves to superseded/)"
+
+
+def refuse(run: RunFolder, entries: Sequence[Mapping[str, Any]], otherwise: str = REDO) -> None:
+    """Raises ConfigError because this work was made by another recipe or input.
+
+    Args:
+        run: the folder.
+        entries: of that work.
+        otherwise: what may be done other than to choose another name.
+    """
     raise ConfigError(
         f"{run.path} holds work of {_some(entries)} that was made with other settings or inputs; "
-        "this recipe would change it. Choose another name, or add --redo to do it again (what it "
-        "replaces moves to superseded/)."
+        f"this recipe would change it. Choose another name, or {otherwise}."
     )
 
 
-def refuse_outdated(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
+def refuse_outdated(
+    run: RunFolder, entries: Sequence[Mapping[str, Any]], otherwise: str = REDO
+) -> None:
     """Raises ConfigError because this work was made from what is no longer there."""
     raise ConfigError(
         f"{run.path} holds work of {_some(entries)} that was made from the results of a stage "
         "before that stage was done again and came out differently, as it may where a server or a "
-        "GPU is asked. The two do not go together. Add --redo to do that work again as well (what "
-        "it replaces moves to superseded/)."
+        f"GPU is asked. The two do not go together. Choose another name, or {otherwise}."
     )
 
 

@@ -520,8 +520,9 @@ def _check_resumable(checkpoint: Path) -> None:
     sharding, count = ranks.sharding(), ranks.size()
     fits = mark.ranks == count or not sharding.startswith("zero")
     if mark.sharding != sharding or not fits:
+        alone = " on two ranks or more (--nproc)" if count == 1 else ""
         raise ConfigError(
             f"{checkpoint} was written by {mark.ranks} ranks with sharding {mark.sharding}; "
             f"it cannot be resumed by {count} with sharding {sharding}. Use the profile it was "
-            f"begun with, or remove {checkpoint.parent} to train from the start."
+            f"begun with{alone}, or remove {checkpoint.parent} to train from the start."
         )

@@ -24,9 +24,11 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Convert other programs' preferences, triples or prompts; the format is recognised."""
+    from selfsteer.data.files import refuse_rereading
     from selfsteer.data.jsonl import dump_line, write_atomic
     from selfsteer.data.reading import import_records
 
+    refuse_rereading([source], [to])
     if to.exists():
         raise ConfigError(f"{to} is there already; choose another name or move it away.")
     found = import_records(source, to.absolute().parent, rename=renamed(column))

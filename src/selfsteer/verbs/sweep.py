@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from selfsteer.errors import ArtifactError
 from selfsteer.terminal import out, table
 from selfsteer.verbs.common import AsJson, complete_recipe, emit, load_recipe
 
@@ -43,6 +44,11 @@ def sweep(
     report = sweeping.sweep(given, axes, stage, budget)
     same = " ".join(["selfsteer run", recipe, *map(shlex.quote, fixed)])
     emit(report, as_json, lambda _: _print(report, same))
+    if report["best"] is None:
+        raise ArtifactError(
+            "No cell can be called best: each failed, drifted beyond a bound of selection, or has "
+            "answers that the judge decided nothing of. Try lower learning rates, or fewer epochs."
+        )
 
 
 def _print(report: dict[str, Any], command: str) -> None:
@@ -50,6 +56,8 @@ def _print(report: dict[str, Any], command: str) -> None:
 
     rows = _rows(report)
     out.print(table(list(rows[0]), (row.values() for row in rows), words=len(rows[0])))
+    if report["best"] is None:
+        return
     best = report["cells"][report["best"]]["settings"]
     chosen = " ".join(f"{k}={sweeping.shown_value(v)}" for k, v in best.items())
     out.print(f"next: {command} {chosen}", markup=False)
@@ -61,21 +69,23 @@ def _rows(report: dict[str, Any]) -> list[dict[str, str]]:
 
     rows = []
     for number, cell in enumerate(report["cells"]):
-        kept, policyness = cell["kept"], cell["kept"]["on_policyness"]
-        wins = kept["wins_mean"]
-        rows.append(
-            {
-                "": "best" if number == report["best"] else "",
-                **{
-                    k.rpartition(".")[2]: sweeping.shown_value(v)
-                    for k, v in cell["settings"].items()
-                },
-                "step": f"{kept['step']} of {cell['steps']}",
-                cell["measure"] or "wins": "{:.3f} [{:.2f}, {:.2f}]".format(*wins) if wins else "",
-                "on-policy": f"{policyness['rejected']:.3f}" if policyness else "",
-                "KL": f"{max(d['kl'] for d in kept['drift'].values()):.3f}",
-                "drift": "within" if cell["within"] else "beyond",
-            }
-        )
-    filled = [name for name in rows[0] if any(row[name] for row in rows)]
-    return [{name: row[name] for name in filled} for row in rows]
+        settings = {
+            k.rpartition(".")[2]: sweeping.shown_value(v) for k, v in cell["settings"].items()
+        }
+        row = {"": "best" if number == report["best"] else "", **settings}
+        rows.append({**row, **(_figures(cell) if "kept" in cell else {"drift": "failed"})})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    filled = [name for name in names if any(row.get(name) for row in rows)]
+    return [{name: row.get(name, "") for name in filled} for row in rows]
+
+
+def _figures(cell: dict[str, Any]) -> dict[str, str]:
+    kept, policyness = cell["kept"], cell["kept"]["on_policyness"]
+    wins = kept["wins_mean"]
+    return {
+        "step": f"{kept['step']} of {cell['steps']}",
+        cell["measure"] or "wins": "{:.3f} [{:.2f}, {:.2f}]".format(*wins) if wins else "",
+        "on-policy": f"{policyness['rejected']:.3f}" if policyness else "",
+        "KL": f"{max(d['kl'] for d in kept['drift'].values()):.3f}",
+        "drift": "within" if cell["within"] else "beyond",
+    }

@@ -15,15 +15,15 @@ from typing import Any
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import disk_errors, replacing_folder, write_atomic
-from selfsteer.errors import ArtifactError, ConfigError, short
+from selfsteer.errors import ArtifactError, ConfigError, NumericsError, short
 from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import merge, typed
 from selfsteer.recipe.sections import Selection, twice
 from selfsteer.run.execute import execute
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.train import Train
-from selfsteer.terminal import say
-from selfsteer.training.select import FEWEST, Candidate, Drift, choose
+from selfsteer.terminal import say, warn
+from selfsteer.training.select import FEWEST, Candidate, Drift, choose, mean_wins
 
 REPORT = "sweep.json"
 
@@ -85,10 +85,11 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
         budget: most trainings.
 
     Returns:
-        The report: cells with their kept step's figures, and which is best.
+        The report: cells with their kept step's figures, or why their training failed, and which
+        is best; None where none can be called that.
 
     Raises:
-        ConfigError: the recipe trains no such model, or one whose steps are not measured.
+        ConfigError: the recipe trains no such model, or nothing tells the cells' models apart.
     """
     recipe = recipe_of(values, "recipe of the sweep")
     stages = recipe.plan()
@@ -105,6 +106,16 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
             f"A sweep compares by the figures of checkpoint selection, which is off here: remove "
             f"{training.section}.selection.points."
         )
+    judged = training.judge is not None and training.judge.kind != "human"
+    if stage == "policy" and not judged:
+        raise ConfigError(
+            "A sweep of training.* needs a judge: nothing else tells whose answers are better, and "
+            "a policy that learns nothing drifts least. Give one that judges answers as they come, "
+            "such as judge=checks:STYLE.yaml, judge=chat:MODEL or judge=reward:MODEL "
+            "(docs/judges.md)."
+        )
+    if not judged:
+        warn("without a judge cells are compared by on-policyness; whether pairs are right, is not")
     folder = recipe.folder.with_name(f"{recipe.name}-sweep")
     cells = [(cell, *_cell(values, cell, folder)) for cell in cells_of(axes, budget, recipe.seed)]
     say(f"sweep: what the cells share, in {folder / SHARED}", "bold")
@@ -126,7 +137,12 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
         if not (folder / name).exists():
             with disk_errors(folder / name), replacing_folder(folder / name) as copy:
                 shutil.copytree(folder / SHARED, copy, dirs_exist_ok=True)
-        _run(own, training.name)
+        try:
+            _run(own, training.name)
+        except NumericsError as e:  # the others may do better
+            warn(f"{shown} failed, and the sweep goes on: {e}")
+            found.append({"settings": cell, "failed": str(e)})
+            continue
         found.append({"settings": cell, **_kept(folder / name / training.name)})
     report = {"stage": stage, "best": _best(found, selection), "cells": found}
     write_atomic(folder / REPORT, json.dumps(report, indent=1) + "\n")
@@ -148,7 +164,9 @@ def _cell(values: dict[str, Any], cell: dict[str, Any], folder: Path) -> tuple[s
 
 
 def _run(values: dict[str, Any], until: str) -> None:
-    execute(recipe_of(values, "recipe of a cell"), values, until=until)
+    # the same folder holds all of a sweep
+    otherwise = f"move {values['runs_dir']} away to do all of the sweep again"
+    execute(recipe_of(values, "recipe of a cell"), values, until=until, otherwise=otherwise)
 
 
 def _kept(model: Path) -> dict[str, Any]:
@@ -168,15 +186,29 @@ def _kept(model: Path) -> dict[str, Any]:
     return {"steps": report["steps"], "measure": report["wins"], **found}
 
 
-def _best(cells: Sequence[dict[str, Any]], bounds: Selection) -> int:
-    """The place of the best cell: the rule that chooses a step, over the kept steps of all."""
-    start, *kept = (
-        Candidate(
-            number,
-            {context: Drift(**figures) for context, figures in record["drift"].items()},
-            record["wins"],
-            record["on_policyness"] and record["on_policyness"]["rejected"],
-        )
-        for number, record in enumerate([cells[0]["start"], *(c["kept"] for c in cells)], -1)
+def _best(cells: Sequence[dict[str, Any]], bounds: Selection) -> int | None:
+    """The place of the best cell: the rule that chooses a step, over the kept steps of all.
+
+    None where each failed, drifted beyond a bound, or has answers that the judge decided nothing
+    of.
+    """
+    sound = [
+        (number, cell)
+        for number, cell in enumerate(cells)
+        if cell.get("within") and (cell["kept"]["wins"] or cell["kept"]["on_policyness"])
+    ]
+    if not sound:
+        return None
+    start = _candidate(-1, sound[0][1]["start"])
+    kept = [_candidate(number, cell["kept"]) for number, cell in sound]
+    # the rule passes over its candidates once: most wins first, so that no order of cells matters
+    return choose(start, sorted(kept, key=mean_wins, reverse=True), bounds).step
+
+
+def _candidate(number: int, record: dict[str, Any]) -> Candidate:
+    return Candidate(
+        number,
+        {context: Drift(**figures) for context, figures in record["drift"].items()},
+        record["wins"],
+        record["on_policyness"] and record["on_policyness"]["rejected"],
     )
-    return choose(start, kept, bounds).step
