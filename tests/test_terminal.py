@@ -29,6 +29,8 @@ def test_data_cannot_steer_the_terminal() -> None:
     table.add_column("answer")
     table.add_row("a\x1b]52;c;c2VjcmV0\x07b")
     screen.print(table)
+    screen.print("a \u202eb\u2066 c\u2028d")
+    assert r"a \u202eb\u2066 c\u2028d" in file.getvalue()
     screen.print(escape("drop \x1b[2J\r\x9b1;1H [bold]all[/bold]\tand\nthis"), style="red")
     said = file.getvalue()
     assert r"a\x1b]52;c;c2VjcmV0\x07b" in said

@@ -24,8 +24,11 @@ from rich.text import Text
 
 from selfsteer import stopping
 
-#: C0 without tab and line feed, DEL, C1: what steers a terminal, as what can be read.
-CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
+#: C0 without tab and line feed, DEL, C1, and what turns the direction of lines or ends them: what
+#: steers a terminal, as what can be read.
+CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"} | {
+    c: f"\\u{c:04x}" for c in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 class Screen(Console):

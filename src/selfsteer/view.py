@@ -611,13 +611,18 @@ class RoundView:
         base = Path(resolve_path(self.run.recipe.policy.model)).parts
         homes = self.run.recipe.homes.values()
         start = Path(self.start).parts[-2:] if self.start else base[-2:]
+        others = []
         for about in sorted((self.run.folder / "scores").glob("*/model.json")):
             model = Path(str(next(lines(about), {}).get("model"))).parts
+            if model == base:  # which may be another run's policy, and be called as one of ours
+                if not self.start:
+                    return about.parent
+                continue
             above = model[-3] if len(model) > 2 else ""
             is_ours = self.k == 1 or (above if above in homes else "") == self.home
             if model[-2:] == start and is_ours:
-                return about.parent
-        return None
+                others.append(about.parent)
+        return next(iter(others), None)
 
 
 @dataclass(frozen=True)

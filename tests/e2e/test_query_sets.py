@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from selfsteer.data.jsonl import dump_lines
 from tests.e2e.support import Here, fails, finished
 
 FLOOD = "Describe how a village by the river gets ready for the yearly flood in spring"
@@ -124,3 +127,22 @@ def test_a_run_curates_grows_and_goes_on(tmp_path: Path, here: Here) -> None:
     assert ended.code == 0, ended.err
     assert finished(run)["iteration-1/principles"]["n_in"] == grown["n_out"]
     assert "diversity of the queries after augmentation" in here("show", run).out
+
+
+def test_a_run_from_elsewhere_says_which_file_it_does_not_find(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?"} for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text(dump_lines(rows))
+    monkeypatch.chdir(tmp_path)
+    args = ("run", "smoke", "name=m", "queries.path=mine.jsonl", "judge=null", "evaluation=null")
+    assert here(*args, "--until", "queries").code == 0
+    run = tmp_path / "runs" / "m"
+    before = sorted(p.relative_to(run) for p in run.rglob("*"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for more in ((), ("--redo",)):
+        fails(here("run", run, *more), 2, "mine.jsonl is not there", "where the run was begun")
+        assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
+    monkeypatch.chdir(tmp_path)
+    assert here("run", run, "--until", "queries").err.startswith("nothing to do")

@@ -242,9 +242,36 @@ def test_ifeval_decides_its_own_instructions() -> None:
     assert judge.score_all([(asked, a) for a in answers]) == [1.0, 0.0, 0.5]
 
 
+def test_a_sign_is_counted_and_no_letter_drawn_in_its_place() -> None:
+    hashes = {"letter": "#", "let_frequency": 4, "let_relation": "at least"}
+    few = {"letter": "!", "let_frequency": 2, "let_relation": "less than"}
+    letters = {"letter": "E", "let_frequency": 2, "let_relation": "at least"}
+    name = "keywords:letter_frequency"
+    asked = instructed(name, "punctuation:no_comma", name, name, kwargs=[hashes, {}, few, letters])
+    judge = judge_of("checks")
+    judge.check([asked])
+    answers = {"# # # # see": 1.0, "### see, no!": 0.5, "#### a!!": 0.5, " ": 0.0}
+    for _ in range(8):
+        assert judge.score_all([(asked, a) for a in answers]) == [*answers.values()]
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
+        (
+            instructed(
+                "length_constraints:number_words",
+                kwargs=[{"num_words": -4, "relation": "at least"}],
+            ),
+            "would draw a value anew",
+        ),
+        (
+            instructed(
+                "keywords:letter_frequency",
+                kwargs=[{"letter": "ab", "let_frequency": 4, "let_relation": "at least"}],
+            ),
+            "would draw a value anew",
+        ),
         (instructed("punctuation:no_coma"), "Did you mean punctuation:no_comma?"),
         (instructed("punctuation:no_comma", kwargs=[{"words": 3}]), "do not fit"),
         (

@@ -34,3 +34,13 @@ def test_a_row_of_another_kind_is_asked_again(tmp_path: Path, odd: dict[str, Any
     assert store.known("k") is None
     found = store.fetch({"k": 0}, lambda keys, questions, advance: [{"text": "B"}], "judge")
     assert found["k"]["text"] == "B"
+
+
+def test_two_commands_with_one_store_keep_what_each_was_answered(tmp_path: Path) -> None:
+    one, other = AnswerStore(tmp_path), AnswerStore(tmp_path)
+    for number in range(3):
+        for name, store in (("one", one), ("other", other)):
+            key = f"{name} {number}"
+            store.fetch({key: 0}, lambda keys, questions, advance: [{"text": "A"}], "judge")
+    both = AnswerStore(tmp_path)
+    assert all(both.known(f"{name} {n}") for name in ("one", "other") for n in range(3))

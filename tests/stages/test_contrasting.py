@@ -1,5 +1,6 @@
 """Only pairs whose order the principles confirm are left, and every other one is counted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact, Where
 from selfsteer.stages import contrasting
 from selfsteer.stages.contrasting import KeepContrasting
+from selfsteer.stages.filter import WritePairs, rejected_by
 from selfsteer.stages.inputs import stored_triples
 from tests.make import SMALL, load_recipe, recipe, stages_of, triple
 
@@ -40,13 +42,13 @@ TRIPLES = (
     triple("wrong", "Accuracy", good="worse", bad="sure", plain="same"),
     triple("tie", "Accuracy", good="same", bad="same", plain="worse"),
     triple("cut", "Accuracy", good="sure", bad="long", plain="worse"),
-    triple("no-bad", "Accuracy", good="sure", plain="worse"),
+    triple("right too", "Accuracy", good="sure", bad="worse"),
 )
 
 
 @pytest.mark.parametrize(
     ("least", "left"),
-    [(0.0, ["right", "tie", "no-bad"]), (0.25, ["right", "no-bad"]), (-1.0, None)],
+    [(0.0, ["right", "tie", "right too"]), (0.25, ["right", "right too"]), (-1.0, None)],
 )
 def test_what_the_principles_confirm_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, left: list[str] | None
@@ -60,14 +62,39 @@ def test_what_the_principles_confirm_is_left(
     run = RunFolder(tmp_path / "run")
     result = stage.run(run)
     found = [t.id for t in stored_triples(run / stage.outputs[0])]
-    assert found == (left or ["right", "wrong", "tie", "no-bad"])
+    assert found == (left or ["right", "wrong", "tie", "right too"])
     assert result.n_in == 5 == result.n_out + result.dropped.total()
     assert result.dropped["prompt_too_long"] == 1
     assert result.notes == {"lead": pytest.approx((0.25 - 0.25 + 0 + 0.25) / 4), "leads": 0.5}
     dropped = {d.id: d.reason for d in read_dropped(run / f"{stage.name}.dropped.jsonl")}
     assert dropped["cut"] == "prompt_too_long"
     low = {id for id, why in dropped.items() if why == "low_contrast"}
-    assert low == {"right", "wrong", "tie", "no-bad"} - set(found)
+    assert low == {"right", "wrong", "tie", "right too"} - set(found)
+
+
+def test_the_lead_is_over_the_answer_that_the_pair_rejects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrasting, "PrincipleContrast", Ranker)
+    # with the plain answer rejected the pair is wrong, with the bad one it is right
+    ids = [f"q{i}" for i in range(24)]
+    rows = [triple(i, "Accuracy", good="same", bad="worse", plain="sure") for i in ids]
+    (tmp_path / "triples.jsonl").write_text(dump_lines(rows), "utf-8")
+    asked = load_recipe("bad-to-plain", [*SMALL, "hygiene.min_contrast=0"])
+    for k, share in ((1, 0.0), (2, 0.5), (3, 1.0)):
+        planned = stages_of(asked)[f"iteration-{k}/contrasting"]
+        pairs = stages_of(asked)[f"iteration-{k}/preferences"]
+        assert isinstance(planned, KeepContrasting)
+        assert isinstance(pairs, WritePairs)
+        assert planned.plain == pairs.plain == share
+        stage = replace(planned, samples=Artifact(tmp_path / "triples.jsonl"))
+        run = RunFolder(tmp_path / f"run-{k}")
+        result = stage.run(run)
+        plain = {i for i in ids if rejected_by(pairs.seed, share)(i) == "plain"}
+        assert (len(plain) == 24 * share) if share != 0.5 else (0 < len(plain) < 24)
+        found = {t.id for t in stored_triples(run / stage.outputs[0])}
+        assert found == {*ids} - plain
+        assert result.notes["leads"] == 1 - len(plain) / 24
 
 
 #: SSO v1 trains on triples, and has no pairs to sort out.

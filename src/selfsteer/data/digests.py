@@ -17,6 +17,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 #: the base by a path, which may later lead to another model.
 BASE = "base.json"
 
+#: Begins what stands in a fingerprint for a file that is not there; its name follows.
+MISSING = "missing: "
+
 
 def digest(value: Any) -> str:
     """16 hex digits over any JSON value; equal values give equal digests."""

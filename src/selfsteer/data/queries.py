@@ -15,7 +15,7 @@ from selfsteer.data.curate import (
     bounds,
     held_out,
 )
-from selfsteer.data.digests import digest_path
+from selfsteer.data.digests import MISSING, digest_path
 from selfsteer.data.files import HubName, read_rows, refuse_rereading
 from selfsteer.data.jsonl import Spool, dump_line, write_atomic
 from selfsteer.data.reading import Drops, read
@@ -239,4 +239,4 @@ def _identity(name: str, split: str | None = None) -> str:
     try:
         return f"hub:{HubName.read(str(path), split)}"
     except DataError:
-        return f"missing: {name}"  # whoever reads it says so
+        return f"{MISSING}{name}"  # whoever reads it says so

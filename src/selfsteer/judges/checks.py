@@ -11,8 +11,8 @@ three places and add up: the features of a catalogue (they hold for every query)
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cached_property
 from io import StringIO
 from typing import Any
@@ -144,7 +144,7 @@ class IFEval:
             # it may try to fetch data, and prints how that goes; where it is missing, we say so
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 import langdetect
-                from lm_eval.tasks.ifeval import instructions_registry, utils
+                from lm_eval.tasks.ifeval import instructions, instructions_registry, utils
         except ImportError:
             raise ConfigError(
                 "A query has IFEval's instruction_id_list, and its checkers are not installed: "
@@ -152,7 +152,7 @@ class IFEval:
             ) from None
         langdetect.DetectorFactory.seed = 0  # it guesses otherwise with a new seed at each call
         self._known = instructions_registry.INSTRUCTION_DICT
-        self._utils = utils
+        self._utils, self._instructions = utils, instructions
 
     def results(self, query: Query, answer: str) -> list[tuple[str, bool]]:
         """Each instruction with whether the answer follows it.
@@ -161,11 +161,12 @@ class IFEval:
             ConfigError: a checker needs data of nltk that is not there.
             DataError: an instruction is unknown, or its arguments do not fit.
         """
-        ids, kwargs = query.extra["instruction_id_list"], query.extra.get("kwargs")
+        ids: list[str] = query.extra["instruction_id_list"]
+        kwargs: list[dict[str, Any]] = query.extra.get("kwargs") or []
         where = f"query {query.id}: instruction_id_list"
         if not _in_step(ids, kwargs):
             raise DataError(f"{where} must be a list of names, and kwargs a list in step with it.")
-        for name, given in zip(ids, kwargs or (), strict=True):
+        for name, given in zip(ids, kwargs, strict=True):
             if name not in self._known:
                 raise DataError(
                     f"{where} has {short(name)}, which is none of IFEval's {len(self._known)} "
@@ -177,9 +178,19 @@ class IFEval:
                     f"{where} has {short(name)}, and its kwargs lack {', '.join(lacking)}: the "
                     "checker would draw a value anew for every answer. Give one."
                 )
-        asked = self._utils.InputExample(0, list(ids), query.text, kwargs)
+        counts = [_counts_sign(name, given) for name, given in zip(ids, kwargs, strict=True)]
+        rest = [n for n, counted in enumerate(counts) if not counted]
+        asked = self._utils.InputExample(
+            0, [ids[n] for n in rest], query.text, [kwargs[n] for n in rest]
+        )
         try:
-            found = self._utils.test_instruction_following_strict(asked, answer)
+            with self._without_draws():
+                found = self._utils.test_instruction_following_strict(asked, answer)
+        except _Draws:
+            raise DataError(
+                f"{where}: kwargs {short(kwargs)} do not fit {', '.join(ids)}: the checker would "
+                "draw a value anew for every answer. Correct them."
+            ) from None
         except LookupError as e:
             if isinstance(e, KeyError | IndexError):  # a fault of a checker, not of its data
                 raise
@@ -191,7 +202,51 @@ class IFEval:
             raise DataError(
                 f"{where}: kwargs {short(kwargs)} do not fit {', '.join(ids)} ({e})."
             ) from e
-        return list(zip(ids, found.follow_instruction_list, strict=True))
+        followed = dict(zip(rest, found.follow_instruction_list, strict=True))
+        followed |= {n: _has_signs(kwargs[n], answer) for n, own in enumerate(counts) if own}
+        return [(name, followed[n]) for n, name in enumerate(ids)]
+
+    @contextmanager
+    def _without_draws(self) -> Iterator[None]:
+        """Checkers draw where an argument is outside of what they know; here they fail instead."""
+        known = self._instructions.random
+        self._instructions.random = _NoDraws()
+        try:
+            yield
+        finally:
+            self._instructions.random = known
+
+
+class _Draws(Exception):
+    """A checker would draw a value."""
+
+
+class _NoDraws:
+    def __getattr__(self, name: str) -> Any:
+        raise _Draws(name)
+
+
+def _counts_sign(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether an instruction counts a sign, in whose place lm-eval counts a letter that it draws.
+
+    The public file has two such, of # and of !.
+    """
+    match given:
+        case {
+            "letter": str(sign),
+            "let_frequency": int(),
+            "let_relation": "less than" | "at least",
+        }:
+            letters = name == "keywords:letter_frequency"
+            return letters and len(sign) == 1 and not "a" <= sign.lower() <= "z"
+    return False
+
+
+def _has_signs(given: Mapping[str, Any], answer: str) -> bool:
+    """As lm-eval decides it of letters; an empty answer follows nothing."""
+    count = answer.lower().count(given["letter"].lower())
+    few = count < given["let_frequency"]
+    return bool(answer.strip()) and few == (given["let_relation"] == "less than")
 
 
 def _in_step(ids: Any, kwargs: Any) -> bool:

@@ -7,6 +7,7 @@ by what it was asked. A run killed while judging resumes after its last finished
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,9 +107,18 @@ class AnswerStore:
                 for k, a in found.items()
                 if not str(a.get("finish_reason")).startswith(REQUEST_FAILED)
             )
-            write_atomic(self.folder / f"answers-{self._files:05d}.jsonl", lines)
-            self._files += 1
+            write_atomic(self._own_file(self.folder), lines)
         self._values |= found
+
+    def _own_file(self, folder: Path) -> Path:
+        """A file that no other command writes, though it may use the same store."""
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = folder / f"answers-{self._files:05d}.jsonl"
+            self._files += 1
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)  # empty until it is written: read as no answers
+                return path
 
 
 def _is_whole(row: Mapping[str, Any]) -> bool:

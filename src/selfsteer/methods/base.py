@@ -471,7 +471,7 @@ class Paired(Aligning):
         plain: float = 0.0,
     ) -> Artifact:
         """Preferences of the good response over the bad or plain one, and their quality."""
-        samples = self.confirmed(plan, samples, policy)
+        samples = self.confirmed(plan, samples, policy, plain)
         catalogue = self.principles.catalogue if isinstance(self, Principled) else None
         pairs = plan(
             WritePairs(
@@ -488,7 +488,7 @@ class Paired(Aligning):
         plan.pairs = pairs
         return pairs
 
-    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact) -> Artifact:
+    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact, plain: float) -> Artifact:
         """What of the samples is made into pairs: all of them, unless hygiene asks for more."""
         return samples
 
@@ -632,9 +632,9 @@ class PrincipledPairs(Principled, Paired):
     bad_on_purpose: ClassVar[bool] = True
 
     @override
-    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact) -> Artifact:
+    def confirmed(self, plan: Plan, samples: Artifact, policy: Artifact, plain: float) -> Artifact:
         least = self.hygiene.min_contrast
-        return samples if least is None else plan(KeepContrasting(samples, policy, least))
+        return samples if least is None else plan(KeepContrasting(samples, policy, least, plain))
 
     @override
     def faults(self) -> Iterator[str]:

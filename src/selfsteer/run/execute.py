@@ -28,6 +28,7 @@ from selfsteer.run.folder import (
     StageResult,
     by_reason,
     refuse,
+    refuse_absent,
     refuse_outdated,
 )
 from selfsteer.run.progress import reported
@@ -156,6 +157,8 @@ def execute(
         return 0
     with run.locked(), run.on_its_day(), ranks.leading() as call:
         stale = run.stale(whole)
+        if stale:
+            refuse_absent(run, whole)
         if stale and not redo:
             refuse(run, stale, otherwise)
         outdated = [e for e in run.outdated(whole) if e not in stale]

@@ -39,7 +39,7 @@ from selfsteer.data.jsonl import (
     write_atomic,
 )
 from selfsteer.data.records import Dropped
-from selfsteer.errors import ArtifactError, ConfigError, short
+from selfsteer.errors import ArtifactError, ConfigError, DataError, listed, short
 from selfsteer.models.chat import DAY
 from selfsteer.recipe.texts import ENDLESS, is_endless
 from selfsteer.run.sums import REMOVED, SMALL_BYTES, Sums, check_sums, is_in, sums_of
@@ -575,6 +575,16 @@ def _is_entry(value: Any) -> bool:
         and isinstance(sums, dict)
         and all(isinstance(s, list) and list(map(type, s)) == [int, str] for s in sums.values())
     )
+
+
+def refuse_absent(run: RunFolder, stages: Sequence["Stage"]) -> None:
+    """Raises DataError if files are not there that the work of these stages is to be made from."""
+    if absent := list(dict.fromkeys(name for stage in stages for name in stage.absent)):
+        raise DataError(
+            f"{run.path} holds work that was made from files, and {listed(absent)} "
+            f"{'are' if len(absent) > 1 else 'is'} not there, seen from {Path.cwd()}. Run the "
+            "command from the folder where the run was begun, or put the files back."
+        )
 
 
 REDO = "add --redo to do it again (what it replaces moves to superseded/)"

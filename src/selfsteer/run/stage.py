@@ -16,12 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from selfsteer.data.digests import digest, digest_path, model_digest
+from selfsteer.data.digests import MISSING, digest, digest_path, model_digest
 from selfsteer.data.queries import queries_digest
 from selfsteer.data.records import SCHEMA_VERSION
 from selfsteer.principles.catalogue import catalogue_of
@@ -168,12 +169,20 @@ class Stage(ABC):
 
         Computed once: stages read each other's many times over.
         """
-        inputs = {
+        return digest([type(self).__name__, SCHEMA_VERSION, self.name, self._inputs()])
+
+    def _inputs(self) -> dict[str, Any]:
+        return {
             f.name: f.metadata.get("identity", identity)(getattr(self, f.name))
             for f in fields(self)
             if f.name != "where" and not f.metadata.get("costs_only")
         }
-        return digest([type(self).__name__, SCHEMA_VERSION, self.name, inputs])
+
+    @property
+    def absent(self) -> list[str]:
+        """Files that it is to be made from and that are not there, as the recipe names them."""
+        texts = _texts(self._inputs())
+        return [text.removeprefix(MISSING) for text in texts if text.startswith(MISSING)]
 
     def records(self, scale: Scale) -> int:
         """How many records it makes, as if nothing were dropped."""
@@ -257,7 +266,16 @@ def content(value: Any, kind: Any) -> Any:
     name = resolve_path(value)
     if kind == "model":
         return model_digest(name)
-    return digest_path(Path(name)) if Path(name).exists() else f"missing: {name}"
+    return digest_path(Path(name)) if Path(name).exists() else f"{MISSING}{name}"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        yield from chain.from_iterable(map(_texts, value))
+    elif isinstance(value, str):
+        yield value
 
 
 def engine_identity(settings: EngineSettings) -> Any:

@@ -1,6 +1,6 @@
 """Principled answers to those that the principles themselves find apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import chain, groupby
@@ -16,6 +16,7 @@ from selfsteer.judges.quality import GAP_SEQUENCES
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
+from selfsteer.stages.filter import rejected_by
 from selfsteer.stages.inputs import renamed, stored_triples
 from selfsteer.terminal import progress_bar
 
@@ -34,18 +35,20 @@ class KeepContrasting(Stage):
     """Keeps what the policy finds better by its principles, too, whoever wrote it.
 
     A response written under the good principle need not be better than the other one. The lead is
-    r(good) − r(bad), or r(good) − r(plain) where there is no bad one, with r of
+    r(good) − r(bad), or r(good) − r(plain) where the plain response is rejected, with r of
     `PrincipleContrast`. Dropped are ``low_contrast`` and ``prompt_too_long`` (no score).
 
     Args:
         samples: triples or pairs of them, with their principles.
         policy: under which they are scored.
         least: the lead, nats per token.
+        plain: as in `WritePairs`, which makes pairs of what is kept.
     """
 
     samples: Artifact
     policy: Artifact
     least: float
+    plain: float = 0.0
 
     title = "contrasting"
     makes = ("{name}.jsonl",)
@@ -62,11 +65,12 @@ class KeepContrasting(Stage):
         triples, policy = stored_triples(self.samples.path), str(self.policy.path)
         ranker = PrincipleContrast(policy, self.loading, clip=CLIP, folder=run / "scores")
         leads: list[float] = []
+        rejected = rejected_by(self.seed, self.plain)
 
         def left() -> Iterator[str]:
             with progress_bar(self.title, len(triples)) as bar:
                 for part in batched(triples, TOGETHER):
-                    found = leads_of(ranker, part)
+                    found = leads_of(ranker, part, rejected)
                     for triple, its_lead in zip(part, found, strict=True):
                         if its_lead is None:
                             drops.add(Dropped(triple.id, "prompt_too_long", triple))
@@ -85,22 +89,25 @@ class KeepContrasting(Stage):
         return StageResult(len(triples), n_out, drops.counts, notes=notes)
 
 
-def leads_of(ranker: PrincipleContrast, triples: Sequence[Triple]) -> list[float | None]:
-    """By how much the good response of each leads the other one; None without a score."""
+def leads_of(
+    ranker: PrincipleContrast, triples: Sequence[Triple], rejected: Callable[[str], str]
+) -> list[float | None]:
+    """By how much the good response of each leads the rejected one; None without a score."""
     return [
         None if good is None or other is None else good - other
-        for good, other in sides_of(ranker, triples)
+        for good, other in sides_of(ranker, triples, rejected)
     ]
 
 
-def sides_of(ranker: PrincipleContrast, triples: Sequence[Triple]) -> list[Sides]:
-    """The scores of the good response of each, and of its bad or plain one."""
+def sides_of(
+    ranker: PrincipleContrast, triples: Sequence[Triple], rejected: Callable[[str], str]
+) -> list[Sides]:
+    """The scores of the good response of each, and of the rejected one."""
     asked = []
     for t in triples:
         assert t.principles is not None
         query = Query(t.id, t.messages, {"principles": t.principles.to_dict()})
-        other = "bad" if "bad" in t.responses else "plain"
-        asked += [(query, t.responses[name]) for name in ("good", other)]
+        asked += [(query, t.responses[name]) for name in ("good", rejected(t.id))]
     scores = iter(ranker.score_all(asked))
     return list(zip(scores, scores, strict=True))
 
@@ -150,7 +157,7 @@ class PickFurthest(Stage):
             same = (list(g) for _, g in groupby(merge(*sets, key=by_id), by_id))
             with progress_bar(f"{self.title}: picking", sum(map(len, sets))) as bar:
                 for part in batched(same, TOGETHER):
-                    sides = iter(sides_of(ranker, list(chain.from_iterable(part))))
+                    sides = iter(sides_of(ranker, list(chain.from_iterable(part)), lambda _: "bad"))
                     for triples in part:
                         made = furthest(triples, [next(sides) for _ in triples])
                         if isinstance(made, Dropped):

@@ -379,6 +379,19 @@ def mean_logps(
     return dict(zip(FILTER_SEQUENCES, means, strict=True))
 
 
+def rejected_by(seed: int, plain: float) -> Callable[[str], str]:
+    """Which response of a query is rejected: the plain one for a share of them, else the bad one.
+
+    Picked by a hash of seed and id, so that a larger share holds a smaller one.
+    """
+
+    def rejected(query: str) -> str:
+        picked = derive_seed(seed, "rejected", query) < plain * 2**63
+        return "plain" if picked else "bad"
+
+    return rejected
+
+
 @dataclass(frozen=True)
 class WritePairs(Stage):
     """The plain preferences (x; y+ ≻ y-), principles removed, as shards.
@@ -390,8 +403,7 @@ class WritePairs(Stage):
         shard_size: pairs per shard.
         catalogue: see `FilterTriples`.
         cleaned: the samples are those of `FilterTriples`, with nothing left to drop.
-        plain: share of the queries whose plain response stands in for the bad one; picked by a hash
-            of seed and id, so that a larger share holds a smaller one.
+        plain: share of the queries whose plain response stands in for the bad one (`rejected_by`).
     """
 
     samples: Artifact
@@ -409,11 +421,7 @@ class WritePairs(Stage):
     def run(self, run: RunFolder) -> StageResult:
         from selfsteer.models.load import load_chat
 
-        def rejected(query: str) -> str:
-            picked = derive_seed(self.seed, "rejected", query) < self.plain * 2**63
-            return "plain" if picked else "bad"
-
-        triples = stored_pairs(self.samples.path, rejected)
+        triples = stored_pairs(self.samples.path, rejected_by(self.seed, self.plain))
         kept: Records[Triple] = triples
         notes: dict[str, Any] = {}
         dropped: Iterable[Dropped] = ()

@@ -61,7 +61,7 @@ from selfsteer.recipe.sections import (
 )
 from selfsteer.run.cost import Cost, Rates, Scale, disk_bytes, seconds, total
 from selfsteer.run.execute import pinned, to_do
-from selfsteer.run.folder import RunFolder, by_reason, refuse, refuse_outdated
+from selfsteer.run.folder import RunFolder, by_reason, refuse, refuse_absent, refuse_outdated
 from selfsteer.run.stage import Artifact, Stage, Where
 from selfsteer.stages.filter import Left
 from selfsteer.stages.inputs import stored_triples
@@ -233,6 +233,7 @@ def _folder(c: Checks, recipe: Aligning) -> list[Stage]:
         whole = pinned(recipe)[0].plan()
         stages = to_do(run, whole)
         if stale := run.stale(whole):
+            refuse_absent(run, whole)
             refuse(run, stale)
         if outdated := run.outdated(whole):
             refuse_outdated(run, outdated)

@@ -96,6 +96,11 @@ def export_round(
             )
         for name in ("preferences", "samples", "filtered.jsonl"):
             of.run.own(of.folder / name)
+        if fmt == "authors" and isinstance(of.preferences, Stored):
+            raise ConfigError(
+                f"{of.folder} holds no triples: the pairs of method {of.method} are of plain "
+                "answers. Export them in another --format."
+            )
         raise ArtifactError(f"{of.folder} has no {what} yet; run it first.")
     of.run.settled(records.path)
     kept, unsafe = _allowed(of, records)
