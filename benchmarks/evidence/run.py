@@ -74,7 +74,6 @@ def fill(wanted: list[cells.Cell], runs: Path, jobs: int, until: float) -> int:
                 failed.append(cell)
             with turn:
                 working -= 1
-                page.write()
                 turn.notify_all()
 
     with ThreadPoolExecutor(jobs) as pool:

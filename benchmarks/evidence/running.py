@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cells
 from cells import (
     ANNOTATED,
     ARMS,
@@ -142,6 +143,7 @@ def fill(cell: Cell, runs: Path) -> dict[str, Any]:
     assert settings is not None
     made = audited if arm.audited else train_reward if arm.sets else train_policy
     found = made(cell, runs)
+    refuse_other_base(cell, found)
     result = {
         "arm": cell.arm,
         "base": cell.base,
@@ -155,6 +157,25 @@ def fill(cell: Cell, runs: Path) -> dict[str, Any]:
     write_atomic(cell.path, compact(json.dumps(result, indent=1)) + "\n")
     shutil.rmtree(runs / "runs" / cell.name, ignore_errors=True)
     return result
+
+
+def refuse_other_base(cell: Cell, found: dict[str, Any]) -> None:
+    """Refuses a cell whose base model is not that of the other arms, by what it answers.
+
+    Bases are built where they are needed, and another version of the builder builds others.
+
+    Raises:
+        Failed: another cell's base of the same number and seed scored otherwise.
+    """
+    if not cell.base or cell.trial is not None or "base_scores" not in found:
+        return
+    for path in sorted(cells.CELLS.glob(f"*-base{cell.base}-seed{cell.seed}.json")):
+        there = json.loads(path.read_text("utf-8"))
+        if there.get("base_scores", found["base_scores"]) != found["base_scores"]:
+            raise Failed(
+                f"{cell.name} starts from another base model than {path.name}: it was built, or "
+                "sampled, by another version. Remove the cells of that base, and fill them again"
+            )
 
 
 def run_policy(cell: Cell, runs: Path, *words: str) -> Path:
