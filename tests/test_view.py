@@ -159,6 +159,22 @@ def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
         RunView.open(run)
 
 
+def test_figures_under_another_runs_policy_are_not_taken_for_a_rounds(tmp_path: Path) -> None:
+    base = "/elsewhere/runs/old/iteration-1/policy"
+    make(tmp_path, finish("queries"), "iterations=2", f"policy.model={base}")
+    (tmp_path / "iteration-2").mkdir()
+    models = {"b": base, "a": f"{tmp_path}/iteration-1/policy"}
+    for name, model in models.items():
+        write_jsonl(tmp_path / "scores" / name / "model.json", {"model": model})
+    first, second = RunView.open(tmp_path).rounds
+    found = [r.scores and r.scores.name for r in (first, second)]
+    assert found == ["b", "a"]
+    # of a run that was moved, the place of its own models has changed
+    moved = {"model": "runs/made/iteration-1/policy"}
+    write_jsonl(tmp_path / "scores" / "a" / "model.json", moved)
+    assert [r.scores and r.scores.name for r in (first, second)] == ["b", "a"]
+
+
 def test_quality_is_of_its_round(tmp_path: Path) -> None:
     run = RunView.open(make(tmp_path, "", "iterations=2"))
     (tmp_path / "iteration-2").mkdir()
