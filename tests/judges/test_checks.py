@@ -272,6 +272,13 @@ def test_a_sign_is_counted_and_no_letter_drawn_in_its_place() -> None:
             ),
             "would draw a value anew",
         ),
+        (
+            instructed(
+                "keywords:letter_frequency",
+                kwargs=[{"letter": "#", "let_frequency": -1, "let_relation": "at least"}],
+            ),
+            "would draw a value anew",
+        ),
         (instructed("punctuation:no_coma"), "Did you mean punctuation:no_comma?"),
         (instructed("punctuation:no_comma", kwargs=[{"words": 3}]), "do not fit"),
         (

@@ -234,11 +234,11 @@ def _counts_sign(name: str, given: Mapping[str, Any]) -> bool:
     match given:
         case {
             "letter": str(sign),
-            "let_frequency": int(),
+            "let_frequency": int(frequency),
             "let_relation": "less than" | "at least",
         }:
-            letters = name == "keywords:letter_frequency"
-            return letters and len(sign) == 1 and not "a" <= sign.lower() <= "z"
+            one = len(sign) == 1 and not "a" <= sign.lower() <= "z"
+            return name == "keywords:letter_frequency" and one and frequency > 0
     return False
 
 

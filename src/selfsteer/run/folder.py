@@ -587,6 +587,7 @@ def refuse_absent(run: RunFolder, stages: Sequence["Stage"]) -> None:
         )
 
 
+#: What a run may do about work of other settings, but to choose another name; a sweep may not.
 REDO = "add --redo to do it again (what it replaces moves to superseded/)"
 
 
