@@ -238,6 +238,16 @@ def test_a_query_of_a_table_keeps_its_rules(tmp_path: Path) -> None:
     assert read_checks(query.extra["checks"], "q") == read_checks(rules["checks"], "q")
 
 
+def test_an_id_of_another_name_does_not_cost_a_query_its_other_keys(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "What eats nectar?", "prompt_id": "p7", "topic": "bees"},
+        {"prompt": "What eats bees?", "prompt_id": "p8", "id": "q8"},
+    ]
+    first, second = load(rows_in(tmp_path / "q.jsonl", *rows)).queries
+    assert (first.id, first.extra) == ("p7", {"topic": "bees"})
+    assert (second.id, second.extra) == ("q8", {"prompt_id": "p8"})
+
+
 def test_what_belongs_to_answers_is_not_kept_with_a_query(tmp_path: Path) -> None:
     """A sampled answer would be replaced by the one that stands there."""
     stale = {"responses": {"plain": "Old."}, "reasoning": "Hm.", "finish_reasons": {}}

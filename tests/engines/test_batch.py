@@ -687,6 +687,26 @@ def test_a_line_that_cannot_be_read_is_asked_again(server: BatchServer, tmp_path
     assert [len(b["lines"]) for b in server.batches.values()] == [3, 1]
 
 
+def test_a_request_that_is_answered_twice_is_told(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def repeat(number: int) -> bool:
+        name = "output_batch_0"
+        if name in server.files and server.seen[number].startswith("GET /batches"):
+            first, *rest = server.files[name].splitlines()
+            second = json.loads(first)
+            second["response"]["body"]["choices"][0]["message"]["content"] = "Another answer."
+            server.files[name] = b"\n".join([first, *rest, json.dumps(second).encode()])
+        return False
+
+    server.after = repeat
+    with asking(server.url, tmp_path) as engine:
+        found = ask(engine, tmp_path, requests(3))
+    assert "Another answer." not in {c.text for c in found.values()}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "answers 1 of the 3 requests of batch batch_0 more than once; the first answer" in said
+
+
 def test_a_batch_without_an_end_is_given_up(
     server: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,6 +225,9 @@ def test_too_few_queries_are_used_again_and_told(
     assert [q.id for q in Share(2, 3, None).take(stored)] == ["0", "3", "4"]
     assert "iteration 2 needs queries 4 to 6 of 5" in capsys.readouterr().err
     assert [q.id for q in Share(1, 9, None).take(stored)] == ["0", "1", "2", "3", "4"]
+    capsys.readouterr()
+    assert [[q.id for q in Share(k, None, 6).take(stored)] for k in (1, 2)] == [["0"], ["0"]]
+    assert capsys.readouterr().err.count("6 iterations share 5 queries") == 1
 
 
 def test_a_slice_of_a_fixed_size_does_not_depend_on_how_many_iterations_there_are() -> None:

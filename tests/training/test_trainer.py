@@ -1,4 +1,5 @@
 import errno
+import json
 import math
 import shutil
 import signal
@@ -620,6 +621,9 @@ def test_lora_begins_at_the_reference_and_saves_a_plain_checkpoint(
         "adapter_model.safetensors",
         "base.json",
     }
+    modules = json.loads((tmp_path / "m/adapter/adapter_config.json").read_text())["target_modules"]
+    assert len(modules) > 4
+    assert modules == sorted(modules), "the same bytes in every process"
     trained = weights(tmp_path / "m")
     assert trained.keys() == start.keys()
     changed = {k for k in start if not torch.equal(start[k], trained[k])}

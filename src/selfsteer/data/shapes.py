@@ -206,7 +206,12 @@ _TOOLS = (
 )
 
 #: Keys of other people's rows; with one of them, `prompt` is not our own.
-_ANSWERED = frozenset({"chosen", "rejected", "completions", "prompt_id"})
+_ANSWERED = frozenset({"chosen", "rejected", "completions"})
+
+
+def _is_foreign(row: Row) -> bool:
+    """Whether a row with a `prompt` is not our own; UltraChat has `messages` beside it."""
+    return bool(_ANSWERED & row.keys()) or {"prompt_id", "messages"} <= row.keys()
 
 
 def _is_conversation(value: Any) -> bool:
@@ -220,7 +225,7 @@ def _own_turns(row: Row) -> Any:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages is None or not isinstance(turns, list):
         return turns
-    if not _ANSWERED & row.keys():
+    if not _is_foreign(row):
         raise DataError(
             f"a query needs exactly one of 'prompt' and 'messages', found the keys {listed(row)}"
         )
@@ -342,9 +347,10 @@ def asked(row: Row) -> Asked:
     while end > 1 and turns[end - 1]["role"] == "assistant":
         end -= 1
     _check_conversation(turns[:end])
-    ours = form is OWN and not _ANSWERED & given.keys()
+    ours = form is OWN and not _is_foreign(given)
     ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
-    more = {k: v for k, v in row.items() if k not in form.reads | _OURS} if ours else {}
+    ignored = form.reads | _OURS | (set() if "id" in given else {"prompt_id"})
+    more = {k: v for k, v in row.items() if k not in ignored} if ours else {}
     query = Query.from_dict(
         {
             **more,

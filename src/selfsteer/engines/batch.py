@@ -422,13 +422,21 @@ class BatchEngine(OpenAIEngine):
     ) -> dict[str, Reply | Fault]:
         """What became of these requests of a batch that is over; counts it once, in one write."""
         found, wanted, used = dict[str, Reply | Fault](), set(keys), [0, 0]
+        again = set[str]()
         for name in ("output_file_id", "error_file_id"):
             if over.get(name) is None:
                 continue
             for key, said in await self._lines(batch, self._id(over, name)):
                 used = [n + took for n, took in zip(used, said.used, strict=True)]
-                if key in wanted and not isinstance(found.get(key), Reply):
+                if isinstance(found.get(key), Reply):
+                    again.add(key)
+                elif key in wanted:
                     found[key] = said
+        if again:
+            warn(
+                f"{self.who} answers {len(again):,} of the {len(batch.asked):,} requests of batch "
+                f"{batch.id} more than once; the first answer of each is used"
+            )
         if batch.mark not in self.usage.batches:
             self.usage.counts.update(_used(len(batch.asked), *used))
             self.usage.batches.add(batch.mark)

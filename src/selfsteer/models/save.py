@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from selfsteer.data.digests import BASE, weights_digest
+from selfsteer.data.digests import ADAPTER_CONFIG, BASE, weights_digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, NumericsError, short
 from selfsteer.models import tree
@@ -172,6 +172,14 @@ def stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, buffer
 
 
+def _sort_modules(path: Path) -> None:
+    """Gives the names of modules an order: peft holds a set, which each process orders anew."""
+    found = json.loads(path.read_text("utf-8"))
+    if isinstance(found["target_modules"], list):
+        found["target_modules"].sort()
+        write_atomic(path, json.dumps(found, indent=2, sort_keys=True))
+
+
 def _note_base(adapter: Path, base: str) -> None:
     """Writes beside adapters which weights they were trained on, where they are on this machine."""
     if weights := weights_digest(base):
@@ -184,6 +192,7 @@ def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
+    _sort_modules(folder / ADAPTER_CONFIG)
     _note_base(folder, model.peft_config["default"].base_model_name_or_path or "")
     if not getattr(model, "is_quantized", False):
         return model.merge_and_unload()

@@ -46,6 +46,11 @@ class Share(NamedTuple):
                 f"iteration {self.iteration} needs queries {start + 1:,} to {start + size:,} of "
                 f"{len(queries):,}; earlier ones are used again"
             )
+        elif self.of is not None and self.of > len(queries) and self.iteration == 1:
+            warn(
+                f"{self.of:,} iterations share {len(queries):,} queries; some take one that "
+                "another one had"
+            )
         places = ((start + i) % len(queries) for i in range(min(size, len(queries))))
         return queries.take(sorted(places))
 
