@@ -42,6 +42,7 @@ from selfsteer.run.folder import (
     recipe_file,
 )
 from selfsteer.run.progress import FILE, progress_of
+from selfsteer.run.sources import check_sources
 from selfsteer.run.sums import Sums, check_sums
 
 T = TypeVar("T")
@@ -816,11 +817,13 @@ class RunView:
 
     @property
     def checked_models(self) -> dict[str, str]:
-        """The models, of which every file is as its training wrote it; about 1 GB/s.
+        """The models, of which every file is as it was when the run read or wrote it; about 1 GB/s.
 
         Raises:
-            ArtifactError: one is not; names the file.
+            ArtifactError: one that the run trained is not; names the file.
+            DataError: the base model is another one.
         """
+        check_sources(self.folder, self.recipe, "policy.model")
         for source in self.models.values():
             self.check(Path(source))
         return self.models

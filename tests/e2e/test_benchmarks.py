@@ -147,6 +147,52 @@ def test_a_run_ends_with_one_table_of_tasks_and_judged_sets(
     assert column(report(run), "tiny_say") == column(found, "tiny_say")
 
 
+def test_a_task_is_asked_again_once_its_data_is_another(
+    tasks: Path, tmp_path: Path, here: Here
+) -> None:
+    own = rows(tmp_path / "elsewhere.jsonl", *QUIZ[:2])
+    task = yaml.safe_load((tasks / "tiny_say.yaml").read_text())
+    task["dataset_kwargs"]["data_files"]["test"] = str(own)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    tagged = "process_docs: !function none.fn\n"  # not what its data is read without
+    (folder / "tiny_other.yaml").write_text(f"task: tiny_other\n{tagged}")
+    (folder / "tiny_say.yaml").write_text(yaml.safe_dump(task))
+    args = ("benchmark", TESTBED, "--task", "tiny_say", "--task-folder", folder,
+            "--to", tmp_path / "out", *SMALL, "--json")  # fmt: skip
+    assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 2
+    rows(own, *QUIZ[:3])
+    assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 3
+
+
+def test_a_task_whose_scoring_lacks_its_data_is_named(
+    tasks: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*args: Any, **more: Any) -> None:
+        raise LookupError("Resource punkt_tab not found.")
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lacking)
+    named = ("--task", "tiny_say", "--task-folder", tasks)
+    ended = here("benchmark", TESTBED, *named, "--to", tmp_path / "out", *SMALL)
+    fails(ended, 3, "tiny_say cannot be asked here: Resource punkt_tab not found")
+
+
+def test_a_request_that_failed_is_sent_again(tmp_path: Path, here: Here) -> None:
+    two = ({"turns": [r["q"], "Describe Vietnam."]} for r in QUIZ[:2])
+    questions = rows(tmp_path / "q.jsonl", *two)
+    args = ("benchmark", TESTBED, "--judged", f"mt-bench:{questions}", "--judge", "oracle",
+            "--to", tmp_path / "out", *SMALL, "--json")  # fmt: skip
+    before = here(*args)
+    assert before.code == 0, before.err
+    (stored,) = (tmp_path / "out").glob("benchmarks/*/q-*.answers.jsonl")
+    text = stored.read_text()
+    first, second = map(json.loads, text.splitlines())
+    lost = {**second, "responses": [], "finish_reasons": [], "missing": "request_failed:timeout"}
+    rows(stored, first, lost)
+    assert here(*args).out == before.out
+    assert [json.loads(line) for line in stored.read_text().splitlines()] == [first, second]
+
+
 def test_tasks_without_answers_and_metrics_without_a_mean_leave_stdout_to_the_results(
     tasks: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

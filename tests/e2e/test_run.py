@@ -313,6 +313,17 @@ def test_the_method_is_named_by_the_recipe(tmp_path: Path, here: Here) -> None:
     ]
 
 
+def test_a_run_folder_keeps_the_order_of_its_baselines(tmp_path: Path, here: Here) -> None:
+    """The first one's rounds are in ``baseline/``, whatever it is called."""
+    given = ("smoke", f"runs_dir={tmp_path}", "name=b", "baseline={pbaa: {}, contrast: {}}")
+    ended = here("run", *given, "--until", "queries")
+    assert ended.code == 0, ended.err
+    plans = (here("run", *args, "--dry-run", "--json") for args in ((*given,), (tmp_path / "b",)))
+    of_recipe, of_folder = (json.loads(ended.out) for ended in plans)
+    assert of_folder == of_recipe
+    assert list(RunView.open(tmp_path / "b").recipe.homes) == ["sso", "pbaa", "contrast"]
+
+
 @pytest.mark.slow
 def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -> None:
     ended = here(
@@ -320,13 +331,13 @@ def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -
         "smoke",
         f"runs_dir={tmp_path}",
         "name=b",
-        "baseline={contrast: {contrast: {top_k: 64}}, good-over-plain: {}}",
+        "baseline={good-over-plain: {}, contrast: {contrast: {top_k: 64}}}",  # not in ABC order
         *TINY,
     )
     assert ended.code == 0, ended.err
     folder = tmp_path / "b"
     found = json.loads((folder / "evaluation.json").read_text())
-    others = ("contrast", "good-over-plain")
+    others = ("good-over-plain", "contrast")
     assert list(found["finals"]) == ["sso", *others]
     assert [d["of"] for d in found["differences"]] == [f"sso - {other}" for other in others]
     said = sentence(RunView.open(folder))
@@ -334,12 +345,14 @@ def test_several_baselines_stand_beside_the_method(tmp_path: Path, here: Here) -
     for other, difference in zip(others, found["differences"], strict=True):
         assert f"{abs(difference['score'][0]):.3f}" in said
         assert other in said
+    again = here("run", folder)
+    assert again.code == 0, again.err
     shown = here("show", folder)
-    for home in ("baseline", "good-over-plain"):
+    for home in ("baseline", "contrast"):
         assert (folder / home / "iteration-1" / "policy" / "model.safetensors").is_file()
         assert f"{home}/iteration-1/policy" in shown.out
     asked = here("chat", folder, "--question", "What does the bee eat?")
-    assert all(word in asked.out for word in ("base", "policy", "baseline", "good-over-plain"))
+    assert all(word in asked.out for word in ("base", "policy", "baseline", "contrast"))
     compared = json.loads(here("compare", folder, "--json").out)
     assert list(compared["entrants"]) == [*others, "sso", "base"]
     page = here("report", folder)

@@ -11,13 +11,17 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
+from glob import glob
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from selfsteer.data.digests import digest_path
 from selfsteer.data.records import Message
@@ -47,7 +51,36 @@ def harness_identity(settings: Benchmarks) -> dict[str, Any]:
         ConfigError: a task folder is missing.
     """
     own = settings.model_dump(include={"chat_template", "limit"})
-    return {**own, "folders": [digest_path(f) for f in _folders(settings)]}
+    folders = _folders(settings)
+    data = {name: digest_path(Path(name)) for name in sorted(_local_data(folders))}
+    return {**own, "folders": [digest_path(f) for f in folders], "data": data}
+
+
+def _local_data(folders: Iterable[Path]) -> set[str]:
+    """The files and folders that tasks of these folders name, patterns spelled out."""
+    named = set[str]()
+    for path in chain.from_iterable(f.rglob("*.y*ml") for f in folders):
+        with suppress(yaml.YAMLError, UnicodeDecodeError):
+            found = yaml.load(path.read_text("utf-8"), _Plain)
+            if isinstance(found, dict):
+                named.update(_strings([found.get("dataset_path"), found.get("dataset_kwargs")]))
+    return {name for text in named for name in glob(text, recursive=True)}
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads the YAML of tasks without what their own tags (``!function``) stand for."""
+
+
+_Plain.add_multi_constructor("", lambda loader, tag, node: None)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        yield from chain.from_iterable(map(_strings, value))
+    elif isinstance(value, str):
+        yield value
 
 
 def check_tasks(settings: Benchmarks) -> None:
@@ -128,6 +161,11 @@ def run_task(
                 f"Task {task.name} leaves no room for a prompt: {e} Choose a task that "
                 "generates less, or a model with a longer context."
             ) from e
+        except (ImportError, LookupError, OSError) as e:
+            if isinstance(e, KeyError | IndexError):  # a fault of the task's code
+                raise
+            # what its scoring needs: NLTK raises LookupError for data that is not there
+            raise _unavailable(task.name, e) from e
     return {
         **_summarise(task, found),
         "truncated": lm.truncated,

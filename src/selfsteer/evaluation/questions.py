@@ -58,6 +58,11 @@ class Answered:
     finish_reasons: tuple[str, ...]
     missing: str | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether a request failed, so that it is worth to be sent again."""
+        return (self.missing or "").startswith(REQUEST_FAILED)
+
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """Reads a stored line."""

@@ -16,6 +16,7 @@ from selfsteer.methods.contrast import Distilled
 from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.objectives import ContrastObjective
 from selfsteer.recipe.sections import resolve_path
+from selfsteer.run.sources import check_sources
 from selfsteer.stages.teach import taught
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView, RunView
@@ -39,6 +40,8 @@ def tokenizer(run: RunView) -> ChatFormat | None:
     for source in [*own, resolve_path(base)]:
         if Path(source).is_dir():
             try:
+                if source not in own:
+                    check_sources(run.folder, run.recipe, "policy.model")
                 return read_chat(source, run.loading)
             except SelfsteerError:
                 continue

@@ -32,6 +32,7 @@ from selfsteer.run.folder import (
     refuse_outdated,
 )
 from selfsteer.run.progress import reported
+from selfsteer.run.sources import note_sources
 from selfsteer.run.stage import Stage
 from selfsteer.run.sums import SMALL_BYTES
 from selfsteer.run.tracking import Tracker
@@ -179,6 +180,7 @@ def execute(
                 say(note)
             # first, so that what a kill leaves is never taken for work of the old recipe
             _write_recipe(run, recipe, given)
+            note_sources(run.path, recipe)
             run.supersede(gone)
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")

@@ -178,23 +178,28 @@ class RunBenchmarks(Stage):
         for label, model in self.models.items():
             made_of = [params, s.engine, questions]
             path = self._cell(home, label, judged.name, made_of, ".answers.jsonl")
-            if not path.exists():
+            known: dict[str, Answered] = {}
+            if path.exists():
+                known = {v["id"]: Answered.from_dict(v) for _, v in read_jsonl(path)}
+            again = [q for q in questions if q.id not in known or known[q.id].failed]
+            if again:
                 with Engines(home) as engines:
                     # without a name, so that one model leaves memory before the next comes
                     given = self._ask(
                         engines.sampler(s.engine, str(model.path), self.loading, s.batch_size),
-                        questions,
+                        again,
                         params,
                         f"{label}: {judged.name}",
                     )
+                known |= {a.id: a for a in given}
                 if engines.asked:
                     notes.setdefault("asked", {})[f"{label}: {judged.name}"] = engines.asked
                 lines = (
                     {**q.query().to_dict(), "response": "".join(a.responses[:1]), **asdict(a)}
-                    for q, a in zip(questions, given, strict=True)
+                    for q, a in ((q, known[q.id]) for q in questions)
                 )
                 write_atomic(path, dump_lines(lines))
-            found[label] = {v["id"]: Answered.from_dict(v) for _, v in read_jsonl(path)}
+            found[label] = known
         return questions, found
 
     def _ask(

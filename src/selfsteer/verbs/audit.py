@@ -61,6 +61,7 @@ def audit(
     folder = Path(model)
     is_run = (folder / "resolved.json").is_file()
     if is_run:
+        from selfsteer.run.sources import check_sources
         from selfsteer.view import RunView
 
         if base or generator:
@@ -77,6 +78,11 @@ def audit(
         called = {home: method for method, home in run.recipe.homes.items()}
         models = {called.get(k, k): v for k, v in run.checked_models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
+        if queries is None:
+            check_sources(folder, recipe, "evaluation.queries.path")
+        if judge is None:
+            check_sources(folder, recipe, "judge.", refuse=False)
+        check_sources(folder, recipe, "principles.", refuse=False)
         to = to or run.place("audit")
     else:
         if base is None:

@@ -91,7 +91,9 @@ def _stage(
     from selfsteer.recipe.read import check_sections, load_values, merge, typed, validate
     from selfsteer.recipe.sections import BenchmarkConfig
     from selfsteer.run.folder import recipe_file
+    from selfsteer.run.sources import check_sources
     from selfsteer.stages.benchmark import RunBenchmarks
+    from selfsteer.view import RunView
 
     sections = tuple(BenchmarkConfig.model_fields)
     check_sections(settings, sections, "benchmark")
@@ -102,6 +104,9 @@ def _stage(
     own = validate(BenchmarkConfig, merge(given, settings), "settings of benchmark")
     if recipe.is_file():
         check_trust(recipe.parent, own, trust)
+        if own.benchmarks.judge is None:
+            whole = RunView.open(recipe.parent).recipe
+            check_sources(recipe.parent, whole, "judge.", refuse=False)
     judge = own.benchmarks.judge or own.judge
     rows, loading = _rows(models), own.policy.loading
     return RunBenchmarks(rows, own.benchmarks, judge, own.sampling, seed=own.seed, loading=loading)

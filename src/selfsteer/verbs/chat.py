@@ -115,13 +115,16 @@ class Chat:
         from selfsteer.principles import writer
         from selfsteer.principles.contexts import CONTEXTS
         from selfsteer.recipe.sections import PrinciplesConfig, resolve_path
+        from selfsteer.run.sources import check_sources
         from selfsteer.stages.principles import kept_system
 
         recipe = aligning(run.recipe)
+        check_sources(run.folder, recipe, "principles.", refuse=False)
         sampling = recipe.sampling
         own = recipe.principles if isinstance(recipe, Principled) else PrinciplesConfig()
         loading = run.loading
-        base = resolve_path(run.models["base"])
+        models = run.checked_models
+        base = resolve_path(models["base"])
         system = kept_system(own, base, loading)
         self.principles = replace(writer.specimen(own, features), system=system)
         self.seed, self.contrast = seed, contrast
@@ -129,7 +132,7 @@ class Chat:
         self.params = SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         self.engines = {
             name: TransformersEngine(load_model(resolve_path(source), loading, inference=True))
-            for name, source in run.checked_models.items()
+            for name, source in models.items()
             if name != "reward"
         }
 

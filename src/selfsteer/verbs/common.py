@@ -181,7 +181,7 @@ def load_recipe(
     checked = recipe_of(values, f"recipe {recipe}")
     if is_run(recipe):
         check_trust(Path(recipe), checked, trust)
-    return checked, yaml.safe_load(yaml.safe_dump(values))
+    return checked, yaml.safe_load(yaml.safe_dump(values, sort_keys=False))
 
 
 def is_run(recipe: str) -> bool:

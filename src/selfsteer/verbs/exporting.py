@@ -21,6 +21,7 @@ from selfsteer.formats.gguf import convert, modelfile
 from selfsteer.methods import Paired, Principled
 from selfsteer.recipe.sections import ContrastRanking, resolve_path
 from selfsteer.run.folder import LEDGER, RunFolder
+from selfsteer.run.sources import check_sources
 from selfsteer.stages.filter import named_features, names_safety
 from selfsteer.terminal import progress_bar, say
 from selfsteer.view import RoundView
@@ -158,6 +159,8 @@ def _export_reward(
     loading = recipe.policy.loading
     loading = loading.model_copy(update={"date": loading.date or RunFolder(of.run.folder).day})
     trained = of.folder.with_name(f"iteration-{of.k - 1}") / "policy"
+    if of.k == 1:
+        check_sources(of.run.folder, of.run.recipe, "policy.model")
     model = str(trained) if of.k > 1 else resolve_path(recipe.policy.model)
     if trust:
         model = checkpoint(model, loading)

@@ -51,6 +51,7 @@ def judge(
     """Judge preferences: verdicts, accuracy, position bias and cost; agreement of two judges."""
     from selfsteer.methods import Paired
     from selfsteer.run.folder import RunFolder
+    from selfsteer.run.sources import check_sources
     from selfsteer.view import RunView
 
     if label_sheet is not None and (judges or as_json or store):
@@ -74,6 +75,7 @@ def judge(
         store = store or run.place("judgements")
         if not given and own is not None and label_sheet is None:
             check_trust(preferences, own, trust)
+            check_sources(preferences, run.recipe, "judge.", refuse=False)
             given = [own]
     elif iteration is not None or baseline:
         raise ConfigError(
