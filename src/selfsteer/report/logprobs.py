@@ -17,6 +17,7 @@ from selfsteer.models.chat import ChatFormat, EncodedSequence
 from selfsteer.objectives import ContrastObjective
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.sources import check_sources
+from selfsteer.run.sums import SMALL_BYTES
 from selfsteer.stages.teach import taught
 from selfsteer.terminal import progress_bar
 from selfsteer.view import RoundView, RunView
@@ -39,6 +40,7 @@ def tokenizer(run: RunView) -> ChatFormat | None:
     base, *own = run.models.values()
     for source in [*own, resolve_path(base)]:
         if Path(source).is_dir():
+            run.check(Path(source), most=SMALL_BYTES)
             try:
                 if source not in own:
                     check_sources(run.folder, run.recipe, "policy.model")

@@ -6,6 +6,7 @@ x         p+, p-      y+, y-, yo   (trained)     (x, y+, y-)   (trained)  (judge
 
 import gc
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -188,7 +189,8 @@ def execute(
             if todo and heading:
                 done = f", {n} of them done" if (n := len(stages) - len(todo)) else ""
                 say(f"{heading}: {len(stages)} stages{done}, in {run.path}")
-                say(f"to watch: selfsteer view {run.path}; Ctrl-C stops, the same command resumes")
+                place = shlex.quote(str(run.path))
+                say(f"to watch: selfsteer view {place}; Ctrl-C stops, the same command resumes")
             ran = 0
             while len(todo) > ran:
                 stage, ran = todo[ran], ran + 1

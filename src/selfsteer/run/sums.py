@@ -3,6 +3,7 @@
 Whoever uses what a stage made compares first, so that no damaged file is read as if it were whole.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -90,8 +91,9 @@ def check_sums(
         ArtifactError: names the file and the way out.
     """
     if fault := fault_of(run, sums, below, most=most):
+        again = shlex.join(["selfsteer", "run", str(run), "--redo"])
         raise ArtifactError(
             f"{fault}. Stage {maker} finished with another one, so nothing of it is used. Restore "
-            f"the file from a copy, or have it made again: selfsteer run {run} --redo (what is "
-            "left of the stage moves to superseded/)."
+            f"the file from a copy, or have it made again: {again} (what is left of the stage "
+            "moves to superseded/)."
         )

@@ -1,6 +1,7 @@
 """``selfsteer init``: looks at model, prompts and machine, and writes a recipe that fits them."""
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -286,15 +287,16 @@ def _blanks(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _say_next(path: Path, w: "Wishes", blank: list[str], recipe: str | None) -> None:
     """What was written, and what to type now."""
     name, why = w.recipe
+    place = shlex.quote(str(path))
     machine = f", for {w.hardware}" if w.hardware else ""
     out.print(f"{path}: {recipe or name}{machine}", markup=False)
     if recipe is None:
         out.print(why, style="dim", markup=False)
     out.print(f"set {', '.join(blank)} in it, then:" if blank else "next:")
     steps = [
-        (f"check {path}", "minutes: would it work, and how long would it take?"),
-        (f"preview {path}", "five queries, all the way to what would be trained on"),
-        (f"run {path}{w.spread}", "everything; resumes after any stop"),
+        (f"check {place}", "minutes: would it work, and how long would it take?"),
+        (f"preview {place}", "five queries, all the way to what would be trained on"),
+        (f"run {place}{w.spread}", "everything; resumes after any stop"),
     ]
     if recipe == "reward":
         steps = steps[-1:]

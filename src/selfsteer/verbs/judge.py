@@ -1,5 +1,6 @@
 """``selfsteer judge``: what one or two judges say of stored preferences."""
 
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -89,9 +90,10 @@ def judge(
     chosen = _chosen(source, limit, seed)
     if label_sheet is not None:
         write_label_sheet(chosen, label_sheet, seed)
+        again = ["selfsteer", "judge", str(preferences), "--judge", f"human:{label_sheet}"]
         out.print(
             f"{label_sheet}: {len(chosen):,} pairs. Set each verdict to first, second or tie, "
-            f"then: selfsteer judge {preferences} --judge human:{label_sheet}"
+            f"then: {shlex.join(again)}"
         )
         return
     # answers are added to the run folder, so no other process may work in it

@@ -110,7 +110,7 @@ def run(
 
 def _say_next(found: "RunView", until: str | None) -> None:
     """Where the model is, and the commands that a person types now."""
-    folder, models = found.folder, found.models
+    folder, models = shlex.quote(str(found.folder)), found.models
     if until is not None:
         say(f"next: selfsteer view {folder}, or the rest: selfsteer run {folder}")
         return
@@ -128,8 +128,11 @@ def _say_next(found: "RunView", until: str | None) -> None:
     elif "reward" in models:
         made = models["reward"]
         steps = [
-            (f"rewardbench {made} FILE", "its accuracy on a benchmark"),
-            (f"judge RUN --judge reward:{made}", "the pairs of another run, judged by it"),
+            (f"rewardbench {shlex.quote(made)} FILE", "its accuracy on a benchmark"),
+            (
+                f"judge RUN --judge {shlex.quote(f'reward:{made}')}",
+                "the pairs of another run, judged by it",
+            ),
         ]
     say("next:")
     longest = max(len(command) for command, _ in steps)
