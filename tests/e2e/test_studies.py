@@ -121,7 +121,7 @@ def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> N
 def test_a_run_called_query_hides_no_query() -> None:
     queries = [Query.from_dict({"id": f"q{i}", "prompt": f"What is {i}?"}) for i in range(9)]
     one, other = (
-        Answered(name, [text] * 9, np.ones(9), np.full(9, score))
+        Answered(name, [text] * 9, np.ones(9), np.full(9, score), [True] * 9)
         for name, text, score in (("difference", "a", 0.0), ("query", "bb", 1.0))
     )
     found = _difference(queries, one, other, ScoringFake(), ["x"] * 9, 1, 0)
