@@ -1,12 +1,15 @@
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from selfsteer.engines import load
+from selfsteer.engines.base import Request
 from selfsteer.verbs import auditing
 from selfsteer.verbs.auditing import Settings, Subjects, audit
 from tests.fakes import FakeEngine
@@ -76,11 +79,11 @@ def test_answers_without_a_score_do_not_count() -> None:
     assert found["changes"]["policy"]["whole"]["score/bad"] == pytest.approx([-0.1] * 3)
 
 
-def test_what_is_damaged_of_finished_answers_is_asked_again(
+def test_what_failed_or_is_damaged_of_finished_answers_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked() -> list[str]:
-        engine = FakeEngine(lambda request: "Yes.")
+    def asked(say: Callable[[Request], Any] = lambda request: "Yes.") -> list[str]:
+        engine = FakeEngine(say)
         engines = SimpleNamespace(sampler=lambda *args: engine)
         monkeypatch.setattr(load, "Engines", lambda folder: nullcontext(engines))
         found = auditing._answers(subjects, "m", probes, lambda items, tokens: None)
@@ -91,9 +94,11 @@ def test_what_is_damaged_of_finished_answers_is_asked_again(
     settings = Settings.model_validate({"policy": {"model": "m"}})
     subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
     probes = [triple("a", "Accuracy"), triple("b", "Accuracy")]
-    assert len(asked()) == 6
+    away = ("", "request_failed:connection")
+    assert len(asked(lambda request: away if request.id[0] == "a" else "Yes.")) == 6
+    assert asked() == ["a/plain", "a/good", "a/bad"]
     (path,) = tmp_path.glob("answers-*.jsonl")
     path.write_text(path.read_text().replace('"Yes."', '"No."', 1) + '{"id": ')
-    assert asked() == ["a/plain"]
+    assert asked() == ["b/plain"]
     assert asked() == []  # the damaged lines are still there, but nothing lacks
     assert list(tmp_path.iterdir()) == [path]
