@@ -10,10 +10,11 @@ import pytest
 
 from selfsteer.engines import load
 from selfsteer.engines.base import Request
+from selfsteer.models.chat import DAY
 from selfsteer.verbs import auditing
 from selfsteer.verbs.auditing import Settings, Subjects, audit
 from tests.fakes import FakeEngine
-from tests.make import triple
+from tests.make import make_checkpoint, triple
 
 N = 20
 FEATURES = [("Accuracy",) if i < 12 else ("Safety", "Accuracy") if i < 16 else () for i in range(N)]
@@ -91,6 +92,7 @@ def test_what_failed_or_is_damaged_of_finished_answers_is_asked_again(
         return [request.id for request in engine.asked]
 
     monkeypatch.setattr(auditing, "model_digest", str)
+    monkeypatch.setattr(auditing, "_loading", lambda *args: {})
     settings = Settings.model_validate({"policy": {"model": "m"}})
     subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
     probes = [triple("a", "Accuracy"), triple("b", "Accuracy")]
@@ -102,3 +104,16 @@ def test_what_failed_or_is_damaged_of_finished_answers_is_asked_again(
     assert asked() == ["b/plain"]
     assert asked() == []  # the damaged lines are still there, but nothing lacks
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_answers_are_of_the_day_that_a_template_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path / "m", "llama")
+    settings = Settings.model_validate({"policy": {"model": str(source)}})
+    subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
+    monkeypatch.setenv(DAY, "2024-02-29")
+    assert auditing._loading(subjects, str(source))["date"] is None
+    template = next(source.glob("chat_template.jinja"))
+    template.write_text("{{- strftime_now('%d %B %Y') -}}" + template.read_text())
+    assert auditing._loading(subjects, str(source))["date"] == "2024-02-29"

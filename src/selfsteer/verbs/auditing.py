@@ -39,7 +39,6 @@ from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.quality import GAP_SEQUENCES, steering_gaps
 from selfsteer.judges.stats import by_group, known_interval, worths
-from selfsteer.models.chat import today
 from selfsteer.principles.contexts import CONTEXTS, context_messages
 from selfsteer.recipe.sections import (
     JudgeConfig,
@@ -238,7 +237,7 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     if judge is not None and not (s.judge and s.judge.kind == "principles"):
         judge.check(order)
     base = resolve_path(s.models["base"])
-    made_of = [model_digest(base), _loading(s), [q.to_dict() for q in order]]
+    made_of = [model_digest(base), _loading(s, base), [q.to_dict() for q in order]]
     engine = s.settings.sampling.engine
     key = digest([*made_of, identity(s.settings.principles), identity(engine), s.seed])
     writing = WritePrinciples(
@@ -269,7 +268,7 @@ def _answers(
 
     settings = s.settings.sampling
     asked = [t.to_dict() for t in probes]
-    key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
+    key = digest([model_digest(source), _loading(s, source), asked, identity(settings), s.seed])
     path = s.folder / f"answers-{key}.jsonl"
     partial = path.with_suffix(".partial")
     if path.exists():
@@ -349,10 +348,14 @@ def _warn_of_cut_off(s: Subjects, behaviours: Mapping[str, Behaviour]) -> None:
         )
 
 
-def _loading(s: Subjects) -> dict[str, Any]:
-    """How models are loaded, as far as answers depend on it; the day that templates write too."""
+def _loading(s: Subjects, source: str) -> dict[str, Any]:
+    """How a model is loaded, as far as answers depend on it; the day if its template writes it."""
+    from selfsteer.models.load import load_chat
+
     loading = s.settings.policy.loading
-    return {**loading.model_dump(exclude={"threads", "layout"}), "date": loading.date or today()}
+    chat = load_chat(source, loading)
+    made_of = loading.model_dump(exclude={"threads", "layout"})
+    return {**made_of, "date": chat.day if chat.writes_date else None}
 
 
 def _behaviour(
