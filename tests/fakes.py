@@ -110,7 +110,9 @@ class ScoringFake(FakeJudge):
     def __init__(self) -> None:
         super().__init__(longer)
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`."""
         return [None if a.startswith("X") else float(len(a)) for _, a in answers]
 

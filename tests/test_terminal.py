@@ -41,6 +41,12 @@ def test_data_cannot_steer_the_terminal() -> None:
     assert "\x1b[2J" not in said
 
 
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert terminal.interval([-1e-5, -0.5, -0.0001]) == "+0.000 [-0.500, +0.000]"
+    assert terminal.interval(-1e-5, ".3f") == "0.000"
+    assert terminal.interval([0.123, None, None], "+.0%") == "+12%"
+
+
 def test_an_answer_in_a_chat_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
     answer = Completion("a", "so \x1b]52;c;c2VjcmV0\x07", "stop", 1, 1, "hm \x9b2J")
     print_answers({"base": {"plain": answer}})

@@ -91,6 +91,7 @@ def interval(
     if value is None:
         return missing
     values = value if isinstance(value, Sequence) else [value]
+    form = form.replace(".", "z.")  # what rounds to zero has no minus
     mean, *bounds = (f"{v:{form}}" for v in values if v is not None)
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 

@@ -267,6 +267,8 @@ class Answer(NamedTuple):
     query: Query
     text: str
     tokens: int
+    #: Whether it ended by itself, not by the budget.
+    finished: bool = True
 
 
 class SelectionNote(TypedDict):
@@ -768,9 +770,11 @@ class RunView:
         path = self.own(self.folder / "evaluation" / f"answers-{label.replace('/', '-')}.jsonl")
         self.check(path)
         return {
-            v["id"]: Answer(Query.from_dict(v), v["response"], v["completion_tokens"])
+            v["id"]: Answer(
+                Query.from_dict(v), v["response"], v["completion_tokens"], reason == "stop"
+            )
             for _, v in read_jsonl(path)
-            if v["finish_reason"] in ("stop", "length")
+            if (reason := v["finish_reason"]) in ("stop", "length")
         }
 
     def last(self, method: str) -> tuple[Answers | None, SetFigures | None]:

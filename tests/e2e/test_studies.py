@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,17 @@ import yaml
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.records import Message, Preference, Query
 from selfsteer.errors import ArtifactError, DataError
+from selfsteer.models.chat import today
+from selfsteer.models.load import load_model
+from selfsteer.models.score import score_sequences
+from selfsteer.principles.contexts import context_messages
+from selfsteer.recipe.sections import Loading, resolve_path
 from selfsteer.report.logprobs import tokenizer
 from selfsteer.run.folder import RunFolder
 from selfsteer.stages.filter import named_features
+from selfsteer.stages.inputs import stored_triples
 from selfsteer.testbed import oracle
+from selfsteer.verbs import auditing
 from selfsteer.verbs.comparing import Answered, _difference, curves
 from selfsteer.view import Quality, RunView
 from tests.e2e.support import TESTBED, Here, accepted, fails
@@ -82,6 +91,86 @@ def test_a_model_against_itself_has_changed_in_nothing(tmp_path: Path, here: Her
     assert "about as much as the base model" in ended.out
 
 
+def test_an_audit_scores_no_end_that_no_model_said(smoke: Path, tmp_path: Path, here: Here) -> None:
+    """By hand from the stored answers, most of which 6 tokens cut off."""
+    short = ("--set", "sampling.max_new_tokens=6")
+    ended = here("audit", smoke, "--limit", 8, "--to", tmp_path, "--json", *short)
+    found = report(ended)
+    principles = {
+        t.id: t for t in stored_triples(next(tmp_path.glob("principles-*/principles.jsonl")))
+    }
+    loaded = load_model(resolve_path(TESTBED), Loading(device="cpu"))
+    expected = []
+    for path in tmp_path.glob("answers-*.jsonl"):
+        said = {v["id"]: v for v in lines(path)}
+        gaps = []
+        for name, t in principles.items():
+            answer = said[f"{name}/bad"]
+            sequences = [
+                loaded.chat.exchange(
+                    context_messages(t.messages, t.principles, context),
+                    answer["text"],
+                    finished=answer["finish_reason"] == "stop",
+                )
+                for context in ("bad", "good")
+            ]
+            own, other = score_sequences(loaded.model, sequences)
+            gaps.append(float(own.double().mean() - other.double().mean()))
+        cut_off = np.mean([v["finish_reason"] == "length" for v in said.values()])
+        expected.append((pytest.approx(np.mean(gaps), abs=1e-5), pytest.approx(cut_off)))
+    base = found["models"]["base"]
+    assert (base["gap/bad"], base["cut_off"]) in expected
+    assert base["cut_off"] > 0.5
+    assert "many answers are cut off after 6 tokens (base " in ended.err
+    shown = here("audit", smoke, "--limit", 8, "--to", tmp_path, *short).out
+    assert "cut_off" in shown
+    assert "-0.000" not in shown
+    long = here(
+        "audit", smoke, "--limit", 8, "--to", tmp_path, "--set", "sampling.max_new_tokens=200"
+    )
+    assert "are cut off" not in long.err
+
+
+def test_an_audit_without_room_for_prompts_says_what_to_set(tmp_path: Path, here: Here) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "What is the capital of Peru?"}\n')
+    args = ("audit", TESTBED, "--base", TESTBED, "--queries", prompts, "--to", tmp_path / "out")
+    picked = ("--set", "principles.mode=picked")
+    room = "sampling.max_new_tokens 2048 leaves no room for a prompt"
+    fails(here(*args, *picked), 2, room, "sampling.max_new_tokens=256")
+    tight = here(*args, *picked, "--set", "sampling.max_new_tokens=500")
+    fails(
+        tight, 2, "1 prompt_too_long", "sampling.max_new_tokens 500 come after", "Lower it, --set"
+    )
+
+
+def test_an_audit_writes_the_day_of_its_run(
+    smoke: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days: list[str] = []
+
+    def noted(subjects: auditing.Subjects) -> dict[str, Any]:
+        days.append(today())
+        base = resolve_path(TESTBED)  # whose template writes no date, so that nothing depends on it
+        assert auditing._loading(subjects, base)["date"] is None
+        raise DataError("enough")
+
+    monkeypatch.setattr(auditing, "_audited", noted)
+    monkeypatch.setattr(
+        "selfsteer.run.folder.date",
+        SimpleNamespace(today=lambda: "2026-03-01", fromisoformat=date.fromisoformat),
+    )
+    other = shutil.copytree(smoke, tmp_path / "other")
+    (other / "day").write_text("2024-02-29\n")
+    alone = ("audit", TESTBED, "--base", TESTBED, "--queries", smoke / "queries.jsonl")
+    small = ("--set", "sampling.max_new_tokens=64", "--to", tmp_path / "alone")
+    for args in (("audit", other), (*alone, *small)):
+        fails(here(*args), 2, "enough")
+    (tmp_path / "alone" / "day").write_text("2026-02-28\n")  # begun on the day before
+    fails(here(*alone, *small), 2, "enough")
+    assert days == ["2024-02-29", "2026-03-01", "2026-02-28"]
+
+
 def test_an_audit_says_what_it_lacks(smoke: Path, here: Here) -> None:
     fails(here("audit", TESTBED), 2, "--base")
     fails(here("audit", TESTBED, "--base", TESTBED), 2, "--queries FILE")
@@ -121,7 +210,7 @@ def test_one_run_is_compared_with_its_own_baseline(smoke: Path, here: Here) -> N
 def test_a_run_called_query_hides_no_query() -> None:
     queries = [Query.from_dict({"id": f"q{i}", "prompt": f"What is {i}?"}) for i in range(9)]
     one, other = (
-        Answered(name, [text] * 9, np.ones(9), np.full(9, score))
+        Answered(name, [text] * 9, np.ones(9), np.full(9, score), [True] * 9)
         for name, text, score in (("difference", "a", 0.0), ("query", "bb", 1.0))
     )
     found = _difference(queries, one, other, ScoringFake(), ["x"] * 9, 1, 0)

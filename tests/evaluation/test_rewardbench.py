@@ -33,7 +33,9 @@ class Told:
     name = "told"
     scale = "as told"
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         first = [text.split()[0] for _, text in answers]
         return [None if x == "none" else float(x) for x in first]
 

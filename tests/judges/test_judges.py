@@ -341,7 +341,7 @@ def test_a_margin_makes_near_scores_tie(reward_model: Path) -> None:
             [(query(), t) for t in ANSWERS[:2]]
         ) if s is not None
     )  # fmt: skip
-    pair = Pair(query(), *ANSWERS[:2])
+    pair = Pair(query(), ANSWERS[0], ANSWERS[1])
     for margin, ties in ((0.9 * (high - low), False), (1.1 * (high - low), True)):
         judge = RewardJudge(reward_config(reward_model, tie_margin=margin), None)
         assert (judge.compare_all([pair])[0].verdict is TIE) == ties

@@ -1,20 +1,26 @@
 """Principles as a judge: of any pair, by its query's principles or by a pair of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from selfsteer.data.records import Message, Verdict
 from selfsteer.errors import ConfigError, DataError
 from selfsteer.judges.base import Pair, by_scores
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast, PrinciplesJudge
+from selfsteer.judges.quality import PLAIN_SEQUENCES, quality
 from selfsteer.judges.store import AnswerStore
 from selfsteer.models.load import load_chat
+from selfsteer.models.score import score_sequences
 from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig, Loading
 from selfsteer.report.browser import _from_scores
-from tests.make import make_checkpoint, query, recipe
+from tests.fakes import FakeJudge
+from tests.make import make_checkpoint, query, recipe, triple
 
 OWN = {"good": "Be accurate.", "bad": "Do not reveal anything that helps."}
 OTHER = {"good": "Answer in one word.", "bad": "Repeat yourself."}
@@ -70,6 +76,42 @@ def test_a_pair_of_its_own_counts_before_the_querys(policy: str) -> None:
     fixed = PrinciplesJudge(settings(policy)).score_all([(same, TEXTS[0])])
     assert judge.score_all([(held_out, TEXTS[0]), (asked, TEXTS[0])]) == 2 * fixed
     assert by_own != fixed
+
+
+def test_an_answer_that_was_cut_off_is_scored_without_an_end(policy: str, tmp_path: Path) -> None:
+    asked, text = query(principles=OWN), TEXTS[0]
+    contrast = PrincipleContrast(policy, Loading(device="cpu"), clip=0.2)
+    ends = [True, False, False]
+    whole, cut_off, nothing = contrast.score_all([(asked, text), (asked, text), (asked, "")], ends)
+    chat, model = contrast.loaded.chat, contrast.loaded.model
+    good, bad = (
+        score_sequences(model, [chat.exchange(messages, text, finished=False)])[0]
+        for messages in ([Message("system", OWN[c]), *asked.messages] for c in ("good", "bad"))
+    )
+    assert cut_off == pytest.approx(float((good - bad).clamp(-0.2, 0.2).mean()), abs=1e-6)
+    assert cut_off != pytest.approx(whole, abs=1e-4)
+    assert nothing is None
+    judge = PrinciplesJudge(settings(policy), tmp_path)
+    pair = Pair(asked, text, text, (True, False))
+    (said,) = judge.compare_all([pair])
+    assert said.verdict == by_scores(whole, cut_off) != "tie"
+    assert judge.score_all([(asked, text)] * 2, [False, True]) == pytest.approx([cut_off, whole])
+    (kept,) = tmp_path.iterdir()
+    shown = _from_scores(settings(policy), AnswerStore(kept), pair)
+    assert shown == {"verdict": said.verdict, "scores": pytest.approx([whole, cut_off], abs=1e-6)}
+    (lost,) = judge.compare_all([Pair(asked, text, "", (True, False))])
+    assert (lost.verdict, lost.reason) == ("unparseable", "empty")
+
+
+def test_what_is_known_of_answers_comes_to_the_judge() -> None:
+    made = replace(triple(good="a", bad="b", plain="c"), finish_reasons={"bad": "length"})
+    assert Pair.of(made) == Pair(made.query, "a", "b", (True, False))
+    assert Pair.of(made, "bad", "plain").finished == (False, True)
+    ends = []
+    judge = FakeJudge(lambda pair: ends.append(pair.finished) or Verdict.TIE)  # type: ignore[func-returns-value]
+    figures = {name: np.ones(1) for name in PLAIN_SEQUENCES}
+    quality([made], figures, figures, judge)
+    assert ends == [(True, False)]
 
 
 def test_a_query_without_principles_is_refused_before_anything_is_asked(policy: str) -> None:

@@ -30,7 +30,7 @@ class Ranker:
     def __init__(self, *args: Any, **more: Any) -> None:
         assert more["clip"] == 0.2
 
-    def score_all(self, answers: Any) -> list[float | None]:
+    def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(q.extra["principles"]["good"] == f"Be fine {q.id}." for q, _ in answers)
         return [SCORES[text] for _, text in answers]
 

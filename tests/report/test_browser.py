@@ -16,7 +16,15 @@ from selfsteer.judges.chat import ChatJudge, stored_judgement
 from selfsteer.judges.store import AnswerStore
 from selfsteer.methods import load_recipe
 from selfsteer.recipe.sections import JudgeConfig
-from selfsteer.report.browser import Index, Wanted, build, disagreement, embedded, index_file
+from selfsteer.report.browser import (
+    Fates,
+    Index,
+    Wanted,
+    build,
+    disagreement,
+    embedded,
+    index_file,
+)
 from selfsteer.report.server import Pages
 from selfsteer.run.folder import RunFolder
 from selfsteer.view import RunView, Sampled
@@ -157,6 +165,20 @@ def test_a_record_shows_what_is_trained_on_beside_what_was_sampled(index: Index)
     assert record["judgement"]["verdict"] == "unparseable"  # nobody has labelled it
     assert record["tokens"] == {}
     assert index.about["why_no_colour"]
+
+
+def test_what_is_trained_on_brings_its_own_ends(tmp_path: Path) -> None:
+    """A judge has changed the answers' places; the plain one stays as it was sampled."""
+    given = triple("a", "Does it rain?", good="No.", bad="Yes", plain="Per")
+    given["finish_reasons"] = {"good": "stop", "bad": "length", "plain": "length"}
+    made = make(tmp_path, [given])
+    kept = {**given, "responses": {"good": "Yes", "bad": "No."}}
+    finish_filter(made, [{**kept, "finish_reasons": {"good": "length"}}], {})
+    fate, found = Fates(sampled(made)).of(Triple.from_dict(given))
+    assert fate == "kept"
+    assert {name: found.finished(name) for name in found.responses} == {
+        **{"good": False, "bad": True, "plain": False}
+    }
 
 
 def test_an_export_is_read_back_as_the_same_triples(index: Index) -> None:

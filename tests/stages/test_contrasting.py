@@ -30,7 +30,7 @@ class Ranker:
 
     def __init__(self, *args: Any, **more: Any) -> None: ...
 
-    def score_all(self, answers: Any) -> list[float | None]:
+    def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(
             query.extra["principles"]["good"] == f"Be fine {query.id}." for query, _ in answers
         )
@@ -95,6 +95,31 @@ def test_the_lead_is_over_the_answer_that_the_pair_rejects(
         found = {t.id for t in stored_triples(run / stage.outputs[0])}
         assert found == {*ids} - plain
         assert result.notes["leads"] == 1 - len(plain) / 24
+
+
+def test_an_answer_that_was_cut_off_is_known_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[bool] = []
+
+    class Noted(Ranker):
+        def score_all(self, answers: Any, finished: Any) -> list[float | None]:
+            ends.extend(finished)
+            return [SCORES.get(text) for _, text in answers]
+
+    monkeypatch.setattr(contrasting, "PrincipleContrast", Noted)
+    rows = [
+        replace(triple("a", "Accuracy", good="sure", bad="worse"), finish_reasons=reasons)
+        for reasons in ({"good": "length"}, {"good": "stop", "bad": "length"})
+    ]
+    rows.append(triple("b", "Accuracy", good="sure", bad=""))
+    (tmp_path / "triples.jsonl").write_text(dump_lines(rows), "utf-8")
+    files = Artifact(tmp_path / "triples.jsonl"), Artifact(tmp_path)
+    result = KeepContrasting(*files, 0.0, where=Where("pbaa", 1, "r")).run(
+        RunFolder(tmp_path / "r")
+    )
+    assert ends == [False, True, True, False, True, True]
+    assert result.dropped == {"empty": 1}
 
 
 #: SSO v1 trains on triples, and has no pairs to sort out.

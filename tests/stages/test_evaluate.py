@@ -2,17 +2,21 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
+from selfsteer.judges.base import Judgement, Pair
 from selfsteer.recipe.sections import Evaluation, JudgeConfig, Queries, Sampling
 from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
+from selfsteer.stages import evaluate
 from selfsteer.stages.evaluate import Evaluate
-from tests.fakes import FakeEngine, answer_with
+from tests.fakes import FakeEngine, ScoringFake, answer_with
 from tests.make import write_jsonl
 
 PROMPTS = ("Why is it so?", "Why is it so?", "Who?", "Where is it then?", "Which is too long?")
@@ -72,6 +76,34 @@ def test_answers_of_an_earlier_try_are_read_again(
     assert len(engine.asked) == 3
     assert (run / "evaluation.json").read_bytes() == whole
     assert not list((run / "evaluation").glob("*.partial*"))
+
+
+def test_the_judge_is_told_which_answers_were_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[tuple[bool, ...]] = []
+
+    class Noted(ScoringFake):
+        def score_all(
+            self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+        ) -> list[float | None]:
+            ends.append(tuple(finished or ()))
+            return super().score_all(answers)
+
+        def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
+            ends.extend(pair.finished for pair in pairs)
+            return super().compare_all(pairs)
+
+    cut_off = ("So", "length")
+    answers: list[str | tuple[str, str]] = [cut_off, *["So."] * 4, cut_off]
+    said = iter(answers)
+    answer_with(monkeypatch, FakeEngine(lambda r: next(said)))
+    monkeypatch.setattr(evaluate, "load_judge", lambda *args: Noted())
+    run = RunFolder(tmp_path / "run")
+    run.execute(replace(stage(run, "sso/iteration-1"), judge=JudgeConfig(kind="oracle")))
+    base, theirs, *pairs = ends
+    assert sum(base) == sum(theirs) == 2
+    assert pairs == [*zip(theirs, base, strict=True)]
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from selfsteer.data.jsonl import Stored, dump_lines, read_shards
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import Dropped, Preference, Query
+from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.base import Completion
 from selfsteer.engines.load import Engines
 from selfsteer.errors import ArtifactError
+from selfsteer.judges.base import Pair
 from selfsteer.judges.oracle import OracleJudge
 from selfsteer.recipe.sections import JudgeConfig, Loading, Sampling, resolve_path
 from selfsteer.run.folder import RunFolder, read_dropped
@@ -119,6 +120,17 @@ def test_a_climb_sets_the_champion_over_the_last_answer_beaten() -> None:
     assert judge.asked == 3 + 1
     # aa only ties with bb, what beats aa last is aaa
     assert Climb(judge).score_all([(BEE, t) for t in ("aa", "bb", "aaa")]) == [0.0, None, 1.0]
+
+
+@pytest.mark.parametrize("way", [Tournament, Climb])
+def test_a_judge_that_compares_is_told_which_answers_ended(way: type[Tournament | Climb]) -> None:
+    def ended(pair: Pair) -> Verdict:
+        first, second = pair.finished
+        return Verdict.FIRST if first > second else Verdict.SECOND
+
+    answers = [(BEE, "a"), (BEE, "b"), (OWL, "a"), (OWL, "b")]
+    found = way(FakeJudge(ended)).score_all(answers, [False, True, True, False])
+    assert found == [0.0, 1.0, 1.0, 0.0]
 
 
 def test_where_a_climb_beats_nobody_there_is_no_pair() -> None:

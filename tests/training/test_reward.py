@@ -1,6 +1,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from selfsteer.stages.fit_reward import (
     encode_pairs,
     held_out,
     read_pairs,
+    score_pairs,
 )
 from selfsteer.stages.inputs import preferences_of
 from selfsteer.training.reward import RewardPair, RewardTask
 from selfsteer.training.trainer import RowBudget, train, work_folder
+from tests.fakes import ScoringFake
 from tests.make import make_checkpoint
 
 WORDS = ("nectar", "honey", "fish", "milk", "mice", "tea", "water", "France")
@@ -270,9 +273,11 @@ def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:
         "responses": {"good": "Yes.", "bad": "No.", "plain": "Eh."},
     }
     half = {**triple, "responses": {"good": "Yes."}}
+    triple["finish_reasons"] = {"good": "stop", "bad": "length", "plain": "length"}
     file.write_text(json.dumps(triple) + "\n" + json.dumps(half) + "\n")
     pairs, dropped = read_pairs(file)
     assert [(p.chosen, p.rejected) for p in pairs] == [("Yes.", "No.")]
+    assert pairs[0].finish_reasons == {"chosen": "stop", "rejected": "length"}
     assert dropped == {"no_pair": 1}
     table = tmp_path / "a.csv"
     table.write_text("prompt,chosen,rejected\na?,Yes.,No.\n")
@@ -280,6 +285,17 @@ def test_sets_of_several_shapes_are_read(tmp_path: Path) -> None:
     file.write_text('{"prompt": "a?"}\n')
     with pytest.raises(DataError, match="no pair"):
         read_pairs(file)
+
+
+def test_lengths_are_those_of_what_was_said(llama: Path) -> None:
+    chat = load_chat(str(llama), policy(llama))
+    cut_off = replace(preference(0), finish_reasons={"rejected": "length"})
+    ((found, pair),) = encode_pairs(chat, "own", [cut_off], None, 512)[0]
+    (scored,) = score_pairs(ScoringFake(), chat, [(found, pair)])
+    # the score is read at the end that the template writes, and what is scored has one
+    assert pair.rejected_ids == chat.exchange_ids(cut_off.prompt, cut_off.rejected)
+    whole = chat.response_lengths([(cut_off.chosen, True), (cut_off.rejected, True)])
+    assert [scored.chosen_tokens, scored.rejected_tokens] == [whole[0], whole[1] - 1]
 
 
 def test_a_run_folder_stands_for_its_last_preferences(tmp_path: Path) -> None:

@@ -283,6 +283,24 @@ def test_a_generators_figures_are_those_of_the_quality_report(tmp_path: Path, ju
     assert 0 < np.mean(values) <= 1
 
 
+def test_the_judge_of_candidates_knows_which_answers_were_cut_off(tmp_path: Path) -> None:
+    loaded, held = tiny_world(4)
+    seen: list[Pair] = []
+    judge = FakeJudge(lambda pair: Verdict.TIE if seen.append(pair) else Verdict.FIRST)  # type: ignore[func-returns-value]
+    selector = make_selector(loaded, held, judge=judge, load_start=lambda: tiny_world(4)[0])
+    selector.begin(loaded.model, tmp_path, 8)
+    own = selector._answers(("plain",))
+    own["plain"][0]["reason"] = "stop" if own["plain"][0]["reason"] == "length" else "length"
+    figures = selector._figures(1, own)
+    before = selector._records[0]["answers"]["plain"]
+    assert figures["wins"] == {t.id: 1.0 for t in held}
+    assert [p.finished for p in seen] == [
+        (a["reason"] == "stop", b["reason"] == "stop")
+        for a, b in zip(own["plain"], before, strict=True)
+    ]
+    assert seen[0].finished[0] != seen[0].finished[1]
+
+
 def test_answers_are_not_scored_after_the_thoughts_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,16 +1,20 @@
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from selfsteer.engines import load
+from selfsteer.engines.base import Request
+from selfsteer.models.chat import DAY
 from selfsteer.verbs import auditing
 from selfsteer.verbs.auditing import Settings, Subjects, audit
 from tests.fakes import FakeEngine
-from tests.make import triple
+from tests.make import make_checkpoint, triple
 
 N = 20
 FEATURES = [("Accuracy",) if i < 12 else ("Safety", "Accuracy") if i < 16 else () for i in range(N)]
@@ -76,11 +80,11 @@ def test_answers_without_a_score_do_not_count() -> None:
     assert found["changes"]["policy"]["whole"]["score/bad"] == pytest.approx([-0.1] * 3)
 
 
-def test_what_is_damaged_of_finished_answers_is_asked_again(
+def test_what_failed_or_is_damaged_of_finished_answers_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked() -> list[str]:
-        engine = FakeEngine(lambda request: "Yes.")
+    def asked(say: Callable[[Request], Any] = lambda request: "Yes.") -> list[str]:
+        engine = FakeEngine(say)
         engines = SimpleNamespace(sampler=lambda *args: engine)
         monkeypatch.setattr(load, "Engines", lambda folder: nullcontext(engines))
         found = auditing._answers(subjects, "m", probes, lambda items, tokens: None)
@@ -88,12 +92,28 @@ def test_what_is_damaged_of_finished_answers_is_asked_again(
         return [request.id for request in engine.asked]
 
     monkeypatch.setattr(auditing, "model_digest", str)
+    monkeypatch.setattr(auditing, "_loading", lambda *args: {})
     settings = Settings.model_validate({"policy": {"model": "m"}})
     subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
     probes = [triple("a", "Accuracy"), triple("b", "Accuracy")]
-    assert len(asked()) == 6
+    away = ("", "request_failed:connection")
+    assert len(asked(lambda request: away if request.id[0] == "a" else "Yes.")) == 6
+    assert asked() == ["a/plain", "a/good", "a/bad"]
     (path,) = tmp_path.glob("answers-*.jsonl")
     path.write_text(path.read_text().replace('"Yes."', '"No."', 1) + '{"id": ')
-    assert asked() == ["a/plain"]
+    assert asked() == ["b/plain"]
     assert asked() == []  # the damaged lines are still there, but nothing lacks
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_answers_are_of_the_day_that_a_template_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path / "m", "llama")
+    settings = Settings.model_validate({"policy": {"model": str(source)}})
+    subjects = Subjects({}, settings, None, None, tmp_path, 1, 0)  # type: ignore[arg-type]
+    monkeypatch.setenv(DAY, "2024-02-29")
+    assert auditing._loading(subjects, str(source))["date"] is None
+    template = next(source.glob("chat_template.jinja"))
+    template.write_text("{{- strftime_now('%d %B %Y') -}}" + template.read_text())
+    assert auditing._loading(subjects, str(source))["date"] == "2024-02-29"

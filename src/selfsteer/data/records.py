@@ -342,6 +342,10 @@ class Preference:
         """What it answers."""
         return Query(self.id, self.prompt, self.extra)
 
+    def finished(self, side: str) -> bool:
+        """Whether ``chosen`` or ``rejected`` ended by itself; see `Triple.finished`."""
+        return self.finish_reasons.get(side, "stop") != "length"
+
     def to_triple(self) -> Triple:
         """The same pair as a triple: chosen is the good response, rejected the bad one."""
         names = {"chosen": "good", "rejected": "bad"}

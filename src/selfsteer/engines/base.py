@@ -89,6 +89,11 @@ class Completion:
     special_tokens: bool = False
 
     @property
+    def finished(self) -> bool:
+        """Whether it ended by itself, not by the budget."""
+        return self.finish_reason != "length"
+
+    @property
     def missing(self) -> str | None:
         """Why there is no answer at all; None where there is one, cut off or not."""
         if self.finish_reason.startswith((PROMPT_TOO_LONG, REQUEST_FAILED)):

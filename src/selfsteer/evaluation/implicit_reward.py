@@ -15,6 +15,7 @@ import numpy as np
 
 from selfsteer.data.records import Query
 from selfsteer.errors import ConfigError
+from selfsteer.judges.base import ends
 from selfsteer.models.load import load_context_length, load_model
 from selfsteer.models.store import scored
 from selfsteer.recipe.sections import Policy, resolve_path
@@ -39,7 +40,9 @@ class ImplicitReward:
         ratio = "log π − log π_ref" if reference else "log π"
         self.scale = f"{beta:g}·({ratio}){' per token' if per_token else ''}, nats"
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; None where prompt and answer exceed a model's context.
 
         Raises:
@@ -51,8 +54,12 @@ class ImplicitReward:
         sums, made = [], []
         for source in sources:
             loaded = load_model(source, self.policy, inference=True)
+            encode = loaded.chat.exchange
             made.append(
-                [replace(loaded.chat.exchange(q.messages, t), record=q.id) for q, t in answers]
+                [
+                    replace(encode(q.messages, text, finished=end), record=q.id)
+                    for (q, text), end in zip(answers, ends(answers, finished), strict=True)
+                ]
             )
             if made[0] != made[-1]:
                 raise ConfigError(

@@ -102,7 +102,12 @@ def _compare(
     lost = {q.id: found[q.id].missing for q in questions}
     lost |= {q.id: "no_baseline_answer" for q in questions if q.id not in baseline}
     pairs = [
-        Pair(q.query(), found[q.id].responses[0], baseline[q.id])
+        Pair(
+            q.query(),
+            found[q.id].responses[0],
+            baseline[q.id],
+            (found[q.id].finish_reasons[0] != "length", True),  # nothing is known of the baseline's
+        )
         for q in questions
         if not lost[q.id]
     ]

@@ -7,19 +7,29 @@ reward model (`reward`), a policy's own principles (`principles`) and human labe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
-from selfsteer.data.records import Query, Verdict
+from selfsteer.data.records import Query, Triple, Verdict
 from selfsteer.recipe.sections import JudgeConfig, resolve_path
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one query; which of them is ``first`` has no meaning for a judge."""
+    """Two responses to one query; which of them is ``first`` has no meaning for a judge.
+
+    ``finished`` says of each whether it ended by itself; one that a budget cut off did not.
+    """
 
     query: Query
     first: str
     second: str
+    finished: tuple[bool, bool] = (True, True)
+
+    @classmethod
+    def of(cls, triple: Triple, first: str = "good", second: str = "bad") -> Self:
+        """Two responses of a triple."""
+        texts, ended = triple.responses, triple.finished
+        return cls(triple.query, texts[first], texts[second], (ended(first), ended(second)))
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,15 @@ class Scorer(Protocol):
     name: str
     scale: str
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
-        """One score per (query, response), higher is better; None where there is none."""
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
+        """One score per (query, response), higher is better; None where there is none.
+
+        Args:
+            answers: N of them.
+            finished: whether each ended by itself, for what scores that end as well; None: all did.
+        """
         ...
 
 
@@ -86,6 +103,11 @@ def by_scores(a: float | None, b: float | None, margin: float = 0.0) -> Verdict:
     if abs(a - b) <= margin:
         return Verdict.TIE
     return Verdict.FIRST if a > b else Verdict.SECOND
+
+
+def ends(answers: Sequence[object], finished: Sequence[bool] | None) -> Sequence[bool]:
+    """``finished`` of `Scorer.score_all`, one for each answer."""
+    return [True] * len(answers) if finished is None else finished
 
 
 def turned(verdict: Verdict) -> Verdict:

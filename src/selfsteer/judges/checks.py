@@ -111,7 +111,9 @@ class ChecksJudge:
                     out.setdefault(rule, {}).setdefault(name, []).append(sum(each) / len(each))
         return out
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; None where a query has no rule."""
         return [_share([kept for _, kept in self.results(*answer)]) for answer in answers]
 

@@ -25,7 +25,9 @@ class OracleJudge:
         """
         return oracle.score(query.text, response).total
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`."""
         return [self.score(query, response) for query, response in answers]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from selfsteer.data.records import Principles, Query, Triple
-from selfsteer.judges.scoring import ScoringModel, principles_of
+from selfsteer.judges.base import ends
+from selfsteer.judges.scoring import Answer, ScoringModel, principles_of
 from selfsteer.judges.store import Advance
 from selfsteer.recipe.sections import Loading
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from selfsteer.models.chat import EncodedSequence
+
+
+#: What a `Triple` says of a plain response that a budget cut off.
+CUT_OFF = {"plain": "length"}
 
 
 class PrincipleContrast:
@@ -46,20 +51,27 @@ class PrincipleContrast:
         self.loaded = load_model(policy, loading, inference=True)
         self.clip, self.folder = clip, folder
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; queries hold their principles.
 
-        None where an answer does not fit the model's context beside a principle.
+        None where an answer does not fit the model's context beside a principle, or was cut off
+        before its first token.
         """
-        return self.score(self.encoded(answers))
+        return self.score(self.encoded(answers, finished))
 
-    def encoded(self, answers: Sequence[tuple[Query, str]]) -> "list[list[EncodedSequence]]":
-        """Each answer under the good and under the bad principle."""
-        rows = [
-            Triple.from_dict({**query.to_dict(), "responses": {"plain": text}})
-            for query, text in answers
-        ]
-        return [[self.loaded.chat.sequence(row, name) for name in self.read] for row in rows]
+    def encoded(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> "list[list[EncodedSequence]]":
+        """Each answer under the good and under the bad principle; nothing where it has no token."""
+        found = []
+        for (query, text), end in zip(answers, ends(answers, finished), strict=True):
+            said = {"responses": {"plain": text}, "finish_reasons": {} if end else CUT_OFF}
+            row = Triple.from_dict({**query.to_dict(), **said})
+            names = self.read if text or end else ()
+            found.append([self.loaded.chat.sequence(row, name) for name in names])
+        return found
 
     def score(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> list[float | None]:
         """`score_all` of what `encoded` made."""
@@ -72,13 +84,13 @@ class PrincipleContrast:
     def gaps(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> "list[Tensor | None]":
         """Gaps log π(y_t|x+) − log π(y_t|x-) of each token of each answer, (R,) nats, not clipped.
 
-        None where an answer does not fit the model's context beside a principle.
+        None where there is no score.
         """
         from selfsteer.models.score import score_sequences
         from selfsteer.models.store import scored
 
         limit = self.loaded.context_length
-        fits = [limit is None or max(map(len, pair)) <= limit for pair in pairs]
+        fits = [bool(p) and (limit is None or max(map(len, p)) <= limit) for p in pairs]
         flat = list(chain.from_iterable(compress(pairs, fits)))
         if self.folder is not None:
             found = scored(self.folder, self.loaded, flat, "principles")
@@ -114,9 +126,11 @@ class PrinciplesJudge(ScoringModel):
 
     @override
     def _ask(
-        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+        self, keys: Sequence[str], answers: Sequence[Answer], advance: Advance
     ) -> list[dict[str, Any]]:
-        pairs = self._contrast.encoded([(self._principled(q), text) for q, text in answers])
+        pairs = self._contrast.encoded(
+            [(self._principled(q), text) for q, text, _ in answers], [end for *_, end in answers]
+        )
         tokens = [sum(map(len, pair)) for pair in pairs]
         scores = self._contrast.score(pairs)
         advance(len(keys), sum(tokens))

@@ -73,7 +73,7 @@ def quality(
     responses = [r for r in shown if f"plain/{r}" in sums]
     verdicts = []
     if judge is not None:
-        pairs = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in triples]
+        pairs = list(map(Pair.of, triples))
         verdicts = [j.verdict for j in judge.compare_all(pairs)]
     both = np.concatenate([means["plain/good"], means["plain/bad"]])
     return {

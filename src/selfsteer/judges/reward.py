@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from selfsteer.data.records import Query
 from selfsteer.errors import NumericsError, named
-from selfsteer.judges.scoring import ScoringModel
+from selfsteer.judges.scoring import Answer, ScoringModel
 from selfsteer.judges.store import Advance
 from selfsteer.models.load import LoadedModel, check_reward, load_reward
 
@@ -30,10 +30,11 @@ class RewardJudge(ScoringModel):
 
     @override
     def _ask(
-        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+        self, keys: Sequence[str], answers: Sequence[Answer], advance: Advance
     ) -> list[dict[str, Any]]:
         loaded = self._loaded = self._loaded or load_reward(self.source, self.settings.loading)
-        ids = [loaded.chat.exchange_ids(query.messages, text) for query, text in answers]
+        # always ended, as the template does it: the score is read there and means nothing elsewhere
+        ids = [loaded.chat.exchange_ids(query.messages, text) for query, text, _ in answers]
         limit = loaded.context_length
         order = sorted(
             (i for i, s in enumerate(ids) if limit is None or len(s) <= limit),

@@ -11,9 +11,12 @@ from typing import Any
 from selfsteer.data.digests import digest
 from selfsteer.data.records import Query
 from selfsteer.errors import DataError, short
-from selfsteer.judges.base import Judgement, Pair, by_scores, judge_source
+from selfsteer.judges.base import Judgement, Pair, by_scores, ends, judge_source
 from selfsteer.judges.store import Advance, AnswerStore
 from selfsteer.recipe.sections import JudgeConfig
+
+#: A query, a response, and whether the response ended by itself.
+Answer = tuple[Query, str, bool]
 
 
 class ScoringModel(ABC):
@@ -30,24 +33,34 @@ class ScoringModel(ABC):
         self.source = judge_source(settings)
         self._store = AnswerStore.of(settings, folder)
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; None where prompt and response exceed the context."""
-        return [found["score"] for found in self._scored(answers)]
+        ended = ends(answers, finished)
+        every = [(q, text, end) for (q, text), end in zip(answers, ended, strict=True)]
+        return [found["score"] for found in self._scored(every)]
 
     def compare_all(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """See `Judge.compare_all`."""
-        found = self._scored([(p.query, text) for p in pairs for text in (p.first, p.second)])
+        found = self._scored(
+            [
+                (p.query, text, end)
+                for p in pairs
+                for text, end in zip((p.first, p.second), p.finished, strict=True)
+            ]
+        )
         return [
             Judgement(
                 by_scores(a["score"], b["score"], self.settings.tie_margin),
-                reason="too_long" if None in (a["score"], b["score"]) else "",
+                reason=next((_unscored(x) for x in (a, b) if x["score"] is None), ""),
                 prompt_tokens=a["tokens"] + b["tokens"],
                 seconds=a["seconds"] + b["seconds"],
             )
             for a, b in zip(found[::2], found[1::2], strict=True)
         ]
 
-    def _scored(self, answers: Sequence[tuple[Query, str]]) -> list[dict[str, Any]]:
+    def _scored(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         keys = [score_key(self.settings, *answer) for answer in answers]
         questions = dict(zip(keys, answers, strict=True))
         found = self._store.fetch(questions, self._ask, f"judge {self.name}")
@@ -55,12 +68,16 @@ class ScoringModel(ABC):
 
     @abstractmethod
     def _ask(
-        self, keys: Sequence[str], answers: Sequence[tuple[Query, str]], advance: Advance
+        self, keys: Sequence[str], answers: Sequence[Answer], advance: Advance
     ) -> list[dict[str, Any]]:
-        """``score``, None where there is none, and ``tokens`` of each (query, response)."""
+        """``score``, None where there is none, and ``tokens`` of each; 0 where it has no token."""
 
 
-def score_key(settings: JudgeConfig, query: Query, text: str) -> str:
+def _unscored(answer: Mapping[str, Any]) -> str:
+    return "too_long" if answer["tokens"] else "empty"
+
+
+def score_key(settings: JudgeConfig, query: Query, text: str, finished: bool = True) -> str:
     """The key under which the score of a response is stored; whose it is says the folder.
 
     Raises:
@@ -69,6 +86,7 @@ def score_key(settings: JudgeConfig, query: Query, text: str) -> str:
     asked: list[Any] = [[list(m) for m in query.messages], text]
     if settings.kind == "principles":
         asked += [principles_of(settings, query), settings.clip]
+        asked += [] if finished else ["cut_off"]
     return digest(asked)
 
 

@@ -116,7 +116,8 @@ def _asked(judge: Any, pair: Pair) -> Said:
     """Of a judge that costs nothing: verdict and, where it has some, scores."""
     found: dict[str, Any] = {"verdict": judge.compare_all([pair])[0].verdict}
     if isinstance(judge, ScoringJudge):
-        found["scores"] = judge.score_all([(pair.query, pair.first), (pair.query, pair.second)])
+        both = [(pair.query, pair.first), (pair.query, pair.second)]
+        found["scores"] = judge.score_all(both, pair.finished)
     return found
 
 
@@ -140,7 +141,8 @@ def _from_scores(settings: JudgeConfig, store: Any, pair: Pair) -> Said:
     """Of a model that scores: the verdict and both scores."""
     from selfsteer.judges.scoring import score_key
 
-    answers = [store.known(score_key(settings, pair.query, t)) for t in (pair.first, pair.second)]
+    sides = zip((pair.first, pair.second), pair.finished, strict=True)
+    answers = [store.known(score_key(settings, pair.query, text, end)) for text, end in sides]
     if None in answers:
         return None
     a, b = (answer["score"] for answer in answers)
@@ -209,7 +211,12 @@ class Fates:
             return fate, triple
         is_pair = "chosen" in record
         made = Preference.from_dict(record).to_triple() if is_pair else Triple.from_dict(record)
-        return fate, replace(triple, responses={**triple.responses, **made.responses})
+        theirs = {r: v for r, v in triple.finish_reasons.items() if r not in made.responses}
+        return fate, replace(
+            triple,
+            responses={**triple.responses, **made.responses},
+            finish_reasons={**theirs, **made.finish_reasons},
+        )
 
 
 # -- the index -------------------------------------------------------------------------------------
@@ -424,8 +431,7 @@ class Rows:
         judgement: Said = None
         with contextlib.suppress(SelfsteerError):  # a query that is not of the judge's world
             if whole and self.judged:
-                pair = Pair(made.query, made.responses["good"], made.responses["bad"])
-                judgement = self.judged(pair)
+                judgement = self.judged(Pair.of(made))
         gap = sum(gaps.values())
         difference = len(made.responses["good"]) - len(made.responses["bad"]) if whole else None
         principles = triple.principles

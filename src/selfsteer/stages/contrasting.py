@@ -36,7 +36,8 @@ class KeepContrasting(Stage):
 
     A response written under the good principle need not be better than the other one. The lead is
     r(good) − r(bad), or r(good) − r(plain) where the plain response is rejected, with r of
-    `PrincipleContrast`. Dropped are ``low_contrast`` and ``prompt_too_long`` (no score).
+    `PrincipleContrast`. Dropped are ``low_contrast`` and, without a score, ``prompt_too_long`` or
+    ``empty``: cut off before the first token.
 
     Args:
         samples: triples or pairs of them, with their principles.
@@ -73,7 +74,7 @@ class KeepContrasting(Stage):
                     found = leads_of(ranker, part, rejected)
                     for triple, its_lead in zip(part, found, strict=True):
                         if its_lead is None:
-                            drops.add(Dropped(triple.id, "prompt_too_long", triple))
+                            drops.add(_without_score(triple))
                             continue
                         leads.append(its_lead)
                         if its_lead < self.least:
@@ -103,13 +104,21 @@ def sides_of(
     ranker: PrincipleContrast, triples: Sequence[Triple], rejected: Callable[[str], str]
 ) -> list[Sides]:
     """The scores of the good response of each, and of the rejected one."""
-    asked = []
+    asked: list[tuple[Query, str]] = []
+    finished: list[bool] = []
     for t in triples:
         assert t.principles is not None
         query = Query(t.id, t.messages, {"principles": t.principles.to_dict()})
-        asked += [(query, t.responses[name]) for name in ("good", rejected(t.id))]
-    scores = iter(ranker.score_all(asked))
+        names = ("good", rejected(t.id))
+        asked += [(query, t.responses[name]) for name in names]
+        finished += map(t.finished, names)
+    scores = iter(ranker.score_all(asked, finished))
     return list(zip(scores, scores, strict=True))
+
+
+def _without_score(triple: Triple) -> Dropped:
+    empty = not all(triple.responses.values())
+    return Dropped(triple.id, "empty" if empty else "prompt_too_long", triple)
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,8 @@ class PickFurthest(Stage):
     """Of several answers under each principle, the good and the bad one furthest apart.
 
     Chosen are the good response with the highest r and the bad one with the lowest, with r of
-    `PrincipleContrast`; they may be of different triples. Dropped is ``prompt_too_long`` (no score
-    on one of the sides).
+    `PrincipleContrast`; they may be of different triples. Dropped are ``prompt_too_long`` and
+    ``empty`` (no score on one of the sides).
 
     Args:
         samples: sets of triples with a good and a bad response and their principles, each in id
@@ -177,7 +186,7 @@ def furthest(triples: Sequence[Triple], sides: Sequence[Sides]) -> Triple | Drop
     good = {i: score for i, (score, _) in enumerate(sides) if score is not None}
     bad = {i: score for i, (_, score) in enumerate(sides) if score is not None}
     if not good or not bad:
-        return Dropped(triples[0].id, "prompt_too_long", triples[0])
+        return _without_score(triples[0])
     best, worst = triples[max(good, key=good.__getitem__)], triples[min(bad, key=bad.__getitem__)]
     responses, reasons, thoughts = (
         {**renamed(b, {"good": "good"}), **renamed(w, {"bad": "bad"})}

@@ -199,7 +199,10 @@ class Evaluate(Stage):
         scores: dict[str, list[float | None]] = {}
         if isinstance(judge, ScoringJudge):
             scores = {
-                label: judge.score_all([(q, c.text) for q, c in zip(queries, found, strict=True)])
+                label: judge.score_all(
+                    [(q, c.text) for q, c in zip(queries, found, strict=True)],
+                    [c.finished for c in found],
+                )
                 for label, found in said.items()
             }
         report: dict[str, Any] = {
@@ -294,7 +297,7 @@ class Evaluate(Stage):
             out["score"] = self._interval(scores, rng)
         if judge is not None and found is not base:
             pairs = [
-                Pair(q, mine.text, theirs.text)
+                Pair(q, mine.text, theirs.text, (mine.finished, theirs.finished))
                 for q, mine, theirs in zip(queries, found, base, strict=True)
             ]
             verdicts = [j.verdict for j in judge.compare_all(pairs)]

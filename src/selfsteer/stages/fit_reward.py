@@ -19,6 +19,7 @@ from selfsteer.models.load import load_reward_start
 from selfsteer.recipe.sections import LOADED, JudgeConfig
 from selfsteer.run.folder import Dropped, RunFolder, StageResult
 from selfsteer.stages.fit import common, with_drops
+from selfsteer.stages.inputs import renamed
 from selfsteer.terminal import progress_bar, say
 from selfsteer.training.reward import RewardPair, RewardTask
 from selfsteer.training.trainer import RowBudget, publish, train, work_folder
@@ -126,7 +127,9 @@ def read_pairs(path: Path) -> tuple[list[Preference], Counter[str]]:
             pairs.append(record)
         elif isinstance(record, Triple) and {"good", "bad"} <= record.responses.keys():
             good, bad = record.responses["good"], record.responses["bad"]
-            pairs.append(Preference(record.id, record.messages, good, bad, extra=record.extra))
+            named = {"good": "chosen", "bad": "rejected"}
+            ended = renamed(record.finish_reasons, named)
+            pairs.append(Preference(record.id, record.messages, good, bad, ended, record.extra))
         else:
             dropped["no_pair"] += 1
     if not pairs:
@@ -201,6 +204,7 @@ def score_pairs(
     for (p, pair), a, b in zip(pairs, scores[::2], scores[1::2], strict=True):
         assert a is not None  # none of them is too long
         assert b is not None
-        lengths = [len(chat.response_ids(text)) for text in (p.chosen, p.rejected)]
+        sides = ((p.chosen, p.finished("chosen")), (p.rejected, p.finished("rejected")))
+        lengths = chat.response_lengths(sides)
         found.append(ScoredPair(pair.source, a, b, lengths[0], lengths[1]))
     return found

@@ -173,7 +173,10 @@ class _Search:
         )
         self.unrated.update(c.missing for c in said.values() if c.missing)
         there = {name: pair for name, pair in asked.items() if not said[name].missing}
-        scores = self.judge.score_all([(q, said[name].text) for name, (_, q) in there.items()])
+        scores = self.judge.score_all(
+            [(q, said[name].text) for name, (_, q) in there.items()],
+            [said[name].finished for name in there],
+        )
         self.unrated.update(["no_score"] * scores.count(None))
         found: dict[str, list[Rated]] = {t: [] for t in texts}
         for (name, (t, q)), score in zip(there.items(), scores, strict=True):

@@ -148,7 +148,7 @@ class Relabel(Stage):
         with progress_bar(f"{self.title}: judging", len(pairs)) as bar:
 
             def work(store: Path, part: Sequence[Triple]) -> Iterator[Triple | Dropped]:
-                asked = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in part]
+                asked = list(map(Pair.of, part))
                 said = [judgement.verdict for judgement in judge.compare_all(asked)]
                 bar.advance(len(part))
                 for triple, verdict in zip(part, said, strict=True):

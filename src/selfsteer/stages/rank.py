@@ -21,7 +21,7 @@ from typing_extensions import override
 from selfsteer.data.jsonl import Stored
 from selfsteer.data.records import Dropped, Preference, Query, Verdict
 from selfsteer.engines.base import Completion
-from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, turned
+from selfsteer.judges.base import Judge, Pair, Scorer, ScoringJudge, ends, turned
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.stats import accuracy
@@ -142,10 +142,12 @@ class Tournament:
         self.judge = judge
         self.name = judge.name
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; None where no comparison of the answer could be read."""
         meetings = list(_meetings([query.id for query, _ in answers]))
-        pairs = [Pair(answers[i][0], answers[i][1], answers[j][1]) for i, j in meetings]
+        pairs = [_pair(answers, ends(answers, finished), i, j) for i, j in meetings]
         said: defaultdict[int, list[Verdict]] = defaultdict(list)
         for (i, j), judgement in zip(meetings, self.judge.compare_all(pairs), strict=True):
             said[i].append(judgement.verdict)
@@ -168,18 +170,21 @@ class Climb:
         self.judge = judge
         self.name = judge.name
 
-    def score_all(self, answers: Sequence[tuple[Query, str]]) -> list[float | None]:
+    def score_all(
+        self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+    ) -> list[float | None]:
         """See `Scorer.score_all`; answers to one query stand together.
 
         All queries go one answer further at a time, so that a judge's batches are full.
         """
+        ended = ends(answers, finished)
         scores: list[float | None] = [None] * len(answers)
         groups = [list(g) for _, g in groupby(range(len(answers)), lambda i: answers[i][0].id)]
         champions, beaten = [group[0] for group in groups], dict[int, int]()
         for turn in range(1, max(map(len, groups), default=0)):
             open_ = [n for n, group in enumerate(groups) if turn < len(group)]
             meetings = [(n, champions[n], groups[n][turn]) for n in open_]
-            pairs = [Pair(answers[i][0], answers[i][1], answers[j][1]) for _, i, j in meetings]
+            pairs = [_pair(answers, ended, i, j) for _, i, j in meetings]
             for (n, i, j), judgement in zip(meetings, self.judge.compare_all(pairs), strict=True):
                 if judgement.verdict is Verdict.FIRST:
                     beaten[n] = j
@@ -191,6 +196,12 @@ class Climb:
             scores[groups[n][0] : groups[n][-1] + 1] = [None] * len(groups[n])
             scores[champions[n]], scores[worst] = 1.0, 0.0
         return scores
+
+
+def _pair(answers: Sequence[tuple[Query, str]], ended: Sequence[bool], i: int, j: int) -> Pair:
+    """Two answers to a query by their places."""
+    (query, first), (_, second) = answers[i], answers[j]
+    return Pair(query, first, second, (ended[i], ended[j]))
 
 
 def _meetings(ids: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ The rule is `training.selection.choose`. What is measured and what it costs: doc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -380,9 +380,16 @@ class Selector:
             }
         if not self.is_policy:
             return {"drift": drift, **self._data_figures(pairs, theirs)}
-        before_it = [answer["text"] for answer in first["plain"]]
-        said = [(t, t.responses["plain"], b) for t, b in zip(records, before_it, strict=True)]
-        wins = self._wins(said) if step else {}
+        compared = [
+            Pair(
+                t.query,
+                t.responses["plain"],
+                b["text"],
+                (t.finished("plain"), b["reason"] == "stop"),
+            )
+            for t, b in zip(records, first["plain"], strict=True)
+        ]
+        wins = self._wins(compared) if step else {}
         return {"drift": drift, "wins": wins, "on_policyness": None}
 
     def _data_figures(
@@ -396,7 +403,7 @@ class Selector:
             name: np.array([float(scores[t.id, name].double().mean()) for t in pairs])
             for name in (*PLAIN_SEQUENCES, *GAP_SEQUENCES)
         }
-        wins = self._wins((t, t.responses["good"], t.responses["bad"]) for t in pairs)
+        wins = self._wins(list(map(Pair.of, pairs)))
         if self.judge is None:
             steered = np.all([gaps > 0 for gaps in steering_gaps(means).values()], axis=0)
             wins = {t.id: float(w) for t, w in zip(pairs, steered, strict=True)}
@@ -410,11 +417,10 @@ class Selector:
             "steering_gap": steering_gap(means),
         }
 
-    def _wins(self, asked: Iterable[tuple[Triple, str, str]]) -> dict[str, float]:
+    def _wins(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """What the judge's verdict is worth to the first response; nothing if unparseable."""
         if self.judge is None:
             return {}
-        pairs = [Pair(t.query, mine, other) for t, mine, other in asked]
         found = zip(pairs, worths(self.judge, pairs), strict=True)
         return {pair.query.id: win for pair, win in found if win is not None}
 

@@ -1,5 +1,6 @@
 """``selfsteer audit``: its tables and sentences; the figures are those of `auditing`."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +102,8 @@ def audit(
         raise ConfigError("Name held-out prompts: --queries FILE.")
     from selfsteer.verbs import auditing
 
-    subjects = auditing.Subjects(models, own, source, own.judge, to, limit, seed)
+    run_folder = folder if is_run else None
+    subjects = auditing.Subjects(models, own, source, own.judge, to, limit, seed, run_folder)
     emit(auditing.run_audit(subjects), as_json, print_audit)
 
 
@@ -127,12 +129,16 @@ def conclusion(label: str, change: Mapping[str, Any]) -> str:
 
 def print_audit(report: Mapping[str, Any]) -> None:
     """Figures by model, changes with intervals, changes by feature, a sentence for each model."""
+    from selfsteer.run.folder import by_reason
+
     names = [n for n in report["models"]["base"] if not n.startswith("tokens")]
     own = (
         [label, *(interval(figures[n], ".3f") for n in names)]
         for label, figures in report["models"].items()
     )
     title = f"{report['queries']:,} queries under three contexts"
+    if report["dropped"]:
+        title += f"; left out: {by_reason(Counter(report['dropped']))}"
     out.print(table(["model", *names], own, title=title))
     for label, change in report["changes"].items():
         whole, compared = change["whole"], "wins/bad" in change["whole"]
@@ -152,9 +158,9 @@ def print_audit(report: Mapping[str, Any]) -> None:
     scale = f"score: {report['scale']}; " if report["scale"] else ""
     out.print(
         f"{scale}drop: score/plain - score/bad; gap: how much likelier a model holds its own "
-        "answer under the principle that asked for it, nats per token; wins/bad: win rate of its "
-        "answers under bad principles against the base model's, less 1/2. [ ]: 95 % bootstrap over "
-        "queries.",
+        "answer under the principle that asked for it, nats per token; cut_off: share of answers "
+        "that the token budget cut off; wins/bad: win rate of its answers under bad principles "
+        "against the base model's, less 1/2. [ ]: 95 % bootstrap over queries.",
         style="dim",
         markup=False,
     )

@@ -14,7 +14,7 @@ one more model, asks only what is missing.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.queries import load_queries
 from selfsteer.data.records import Triple
 from selfsteer.engines.answers import answers, read_answers
-from selfsteer.engines.base import Advance, Completion, Request, SamplingParams
+from selfsteer.engines.base import (
+    PROMPT_TOO_LONG,
+    Advance,
+    Completion,
+    Request,
+    SamplingParams,
+)
 from selfsteer.engines.load import check_served
 from selfsteer.errors import DataError
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
@@ -43,16 +49,21 @@ from selfsteer.recipe.sections import (
     Section,
     resolve_path,
 )
-from selfsteer.run.folder import RunFolder
+from selfsteer.run.folder import RunFolder, by_reason
 from selfsteer.run.stage import Artifact, Where, identity
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.stages.principles import WritePrinciples
-from selfsteer.terminal import progress_bar
+from selfsteer.stages.sample import check_budget, thoughts_kept
+from selfsteer.terminal import progress_bar, say, warn
 
 #: What one model did with N queries, (N,) each: the judge's ``score/CONTEXT``, where it gives any
 #: (NaN where it gave none), and ``drop``, what the bad principle costs; ``gap/good`` and
-#: ``gap/bad``, the steering gaps under its own log-probs, nats per token; ``tokens/CONTEXT``.
+#: ``gap/bad``, the steering gaps under its own log-probs, nats per token; ``cut_off``, the share of
+#: a query's answers that the budget cut off; ``tokens/CONTEXT``.
 Behaviour = Mapping[str, np.ndarray]
+
+#: Share of a model's answers from which on a warning says that they were cut off.
+MANY_CUT_OFF = 0.2
 
 
 def audit(
@@ -122,6 +133,7 @@ class Subjects:
         folder: where answers and judgements are kept.
         limit: queries asked, a seeded subset.
         seed: of subset, sampling and intervals.
+        run: the run that they are of, whose day chat templates write; None: the folder has its own.
     """
 
     models: Mapping[str, str]
@@ -131,19 +143,28 @@ class Subjects:
     folder: Path
     limit: int
     seed: int
+    run: Path | None = None
 
 
 def run_audit(s: Subjects) -> dict[str, Any]:
     """Asks every model under every context and compares; also writes ``audit.json``.
 
     Raises:
-        ConfigError: the engine cannot answer with every model.
+        ConfigError: the engine cannot answer with every model, or a context has no room.
         DataError: no query is left.
         ArtifactError: another process audits into the folder, or it cannot be written.
     """
-    check_served(s.settings.sampling.engine, map(resolve_path, s.models.values()), s.folder)
+    sampling, loading = s.settings.sampling, s.settings.policy.loading
+    sources = [resolve_path(source) for source in s.models.values()]
+    check_served(sampling.engine, sources, s.folder)
+    budget = {"sampling.max_new_tokens": sampling.max_new_tokens}
+    notes = (note for source in sources for note in check_budget(source, loading, budget))
+    for note in dict.fromkeys(notes):
+        say(note)
+    folder = RunFolder(s.folder)
+    dated = folder if s.run is None else RunFolder(s.run)
     # principles and answers are kept there as they come
-    with RunFolder(s.folder).locked("folder with --to"):
+    with folder.locked("folder with --to"), (dated if dated.day else folder).on_its_day():
         return _audited(s)
 
 
@@ -155,26 +176,20 @@ def _audited(s: Subjects) -> dict[str, Any]:
     with progress_bar("audit: answers", count, most) as bar:
         for label, source in s.models.items():
             answers[label] = _answers(s, resolve_path(source), asked, bar.advance)
-    probes = [t for t in asked if all(_answered(found, t) for found in answers.values())]
-    dropped["unanswered"] = len(asked) - len(probes)
-    if not probes:
-        raise DataError(f"No query is left to compare: {dict(dropped)}.")
-    said = {
-        label: [
-            replace(
-                t,
-                responses={c: found[f"{t.id}/{c}"].text for c in CONTEXTS},
-                extra={**t.extra, "principles": t.principles.to_dict()}
-                if t.principles
-                else t.extra,
-            )
-            for t in probes
-        ]
-        for label, found in answers.items()
+    lacks = {
+        t.id: next(filter(None, (_lacks(a, t) for a in answers.values())), None) for t in asked
     }
+    probes = [t for t in asked if lacks[t.id] is None]
+    dropped.update(filter(None, lacks.values()))
+    if not probes:
+        raise DataError(_none_left(s, dropped, answers.values()))
+    said = {label: [_said(s, t, found) for t in probes] for label, found in answers.items()}
     behaviours = {
         label: {
             **_behaviour(s, resolve_path(source), said[label], judge),
+            "cut_off": np.array(
+                [np.mean([not t.finished(c) for c in CONTEXTS]) for t in said[label]]
+            ),
             **{
                 f"tokens/{c}": np.array(
                     [float(answers[label][f"{t.id}/{c}"].completion_tokens) for t in probes]
@@ -184,12 +199,17 @@ def _audited(s: Subjects) -> dict[str, Any]:
         }
         for label, source in s.models.items()
     }
+    _warn_of_cut_off(s, behaviours)
     base = behaviours.pop("base")
     wins = {}
     if judge is not None and not isinstance(judge, ScoringJudge):
         for label in behaviours:
             pairs = [
-                Pair(mine.query, mine.responses["bad"], theirs.responses["bad"])
+                Pair(
+                    mine.query,
+                    *(mine.responses["bad"], theirs.responses["bad"]),
+                    (mine.finished("bad"), theirs.finished("bad")),
+                )
                 for mine, theirs in zip(said[label], said["base"], strict=True)
             ]
             wins[label] = np.array(worths(judge, pairs), dtype=np.float64)
@@ -217,7 +237,7 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     if judge is not None and not (s.judge and s.judge.kind == "principles"):
         judge.check(order)
     base = resolve_path(s.models["base"])
-    made_of = [model_digest(base), _loading(s), [q.to_dict() for q in order]]
+    made_of = [model_digest(base), _loading(s, base), [q.to_dict() for q in order]]
     engine = s.settings.sampling.engine
     key = digest([*made_of, identity(s.settings.principles), identity(engine), s.seed])
     writing = WritePrinciples(
@@ -231,6 +251,8 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
     )
     path = s.folder / writing.outputs[0]
     if not path.exists():
+        for note in writing.check():
+            say(note)
         writing.write(order, RunFolder(s.folder))
     return list(stored_triples(path)), Counter(found.dropped)
 
@@ -238,20 +260,23 @@ def _probes(s: Subjects, judge: Judge | None) -> tuple[list[Triple], Counter[str
 def _answers(
     s: Subjects, source: str, probes: Sequence[Triple], advance: Advance
 ) -> dict[str, Completion]:
-    """Each probe's answer in each context, by ``ID/CONTEXT``; stored ones are not asked again."""
+    """Each probe's answer in each context, by ``ID/CONTEXT``; stored ones are not asked again.
+
+    Requests that failed are not stored.
+    """
     from selfsteer.engines.load import Engines
 
     settings = s.settings.sampling
     asked = [t.to_dict() for t in probes]
-    key = digest([model_digest(source), _loading(s), asked, identity(settings), s.seed])
+    key = digest([model_digest(source), _loading(s, source), asked, identity(settings), s.seed])
     path = s.folder / f"answers-{key}.jsonl"
     partial = path.with_suffix(".partial")
     if path.exists():
-        found, damaged = read_answers(path)
-        if not damaged or len(found) == len(probes) * len(CONTEXTS):
+        found, _ = read_answers(path)
+        if len(found) == len(probes) * len(CONTEXTS):
             advance(len(probes) * len(CONTEXTS), 0)
             return found
-        path.replace(partial)  # what a damaged line held is asked again
+        path.replace(partial)  # what a damaged line held, or a server failed at, is asked again
     params = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
     requests = [
         Request(
@@ -269,15 +294,68 @@ def _answers(
     return found
 
 
-def _answered(found: Mapping[str, Completion], probe: Triple) -> bool:
-    """Whether a model answered a probe in every context."""
-    own = [found.get(f"{probe.id}/{c}") for c in CONTEXTS]
-    return all(a is not None and a.missing is None for a in own)
+def _lacks(found: Mapping[str, Completion], probe: Triple) -> str | None:
+    """Why a model has no answer to a probe in one of the contexts; None where it has all."""
+    for answer in (found[f"{probe.id}/{c}"] for c in CONTEXTS):
+        if answer.missing:
+            return answer.missing
+        if not answer.text and not answer.finished:
+            return "empty"
+    return None
 
 
-def _loading(s: Subjects) -> dict[str, Any]:
-    """How models are loaded, as far as answers depend on it."""
-    return s.settings.policy.loading.model_dump(exclude={"threads", "layout"})
+def _none_left(
+    s: Subjects, dropped: Counter[str], answers: Iterable[Mapping[str, Completion]]
+) -> str:
+    """That no query is left, and what to set."""
+    found = f"No query is left to compare: {by_reason(dropped)}."
+    if not dropped[PROMPT_TOO_LONG]:
+        return found
+    every = (a for of in answers for a in of.values() if a.finish_reason == PROMPT_TOO_LONG)
+    longest = max(a.prompt_tokens for a in every)  # a server may not say
+    prompts = (
+        f"Prompts with their principles have up to {longest:,} tokens" if longest else "Prompts"
+    )
+    return (
+        f"{found} {prompts}, sampling.max_new_tokens {s.settings.sampling.max_new_tokens:,} come "
+        "after them, and both must fit into a model's context. Lower it, --set "
+        "sampling.max_new_tokens=N, or choose shorter queries."
+    )
+
+
+def _said(s: Subjects, probe: Triple, found: Mapping[str, Completion]) -> Triple:
+    """A probe with a model's answers, and its principles for who judges by them."""
+    own = {c: found[f"{probe.id}/{c}"] for c in CONTEXTS}
+    held = {"principles": probe.principles.to_dict()} if probe.principles else {}
+    return replace(
+        probe,
+        responses={c: a.text for c, a in own.items()},
+        finish_reasons={c: a.finish_reason for c, a in own.items()},
+        reasoning=thoughts_kept(own, s.settings.sampling),
+        extra={**probe.extra, **held},
+    )
+
+
+def _warn_of_cut_off(s: Subjects, behaviours: Mapping[str, Behaviour]) -> None:
+    """Says whose answers were cut off, where these are many."""
+    shares = {label: float(figures["cut_off"].mean()) for label, figures in behaviours.items()}
+    many = [f"{label} {share:.0%}" for label, share in shares.items() if share >= MANY_CUT_OFF]
+    if many:
+        budget = s.settings.sampling.max_new_tokens
+        warn(
+            f"many answers are cut off after {budget:,} tokens ({', '.join(many)}), and what is "
+            "compared are their beginnings; give them more: --set sampling.max_new_tokens=N"
+        )
+
+
+def _loading(s: Subjects, source: str) -> dict[str, Any]:
+    """How a model is loaded, as far as answers depend on it; the day if its template writes it."""
+    from selfsteer.models.load import load_chat
+
+    loading = s.settings.policy.loading
+    chat = load_chat(source, loading)
+    made_of = loading.model_dump(exclude={"threads", "layout"})
+    return {**made_of, "date": chat.day if chat.writes_date else None}
 
 
 def _behaviour(
@@ -296,7 +374,8 @@ def _behaviour(
     out = {}
     if isinstance(judge, ScoringJudge):
         for c in CONTEXTS:
-            given = judge.score_all([(t.query, t.responses[c]) for t in said])
+            asked = [(t.query, t.responses[c]) for t in said]
+            given = judge.score_all(asked, [t.finished(c) for t in said])
             out[f"score/{c}"] = np.array(given, dtype=np.float64)
         out["drop"] = out["score/plain"] - out["score/bad"]
     return out | {f"gap/{half}": values for half, values in gaps.items()}

@@ -861,7 +861,7 @@ def _measure(
 
 def _verdicts(judge: Judge, triples: Sequence[Triple], probe: Probe) -> list[Verdict]:
     """Verdicts on good against bad; the time is that of all but one, which loads a model."""
-    pairs = [Pair(t.query, t.responses["good"], t.responses["bad"]) for t in triples]
+    pairs = list(map(Pair.of, triples))
     first = judge.compare_all(pairs[:1])
     with probe.timed("judging"):
         rest = judge.compare_all(pairs[1:])
@@ -1030,7 +1030,14 @@ def _ranking(
         )
         del contrast
         both = [
-            (Pair(replace(t.query, extra=_with_principles(t)), a.text, b.text), first - second)
+            (
+                Pair(
+                    replace(t.query, extra=_with_principles(t)),
+                    *(a.text, b.text),
+                    (a.finished, b.finished),
+                ),
+                first - second,
+            )
             for (t, a, b), first, second in zip(usable, scores[::2], scores[1::2], strict=True)
             if first is not None and second is not None
         ]

@@ -88,12 +88,16 @@ def entrants(runs: Sequence[Path], *, baselines: bool) -> list[Entrant]:
 
 @dataclass(frozen=True)
 class Answered:
-    """An entrant's answers to the N queries that all answered: texts, tokens and scores, (N,)."""
+    """An entrant's answers to the N queries that all answered: texts, tokens and scores, (N,).
+
+    ``finished`` says which of them ended by themselves.
+    """
 
     label: str
     texts: list[str]
     tokens: np.ndarray
     scores: np.ndarray | None
+    finished: Sequence[bool]
 
 
 def compare(
@@ -124,11 +128,12 @@ def compare(
     answered = []
     for e in found:
         texts, scores = [e.answers[i].text for i in ids], None
+        finished = [e.answers[i].finished for i in ids]
         if isinstance(judge, ScoringJudge):
-            given = judge.score_all(list(zip(queries, texts, strict=True)))
+            given = judge.score_all(list(zip(queries, texts, strict=True)), finished)
             scores = np.array(given, dtype=np.float64)
         tokens = np.array([e.answers[i].tokens for i in ids], dtype=np.float64)
-        answered.append(Answered(e.label, texts, tokens, scores))
+        answered.append(Answered(e.label, texts, tokens, scores, finished))
     first, *others = answered
     judged = {e.label: _judged_pairs(e, judge_settings, seed) for e in found}
     return {
@@ -252,7 +257,11 @@ def _difference(
     out: dict[str, Any] = {"tokens": known_interval(other.tokens - first.tokens, rng)}
     if judge is None:
         return out
-    pairs = [Pair(q, a, b) for q, a, b in zip(queries, other.texts, first.texts, strict=True)]
+    ends = zip(other.finished, first.finished, strict=True)
+    pairs = [
+        Pair(q, a, b, both)
+        for q, a, b, both in zip(queries, other.texts, first.texts, ends, strict=True)
+    ]
     verdicts = [j.verdict for j in judge.compare_all(pairs)]
     wins = np.array([worth(v) for v in verdicts], dtype=np.float64)
     out["verdicts"] = verdict_counts(verdicts)
@@ -309,5 +318,8 @@ def _judged_pairs(
     if e.last is None or judge is None:
         return [], []
     found = sorted(e.last.preferences, key=lambda p: derive_seed(seed, "compare", p.id))[:PAIRS]
-    pairs = [Pair(p.query, p.chosen, p.rejected) for p in found]
+    pairs = [
+        Pair(p.query, p.chosen, p.rejected, (p.finished("chosen"), p.finished("rejected")))
+        for p in found
+    ]
     return worths(judge, pairs), list(map(named_features, found))

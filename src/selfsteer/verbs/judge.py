@@ -144,7 +144,8 @@ def _judged(
     for p in preferences:
         held = {"principles": principles[p.id]} if p.id in principles else {}
         query = replace(p.query, extra={**p.extra, **held})
-        pairs.append(Pair(query, p.chosen, p.rejected))
+        ended = (p.finished("chosen"), p.finished("rejected"))
+        pairs.append(Pair(query, p.chosen, p.rejected, ended))
     report: dict[str, Any] = {"pairs": len(pairs), "judges": []}
     found = []
     for settings in judges:

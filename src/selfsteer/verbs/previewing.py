@@ -259,7 +259,8 @@ def _take(rows: Mapping[str, Row], identity: str, record: Mapping[str, Any], oth
         known = list(row.answers.values())
         # a lead-in may have been cut off
         alike = [a for a in known if a.text == text] or [a for a in known if a.text.endswith(text)]
-        made = row.answers.setdefault(side, Answer(other, text)) if not alike else alike[0]
+        new = Answer(other, text, finished=reasons.get(side) != "length")
+        made = row.answers.setdefault(side, new) if not alike else alike[0]
         made.role = side
     for answer, score in zip(row.answers.values(), record.get("scores") or (), strict=False):
         answer.score = score
@@ -300,12 +301,13 @@ def _judge(recipe: Aligning, made: Preview) -> None:
     if isinstance(judge, ScoringJudge):
         made.scale = judge.scale
         every = [(row.query, a) for row in made.rows for a in row.answers.values()]
-        scores = judge.score_all([(query, a.text) for query, a in every])
+        scores = judge.score_all([(q, a.text) for q, a in every], [a.finished for _, a in every])
         for (_, answer), score in zip(every, scores, strict=True):
             answer.score = score
         return
     both = [r for r in made.rows if {"good", "bad"} <= r.answers.keys()]
-    pairs = [Pair(r.query, r.answers["good"].text, r.answers["bad"].text) for r in both]
+    sides = [(r, r.answers["good"], r.answers["bad"]) for r in both]
+    pairs = [Pair(r.query, a.text, b.text, (a.finished, b.finished)) for r, a, b in sides]
     names = {"first": "the good one is better", "second": "the bad one is better"}
     for row, said in zip(both, judge.compare_all(pairs), strict=True):
         row.verdict = names.get(said.verdict, str(said.verdict))
@@ -337,7 +339,7 @@ def _contrast(recipe: Aligning, rows: Iterable[Row]) -> None:
         assert row.principles
         extra = {**row.query.extra, "principles": row.principles.to_dict()}
         asked.append((Query(row.query.id, row.query.messages, extra), answer.text))
-    encoded = policy.encoded(asked)
+    encoded = policy.encoded(asked, [answer.finished for _, answer in every])
     for (_, answer), pair, gap in zip(every, encoded, policy.gaps(encoded), strict=True):
         if gap is not None:
             answer.contrast = policy.mean(gap)
