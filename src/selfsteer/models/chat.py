@@ -29,6 +29,9 @@ from selfsteer.recipe.sections import did_you_mean
 _PROBE = "Probe of the template"
 _HI = Message("user", "Hi")
 
+#: What is said in the turns of a conversation that a template must show whole; the number is last.
+_WHOLE = "This is said to see whether the template shows it. " * 8
+
 #: Variables of a template that no setting gives.
 _OWN = {"messages", "add_generation_prompt", "tools", "documents"}
 
@@ -87,7 +90,7 @@ class ChatFormat:
 
     Raises:
         ArtifactError: the tokenizer has no chat template, the template fails, does not end or
-            omits the text of messages, or no token ends a turn.
+            leaves out what is said in a conversation that it takes, or no token ends a turn.
         ConfigError: the template reads no such variable.
     """
 
@@ -115,14 +118,15 @@ class ChatFormat:
         except Exception as e:  # not only a TemplateSyntaxError: RecursionError, for one
             raise self._broken("cannot be read", e) from e
         self._check_variables()
-        said = [Message("user", _PROBE)]
         self._takes_parts = False
-        self._takes_parts = _PROBE not in self._tried(said)  # some vision models' list of parts
-        if self._takes_parts and _PROBE not in self._tried(said):
+        self._tried([_HI])
+        self._takes_parts = self._lost("user") != []  # some vision models' list of parts
+        if self._takes_parts and self._lost("user") != []:
             raise ArtifactError(
                 f"The chat template of {source} drops what the user says, as text and as a list "
                 "of parts. Correct its chat_template.jinja."
             )
+        self._check_turns()
 
     def _broken(self, what: str, error: Exception) -> ArtifactError:
         said = str(error).rstrip(".")
@@ -145,17 +149,32 @@ class ChatFormat:
                 f"so it would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
             )
 
+    def _lost(self, *roles: str) -> list[int] | None:
+        """The turns, from 1, whose text the template does not show; None: it refuses them."""
+        said = [Message(role, f"{_WHOLE}{turn}") for turn, role in enumerate(roles, 1)]
+        shown = self._taken(said)
+        if shown is None:
+            return None
+        return [turn for turn, message in enumerate(said, 1) if message.content not in shown]
+
+    def _check_turns(self) -> None:
+        """Refuses a template that leaves turns out of conversations that it takes."""
+        talk = ("user", "assistant", "user")
+        asked = [("system", "user"), ("system", *talk)] if self.has_system_role else []
+        for roles in (*asked, talk):
+            if lost := self._lost(*roles):
+                turns = ", ".join(f"{turn} ({roles[turn - 1]})" for turn in lost)
+                raise ArtifactError(
+                    f"The chat template of {self.source} leaves out what is said in turn {turns} "
+                    f"of a conversation with the roles {', '.join(roles)}. Correct its "
+                    "chat_template.jinja."
+                )
+
     @cached_property
     def has_system_role(self) -> bool:
         """Whether the template shows a system message; Gemma's refuses one."""
-        from jinja2 import TemplateError
-
-        try:
-            return _PROBE in self._tried([Message("system", _PROBE), _HI])
-        except ArtifactError as e:
-            if isinstance(e.__cause__, TemplateError | TypeError):
-                return False  # it refuses the role; anything else is a fault
-            raise
+        lost = self._lost("system", "user")
+        return lost is not None and 1 not in lost
 
     @cached_property
     def default_system(self) -> str:
@@ -176,20 +195,64 @@ class ChatFormat:
         Where it puts nothing there, as GLM-4's, the token of the next role if the checkpoint's
         configuration stops at it; else the tokenizer's eos.
         """
-        turns = [_HI, Message("assistant", _PROBE)]
-
-        def after(*more: Message) -> list[int]:
-            tail = self._tried([*turns, *more], add_generation_prompt=False).rpartition(_PROBE)[2]
-            return [i for i in self._encode(tail) if i in self.special_ids]
-
-        last, stops = after()[:1], {*self._stops()} if not after() else set()
-        found = last or [i for i in after(_HI)[:1] if i in stops] or [self.tokenizer.eos_token_id]
-        if found[0] is None:
+        tail = self._after_answer()
+        sure = (i for i in tail if i in self.special_ids or i in self._configured)
+        found = next(sure, next(iter(tail), None))
+        if found is None:
+            found = next((i for i in self._after_answer(_HI)[:1] if i in {*self._stops()}), None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        if found is None:
             raise ArtifactError(
                 f"{self.source}: neither the chat template nor the tokenizer (eos_token) says "
                 "which token ends a turn. Set eos_token in tokenizer_config.json."
             )
-        return int(found[0])
+        return int(found)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is odd about the template but works."""
+        found = []
+        if not self.has_system_role:
+            found.append(
+                "has no system role: principles go in front of the first user turn, so principle "
+                "and query share a turn"
+            )
+        if self._configured.isdisjoint([self.end_of_turn, *self._after_answer()]):
+            token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+            found.append(
+                f"ends a turn with {token} by its template, and neither its configuration "
+                "(eos_token_id of generation_config.json) nor its tokenizer (eos_token) stops at "
+                "it: whoever serves it may answer on and on. Add it there"
+            )
+        if opening := self._unopened:
+            found.append(
+                f"has a template without a generation prompt: answers begin with "
+                f"{short(opening)} in past turns, and are asked for without it"
+            )
+        return [f"{self.source} {note}" for note in found]
+
+    @property
+    def _unopened(self) -> str:
+        """What stands before past answers and no generation prompt ever writes."""
+        if self.prompt_text([_HI]) != self._tried([_HI], add_generation_prompt=False):
+            return ""
+        leaves, enters = self._opening()
+        return "" if leaves else enters.strip()
+
+    def _after_answer(self, *more: Message) -> list[int]:
+        """The added tokens, special or not, that the template puts after an answer."""
+        turns = [_HI, Message("assistant", _PROBE), *more]
+        whole = self._taken(turns, add_generation_prompt=False) or ""
+        _, shown, tail = whole.rpartition(_PROBE)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        apart = self.special_ids.union(i for i, t in added.items() if not t.content.isspace())
+        return [i for i in self._encode(tail) if i in apart] if shown else []
+
+    @cached_property
+    def _configured(self) -> frozenset[int]:
+        """The tokens at which whoever serves the checkpoint ends an answer."""
+        eos = self.tokenizer.eos_token_id
+        return frozenset([*self._stops(), *([] if eos is None else [eos])])
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -206,8 +269,10 @@ class ChatFormat:
         """What leaves the end of a prompt, and what enters it, where the template has an answer."""
         prompt = self.prompt_text([_HI])
         turns = [_HI, Message("assistant", _PROBE)]
-        whole = self._render(turns, add_generation_prompt=False, **thoughts)
-        shown = whole.partition(_PROBE)[0]
+        whole = self._taken(turns, add_generation_prompt=False, **thoughts) or ""
+        shown, found, _ = whole.partition(_PROBE)
+        if not found:
+            return "", ""
         same = len(commonprefix([prompt, shown]))  # noqa: RUF071 - characters are meant
         return prompt[same:], shown[same:]
 
@@ -255,11 +320,22 @@ class ChatFormat:
         sampled = tuple(ids[max(len(ids) - len(again), 0) :] if reasoning else ids)
         return Said(reasoning, text, sampled != again, not self.special_ids.isdisjoint(ids[at:]))
 
-    def _tried(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def _taken(self, messages: Sequence[Message], **given: Any) -> str | None:
+        """`_tried`; None where the template refuses the conversation."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._tried(messages, **given)
+        except ArtifactError as e:
+            if isinstance(e.__cause__, TemplateError | TypeError):
+                return None  # anything else is a fault
+            raise
+
+    def _tried(self, messages: Sequence[Message], **given: Any) -> str:
         """Renders a short conversation; a template that fails or does not end is an error."""
         try:
             with few_steps(STEPS):
-                return self._render(messages, add_generation_prompt=add_generation_prompt)
+                return self._render(messages, **given)
         except Exception as e:  # templates are programs
             roles = ", ".join(m.role for m in messages)
             raise self._broken(f"fails on a conversation of the roles {roles}", e) from e

@@ -298,7 +298,7 @@ def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatForma
     chat = None
     with c.line("template") as line:
         for note in dict.fromkeys(n for stage in stages for n in stage.check()):
-            line.warn(f"{note}. That works, but principle and query share a turn.")
+            line.warn(f"{note}.")
         loading, day = recipe.policy.loading, RunFolder(recipe.folder).day
         loading = loading.model_copy(update={"date": loading.date or day})
         chat = load_chat(resolve_path(recipe.policy.model), loading)
