@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache, wraps
+from itertools import pairwise
 from math import prod
 from operator import mod, mul
 from os.path import commonprefix
@@ -39,8 +40,9 @@ _OWN = {"messages", "add_generation_prompt", "tools", "documents"}
 #: seconds of the processor: they take milliseconds.
 STEPS, SECONDS = 200_000, 10.0
 
-#: Noncharacters of Unicode: one of them marks where a control token in a text is taken apart.
-_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
+#: One of these marks where a control token in a text is taken apart: noncharacters of Unicode, and
+#: characters for private use where a text has all of those.
+_MARKS = [chr(i) for i in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF4000))]
 
 #: Environment variable with the day that templates write as today's, while a run works.
 DAY = "SELFSTEER_DAY"
@@ -380,30 +382,77 @@ class ChatFormat:
         return {token.content: i for i, token in added.items() if token.special}
 
     @cached_property
-    def _controls(self) -> dict[bool, re.Pattern[str]]:
-        """Where a control token begins in an assistant's text (True), or in another's.
+    def _control_tokens(self) -> dict[bool, dict[str, int]]:
+        """The control tokens of an assistant's text (True), or of another's, with their ids.
 
         An assistant may write those that are not special, such as ``<think>``; from others they
         are text if the template uses them.
         """
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        used = {t.content for t in added if t.content in self._text and not t.content.isspace()}
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
+        used = {t.content: i for i, t in added if t.content in self._text}
+        both = {True: self._special, False: self._special | used}
+        return {
+            own: {t: i for t, i in tokens.items() if len(t) > 1 and not t.isspace()}
+            for own, tokens in both.items()
+        }
 
-        def beginning(tokens: Collection[str]) -> re.Pattern[str]:
-            any_of = "|".join(re.escape(t) for t in tokens if len(t) > 1)
-            return re.compile(f"(?=(?:{any_of}))(.)" if any_of else "(?!)", re.DOTALL)
+    @cached_property
+    def _controls(self) -> dict[bool, re.Pattern[str]]:
+        """Where one of them begins."""
+        found = {}
+        for own, tokens in self._control_tokens.items():
+            any_of = "|".join(map(re.escape, tokens))
+            found[own] = re.compile(f"(?=(?:{any_of}))(.)" if any_of else "(?!)", re.DOTALL)
+        return found
 
-        return {True: beginning(self._special), False: beginning({*self._special, *used})}
+    @cached_property
+    def _disguises(self) -> bool:
+        """Whether text that is no control token may become one: a normaliser changes it before."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if core is None or core.normalizer is None:
+            return False
+        added = self.tokenizer.added_tokens_decoder.values()
+        # merges of BPE lead to no control token
+        return type(core.model).__name__ != "BPE" or any(t.normalized for t in added)
+
+    def _cuts(self, text: str, role: str = "assistant") -> list[int]:
+        """Where control tokens in a text are taken apart: each behind its first character.
+
+        Raises:
+            DataError: one character becomes a control token.
+        """
+        own = role == "assistant"
+        cuts = {found.end(1) for found in self._controls[own].finditer(text)}
+        while self._disguises:
+            pieces = pairwise(sorted({0, *cuts, len(text)}))
+            more = {a + at + 1 for a, b in pieces for at in self._disguised(text[a:b], own)}
+            if not more:
+                break
+            if more <= cuts:
+                raise DataError(f"{self.source} reads one character as a control token.")
+            cuts |= more
+        return sorted(cuts - {len(text)})
+
+    def _disguised(self, text: str, own: bool) -> list[int]:
+        """Where control tokens begin that a text becomes."""
+        made = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        controls = {*self._control_tokens[own].values()}.difference(self._unknown)
+        spans = zip(made["input_ids"], made["offset_mapping"], strict=True)
+        return [at for i, (at, _) in spans if i in controls]
+
+    @cached_property
+    def _unknown(self) -> list[int]:
+        """What stands for characters that the tokenizer does not know."""
+        return self._encode(_MARKS[-1])
 
     def _apart(self, text: str, mark: str, role: str = "assistant") -> str:
-        return self._controls[role == "assistant"].sub(rf"\1{mark}", text)
+        return mark.join(text[a:b] for a, b in pairwise([0, *self._cuts(text, role), len(text)]))
 
     def _mark_for(self, messages: Sequence[Message]) -> str:
         """What takes control tokens apart; nothing where no message has one."""
-        controls = self._controls
-        if not any(controls[m.role == "assistant"].search(m.content) for m in messages):
-            return ""
-        return next(c for c in _MARKS if not any(c in m.content for m in messages))
+        return _unused(messages) if any(self._cuts(m.content, m.role) for m in messages) else ""
 
     def _encode(self, text: str, mark: str = "") -> list[int]:
         """Ids of text; at each mark it is cut, so that no token reaches across."""
@@ -431,7 +480,7 @@ class ChatFormat:
         if not continued:
             return self._prompt(messages)
         *turns, (role, text) = messages
-        end = next(c for c in _MARKS if c not in text)
+        end = _unused(messages)
         return self._prompt([*turns, Message(role, text + end)], opens=False).rpartition(end)[0]
 
     def _prompt(self, messages: Sequence[Message], mark: str = "", *, opens: bool = True) -> str:
@@ -513,9 +562,8 @@ class ChatFormat:
             return_token_type_ids=False,
             verbose=False,  # that one is longer than the context is for others to say
         )["input_ids"]
-        controls = self._controls[True]
         return [
-            len(self.response_ids(text)) - 1 + done if controls.search(text) else len(ids) + done
+            len(self.response_ids(text)) - 1 + done if self._cuts(text) else len(ids) + done
             for ids, (text, done) in zip(found, responses, strict=True)
         ]
 
@@ -575,6 +623,23 @@ _MOST_MADE, _MOST_BITS = 1_000_000, 10_000
 _MOST_FILLED, _MOST_COUNT = 100_000_000, 10_000
 
 
+def _unused(messages: Sequence[Message]) -> str:
+    """A mark that stands in none of the messages.
+
+    Raises:
+        DataError: they have all of them.
+    """
+    there = set[str]().union(*(m.content for m in messages))
+    found = next((c for c in _MARKS if c not in there), None)
+    if found is None:
+        raise DataError("A conversation has all characters that could mark a place in it.")
+    return found
+
+
+def _draws(*_: Any, **__: Any) -> str:
+    raise RuntimeError("it draws lots (random, lipsum), so prompts would be others each time")
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Any:
     """What templates are compiled and rendered in: transformers' own environment, within bounds."""
@@ -585,6 +650,7 @@ def _environment() -> Any:
     made.code_generator_class = _unfolded(CodeGenerator)
     made.intercepted_binops, made.call_binop = frozenset(_LIMITED), _limited
     made.filters |= {name: _bounded(name, f) for name, f in made.filters.items() if name in _MAKERS}
+    made.filters["random"] = made.globals["lipsum"] = _draws
     made.wrap_str_format = _guarded(made.wrap_str_format)
     return made
 
