@@ -576,19 +576,23 @@ class ChatFormat:
             max_length: tokens kept of prompt + response; the response's end is cut.
 
         Raises:
-            DataError: the response is absent or has no tokens within ``max_length``.
+            DataError: the response is absent or has no tokens within ``max_length``, or the
+                template refuses the conversation.
         """
         context, _, response = name.partition("/")
         if response not in triple.responses:
             raise DataError(f"triple {triple.id} has no {response} response, needed for {name}")
         if context != "plain" and triple.principles is None:
             raise DataError(f"triple {triple.id} has no principles, needed for {name}")
-        whole = self.exchange(
-            context_messages(triple.messages, triple.principles, context),
-            triple.responses[response],
-            reasoning=triple.reasoning.get(response, ""),
-            finished=triple.finished(response),
-        )
+        try:
+            whole = self.exchange(
+                context_messages(triple.messages, triple.principles, context),
+                triple.responses[response],
+                reasoning=triple.reasoning.get(response, ""),
+                finished=triple.finished(response),
+            )
+        except DataError as e:
+            raise DataError(f"triple {triple.id}: {name}: {e}") from e
         prompt, answer = whole.prompt_ids, whole.response_ids
         if max_length is not None:
             answer = answer[: max(max_length - len(prompt), 0)]
