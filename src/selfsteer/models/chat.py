@@ -389,12 +389,11 @@ class ChatFormat:
         are text if the template uses them.
         """
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
-        used = {t.content: i for i, t in added if t.content in self._text}
-        both = {True: self._special, False: self._special | used}
-        return {
-            own: {t: i for t, i in tokens.items() if len(t) > 1 and not t.isspace()}
-            for own, tokens in both.items()
+        used = {
+            t.content: i for i, t in added if t.content in self._text and not t.content.isspace()
         }
+        both = {True: self._special, False: self._special | used}
+        return {own: {t: i for t, i in of.items() if len(t) > 1} for own, of in both.items()}
 
     @cached_property
     def _controls(self) -> dict[bool, re.Pattern[str]]:
