@@ -62,7 +62,8 @@ def test_the_tiny_world_steers(tmp_path: Path, here: Here) -> None:
     assert found["layout"]["figures"]["layout"] == "tree"
     assert found["layout"]["figures"]["difference"] < 1e-4
     role = {"system_role": True, "end_of_turn": "<eos>"}
-    assert found["template"]["figures"] == {**role, "default_system": "", "date": None}
+    own = {"default_system": "", "date": None}
+    assert found["template"]["figures"] == {**role, **own, "refused": {}}
     assert set(found["time"]["figures"]["seconds"]) == {
         *("principles", "sampling", "scoring", "training", "judging")
     }
@@ -117,6 +118,64 @@ def test_a_template_without_system_role(
     assert "no system role" in found["template"]["found"]
     assert "first user turn" in found["template"]["todo"][0]
     assert found["principles"]["status"] == "warning", "it cannot write principles either"
+
+
+def picky(folder: Path) -> Path:
+    """The tiny model, with a template that refuses conversations of more than three turns."""
+    shutil.copytree(resolve_path(TESTBED), folder)
+    template = folder / "chat_template.jinja"
+    refusal = (
+        "{%- if messages | length > 3 -%}{{- raise_exception('at most three') -}}{%- endif -%}"
+    )
+    template.write_text(refusal + template.read_text())
+    return folder
+
+
+def test_queries_that_the_template_refuses_are_named_and_dropped(
+    tmp_path: Path, here: Here
+) -> None:
+    talk = [{"role": r, "content": f"What does the {r} eat?"} for r in ("user", "assistant") * 2]
+    turns = [*talk, {"role": "user", "content": "Why?"}]
+    for name in ("q", "e"):
+        rows = [{"id": f"{name}{i}", "prompt": f"What does the {name}{i} eat?"} for i in range(4)]
+        written = [*map(json.dumps, rows), json.dumps({"id": f"{name}-talk", "messages": turns})]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(written))
+    more = (
+        f"policy.model={picky(tmp_path / 'picky')}", f"queries.path={tmp_path / 'q.jsonl'}",
+        f"evaluation.queries.path={tmp_path / 'e.jsonl'}", "judge=null", "queries.limit=null",
+        "evaluation.queries.limit=null",
+    )  # fmt: skip
+    found = checks(look(here, tmp_path, *more, "--json"))
+    template = found["template"]
+    assert template["figures"]["refused"] == {"queries": 1, "evaluation": 1}
+    assert template["status"] == "warning"
+    assert [("q-talk" in t, "e-talk" in t) for t in template["todo"]] == [
+        (True, False),
+        (False, True),
+    ]
+    assert all("at most three" in t for t in template["todo"])
+    assert found["budgets"]["status"] != "FAILED"
+    ended = here("run", "smoke", f"runs_dir={tmp_path / 'runs'}", *more)
+    assert ended.code == 0, ended.err
+    assert "q-talk and others like it get no answer" in ended.err
+    dropped = {e["stage"]: e.get("dropped", {}) for e in ledger(tmp_path / "runs" / "smoke")}
+    for stage in ("iteration-1/triples", "evaluation"):
+        assert dropped[stage]["request_failed:template"] == 1
+    lost = (tmp_path / "runs/smoke/evaluation.dropped.jsonl").read_text()
+    assert "e-talk" in lost
+
+
+def test_no_query_that_the_template_takes_is_an_error(tmp_path: Path, here: Here) -> None:
+    turns = [{"role": r, "content": f"What does the {r} eat?"} for r in ("user", "assistant") * 2]
+    query = {"id": "q", "messages": [*turns, {"role": "user", "content": "Why?"}]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(query) + "\n")
+    ended = look(
+        here, tmp_path, f"policy.model={picky(tmp_path / 'picky')}", "judge=null",
+        f"queries.path={tmp_path / 'q.jsonl'}", "evaluation=null", "queries.limit=null",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "No query is left" in ended.out
+    assert "at most three" in ended.out
 
 
 def test_a_context_that_is_too_small(tmp_path: Path, here: Here) -> None:

@@ -122,6 +122,15 @@ def test_what_failed_is_asked_for_again(tmp_path: Path) -> None:
     assert [r.id for r in engine.asked] == ["r2"]
 
 
+def test_what_the_template_refused_is_not_asked_for_again(tmp_path: Path) -> None:
+    store = tmp_path / "a.jsonl"
+    refusing = FakeEngine(lambda r: ("", "request_failed:template") if r.seed == 2 else told(r))
+    found = answers(refusing, REQUESTS, PARAMS, store=store)
+    engine = FakeEngine(told)
+    assert answers(engine, REQUESTS, PARAMS, store=store) == found
+    assert not engine.asked
+
+
 def test_an_answer_that_changed_on_disk_is_asked_for_again(tmp_path: Path) -> None:
     store = tmp_path / "a.jsonl"
     expected = answers(FakeEngine(told), REQUESTS, PARAMS, store=store)

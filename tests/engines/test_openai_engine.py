@@ -43,6 +43,7 @@ from selfsteer.errors import ConfigError, EngineError
 from selfsteer.judges.base import Pair
 from selfsteer.judges.load import load_judge
 from selfsteer.methods import recipe_of
+from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import LoadedModel
 from selfsteer.recipe.read import merge, recipe_text, validate
 from selfsteer.recipe.sections import EngineConfig, JudgeConfig, Loading, Price
@@ -60,6 +61,7 @@ from tests.fakes import (
     serving,
     status,
 )
+from tests.make import make_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=64)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.8, max_new_tokens=64)
@@ -370,6 +372,25 @@ def test_a_prompt_without_room_is_not_sent(
     assert [b["messages"] for b in server.asked] == [
         [{"role": "user", "content": "Be brief.\n\nQuery 0"}]
     ]
+
+
+def test_a_conversation_that_the_template_refuses_is_not_sent(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, refused = make_tokenizer("gemma"), [Message("user", "No.")]
+    refusal = (
+        "{%- if messages[0].content == 'No.' -%}{{ raise_exception('not this') }}{%- endif -%}"
+    )
+    tokenizer.chat_template = refusal + str(tokenizer.chat_template)
+    chat = ChatFormat(tokenizer, "picky")
+    settings = EngineConfig(kind="openai", base_url=server.url, model="canned")
+    one = OpenAIEngine(settings, "canned", server.url, Usage(), chat=chat)
+    found = ask(one, GREEDY, 0, [refused, CONVERSATIONS[0]])
+    one.close()
+    assert [c.finish_reason for c in found] == ["request_failed:template", "stop"]
+    assert len(server.asked) == 1
+    assert as_stored(one.usage.counts)["failed"] == {"request_failed:template": 1}
+    assert "picky refuses a conversation with the roles user: not this" in capsys.readouterr().err
 
 
 def test_a_server_that_ignores_the_temperature_is_an_error(server: Server, engine: Make) -> None:

@@ -214,7 +214,7 @@ def test_what_is_not_on_the_hub_is_refused_before_it_is_loaded(
 def test_adapters_are_a_policy_on_their_base(
     checkpoints: dict[str, Path], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = "{{ 'MINE ' + messages[0].content }}{{ eos_token }}"
+    mine = "MINE {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     adapter = make_adapter(tmp_path / "adapter", checkpoints["llama"], mine)
     before = model_digest(str(adapter))
     loaded, base = load_model(str(adapter), CPU), load_model(str(checkpoints["llama"]), CPU)
@@ -263,10 +263,11 @@ def test_merging_keeps_the_adapters_template_and_the_base_may_have_none(
 ) -> None:
     bare = shutil.copytree(checkpoints["llama"], tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    adapter = make_adapter(tmp_path / "adapter", bare, "{{ messages[0].content }}{{ eos_token }}")
+    plain = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    adapter = make_adapter(tmp_path / "adapter", bare, plain)
     merge_adapter(adapter, tmp_path / "merged", CPU, None)
     kept = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
-    assert kept == "{{ messages[0].content }}{{ eos_token }}"
+    assert kept == plain
     own = make_adapter(tmp_path / "own", checkpoints["llama"])
     merge_adapter(own, tmp_path / "second", CPU, None)
     ours = AutoTokenizer.from_pretrained(checkpoints["llama"]).chat_template

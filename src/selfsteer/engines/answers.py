@@ -13,6 +13,7 @@ from selfsteer import stopping
 from selfsteer.data.digests import digest
 from selfsteer.data.jsonl import disk_errors, dump_line
 from selfsteer.engines.base import (
+    REFUSED,
     REQUEST_FAILED,
     Advance,
     Completion,
@@ -45,8 +46,8 @@ def answers(
         store: JSONL file that gets each answer as it comes. What an earlier try left there of the
             same requests, or in the stores of other shards beside it, is not asked for again: whole
             batches of an engine that computes in batches, single answers otherwise. Requests that
-            failed are not stored; one that is made from the answer to such a request may be another
-            one in the next try.
+            failed are not stored, unless the chat template refuses them; one that is made from the
+            answer to such a request may be another one in the next try.
         advance: receives (requests, new tokens) as they finish.
 
     Raises:
@@ -71,7 +72,8 @@ def answers(
             file.write("\n")  # ends a line that a kill cut short
             for answer in engine.generate(todo, sampling, advance):
                 found[answer.id] = answer
-                if not answer.finish_reason.startswith(REQUEST_FAILED):
+                reason = answer.finish_reason
+                if reason == REFUSED or not reason.startswith(REQUEST_FAILED):
                     with disk_errors(path):
                         row = {**asdict(answer), "request": marks[answer.id]}
                         file.write(dump_line({**row, "sum": digest(row)}))

@@ -10,9 +10,10 @@ from typing import Protocol
 
 from selfsteer.data.jsonl import batched
 from selfsteer.data.records import Message
-from selfsteer.errors import EngineError
+from selfsteer.errors import DataError, EngineError
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.reasoning import unanswered
+from selfsteer.terminal import warn
 
 #: Receives (requests, new tokens) as they finish.
 Advance = Callable[[int, int], None]
@@ -62,6 +63,12 @@ PROMPT_TOO_LONG = "prompt_too_long"
 
 #: How the finish reason of a request that failed for good begins; its cause follows.
 REQUEST_FAILED = "request_failed"
+
+#: That of a conversation which the chat template refuses.
+REFUSED = f"{REQUEST_FAILED}:template"
+
+#: What templates said, each of which is told once.
+_SAID: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,21 @@ def completion(
         said.retokenised,
         said.special_tokens,
     )
+
+
+def refusals(chat: ChatFormat, requests: Iterable[Request]) -> dict[str, Completion]:
+    """The requests that the chat template refuses, as completions without an answer."""
+    found = {}
+    for r in requests:
+        try:
+            for messages in (r.messages, *([r.contrast.messages] if r.contrast else [])):
+                chat.prompt_ids(messages)  # which keeps them
+        except DataError as e:
+            found[r.id] = Completion(r.id, "", REFUSED, 0, 0)
+            if (said := str(e)) not in _SAID:
+                _SAID.add(said)
+                warn(f"{r.id} and others like it get no answer: {said}")
+    return found
 
 
 def cut(requests: Iterable[Request], size: int) -> list[list[Request]]:

@@ -40,6 +40,7 @@ from selfsteer.engines.base import (
     ProbedEngine,
     Request,
     SamplingParams,
+    refusals,
 )
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.pace import BUSY, Pace
@@ -517,6 +518,9 @@ class OpenAIEngine(ProbedEngine):
         name, messages = request.id, request.messages
         tokens = sum(len(m.content.encode()) + TEMPLATE_TOKENS for m in messages)
         if self._chat is not None:
+            for refused in refusals(self._chat, [request]).values():
+                self.usage.counts[refused.finish_reason] += 1
+                return refused
             tokens = len(self._chat.prompt_ids(messages))
             if self._limit is not None and tokens + sampling.max_new_tokens > self._limit:
                 return Completion(name, "", PROMPT_TOO_LONG, tokens, 0)

@@ -31,6 +31,7 @@ from selfsteer.engines.base import (
     completion,
     cut,
     no_news,
+    refusals,
     stop_ids,
 )
 from selfsteer.engines.cache import can_share, keeps_tokens, roomy_cache, token_bytes
@@ -135,6 +136,8 @@ class TransformersEngine:
     ) -> list[Completion]:
         """One batch, decoded together if there is room."""
         chat, limit = self.loaded.chat, self.loaded.context_length
+        refused = refusals(chat, batch)
+        batch = [r for r in batch if r.id not in refused]
         prompts = {r.id: chat.prompt_ids(r.messages) for r in batch}
         others = {r.id: chat.prompt_ids(r.contrast.messages) for r in batch if r.contrast}
         room = None if limit is None else limit - sampling.max_new_tokens
@@ -160,12 +163,13 @@ class TransformersEngine:
                 half = len(part) // 2
                 todo += [part[half:], part[:half]]
                 torch.cuda.empty_cache()
-        return [
+        answered = (
             completion(name, chat, self.stop_ids, len(prompt), drawn[name])
             if name in drawn
             else Completion(name, "", PROMPT_TOO_LONG, len(prompt), 0)
             for name, prompt in prompts.items()
-        ]
+        )
+        return [*refused.values(), *answered]
 
     def _parts(
         self,

@@ -18,6 +18,7 @@ from selfsteer.engines.base import (
     Request,
     SamplingParams,
     completion,
+    refusals,
     stop_ids,
 )
 from selfsteer.engines.launch import out_of_world
@@ -95,7 +96,12 @@ class VllmEngine(ProbedEngine):
 
         engine, limit = self._llm.llm_engine, self.context_length
         waiting: dict[str, tuple[str, int]] = {}
+        refused = refusals(self.chat, requests)
+        advance(len(refused), 0)
+        yield from refused.values()
         for r in requests:
+            if r.id in refused:
+                continue
             prompt = self.chat.prompt_ids(r.messages)
             if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
                 advance(1, 0)

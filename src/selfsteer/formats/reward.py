@@ -1,9 +1,10 @@
 r"""The contrast of the principles as a reward for TRL's `GRPOTrainer`: rows and a Python function.
 
-One row, whose contexts are whole prompts in the policy's chat template::
+One row, whose contexts are the tokens of whole prompts in the policy's chat template: text could
+open turns of its own::
 
     {"id": "q1", "prompt": [{"role": "user", "content": "What does the bee eat?"}],
-     "good_context": "<|system|>Be accurate.\n<|user|>…", "bad_context": "<|system|>Be vague.\n…"}
+     "good_context": [2, 167, 31, …], "bad_context": [2, 167, 54, …]}
 
 The file needs torch and transformers, not selfsteer, and computes what `PrincipleContrast` does.
 """
@@ -38,15 +39,16 @@ policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 @torch.no_grad()
 def logps(context, answer):
-    """Log-prob of each token of the answer, its end included, after a whole context."""
-    before, said = (tokenizer(t, add_special_tokens=False).input_ids for t in (context, answer))
-    ids = torch.tensor([[*before, *said, END]], device=policy.device)
-    logits = policy(ids).logits[0, len(before) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, ids[0, len(before) :, None])[:, 0]
+    """Log-prob of each token of the answer, its end included, after the ids of a context."""
+    # control tokens that an answer writes as text stay text
+    said = tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = torch.tensor([[*context, *said, END]], device=policy.device)
+    logits = policy(ids).logits[0, len(context) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(context) :, None])[:, 0]
 
 
 def principles_reward(prompts, completions, good_context, bad_context, **columns):
-    """One reward per completion; the contexts are columns of the data set."""
+    """One reward per completion; the contexts, as ids, are columns of the data set."""
     rewards = []
     for completion, good, bad in zip(completions, good_context, bad_context, strict=True):
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
@@ -86,7 +88,7 @@ def export_reward(
             row: Row = {"id": triple.id, "prompt": [m.to_dict() for m in triple.messages]}
             for context in ("good", "bad"):
                 asked = context_messages(triple.messages, triple.principles, context)
-                row[f"{context}_context"] = chat.without_thoughts(chat.prompt_text(asked))
+                row[f"{context}_context"] = list(chat.prompt_ids(asked, reasoned=False))
             bar.advance(1)
             return dump_line(row)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache, wraps
+from itertools import pairwise
 from math import prod
 from operator import mod, mul
 from os.path import commonprefix
@@ -29,6 +30,9 @@ from selfsteer.recipe.sections import did_you_mean
 _PROBE = "Probe of the template"
 _HI = Message("user", "Hi")
 
+#: What is said in the turns of a conversation that a template must show whole; the number is last.
+_WHOLE = "This is said to see whether the template shows it. " * 8
+
 #: Variables of a template that no setting gives.
 _OWN = {"messages", "add_generation_prompt", "tools", "documents"}
 
@@ -36,8 +40,9 @@ _OWN = {"messages", "add_generation_prompt", "tools", "documents"}
 #: seconds of the processor: they take milliseconds.
 STEPS, SECONDS = 200_000, 10.0
 
-#: Noncharacters of Unicode: one of them marks where a control token in a text is taken apart.
-_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
+#: One of these marks where a control token in a text is taken apart: noncharacters of Unicode, and
+#: characters for private use where a text has all of those.
+_MARKS = [chr(i) for i in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF4000))]
 
 #: Environment variable with the day that templates write as today's, while a run works.
 DAY = "SELFSTEER_DAY"
@@ -87,7 +92,7 @@ class ChatFormat:
 
     Raises:
         ArtifactError: the tokenizer has no chat template, the template fails, does not end or
-            omits the text of messages, or no token ends a turn.
+            leaves out what is said in a conversation that it takes, or no token ends a turn.
         ConfigError: the template reads no such variable.
     """
 
@@ -115,14 +120,15 @@ class ChatFormat:
         except Exception as e:  # not only a TemplateSyntaxError: RecursionError, for one
             raise self._broken("cannot be read", e) from e
         self._check_variables()
-        said = [Message("user", _PROBE)]
         self._takes_parts = False
-        self._takes_parts = _PROBE not in self._tried(said)  # some vision models' list of parts
-        if self._takes_parts and _PROBE not in self._tried(said):
+        self._tried([_HI])
+        self._takes_parts = self._lost("user") != []  # some vision models' list of parts
+        if self._takes_parts and self._lost("user") != []:
             raise ArtifactError(
                 f"The chat template of {source} drops what the user says, as text and as a list "
                 "of parts. Correct its chat_template.jinja."
             )
+        self._check_turns()
 
     def _broken(self, what: str, error: Exception) -> ArtifactError:
         said = str(error).rstrip(".")
@@ -145,17 +151,32 @@ class ChatFormat:
                 f"so it would have no effect; it reads {reads}.{did_you_mean(name, self.variables)}"
             )
 
+    def _lost(self, *roles: str) -> list[int] | None:
+        """The turns, from 1, whose text the template does not show; None: it refuses them."""
+        said = [Message(role, f"{_WHOLE}{turn}") for turn, role in enumerate(roles, 1)]
+        shown = self._taken(said)
+        if shown is None:
+            return None
+        return [turn for turn, message in enumerate(said, 1) if message.content not in shown]
+
+    def _check_turns(self) -> None:
+        """Refuses a template that leaves turns out of conversations that it takes."""
+        talk = ("user", "assistant", "user")
+        asked = [("system", "user"), ("system", *talk)] if self.has_system_role else []
+        for roles in (*asked, talk):
+            if lost := self._lost(*roles):
+                turns = ", ".join(f"{turn} ({roles[turn - 1]})" for turn in lost)
+                raise ArtifactError(
+                    f"The chat template of {self.source} leaves out what is said in turn {turns} "
+                    f"of a conversation with the roles {', '.join(roles)}. Correct its "
+                    "chat_template.jinja."
+                )
+
     @cached_property
     def has_system_role(self) -> bool:
         """Whether the template shows a system message; Gemma's refuses one."""
-        from jinja2 import TemplateError
-
-        try:
-            return _PROBE in self._tried([Message("system", _PROBE), _HI])
-        except ArtifactError as e:
-            if isinstance(e.__cause__, TemplateError | TypeError):
-                return False  # it refuses the role; anything else is a fault
-            raise
+        lost = self._lost("system", "user")
+        return lost is not None and 1 not in lost
 
     @cached_property
     def default_system(self) -> str:
@@ -176,20 +197,64 @@ class ChatFormat:
         Where it puts nothing there, as GLM-4's, the token of the next role if the checkpoint's
         configuration stops at it; else the tokenizer's eos.
         """
-        turns = [_HI, Message("assistant", _PROBE)]
-
-        def after(*more: Message) -> list[int]:
-            tail = self._tried([*turns, *more], add_generation_prompt=False).rpartition(_PROBE)[2]
-            return [i for i in self._encode(tail) if i in self.special_ids]
-
-        last, stops = after()[:1], {*self._stops()} if not after() else set()
-        found = last or [i for i in after(_HI)[:1] if i in stops] or [self.tokenizer.eos_token_id]
-        if found[0] is None:
+        tail = self._after_answer()
+        sure = (i for i in tail if i in self.special_ids or i in self._configured)
+        found = next(sure, next(iter(tail), None))
+        if found is None:
+            found = next((i for i in self._after_answer(_HI)[:1] if i in {*self._stops()}), None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        if found is None:
             raise ArtifactError(
                 f"{self.source}: neither the chat template nor the tokenizer (eos_token) says "
                 "which token ends a turn. Set eos_token in tokenizer_config.json."
             )
-        return int(found[0])
+        return int(found)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is odd about the template but works."""
+        found = []
+        if not self.has_system_role:
+            found.append(
+                "has no system role: principles go in front of the first user turn, so principle "
+                "and query share a turn"
+            )
+        if self._configured.isdisjoint([self.end_of_turn, *self._after_answer()]):
+            token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+            found.append(
+                f"ends a turn with {token} by its template, and neither its configuration "
+                "(eos_token_id of generation_config.json) nor its tokenizer (eos_token) stops at "
+                "it: whoever serves it may answer on and on. Add it there"
+            )
+        if opening := self._unopened:
+            found.append(
+                f"has a template without a generation prompt: answers begin with "
+                f"{short(opening)} in past turns, and are asked for without it"
+            )
+        return [f"{self.source} {note}" for note in found]
+
+    @property
+    def _unopened(self) -> str:
+        """What stands before past answers and no generation prompt ever writes."""
+        if self.prompt_text([_HI]) != self._tried([_HI], add_generation_prompt=False):
+            return ""
+        leaves, enters = self._opening()
+        return "" if leaves else enters.strip()
+
+    def _after_answer(self, *more: Message) -> list[int]:
+        """The added tokens, special or not, that the template puts after an answer."""
+        turns = [_HI, Message("assistant", _PROBE), *more]
+        whole = self._taken(turns, add_generation_prompt=False) or ""
+        _, shown, tail = whole.rpartition(_PROBE)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        apart = self.special_ids.union(i for i, t in added.items() if not t.content.isspace())
+        return [i for i in self._encode(tail) if i in apart] if shown else []
+
+    @cached_property
+    def _configured(self) -> frozenset[int]:
+        """The tokens at which whoever serves the checkpoint ends an answer."""
+        eos = self.tokenizer.eos_token_id
+        return frozenset([*self._stops(), *([] if eos is None else [eos])])
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -206,8 +271,10 @@ class ChatFormat:
         """What leaves the end of a prompt, and what enters it, where the template has an answer."""
         prompt = self.prompt_text([_HI])
         turns = [_HI, Message("assistant", _PROBE)]
-        whole = self._render(turns, add_generation_prompt=False, **thoughts)
-        shown = whole.partition(_PROBE)[0]
+        whole = self._taken(turns, add_generation_prompt=False, **thoughts) or ""
+        shown, found, _ = whole.partition(_PROBE)
+        if not found:
+            return "", ""
         same = len(commonprefix([prompt, shown]))  # noqa: RUF071 - characters are meant
         return prompt[same:], shown[same:]
 
@@ -255,11 +322,22 @@ class ChatFormat:
         sampled = tuple(ids[max(len(ids) - len(again), 0) :] if reasoning else ids)
         return Said(reasoning, text, sampled != again, not self.special_ids.isdisjoint(ids[at:]))
 
-    def _tried(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def _taken(self, messages: Sequence[Message], **given: Any) -> str | None:
+        """`_tried`; None where the template refuses the conversation."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._tried(messages, **given)
+        except ArtifactError as e:
+            if isinstance(e.__cause__, TemplateError | TypeError):
+                return None  # anything else is a fault
+            raise
+
+    def _tried(self, messages: Sequence[Message], **given: Any) -> str:
         """Renders a short conversation; a template that fails or does not end is an error."""
         try:
             with few_steps(STEPS):
-                return self._render(messages, add_generation_prompt=add_generation_prompt)
+                return self._render(messages, **given)
         except Exception as e:  # templates are programs
             roles = ", ".join(m.role for m in messages)
             raise self._broken(f"fails on a conversation of the roles {roles}", e) from e
@@ -304,30 +382,76 @@ class ChatFormat:
         return {token.content: i for i, token in added.items() if token.special}
 
     @cached_property
-    def _controls(self) -> dict[bool, re.Pattern[str]]:
-        """Where a control token begins in an assistant's text (True), or in another's.
+    def _control_tokens(self) -> dict[bool, dict[str, int]]:
+        """The control tokens of an assistant's text (True), or of another's, with their ids.
 
         An assistant may write those that are not special, such as ``<think>``; from others they
         are text if the template uses them.
         """
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        used = {t.content for t in added if t.content in self._text and not t.content.isspace()}
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
+        used = {
+            t.content: i for i, t in added if t.content in self._text and not t.content.isspace()
+        }
+        both = {True: self._special, False: self._special | used}
+        return {own: {t: i for t, i in of.items() if len(t) > 1} for own, of in both.items()}
 
-        def beginning(tokens: Collection[str]) -> re.Pattern[str]:
-            any_of = "|".join(re.escape(t) for t in tokens if len(t) > 1)
-            return re.compile(f"(?=(?:{any_of}))(.)" if any_of else "(?!)", re.DOTALL)
+    @cached_property
+    def _controls(self) -> dict[bool, re.Pattern[str]]:
+        """Where one of them begins."""
+        found = {}
+        for own, tokens in self._control_tokens.items():
+            any_of = "|".join(map(re.escape, tokens))
+            found[own] = re.compile(f"(?=(?:{any_of}))(.)" if any_of else "(?!)", re.DOTALL)
+        return found
 
-        return {True: beginning(self._special), False: beginning({*self._special, *used})}
+    @cached_property
+    def _disguises(self) -> bool:
+        """Whether text that is no control token may become one: a normaliser changes it before."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if core is None or core.normalizer is None:
+            return False
+        added = self.tokenizer.added_tokens_decoder.values()
+        # merges of BPE lead to no control token
+        return type(core.model).__name__ != "BPE" or any(t.normalized for t in added)
+
+    def _cuts(self, text: str, role: str = "assistant") -> list[int]:
+        """Where control tokens in a text are taken apart: each behind its first character.
+
+        Raises:
+            DataError: one character becomes a control token.
+        """
+        own = role == "assistant"
+        cuts = {found.end(1) for found in self._controls[own].finditer(text)}
+        while self._disguises:
+            pieces = pairwise(sorted({0, *cuts, len(text)}))
+            more = {a + at + 1 for a, b in pieces for at in self._disguised(text[a:b], own)}
+            if not more:
+                break
+            if more <= cuts:
+                raise DataError(f"{self.source} reads one character as a control token.")
+            cuts |= more
+        return sorted(cuts - {len(text)})
+
+    def _disguised(self, text: str, own: bool) -> list[int]:
+        """Where control tokens begin that a text becomes."""
+        made = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        controls = {*self._control_tokens[own].values()}.difference(self._unknown)
+        spans = zip(made["input_ids"], made["offset_mapping"], strict=True)
+        return [at for i, (at, _) in spans if i in controls]
+
+    @cached_property
+    def _unknown(self) -> list[int]:
+        """What stands for characters that the tokenizer does not know."""
+        return self._encode(_MARKS[-1])
 
     def _apart(self, text: str, mark: str, role: str = "assistant") -> str:
-        return self._controls[role == "assistant"].sub(rf"\1{mark}", text)
+        return mark.join(text[a:b] for a, b in pairwise([0, *self._cuts(text, role), len(text)]))
 
     def _mark_for(self, messages: Sequence[Message]) -> str:
         """What takes control tokens apart; nothing where no message has one."""
-        controls = self._controls
-        if not any(controls[m.role == "assistant"].search(m.content) for m in messages):
-            return ""
-        return next(c for c in _MARKS if not any(c in m.content for m in messages))
+        return _unused(messages) if any(self._cuts(m.content, m.role) for m in messages) else ""
 
     def _encode(self, text: str, mark: str = "") -> list[int]:
         """Ids of text; at each mark it is cut, so that no token reaches across."""
@@ -355,7 +479,7 @@ class ChatFormat:
         if not continued:
             return self._prompt(messages)
         *turns, (role, text) = messages
-        end = next(c for c in _MARKS if c not in text)
+        end = _unused(messages)
         return self._prompt([*turns, Message(role, text + end)], opens=False).rpartition(end)[0]
 
     def _prompt(self, messages: Sequence[Message], mark: str = "", *, opens: bool = True) -> str:
@@ -437,9 +561,8 @@ class ChatFormat:
             return_token_type_ids=False,
             verbose=False,  # that one is longer than the context is for others to say
         )["input_ids"]
-        controls = self._controls[True]
         return [
-            len(self.response_ids(text)) - 1 + done if controls.search(text) else len(ids) + done
+            len(self.response_ids(text)) - 1 + done if self._cuts(text) else len(ids) + done
             for ids, (text, done) in zip(found, responses, strict=True)
         ]
 
@@ -452,19 +575,23 @@ class ChatFormat:
             max_length: tokens kept of prompt + response; the response's end is cut.
 
         Raises:
-            DataError: the response is absent or has no tokens within ``max_length``.
+            DataError: the response is absent or has no tokens within ``max_length``, or the
+                template refuses the conversation.
         """
         context, _, response = name.partition("/")
         if response not in triple.responses:
             raise DataError(f"triple {triple.id} has no {response} response, needed for {name}")
         if context != "plain" and triple.principles is None:
             raise DataError(f"triple {triple.id} has no principles, needed for {name}")
-        whole = self.exchange(
-            context_messages(triple.messages, triple.principles, context),
-            triple.responses[response],
-            reasoning=triple.reasoning.get(response, ""),
-            finished=triple.finished(response),
-        )
+        try:
+            whole = self.exchange(
+                context_messages(triple.messages, triple.principles, context),
+                triple.responses[response],
+                reasoning=triple.reasoning.get(response, ""),
+                finished=triple.finished(response),
+            )
+        except DataError as e:
+            raise DataError(f"triple {triple.id}: {name}: {e}") from e
         prompt, answer = whole.prompt_ids, whole.response_ids
         if max_length is not None:
             answer = answer[: max(max_length - len(prompt), 0)]
@@ -499,6 +626,23 @@ _MOST_MADE, _MOST_BITS = 1_000_000, 10_000
 _MOST_FILLED, _MOST_COUNT = 100_000_000, 10_000
 
 
+def _unused(messages: Sequence[Message]) -> str:
+    """A mark that stands in none of the messages.
+
+    Raises:
+        DataError: they have all of them.
+    """
+    there = set[str]().union(*(m.content for m in messages))
+    found = next((c for c in _MARKS if c not in there), None)
+    if found is None:
+        raise DataError("A conversation has all characters that could mark a place in it.")
+    return found
+
+
+def _draws(*_: Any, **__: Any) -> str:
+    raise RuntimeError("it draws lots (random, lipsum), so prompts would be others each time")
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Any:
     """What templates are compiled and rendered in: transformers' own environment, within bounds."""
@@ -509,6 +653,7 @@ def _environment() -> Any:
     made.code_generator_class = _unfolded(CodeGenerator)
     made.intercepted_binops, made.call_binop = frozenset(_LIMITED), _limited
     made.filters |= {name: _bounded(name, f) for name, f in made.filters.items() if name in _MAKERS}
+    made.filters["random"] = made.globals["lipsum"] = _draws
     made.wrap_str_format = _guarded(made.wrap_str_format)
     return made
 

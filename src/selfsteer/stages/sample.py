@@ -401,8 +401,7 @@ def check_budget(source: str, loading: Loading, budgets: Mapping[str, int]) -> I
     from selfsteer.models.load import load_chat, load_context_length
 
     chat = load_chat(source, loading)
-    if not chat.has_system_role:
-        yield f"{source} has no system role: principles go in front of the first user turn"
+    yield from chat.notes
     limit = load_context_length(source, loading)
     for key, budget in budgets.items():
         if limit is not None and budget >= limit:

@@ -23,9 +23,16 @@ import numpy as np
 from selfsteer.data.curate import likeness
 from selfsteer.data.digests import derive_seed
 from selfsteer.data.queries import load_queries
-from selfsteer.data.records import RESPONSES, Dropped, Query, Triple, Verdict
+from selfsteer.data.records import RESPONSES, Dropped, Principles, Query, Triple, Verdict
 from selfsteer.engines.answers import answers
-from selfsteer.engines.base import PROMPT_TOO_LONG, Completion, Engine, Request, SamplingParams
+from selfsteer.engines.base import (
+    PROMPT_TOO_LONG,
+    REFUSED,
+    Completion,
+    Engine,
+    Request,
+    SamplingParams,
+)
 from selfsteer.engines.load import Engines
 from selfsteer.errors import (
     ArtifactError,
@@ -187,7 +194,8 @@ def check(
     stages = _folder(c, recipe)
     queries, held_out = _queries(c, recipe)
     judge = _judge(c, recipe, [*queries, *held_out])
-    chat = _template(c, recipe, stages)
+    chat, refused = _template(c, recipe, stages, queries, held_out)
+    queries = [q for q in queries if q.id not in refused]
     chosen = sorted(queries, key=lambda q: derive_seed(recipe.seed, "check", q.id))[:count]
     probed = _model(c, recipe, chosen) if chosen else None
     if chat is None or probed is None:
@@ -294,11 +302,18 @@ def _judge(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Judge | Non
     return judge
 
 
-def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatFormat | None:
-    chat = None
+def _template(
+    c: Checks,
+    recipe: Aligning,
+    stages: Sequence[Stage],
+    queries: Sequence[Query],
+    held_out: Sequence[Query],
+) -> tuple[ChatFormat | None, set[str]]:
+    """The chat format, and the queries of the run that the template refuses."""
+    chat, refused = None, set[str]()
     with c.line("template") as line:
         for note in dict.fromkeys(n for stage in stages for n in stage.check()):
-            line.warn(f"{note}. That works, but principle and query share a turn.")
+            line.warn(f"{note}.")
         loading, day = recipe.policy.loading, RunFolder(recipe.folder).day
         loading = loading.model_copy(update={"date": loading.date or day})
         chat = load_chat(resolve_path(recipe.policy.model), loading)
@@ -328,7 +343,38 @@ def _template(c: Checks, recipe: Aligning, stages: Sequence[Stage]) -> ChatForma
                 "A server writes its own date: prompts may change at midnight.",
                 recipe.sampling.engine.answering.kind == "openai",
             )
-    return chat
+        steered = isinstance(recipe, Principled)
+        found = {
+            "queries": _refused(chat, queries, ("plain", "good") if steered else ("plain",)),
+            "evaluation": _refused(chat, held_out, ("plain",)),
+        }
+        refused = {*found["queries"]}
+        line.figures["refused"] = {name: len(ids) for name, ids in found.items() if ids}
+        for name, ids in found.items():
+            line.warn(
+                f"It refuses {len(ids):,} of the {name}, which will be dropped as {REFUSED}: "
+                f"{listed(ids)} ({next(iter(ids.values()), '')}).",
+                bool(ids),
+            )
+        if queries and len(refused) == len(queries):
+            raise DataError(f"No query is left: {next(iter(found['queries'].values()))}.")
+    return chat, refused
+
+
+def _refused(
+    chat: ChatFormat, queries: Sequence[Query], contexts: Sequence[str]
+) -> dict[str, DataError]:
+    """Why the template refuses queries in one of the contexts, by id."""
+    found = {}
+    for query in queries:
+        try:
+            for context in contexts:
+                chat.prompt_text(
+                    context_messages(query.messages, Principles("x", "x", ()), context)
+                )
+        except DataError as e:
+            found[query.id] = e
+    return found
 
 
 def _model(c: Checks, recipe: Aligning, queries: Sequence[Query]) -> Probed | None:
