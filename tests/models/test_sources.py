@@ -267,8 +267,8 @@ def test_the_base_of_a_round_is_named_wherever_its_run_is(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """That of round K is the policy of the round before, that of the first the recipe's model."""
-    start, run = str(checkpoints["llama"]), tmp_path / "my runs" / "run"
-    write_jsonl(run / "resolved.json", {"policy": {"model": start}})
+    start, run = checkpoints["llama"], tmp_path / "my runs" / "run"
+    write_jsonl(run / "resolved.json", {"policy": {"model": str(start)}})
     policies = [run / f"iteration-{k}" / "policy" for k in (1, 2)]
     for policy in policies:
         shutil.copytree(checkpoints["llama"], policy)
@@ -283,7 +283,7 @@ def test_the_base_of_a_round_is_named_wherever_its_run_is(
     with pytest.raises(ArtifactError, match=rf"There is no model folder .*{right}"):
         merge_adapter(second / "adapter", tmp_path / "out", CPU, None)
     with pytest.raises(ConfigError, match=right):
-        merge_adapter(second / "adapter", tmp_path / "out", CPU, start)
+        merge_adapter(second / "adapter", tmp_path / "out", CPU, str(start))
     with pytest.raises(ConfigError, match=re.escape(f"selfsteer merge --base {start}.")):
         merge_adapter(first / "adapter", tmp_path / "out", CPU, str(first))
     merge_adapter(second / "adapter", tmp_path / "out", CPU, str(first))
