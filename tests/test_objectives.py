@@ -437,6 +437,32 @@ def test_metrics_of_one_term_have_no_suffix() -> None:
     )
 
 
+@pytest.mark.parametrize("base", ["ipo", "simpo", "orpo"])
+def test_rewards_are_what_the_base_compares(base: str) -> None:
+    """By sums -60 loses to -40; per token, -60/300 = -0.2 wins over -40/50 = -0.8.
+
+    The reference has -90/300 = -0.3 and -35/50 = -0.7, which only ipo compares with.
+    """
+    objective = Objective.named("pbaa", base=base, beta=2.0)
+    out = steering_loss(
+        objective,
+        {"plain/good": vector(-60), "plain/bad": vector(-40)},
+        {"plain/good": vector(-90), "plain/bad": vector(-35)},
+        {"plain/good": torch.tensor([300]), "plain/bad": torch.tensor([50])},
+    )
+    chosen, rejected = (0.2, -0.2) if base == "ipo" else (-0.4, -1.6)
+    found = {k: v.item() for k, v in out.metrics.items() if k.startswith("rewards/")}
+    assert found == pytest.approx(
+        {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": 1.0,
+        }
+    )
+    assert out.metrics["logps/chosen"].item() == -60
+
+
 def test_metrics_of_several_terms_carry_the_context() -> None:
     out = steering_loss(Objective.named("sso", beta=0.2), *golden_batch())
     policy, reference, _ = golden_batch()

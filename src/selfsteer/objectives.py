@@ -508,8 +508,9 @@ def steering_loss(
 
     Returns:
         The mean over queries, the loss per query, and batch means under TRL's names. Rewards are
-        β·(logπ − logπ_ref) of sums, β·logπ without a reference. Where the objective has more
-        than one term, each metric carries the term's context as suffix.
+        what the base compares: β·(logπ − logπ_ref), β·logπ for simpo and orpo, of sums or of means
+        per token. Where the objective has more than one term, each metric carries the term's
+        context as suffix.
 
     Raises:
         ValueError: a sequence is missing, shapes differ, a length is below 1, the objective has a
@@ -574,10 +575,10 @@ def steering_loss(
             per_query = per_query + limit.weight * lost_B
 
         suffix = f"/{term.context}" if len(objective.terms) > 1 else ""
-        chosen_B, rejected_B = sums[a].detach(), sums[b].detach()
-        found = {"logps/chosen": chosen_B, "logps/rejected": rejected_B}
-        if reference is not None:
-            chosen_B, rejected_B = chosen_B - reference[a], rejected_B - reference[b]
+        found = {"logps/chosen": sums[a].detach(), "logps/rejected": sums[b].detach()}
+        chosen_B, rejected_B = logps[a].detach(), logps[b].detach()
+        if base.needs_reference:
+            chosen_B, rejected_B = chosen_B - ref_logps[a], rejected_B - ref_logps[b]
         chosen_B, rejected_B = base.beta * chosen_B, base.beta * rejected_B
         found |= {
             "rewards/chosen": chosen_B,

@@ -28,7 +28,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 #: Files of no stage: `run --dry-run` does not read them, or has other words for them.
-OTHERS = {"metrics.jsonl", "progress.json", "resolved.json", "ledger.jsonl"}
+OTHERS = {"metrics.jsonl", "progress.json", "resolved.json", "ledger.jsonl", "sources.json"}
 
 
 @pytest.fixture

@@ -302,6 +302,7 @@ def strange(smoke: Path, tmp_path: Path) -> Path:
     """A run of somebody else, whose model comes with code that its recipe permits to run."""
     other = tmp_path / "other"
     shutil.copytree(smoke, other)
+    (other / "sources.json").unlink()  # whoever alters a run leaves no trace
     policy = other / "model"
     shutil.copytree(other / "iteration-1" / "policy", policy)
     for name in ("resolved.json", "recipe.yaml"):
@@ -406,6 +407,7 @@ def test_a_page_reads_the_tokenizer_of_a_folder_and_no_base_of_adapters(
     recipe = json.loads((other / "resolved.json").read_text())
     recipe["policy"]["model"] = str(policy)
     (other / "resolved.json").write_text(json.dumps(recipe))
+    (other / "sources.json").unlink()
     found = tokenizer(RunView.open(other))
     assert found is not None
     assert found.end_of_turn

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ METHODS = {
     "contrast": ("policy", ()),
     "best-of-n-principles": ("preferences", ("ranking.samples=3",)),
     "distil": ("teacher", ()),
+    "good-over-plain": ("quality", ("judge=oracle",)),
 }
 
 
@@ -102,6 +104,29 @@ def test_ranked_answers_have_their_scores_roles_and_contrasts(runs: Path) -> Non
             pair = pairs[record["id"]]
             assert roles["chosen"] == pair["chosen"][0]["content"]
             assert roles["rejected"] == pair["rejected"][0]["content"]
+
+
+def test_a_plain_answer_that_is_rejected_is_shown_and_judged_as_the_run_did(
+    browser: Browser, runs: Path
+) -> None:
+    run = runs / "good-over-plain"
+    quality = json.loads((run / "iteration-1/quality.json").read_text())["preferences"]
+    kept = [r for r in records(run) if r["fate"] == "kept"]
+    verdicts = {name: n for name, n in quality["verdicts"].items() if n}
+    assert Counter(r["verdict"] for r in kept) == verdicts
+    assert all(r["trained_on"]["bad"] == r["triple"]["responses"]["plain"] for r in kept)
+    assert all(r["gap"] is None for r in kept), "one of good and bad answers"
+    with (
+        served(runs) as url,
+        browser.visit(f"{url}data?run={run.name}#/triple/{kept[0]['id']}") as visit,
+    ):
+        visit.page.wait_for_selector("#browser-triple .card")
+        plain, good, bad = visit.page.locator(".columns .card").all_text_contents()
+        assert "the run took the plain answer here" in bad
+        assert "a lead-in was cut" not in plain + good + bad
+        assert "No principle." in bad
+        assert kept[0]["triple"]["principles"]["bad"] not in bad
+        assert visit.said == []
 
 
 def test_ranked_answers_are_searched_and_saved_as_stored(runs: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -255,7 +256,37 @@ def test_adapters_know_a_base_that_is_another_by_now(
     ):
         with pytest.raises(ArtifactError, match=r"on other weights than .*merge --base MODEL"):
             use()
-    merge_adapter(adapter, tmp_path / "three", CPU, str(base))
+    with pytest.raises(ConfigError, match=r"on other weights than .*--other-weights"):
+        merge_adapter(adapter, tmp_path / "three", CPU, str(base))
+    assert not (tmp_path / "three").exists()
+    merge_adapter(adapter, tmp_path / "three", CPU, str(base), other_weights=True)
+    merge_adapter(adapter, tmp_path / "four", CPU, str(checkpoints["llama"]))
+
+
+def test_the_base_of_a_round_is_named_wherever_its_run_is(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """That of round K is the policy of the round before, that of the first the recipe's model."""
+    start, run = checkpoints["llama"], tmp_path / "my runs" / "run"
+    write_jsonl(run / "resolved.json", {"policy": {"model": str(start)}})
+    policies = [run / f"iteration-{k}" / "policy" for k in (1, 2)]
+    for policy in policies:
+        shutil.copytree(checkpoints["llama"], policy)
+    weights = load_file(policies[0] / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, policies[0] / "model.safetensors", {"format": "pt"})
+    for base, policy in zip([start, policies[0]], policies, strict=True):
+        save._note_base(make_adapter(policy / "adapter", base), str(base))
+    moved = run.rename(tmp_path / "my runs" / "moved")
+    first, second = (moved / f"iteration-{k}" / "policy" for k in (1, 2))
+    right = re.escape(f"selfsteer merge --base '{first}'")
+    with pytest.raises(ArtifactError, match=rf"There is no model folder .*{right}"):
+        merge_adapter(second / "adapter", tmp_path / "out", CPU, None)
+    with pytest.raises(ConfigError, match=right):
+        merge_adapter(second / "adapter", tmp_path / "out", CPU, str(start))
+    with pytest.raises(ConfigError, match=re.escape(f"selfsteer merge --base {start}.")):
+        merge_adapter(first / "adapter", tmp_path / "out", CPU, str(first))
+    merge_adapter(second / "adapter", tmp_path / "out", CPU, str(first))
 
 
 def test_merging_keeps_the_adapters_template_and_the_base_may_have_none(

@@ -331,3 +331,53 @@ def test_a_page_without_a_server_holds_a_part_and_says_so(run: Path) -> None:
 def test_a_run_without_triples_has_no_browser(run: Path) -> None:
     (run / "ledger.jsonl").unlink()
     assert embedded(RunView.open(run)) is None
+
+
+def made_of(tmp_path: Path, *stages: tuple[str, str, list[dict[str, Any]]]) -> Index:
+    """The index of the triples after these stages: title, kind and what each of them wrote."""
+    run = make(tmp_path, TRIPLES)
+    for title, kind, rows in stages:
+        file = f"iteration-1/{title}.jsonl"
+        (run / file).write_text(dump_lines(rows))
+        line = entry("finish", f"iteration-1/{title}", kind, outputs=[file], n_out=len(rows))
+        RunFolder(run).append("ledger.jsonl", line)
+    return Index(build(sampled(run)))
+
+
+def pair_of(row: dict[str, Any], rejected: str) -> dict[str, Any]:
+    said = {"chosen": row["responses"]["good"], "rejected": rejected}
+    turns = {k: [{"role": "assistant", "content": text}] for k, text in said.items()}
+    return {"id": row["id"], "prompt": row["messages"], **turns}
+
+
+def test_the_pair_is_the_one_that_the_last_stage_made(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    kept = [TRIPLES[0], TRIPLES[3]]
+    pairs = [pair_of(TRIPLES[0], "It rains."), pair_of(CLEANED, "Cold as <b>glass</b>.")]
+    index = made_of(
+        tmp_path / "all",
+        ("contrasting", "KeepContrasting", kept),
+        ("preferences", "WritePairs", pairs),
+        ("figures", "FigurePairs", [{"id": p["id"], "margins": 1.0} for p in pairs]),
+    )
+    fates = {r["id"]: (r["fate"], r["trained_on"]) for r in index.records(range(1, 5))}
+    lost: tuple[str, dict[str, str]] = ("no record kept", {})
+    plain, cut = {"bad": "It rains."}, {"good": "Quite warm."}
+    assert fates == {"a": ("kept", plain), "b": lost, "c": lost, "d": ("kept", cut)}
+    (row,) = index.records([1])
+    # the label of the pair with the bad response is not that of this one
+    assert (row["verdict"], row["length_difference"]) == ("unparseable", len(" in May"))
+    assert json.loads(next(index.export(Wanted())))["verdict"] == "unparseable"
+
+
+def test_a_pair_whose_rejected_answer_is_plain_has_its_verdict(tmp_path: Path) -> None:
+    said = {"plain": "Frogs rain.", "good": "It rains in May."}
+    rows = [{**TRIPLES[0], "responses": said}]
+    run = make(tmp_path, rows)
+    RunFolder(run).append("ledger.jsonl", entry("finish", SET, "Sample"))
+    file = "iteration-1/preferences.jsonl"
+    (run / file).write_text(dump_lines([pair_of(rows[0], "Frogs rain.")]))
+    line = entry("finish", "iteration-1/preferences", "WritePairs", outputs=[file])
+    RunFolder(run).append("ledger.jsonl", line)
+    (row,) = Index(build(sampled(run))).records([1])
+    assert (row["verdict"], row["disagreement"], row["length_difference"]) == ("first", 0.0, 5)

@@ -2,14 +2,18 @@
 
 import re
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from selfsteer.report.figures import looks, palette, svg_inline
+from selfsteer.methods import load_recipe
+from selfsteer.report.figures import CURVES, curve, drawing_style, looks, palette, svg_inline
 from selfsteer.report.page import asset, environment, security_policy
 from selfsteer.report.tables import Sheet, show_cell
+from selfsteer.view import RunView
+from tests.make import SMALL, entry, write_jsonl
 
 MARKS = ("plain", "good", "bad", "base", "method-1", "method-2", "method-3")
 
@@ -82,3 +86,33 @@ def test_no_two_methods_of_a_run_look_the_same() -> None:
     found = looks(run)
     assert list(found) == ["base", *"abcdefgh"]
     assert len(set(found.values())) == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "unsaid"),
+    [
+        (["training.reference=iteration"], ["starts at zero"], ["per token", "first policy"]),
+        (["training.reference=first"], ["starts at zero", "the first policy"], ["per token"]),
+        (["training.base=simpo"], ["per token"], ["at zero", "moved apart", "first policy"]),
+        (["training.base=orpo"], ["per token", "should rise"], ["zero", "first"]),
+        (
+            ["training.base=simpo", "baseline={sso-online: {training: {base: ipo}}}"],
+            ["starts at zero", "With base simpo: β times how much likelier per token"],
+            [],
+        ),
+    ],
+)
+def test_the_caption_of_margins_says_what_the_base_compares(
+    tmp_path: Path, given: list[str], said: list[str], unsaid: list[str]
+) -> None:
+    recipe = load_recipe("pbaa", [*SMALL, "iterations=2", "training.beta=2", *given])
+    line = {"stage": "iteration-1/policy", "step": 1, "loss": 0.4, "rewards/margins": 1.2}
+    write_jsonl(tmp_path / "metrics.jsonl", line)
+    (tmp_path / "resolved.json").write_text(recipe.model_dump_json())
+    stage = entry("finish", "iteration-1/policy", "Train") | {"method": "pbaa"}
+    write_jsonl(tmp_path / "ledger.jsonl", stage)
+    (margins,) = (spec for spec in CURVES if spec.name == "margins")
+    with drawing_style():
+        caption = curve(RunView.open(tmp_path), margins).caption
+    assert all(text in caption for text in said)
+    assert not any(text in caption for text in unsaid)

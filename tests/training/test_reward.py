@@ -27,7 +27,7 @@ from selfsteer.stages.fit_reward import (
 )
 from selfsteer.stages.inputs import preferences_of
 from selfsteer.training.reward import RewardPair, RewardTask
-from selfsteer.training.trainer import RowBudget, train, work_folder
+from selfsteer.training.trainer import Metrics, RowBudget, merge_metrics, train, work_folder
 from tests.fakes import ScoringFake
 from tests.make import make_checkpoint
 
@@ -128,6 +128,32 @@ def test_the_loss_of_the_first_step_is_bradley_terrys(llama: Path, tmp_path: Pat
         for a, b in zip(scores[::2], scores[1::2], strict=True)
     ]
     assert logs[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
+
+
+def test_the_range_of_the_scores_is_that_of_the_step(llama: Path, tmp_path: Path) -> None:
+    """However the four pairs are spread over rows."""
+    found, loaded = preferences(4), start(llama)
+    with torch.no_grad():
+        scores = [
+            float(loaded.model(torch.tensor([ids])).logits)
+            for pair in encoded(loaded.chat, found)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        ]
+    for together in (1, 2, 4):
+        _, _, logs = trained(llama, tmp_path / str(together), found, forward_pairs=together)
+        assert logs[0]["min_reward"] == pytest.approx(min(scores), abs=1e-5)
+        assert logs[0]["max_reward"] == pytest.approx(max(scores), abs=1e-5)
+        assert logs[0]["mean_reward"] == pytest.approx(sum(scores) / 8, abs=1e-5)
+
+
+def test_a_rank_without_work_adds_nothing_to_the_range() -> None:
+    into: Metrics = {}
+    one = {"min_reward": (torch.tensor(-1.0), 1), "margin": (torch.tensor(4.0), 2)}
+    merge_metrics(into, {"min_reward": (torch.tensor(-9.0), 1), "margin": (9.0, 9)}, 0.0)
+    assert into == {"min_reward": (math.inf, 1), "margin": (0.0, 0.0)}
+    merge_metrics(into, one)
+    merge_metrics(into, {"min_reward": (torch.tensor(3.0), 1), "margin": (1.0, 2)})
+    assert into == {"min_reward": (-1.0, 1), "margin": (5.0, 4)}
 
 
 def test_a_killed_training_ends_as_an_uninterrupted_one(llama: Path, tmp_path: Path) -> None:

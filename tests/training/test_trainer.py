@@ -672,8 +672,12 @@ def test_merging_the_adapters_makes_the_saved_model(
     assert not list(tmp_path.glob("full*"))
     assert torch.equal(weights(tmp_path / "again")[name], merged[name])
     other = resolve_path("package:selfsteer.testbed/checkpoint")
-    with pytest.raises(ArtifactError, match=r"do not fit .*testbed.*--base"):
+    with pytest.raises(ConfigError, match=rf"other weights than .*testbed.*--base {used}"):
         merge_adapter(tmp_path / "m" / "adapter", tmp_path / "no", policy, other)
+    with pytest.raises(ArtifactError, match=r"do not fit .*testbed.*--base"):
+        merge_adapter(
+            tmp_path / "m" / "adapter", tmp_path / "no", policy, other, other_weights=True
+        )
     assert not list(tmp_path.glob("no*"))
     with pytest.raises(ConfigError, match="is there already"):
         merge_adapter(tmp_path / "m" / "adapter", tmp_path / "merged", policy, None)

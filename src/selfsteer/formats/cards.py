@@ -13,7 +13,7 @@ import yaml
 from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.methods import METHODS, Aligning, Paired, Principled
 from selfsteer.recipe.read import method_of
-from selfsteer.recipe.sections import JudgeConfig, PrinciplesConfig, Section
+from selfsteer.recipe.sections import JudgeConfig, Lora, PrinciplesConfig, Section, mark
 from selfsteer.report import tables
 from selfsteer.report.tables import inline, sentence, show_cell
 from selfsteer.terminal import interval
@@ -122,7 +122,13 @@ def model_card(of: RoundView) -> str:
     steered = f"Training steered it away from {away}; its" if paired else "Its"
     loss = ("base", "beta") if paired else ()
     names = (*loss, "learning_rate", "batch_size", "epochs", "max_length")
-    trained = next((s for s in of.stages if s.title == "policy" and s.done), None)
+    others = _changed(recipe.training, *names)
+    rounds = [*(r for r in of.run.rounds_of(of.method) if r.k < of.k), of]
+    trained = [s for r in rounds for s in r.stages if s.title == "policy" and s.done]
+    learnt = _trained_on([s.n_out for s in trained], "pairs" if paired else "answers")
+    for stage in (s for s in of.before if s.kind == "Train" and s.done):
+        learnt += f"; before them, {stage.n_out:,} examples"
+    lora = recipe.policy.lora
     return _page(
         front,
         f"# {recipe.name}",
@@ -130,16 +136,15 @@ def model_card(of: RoundView) -> str:
         "## How it was made",
         _how(
             of,
-            trained,
+            trained[-1] if trained else None,
             ("Base model", base),
-            (
-                "Trained on",
-                f"{trained.n_out:,} {'pairs' if paired else 'answers'}" if trained else "unknown",
-            ),
-            ("Training", _settings(recipe.training, *names)),
+            ("Trained on", learnt),
+            ("Training", ", ".join([_settings(recipe.training, *names), *others])),
+            *([("LoRA", _settings(lora, *Lora.model_fields))] if lora else []),
         ),
         "## Data",
-        _stages(of),
+        _stages(*rounds),
+        *([f"The pairs of iteration {of.k}:"] if paired and of.k > 1 else []),
         *([_quality(of)] if paired else []),
         "## Evaluation",
         *_evaluation(of),
@@ -221,13 +226,46 @@ def _settings(section: Section, *names: str) -> str:
     return ", ".join(f"{name} {getattr(section, name)}" for name in names)
 
 
-def _stages(of: RoundView) -> str:
+def _changed(section: Section, *but: str, other: Section | None = None) -> list[str]:
+    """Settings that results depend on and that are not at their default, or as another's."""
+    found = []
+    for name, declared in type(section).model_fields.items():
+        value = getattr(section, name)
+        default = getattr(other, name) if other else declared.get_default()
+        if name in but or value == default or mark(declared, "costs_only"):
+            continue
+        if isinstance(value, Section):
+            inner = (
+                _changed(value, other=default)
+                if isinstance(default, Section)
+                else [_settings(value, *type(value).model_fields)]
+            )
+            found.append(f"{name} ({', '.join(inner)})")
+        else:
+            found.append(f"{name} {value}")
+    return found
+
+
+def _trained_on(counts: Sequence[int], unit: str) -> str:
+    """How many of them, over all iterations.
+
+    >>> _trained_on([8, 8, 7], "pairs")
+    '23 pairs: 8, 8 and 7 in iterations 1 to 3'
+    """
+    if len(counts) < 2:
+        return f"{counts[0]:,} {unit}" if counts else "unknown"
+    *first, last = [f"{n:,}" for n in counts]
+    return f"{sum(counts):,} {unit}: {', '.join(first)} and {last} in iterations 1 to {len(counts)}"
+
+
+def _stages(*rounds: RoundView) -> str:
     """Records in and out of each stage that led to the preferences, drops by reason."""
-    before = [s for s in of.run.stages if s.kind in ("ReadQueries", "GrowQueries")]
+    first = rounds[0]
+    before = [s for s in first.run.stages if s.kind in ("ReadQueries", "GrowQueries")]
     rows = [
         (s.name, f"{s.n_in:,}", f"{s.n_out:,}", _counts(s.dropped))
-        for s in (*before, *of.stages)
-        if s.done and s.title not in ("quality", "policy")
+        for s in (*before, *first.before, *(s for r in rounds for s in r.stages))
+        if s.done and s.title not in ("quality", "policy", "train_reward")
     ]
     return _table(("stage", "in", "out", "dropped, by reason"), rows)
 

@@ -1,6 +1,10 @@
 """What a folder of LoRA adapters says of itself, checked before peft believes it."""
 
+import contextlib
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,9 +14,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from selfsteer.data.artifacts import read_json
-from selfsteer.data.digests import ADAPTER_CONFIG, BASE, weights_digest
-from selfsteer.errors import ArtifactError, clip
-from selfsteer.recipe.sections import Loading
+from selfsteer.data.digests import (
+    ADAPTER_CONFIG,
+    BASE,
+    adapter_base,
+    is_hub_id,
+    weights_digest,
+)
+from selfsteer.errors import ArtifactError, ConfigError, SelfsteerError, clip
+from selfsteer.recipe.sections import Loading, resolve_path
+from selfsteer.terminal import warn
 
 #: Seconds that all expressions of a config may take on the names of a model's modules.
 MATCH_S = 10.0
@@ -103,19 +114,65 @@ def adapter_config(adapter: Path, settings: Loading) -> AdapterConfig:
     return config
 
 
-def check_base(adapter: Path, base: str) -> None:
+def check_base(
+    adapter: Path, base: str, found: str, *, given: bool, other_weights: bool = False
+) -> None:
     """Fails where adapters say that they were trained on other weights.
 
+    Args:
+        adapter: their folder.
+        base: what they are to be added to; of a hub id nothing is known.
+        found: the checkpoint that it is, or that was made of it.
+        given: whether it was named with ``--base``, not by the adapters.
+        other_weights: warn instead.
+
     Raises:
-        ArtifactError: they do.
+        ArtifactError: they do, and name this base themselves.
+        ConfigError: they do, and the base was given.
     """
+    noted = _noted(adapter)
+    if noted is None or noted in (weights_digest(base), weights_digest(found)):
+        return
+    if is_hub_id(base):
+        warn(f"it is not known whether the adapters in {adapter} were trained on {base}")
+        return
+    said = f"he adapters in {adapter} were trained on other weights than "
+    said += base if given else f"{base} now holds, which is what they name as their base"
+    if other_weights:
+        warn(f"t{said}; they are added to it all the same")
+        return
+    raise (ConfigError if given else ArtifactError)(
+        f"T{said}. {base_advice(adapter)} If these are the same weights in another precision or in "
+        "other files: add --other-weights."
+    )
+
+
+def _noted(adapter: Path) -> str | None:
+    """The digest of the weights that adapters were trained on; None where it was not noted."""
     path = adapter / BASE
     noted = read_json(dict[str, str], path, "Fetch the adapters again.") if path.is_file() else {}
-    if noted and noted.get("weights") != weights_digest(base):
-        raise ArtifactError(
-            f"The adapters in {adapter} were trained on other weights than {base} now holds, which "
-            "is what they name as their base. Give the right one: selfsteer merge --base MODEL."
-        )
+    return noted.get("weights")
+
+
+def base_advice(adapter: Path) -> str:
+    """Which base is the right one, as far as it can be told from where the adapters lie.
+
+    In a run those of iteration K were trained on the policy of iteration K-1, and those of the
+    first on the recipe's model; a run that was moved keeps both names.
+    """
+    noted, named = _noted(adapter), adapter_base(adapter)
+    places = [Path(named)] if named else []
+    for folder in Path(os.path.abspath(adapter)).parents:
+        if found := re.fullmatch(r"iteration-(\d+)", folder.name):
+            places.append(folder.with_name(f"iteration-{int(found[1]) - 1}") / "policy")
+        if (folder / "resolved.json").is_file():
+            with contextlib.suppress(SelfsteerError, KeyError, TypeError):
+                recipe = read_json(dict[str, Any], folder / "resolved.json")
+                places.append(Path(resolve_path(recipe["policy"]["model"])))
+    right = next((p for p in places if noted and weights_digest(str(p)) == noted), None)
+    if right is None:
+        return "Give the model that they were trained on: selfsteer merge --base MODEL."
+    return f"They were trained on {right}: selfsteer merge --base {shlex.quote(str(right))}."
 
 
 def check_expressions(config: AdapterConfig, adapter: Path, names: Iterable[str]) -> None:

@@ -8,7 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfsteer.data.digests import adapter_base
 from selfsteer.data.jsonl import disk_errors, replacing_folder
 from selfsteer.errors import ArtifactError
-from selfsteer.models.adapters import adapter_config, check_base, check_expressions
+from selfsteer.models.adapters import (
+    adapter_config,
+    base_advice,
+    check_base,
+    check_expressions,
+)
 from selfsteer.models.chat import ChatFormat
 from selfsteer.models.load import CPU, resolve_dtype
 from selfsteer.models.save import merged, save_model
@@ -22,7 +27,14 @@ from selfsteer.models.sources import (
 from selfsteer.recipe.sections import Loading
 
 
-def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | None) -> str:
+def merge_adapter(
+    adapter: Path,
+    output: Path,
+    settings: Loading,
+    base: str | None,
+    *,
+    other_weights: bool = False,
+) -> str:
     """Adds LoRA adapters to their base and writes a plain checkpoint, on the CPU.
 
     Args:
@@ -30,6 +42,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         output: folder to make.
         settings: precision of the result (``auto`` is the base's own), and permissions.
         base: see `selfsteer.models.sources`; None: what the adapters say they were trained on.
+        other_weights: take a base that holds others than the adapters were trained on.
 
     Returns:
         The base that was used.
@@ -37,7 +50,7 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
     Raises:
         ArtifactError: no LoRA adapters, they name no base or one that has changed, base and
             adapters do not fit, or the disk is full.
-        ConfigError: the output is there already.
+        ConfigError: the output is there already, or the base that was given is not theirs.
     """
     config = adapter_config(adapter, settings)
     given, base = base, base or adapter_base(adapter)
@@ -45,22 +58,20 @@ def merge_adapter(adapter: Path, output: Path, settings: Loading, base: str | No
         raise ArtifactError(
             f"{adapter} does not name its base model. Merge it with selfsteer merge --base MODEL."
         )
-    if given is None:
-        check_base(adapter, base)
     try:
         found = checkpoint(base, settings)
         method = quantisation(found, settings)
     except ArtifactError as e:
         raise ArtifactError(
-            f"The base of the adapters in {adapter} cannot be used. {e} If it is elsewhere: "
-            "selfsteer merge --base MODEL."
+            f"The base of the adapters in {adapter} cannot be used. {e} {base_advice(adapter)}"
         ) from e
     if method:
         raise ArtifactError(
             f"The base of the adapters in {adapter}, {base}, is quantised as {method}, which would "
             "round what they add. Merge them with the model that it was made from: selfsteer merge "
-            "--base MODEL."
+            "--base MODEL --other-weights."
         )
+    check_base(adapter, base, found, given=given is not None, other_weights=other_weights)
     with replacing_folder(output) as partial:
         chat = ChatFormat(_tokenizer(adapter, found, settings), str(adapter))
         kept = "auto" if settings.dtype == "auto" else resolve_dtype(settings.dtype, CPU)
@@ -106,13 +117,13 @@ def _advice(said: str, base: str, *, given: bool) -> str:
         return (
             f"{base} uses one matrix for its input and its output tokens, and the adapters change "
             "only one of the two uses. Save the base untied (tie_word_embeddings: false) and merge "
-            "them with that: selfsteer merge --base FOLDER."
+            "them with that: selfsteer merge --base FOLDER --other-weights."
         )
     if "size mismatch" in said and ("embed" in said or "lm_head" in said):
         return (
             f"They were trained with a larger or smaller vocabulary than that of {base}. Resize "
             "its embeddings as their training did (resize_token_embeddings), save it, and "
-            "merge them with that: selfsteer merge --base FOLDER."
+            "merge them with that: selfsteer merge --base FOLDER --other-weights."
         )
     if given:
         return f"They were trained on another model than {base}, which --base names."

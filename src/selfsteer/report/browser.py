@@ -47,7 +47,7 @@ from selfsteer.view import RunView, Sampled, answers_of
 T = TypeVar("T")
 
 #: Part of each index's key; raised when what is kept of a row changes.
-VERSION = 5
+VERSION = 6
 #: Triples whose log-probs are looked up together.
 GROUP = 256
 #: No index takes this long to build; a half-made file that is older was abandoned.
@@ -190,33 +190,46 @@ class Fates:
     def __init__(self, found: Sampled) -> None:
         self.stage = found.takers[0].name if found.takers else ""
         self.decided = bool(found.takers) and found.takers[0].done
-        self._kept = ById(found.takers[0].files if self.decided else ())
+        files = [stage.files for stage in found.takers if stage.done]
+        self._made = [ById(f) for f in files if f and f[0].suffix == ".jsonl"]
         # a teacher keeps targets of the answers that it read, not the answers
         is_teacher = self.decided and found.takers[0].kind == "Teach"
         self._taught = taught(found.takers[0].run / self.stage) if is_teacher else {}
         self._dropped = ById(filter(None, (stage.dropped_file for stage in found.takers)))
 
-    def record(self, identity: str) -> tuple[str, dict[str, Any] | None]:
-        """Its fate, and the record that the last stage which has one has of it."""
-        dropped, kept = self._dropped.get(identity), self._kept.get(identity)
+    def record(self, identity: str) -> tuple[str, list[dict[str, Any]]]:
+        """Its fate, and what each stage made of it; in the end what was dropped of it."""
+        found = [stage.get(identity) for stage in self._made]
+        made = [record for record in found if record]
+        dropped = self._dropped.get(identity)
         if dropped is not None:
-            return str(dropped["reason"]), dropped.get("record")
-        is_kept = kept is not None or identity in self._taught
-        return PENDING if not self.decided else KEPT if is_kept else NO_RECORD, kept
+            return str(dropped["reason"]), [*made, dropped.get("record") or {}]
+        is_kept = (bool(made) and len(made) == len(found)) or identity in self._taught
+        return PENDING if not self.decided else KEPT if is_kept else NO_RECORD, made
 
     def of(self, triple: Triple) -> tuple[str, Triple]:
-        """Its fate, and what the stage made of it: what is trained on, if it was kept."""
-        fate, record = self.record(triple.id)
-        if not record:
-            return fate, triple
-        is_pair = "chosen" in record
-        made = Preference.from_dict(record).to_triple() if is_pair else Triple.from_dict(record)
-        theirs = {r: v for r, v in triple.finish_reasons.items() if r not in made.responses}
-        return fate, replace(
-            triple,
-            responses={**triple.responses, **made.responses},
-            finish_reasons={**theirs, **made.finish_reasons},
-        )
+        """Its fate, and what the stages made of it: what is trained on, if it was kept."""
+        fate, records = self.record(triple.id)
+        for record in records:
+            if "chosen" in record:
+                triple = _with(triple, Preference.from_dict(record).to_triple())
+            elif record.get("responses"):
+                triple = _with(triple, Triple.from_dict(record))
+        return fate, triple
+
+
+def _with(triple: Triple, made: Triple) -> Triple:
+    """The triple with the other one's responses in place of those of the same names."""
+
+    def both(own: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+        return {name: x for name, x in own.items() if name not in made.responses} | dict(new)
+
+    return replace(
+        triple,
+        responses=both(triple.responses, made.responses),
+        finish_reasons=both(triple.finish_reasons, made.finish_reasons),
+        reasoning=both(triple.reasoning, made.reasoning),
+    )
 
 
 # -- the index -------------------------------------------------------------------------------------
@@ -380,7 +393,8 @@ class Rows:
         self, value: dict[str, Any], candidates: "_Competing", tokens: dict[str, Any]
     ) -> list[Any]:
         fate, made = self.fates.record(candidates.query.id)
-        pair = Preference.from_dict(made) if made and "chosen" in made else None
+        pairs = [Preference.from_dict(record) for record in made if "chosen" in record]
+        pair = pairs[0] if pairs else None
         roles = {pair.rejected: "rejected", pair.chosen: "chosen"} if pair else {}
         scores = pair.extra.get("scores") if pair else None
         self.coloured += bool(tokens)
@@ -427,12 +441,14 @@ class Rows:
         gaps: dict[str, float],
         tokens: dict[str, Any],
     ) -> list[Any]:
-        whole = {"good", "bad"} <= set(triple.responses)
+        whole = {"good", "bad"} <= set(made.responses)
         judgement: Said = None
         with contextlib.suppress(SelfsteerError):  # a query that is not of the judge's world
             if whole and self.judged:
                 judgement = self.judged(Pair.of(made))
-        gap = sum(gaps.values())
+        # a steering gap is one of good and bad answers
+        is_plain = made.responses.get("bad") == made.responses.get("plain")
+        gap = math.nan if is_plain else sum(gaps.values())
         difference = len(made.responses["good"]) - len(made.responses["bad"]) if whole else None
         principles = triple.principles
         texts = [*triple.responses.values()]

@@ -25,9 +25,11 @@ from matplotlib.ticker import MaxNLocator
 from selfsteer.data.jsonl import is_number
 from selfsteer.judges.quality import steering_gaps
 from selfsteer.judges.stats import WORTH, Interval, known_interval, mean_interval
-from selfsteer.methods.base import Paired
+from selfsteer.methods.base import Paired, Principled
 from selfsteer.methods.contrast import Distilled
+from selfsteer.objectives import REFERENCE_FREE
 from selfsteer.principles.contexts import CONTEXTS
+from selfsteer.recipe.sections import Optimisation
 from selfsteer.report.logprobs import Likelihoods
 from selfsteer.report.page import asset
 from selfsteer.report.tables import PAIR, Cell, Sheet
@@ -547,13 +549,15 @@ def lengths(run: RunView) -> Drawing:
 class Curve:
     """A figure of logged metrics; of two metrics the second is dashed.
 
-    ``told`` holds what its caption adds where a training logged that metric.
+    ``free`` is its caption where the base loss compares with no reference; ``told`` holds what is
+    added where a training logged that metric.
     """
 
     name: str
     title: str
     metrics: tuple[str, ...]
     caption: str
+    free: str = ""
     told: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -563,9 +567,10 @@ CURVES = (
         "Loss",
         ("loss",),
         "It should fall, and settle.",
-        {
-            "rewards/margins": " A DPO term (base sigmoid) starts at log 2 = 0.69; trainings with "
-            "several terms start at their weighted sum.",
+        told={
+            "rewards/margins": " A DPO term (base sigmoid) starts at log 2 = 0.69 where its "
+            "reference is the model that is trained; trainings with several terms start at their "
+            "weighted sum.",
             "kl": " That of a distillation is the divergence from its target, see there.",
         },
     ),
@@ -575,6 +580,8 @@ CURVES = (
         ("rewards/margins",),
         "β times how far the model has moved apart the preferred and the other response, by the "
         "context of the term. It starts at zero; one that stays there is not learnt.",
+        "β times how much likelier per token the preferred response is than the other, by the "
+        "context of the term. It starts wherever the model is, and should rise.",
     ),
     Curve(
         "reward-accuracies",
@@ -582,6 +589,8 @@ CURVES = (
         ("rewards/accuracies",),
         "Share of the pairs of a step whose preferred response gained more probability than the "
         "other. At 1 from early on, the pairs are too easy; at one half nothing is learnt.",
+        "Share of the pairs of a step whose preferred response is likelier per token than the "
+        "other. It starts wherever the model is, and should rise.",
     ),
     Curve(
         "rewards",
@@ -589,6 +598,8 @@ CURVES = (
         ("rewards/chosen", "rewards/rejected"),
         "Solid: the preferred response, dashed: the other. Both falling together is the well-known "
         "way in which DPO loses probability of everything; the preferred one should not sink far.",
+        "Solid: β times the log-prob per token of the preferred response, dashed: of the other. "
+        "Where both fall together, the model loses probability of everything.",
     ),
     Curve(
         "kl",
@@ -627,6 +638,27 @@ def _thin(points: np.ndarray) -> np.ndarray:
     """At most POINTS rows, each the mean of its neighbours."""
     size = -(-len(points) // POINTS)
     return np.array([points[i : i + size].mean(axis=0) for i in range(0, len(points), size)])
+
+
+def _caption(run: RunView, spec: Curve) -> str:
+    """What a curve shows, by the base losses of the run's trainings."""
+    of = run.recipe.baselines if isinstance(run.recipe, Principled) else ()
+    every = [getattr(r, name) for r in (run.recipe, *of) for name in type(r).model_fields]
+    trainings = [s for s in every if isinstance(s, Optimisation)]
+    free = {s.base for s in trainings if s.base in REFERENCE_FREE}
+    if not free or not spec.free:
+        caption = spec.caption
+    elif all(s.base in free for s in trainings):
+        caption = spec.free
+    else:
+        caption = f"{spec.caption} With base {' or '.join(sorted(free))}: {spec.free}"
+    first = any(s.reference == "first" and s.base not in free for s in trainings)
+    if spec.free and first and run.recipe.last_round > 1:
+        caption += (
+            " With reference: first it is counted from the first policy, so that a later iteration "
+            "starts near where the one before ended."
+        )
+    return caption
 
 
 def curve(run: RunView, spec: Curve) -> Drawing:
@@ -672,7 +704,7 @@ def curve(run: RunView, spec: Curve) -> Drawing:
         ax.legend(**legend)
         ax.margins(x=0.02)
     told = (text for metric, text in spec.told.items() if _lines(run, [metric]))
-    caption = "".join([spec.caption, *told])
+    caption = "".join([_caption(run, spec), *told])
     caption += " Each point is the mean of neighbouring steps." if thinned else ""
     caption += " Iterations follow one another." if run.recipe.last_round > 1 else ""
     sheet = Sheet("", ("training", "line", "step", "value"), rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from typing_extensions import TypedDict  # pydantic asks for this one on Python 3.11
 
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.digests import digest, model_digest
@@ -20,8 +21,11 @@ from selfsteer.recipe.sections import PrinciplesConfig, Queries, mark, resolve_p
 from selfsteer.run.stage import content
 from selfsteer.terminal import warn
 
-#: Where a run keeps them: ``from``, the folder where it was begun, and digests by setting.
+#: Where a run keeps them.
 SOURCES = "sources.json"
+
+#: What it holds: the folder where the run was begun, and a digest by setting.
+Noted = TypedDict("Noted", {"from": str, "digests": dict[str, str]})
 
 
 def sources(section: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
@@ -72,8 +76,8 @@ def check_sources(run: Path, recipe: Any, *settings: str, refuse: bool = True) -
     """
     if not (run / SOURCES).exists():
         return
-    noted = read_json(dict[str, Any], run / SOURCES)
-    before = noted.get("digests") or {}
+    noted = read_json(Noted, run / SOURCES)
+    before = noted["digests"]
     wanted = [name for name in before if name in settings or name.startswith(_sections(settings))]
     if not wanted:
         return
@@ -87,7 +91,7 @@ def check_sources(run: Path, recipe: Any, *settings: str, refuse: bool = True) -
         warn(f"{found}. What follows is of the present content")
         return
     raise DataError(
-        f"{found}. The run was begun in {noted.get('from')}: give the command there, or put back "
+        f"{found}. The run was begun in {noted['from']}: give the command there, or put back "
         "what the run was made with."
     )
 

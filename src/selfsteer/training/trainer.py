@@ -60,8 +60,15 @@ class _Mark:
     sums: dict[str, list[int | str]]
 
 
-#: Sum and weight by name; the weights are examples, or tokens.
+#: Sum and weight by name; the weights are examples, or tokens. Names in ``min_`` and ``max_`` have
+#: the smallest or the largest value in place of a sum, and weight 1.
 Metrics = dict[str, tuple[Any, Any]]
+
+#: How names are logged that are no means: where they start from, and what two of them make.
+EXTREMES: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
+    "min_": (math.inf, torch.minimum),
+    "max_": (-math.inf, torch.maximum),
+}
 
 #: A line of the log: ``step``, ``loss``, ``grad_norm``, ``learning_rate`` and the task's metrics.
 Line = dict[str, float]
@@ -119,8 +126,13 @@ class RowBudget:
 
 
 def merge_metrics(into: Metrics, more: Metrics, share: float = 1.0) -> None:
-    """Adds sums and weights."""
+    """Adds sums and weights, and takes extremes; a share of 0 adds the names alone."""
     for name, (total, count) in more.items():
+        if name[:4] in EXTREMES:
+            none, pick = EXTREMES[name[:4]]
+            old, new = into.get(name, (none,))[0], total if share else none
+            into[name] = (pick(torch.as_tensor(old), torch.as_tensor(new)), 1)
+            continue
         old_total, old_count = into.get(name, (0.0, 0.0))
         into[name] = (old_total + total * share, old_count + count * share)
 
@@ -287,15 +299,16 @@ class RowTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics since the last log, averaged over examples (tokens) and ranks."""
+        """Adds the metrics since the last log: means over examples (tokens), or extremes."""
         if self._metrics and "loss" in logs:
             names = sorted(self._metrics)
             pairs = [[torch.as_tensor(v).double() for v in self._metrics[n]] for n in names]
             values = torch.tensor(pairs, dtype=torch.float64, device=self.args.device)
-            if self.args.world_size > 1:
-                values = self.accelerator.reduce(values)
-            for name, (total, count) in zip(names, values.tolist(), strict=True):
-                logs[name] = total / count
+            total: Metrics = {}
+            # rank after rank
+            for found in self.accelerator.gather(values).view(-1, len(names), 2):
+                merge_metrics(total, dict(zip(names, found, strict=True)))
+            logs |= {name: float(value / count) for name, (value, count) in total.items()}
             self._metrics.clear()
             # gradients whose norm overflows are clipped to nothing: no later check sees them
             for name, value in logs.items():

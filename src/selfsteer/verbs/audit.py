@@ -3,13 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import interval, out, table
 from selfsteer.verbs.common import AsJson, Trust, aligning, check_trust, emit, named_judge
+
+if TYPE_CHECKING:
+    from selfsteer.view import RunView
 
 #: Settings of a recipe that have an effect on an audit.
 SECTIONS = ("policy", "principles", "sampling", "judge")
@@ -62,7 +65,6 @@ def audit(
     folder = Path(model)
     is_run = (folder / "resolved.json").is_file()
     if is_run:
-        from selfsteer.run.sources import check_sources
         from selfsteer.view import RunView
 
         if base or generator:
@@ -77,13 +79,8 @@ def audit(
         if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
         called = {home: method for method, home in run.recipe.homes.items()}
-        models = {called.get(k, k): v for k, v in run.checked_models.items() if k != "reward"}
+        models = {called.get(k, k): v for k, v in run.models.items() if k != "reward"}
         source = recipe.evaluation.queries if recipe.evaluation else None
-        if queries is None:
-            check_sources(folder, recipe, "evaluation.queries.path")
-        if judge is None:
-            check_sources(folder, recipe, "judge.", refuse=False)
-        check_sources(folder, recipe, "principles.", refuse=False)
         to = to or run.place("audit")
     else:
         if base is None:
@@ -96,6 +93,7 @@ def audit(
         own = own.model_copy(update={"judge": named_judge(judge)})
     if is_run:
         check_trust(folder, own.model_copy(update={"judge": None}) if judge else own, trust)
+        _compare_sources(run, queries=queries is None, judge=judge is None)
     if queries is not None:
         source = Queries(path=queries)
     if source is None:
@@ -105,6 +103,20 @@ def audit(
     run_folder = folder if is_run else None
     subjects = auditing.Subjects(models, own, source, own.judge, to, limit, seed, run_folder)
     emit(auditing.run_audit(subjects), as_json, print_audit)
+
+
+def _compare_sources(run: "RunView", *, queries: bool, judge: bool) -> None:
+    """Refuses models and, if they are the run's, prompts that are not those that it was made with.
+
+    Another catalogue, or another judge where it is the run's, is told.
+    """
+    from selfsteer.run.sources import check_sources
+
+    assert run.checked_models
+    if queries:
+        check_sources(run.folder, run.recipe, "evaluation.queries.path")
+    told = ("principles.", *(["judge."] if judge else []))
+    check_sources(run.folder, run.recipe, *told, refuse=False)
 
 
 def conclusion(label: str, change: Mapping[str, Any]) -> str:

@@ -14,6 +14,13 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="base model; default: the one that the adapters name")
     ] = None,
+    other_weights: Annotated[
+        bool,
+        typer.Option(
+            help="use the base although its weights are not those that the adapters were trained "
+            "on, such as the same ones in another precision"
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto for that of the base model")
     ] = "auto",
@@ -33,5 +40,6 @@ def merge(
     settings = validate(Loading, values, "merge")
     from selfsteer.models.merge import merge_adapter
 
-    used = merge_adapter(adapter, output, settings, resolve_path(base) if base else None)
+    given = resolve_path(base) if base else None
+    used = merge_adapter(adapter, output, settings, given, other_weights=other_weights)
     out.print(f"{output}: {used} with the adapters of {adapter}")

@@ -177,6 +177,11 @@
   // what colours tokens: their log-prob under the plain context, or the contrast of the principles
   const MEANING = { logps: "log-prob under the plain context", contrast: "contrast of the principles" };
   const textOf = (record, name) => record.trained_on[name] ?? record.triple.responses?.[name] ?? record.triple.answers?.[name.split(" ")[1] - 1];
+  // whether the run took the plain answer in place of one under a principle
+  const isPlain = (record, name) => {
+    const made = record.trained_on[name], { plain, [name]: own } = record.triple.responses ?? {};
+    return name !== "plain" && made != null && !own?.includes(made) && !!plain?.includes(made);
+  };
   const known = (record) => Object.keys(MEANING).filter((kind) => Object.values(record.tokens).some((t) => t[kind]));
   const meaning = (record) => {
     const kinds = known(record);
@@ -247,8 +252,10 @@
     if (tokens?.logps) facts.push(`mean log-prob ${mean(tokens.logps).toFixed(2)}`);
     if (tokens?.contrast) facts.push(`mean contrast ${signed(mean(tokens.contrast), 3)}`);
     if (score != null) facts.push(`score ${number(score, 3)}`);
-    if (record.triple.finish_reasons?.[name] === "length") facts.push("cut off by the budget");
-    if (record.trained_on[name] != null) facts.push("a lead-in was cut off the front");
+    const other = isPlain(record, name);
+    if (record.triple.finish_reasons?.[other ? "plain" : name] === "length") facts.push("cut off by the budget");
+    if (other) facts.push("the run took the plain answer here");
+    else if (record.trained_on[name] != null && record.triple.responses?.[name] != null) facts.push("a lead-in was cut off the front");
     card.append(make("div", { class: "figures-line" }, facts.join(" · ")));
     return card;
   };
@@ -257,9 +264,9 @@
     const { triple } = record;
     if (record.answers) return record.answers;
     return ["plain", "good", "bad"].filter((n) => !alone(record) || n === "plain").map((name) => ({
-      name, principle: name === "plain" ? "No principle." : triple.principles?.[name] ?? "The principle is not stored here." }));
+      name, principle: name === "plain" || isPlain(record, name) ? "No principle." : triple.principles?.[name] ?? "The principle is not stored here." }));
   };
-  const alone = (record) => !record.answers && Object.keys(record.triple.responses).join() === "plain";
+  const alone = (record) => !record.answers && Object.keys({ ...record.triple.responses, ...record.trained_on }).join() === "plain";
   const principles = (record) => {
     const both = record.triple.principles;
     if (!both || !(record.answers || alone(record))) return null;
