@@ -78,8 +78,7 @@ def audit(
         given = {name: given[name] for name in Settings.model_fields if name in given}
         if "policy" not in run.models:
             raise ConfigError(f"{model} has no trained policy yet; finish the run first.")
-        called = {home: method for method, home in run.recipe.homes.items()}
-        models = {called.get(k, k): v for k, v in run.models.items() if k != "reward"}
+        models = {}
         source = recipe.evaluation.queries if recipe.evaluation else None
         to = to or run.place("audit")
     else:
@@ -93,6 +92,8 @@ def audit(
         own = own.model_copy(update={"judge": named_judge(judge)})
     if is_run:
         check_trust(folder, own.model_copy(update={"judge": None}) if judge else own, trust)
+        called = {home: method for method, home in run.recipe.homes.items()}
+        models = {called.get(k, k): v for k, v in run.checked_models.items() if k != "reward"}
         _compare_sources(run, queries=queries is None, judge=judge is None)
     if queries is not None:
         source = Queries(path=queries)
@@ -106,13 +107,12 @@ def audit(
 
 
 def _compare_sources(run: "RunView", *, queries: bool, judge: bool) -> None:
-    """Refuses models and, if they are the run's, prompts that are not those that it was made with.
+    """Refuses other prompts than the run was made with, if they are the run's.
 
-    Another catalogue, or another judge where it is the run's, is told.
+    Another catalogue is told, and another judge where it is the run's.
     """
     from selfsteer.run.sources import check_sources
 
-    assert run.checked_models
     if queries:
         check_sources(run.folder, run.recipe, "evaluation.queries.path")
     told = ("principles.", *(["judge."] if judge else []))
