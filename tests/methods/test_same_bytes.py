@@ -17,8 +17,8 @@ from tests.make import SMALL, tiny_pairs, write_pairs
 #: The cheapest recipe stands for all in `make test`.
 CHEAP = "contrast"
 
-#: What says how long something took, and when.
-CLOCK = {"seconds", "time", "began", "share", "versions"}
+#: What says how long something took, when, and where the command was given.
+CLOCK = {"seconds", "time", "began", "share", "versions", "from"}
 
 #: Files about the process, not about what it made.
 ABOUT = ("ledger.jsonl", "progress.json", "lock")

@@ -61,26 +61,29 @@ def _local_data(folders: Iterable[Path]) -> set[str]:
     named = set[str]()
     for path in chain.from_iterable(f.rglob("*.y*ml") for f in folders):
         with suppress(yaml.YAMLError, UnicodeDecodeError):
-            found = yaml.load(path.read_text("utf-8"), _Plain)
-            if isinstance(found, dict):
-                named.update(_strings([found.get("dataset_path"), found.get("dataset_kwargs")]))
+            # nodes alone: what tags such as !function stand for is not made
+            root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
+            found = root.value if isinstance(root, yaml.MappingNode) else []
+            named.update(
+                _texts([v for k, v in found if k.value in ("dataset_path", "dataset_kwargs")])
+            )
     return {name for text in named for name in glob(text, recursive=True)}
 
 
-class _Plain(yaml.SafeLoader):
-    """Reads the YAML of tasks without what their own tags (``!function``) stand for."""
-
-
-_Plain.add_multi_constructor("", lambda loader, tag, node: None)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        yield from chain.from_iterable(map(_strings, value))
-    elif isinstance(value, str):
-        yield value
+def _texts(nodes: Iterable[yaml.Node]) -> Iterator[str]:
+    """The texts in these nodes, each read once: aliases share them."""
+    todo, seen = list(nodes), set[int]()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            yield str(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            todo += [value for _, value in node.value]
+        else:
+            todo += node.value
 
 
 def check_tasks(settings: Benchmarks) -> None:
