@@ -230,14 +230,18 @@ def test_the_committed_page_is_that_of_the_committed_cells(
 def test_arms_start_from_the_same_base_model(evidence: Any, invented: Any, tmp_path: Path) -> None:
     cells, _, running = evidence
     committed = FOLDER / "cells"
-    answers: dict[tuple[int, int], set[str]] = {}
+    answers: dict[tuple[int | str, int], set[str]] = {}
     for path in committed.glob("*-base*.json"):
         found = json.loads(path.read_text("utf-8"))
         # the shipped checkpoint is the same for all, what is built may not be
         if found["base"] and not path.name.startswith("search"):
             own = json.dumps(found["base_scores"])
             answers.setdefault((found["base"], found["seed"]), set()).add(own)
-    assert len(answers) >= 20
+    for path in committed.glob("audit-*.json"):
+        found = json.loads(path.read_text("utf-8"))
+        own = str(found["base_figures"]["score/plain"])
+        answers.setdefault(("audit", found["seed"]), set()).add(own)
+    assert len(answers) >= 25
     assert {key for key, own in answers.items() if len(own) > 1} == set()
     # and none is added that does not
     searched(cells, invented)
