@@ -163,6 +163,12 @@ def test_a_task_is_asked_again_once_its_data_is_another(
     assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 2
     rows(own, *QUIZ[:3])
     assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 3
+    # the file that a task includes is no .yaml, as in the harness itself
+    (folder / "tiny_say.yaml").rename(folder / "_say")
+    (folder / "tiny_say.yaml").write_text("include: _say\ntask: tiny_say\n")
+    assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 3
+    rows(own, *QUIZ[:4])
+    assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 4
 
 
 def test_a_task_whose_scoring_lacks_its_data_is_named(

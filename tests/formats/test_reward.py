@@ -19,7 +19,7 @@ from selfsteer.run.execute import execute
 from selfsteer.verbs.exporting import export_round
 from selfsteer.view import RoundView, RunView
 from tests.e2e.support import TESTBED
-from tests.make import SMALL
+from tests.make import SMALL, make_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning",  # datasets leaves its lock files open
@@ -69,6 +69,24 @@ def test_the_written_function_gives_the_rankers_scores(run: Path, tmp_path: Path
     assert abs(found[0] - found[1]) > 0.01
     as_text = reward(prompts=None, completions=answers, **columns)
     assert as_text == found
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out_and_said(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path / "m", "qwen2")
+    template = made / "chat_template.jinja"
+    refuses = "{% if messages[-1].content == 'No.' %}{{ raise_exception('not this') }}{% endif %}"
+    template.write_text(refuses + template.read_text())
+    own = Principles("Be right.", "Be wrong.", ())
+    asked = [Triple(text, (Message("user", text),), own, {}) for text in ("Yes?", "No.")]
+    chat, loading = load_chat(str(made), Loading()), Loading()
+    found = export_reward(
+        asked, tmp_path / "to", model=str(made), chat=chat, loading=loading, clip=1.0
+    )
+    assert [json.loads(x)["id"] for x in found.paths[0].read_text().splitlines()] == ["Yes?"]
+    assert (found.count, found.left_out) == (
+        1,
+        ["1 of 2 records: the chat template refuses the conversation."],
+    )
 
 
 def test_no_prompt_of_the_export_opens_a_turn(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from selfsteer.data.records import Message, Verdict
 from selfsteer.errors import ConfigError, DataError
@@ -63,6 +64,30 @@ def test_scores_are_the_contrasts_and_are_asked_once(
     )
     with pytest.raises(AssertionError, match="loaded again"):  # another yardstick
         PrinciplesJudge(settings(policy, clip=0.1), tmp_path).score_all([(asked, TEXTS[0])])
+
+
+#: Put before a template, it refuses the question "No."
+REFUSING = (
+    "{% for m in messages %}{% if m.content == 'No.' %}{{ raise_exception('not this') }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["principles", "reward"])
+def test_a_conversation_that_the_template_refuses_has_no_score(tmp_path: Path, kind: str) -> None:
+    made = make_checkpoint(tmp_path / "m", "qwen2")
+    if kind == "reward":
+        scorer = AutoModelForSequenceClassification.from_pretrained(made, num_labels=1)
+        scorer.save_pretrained(made)
+    template = made / "chat_template.jinja"
+    template.write_text(REFUSING + template.read_text())
+    judge = load_judge(validate(JudgeConfig, {"kind": kind, "model": str(made), "device": "cpu"},
+                                "judge"))  # fmt: skip
+    assert judge is not None
+    refused = query("No.", principles=OWN)
+    said = judge.compare_all([Pair(refused, *TEXTS[:2]), Pair(query(principles=OWN), *TEXTS[:2])])
+    assert (said[0].verdict, said[0].reason) == (Verdict.UNPARSEABLE, "template_refuses")
+    assert said[1].verdict in (Verdict.FIRST, Verdict.SECOND)
 
 
 def test_a_pair_of_its_own_counts_before_the_querys(policy: str) -> None:

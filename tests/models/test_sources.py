@@ -32,7 +32,7 @@ from selfsteer.models.load import (
     load_reward_start,
 )
 from selfsteer.models.merge import merge_adapter
-from selfsteer.models.save import save_tokenizer
+from selfsteer.models.save import add_lora, save_model, save_tokenizer
 from selfsteer.models.sources import check_source, checkpoint, folder_of, pretrained
 from selfsteer.recipe.sections import Loading, Lora
 from selfsteer.run.execute import pinned
@@ -147,6 +147,27 @@ def hub(
 
     move(FIRST)
     return move
+
+
+def test_adapters_on_a_model_of_the_hub_stay_with_its_commit(
+    hub: Callable[[str], None], tmp_path: Path
+) -> None:
+    loaded = load_model("org/name", CPU)
+    model = add_lora(loaded.model, Lora(rank=2), source="org/name")
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "lora_B" in name:
+                weights.normal_()
+    save_model(model, loaded.chat, tmp_path / "m", torch.float32)
+    adapter = tmp_path / "m/adapter"
+    hub(SECOND)
+    assert merge_adapter(adapter, tmp_path / "merged", CPU, None) == f"org/name@{FIRST}"
+    for file in ("model.safetensors", "config.json"):
+        merged = (tmp_path / "merged" / file).read_bytes()
+        assert merged == (tmp_path / "m" / file).read_bytes()
+    for other in ("org/name", f"org/name@{SECOND}"):
+        with pytest.raises(ConfigError, match="trained on other weights"):
+            merge_adapter(adapter, tmp_path / "wrong", CPU, other)
 
 
 def test_a_revision_reaches_weights_config_and_tokenizer(hub: Callable[[str], None]) -> None:

@@ -109,10 +109,27 @@ def adapter_base(folder: Path) -> str | None:
     return f"{base}@{revision}" if revision and is_hub_id(base) else base
 
 
+def _downloaded(hub_id: str) -> Path | None:
+    """The folder of a model of the hub; None where nothing of it is on this machine."""
+    from huggingface_hub import snapshot_download
+
+    repo, revision = split_revision(hub_id)
+    try:
+        commit = hub_commit(hub_id) or revision
+        return Path(snapshot_download(repo, revision=commit, local_files_only=True))
+    except Exception:  # nothing of it is here
+        return None
+
+
 def weights_digest(model: str) -> str | None:
-    """Identifies the weights of a folder or a file, whatever is beside them; None: no weights."""
-    path = Path(model)
+    """Identifies the weights of a folder, a file or a hub id, whatever is beside them.
+
+    None where there are none, or not on this machine.
+    """
     if not model:
+        return None
+    path = _downloaded(model) if is_hub_id(model) else Path(model)
+    if path is None:
         return None
     if path.is_file():
         return digest_path(path)

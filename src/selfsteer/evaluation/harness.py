@@ -57,17 +57,28 @@ def harness_identity(settings: Benchmarks) -> dict[str, Any]:
 
 
 def _local_data(folders: Iterable[Path]) -> set[str]:
-    """The files and folders that tasks of these folders name, patterns spelled out."""
-    named = set[str]()
-    for path in chain.from_iterable(f.rglob("*.y*ml") for f in folders):
+    """The files and folders that tasks of these folders name, patterns spelled out.
+
+    A folder that the present one lies in is left out: results are written there as well.
+    """
+    named, seen = set[str](), set[Path]()
+    todo = list(chain.from_iterable(f.rglob("*.y*ml") for f in folders))
+    while todo:
+        path = todo.pop().absolute()
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
         with suppress(yaml.YAMLError, UnicodeDecodeError):
             # nodes alone: what tags such as !function stand for is not made
             root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
             found = root.value if isinstance(root, yaml.MappingNode) else []
-            named.update(
-                _texts([v for k, v in found if k.value in ("dataset_path", "dataset_kwargs")])
-            )
-    return {name for text in named for name in glob(text, recursive=True)}
+            for key, value in found:
+                if key.value in ("dataset_path", "dataset_kwargs"):
+                    named.update(_texts([value]))
+                elif key.value == "include":  # often a file without an ending
+                    todo += [path.parent / text for text in _texts([value])]
+    spelled = {name for text in named for name in glob(text, recursive=True)}
+    return {name for name in spelled if not Path.cwd().is_relative_to(Path(name).resolve())}
 
 
 def _texts(nodes: Iterable[yaml.Node]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from selfsteer.data.jsonl import is_number
 from selfsteer.data.reading import read
 from selfsteer.data.records import Message, Query, content_id
 from selfsteer.data.shapes import asked, several
-from selfsteer.engines.base import PROMPT_TOO_LONG, REQUEST_FAILED, Completion
+from selfsteer.engines.base import PROMPT_TOO_LONG, REFUSED, REQUEST_FAILED, Completion
 from selfsteer.errors import DataError, short
 from selfsteer.recipe.sections import JudgedSet, resolve_path
 
@@ -61,7 +61,7 @@ class Answered:
     @property
     def failed(self) -> bool:
         """Whether a request failed, so that it is worth to be sent again."""
-        return (self.missing or "").startswith(REQUEST_FAILED)
+        return (self.missing or "").startswith(REQUEST_FAILED) and self.missing != REFUSED
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -9,11 +9,13 @@ open turns of its own::
 The file needs torch and transformers, not selfsteer, and computes what `PrincipleContrast` does.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.data.jsonl import Records, dump_line, write_atomic
 from selfsteer.data.records import Triple
+from selfsteer.errors import DataError
 from selfsteer.formats.export import Exported, Row
 from selfsteer.models.chat import ChatFormat
 from selfsteer.principles.contexts import context_messages
@@ -82,16 +84,24 @@ def export_reward(
     given = f", revision={revision!r}" if revision else ""
     given += ", trust_remote_code=True" if loading.trust_remote_code else ""
     paths = [folder / "train.jsonl", folder / "principles_reward.py"]
+    refused = 0
     with progress_bar("export", len(triples)) as bar:
 
-        def line(triple: Triple) -> str:
-            row: Row = {"id": triple.id, "prompt": [m.to_dict() for m in triple.messages]}
-            for context in ("good", "bad"):
-                asked = context_messages(triple.messages, triple.principles, context)
-                row[f"{context}_context"] = list(chat.prompt_ids(asked, reasoned=False))
-            bar.advance(1)
-            return dump_line(row)
+        def lines() -> Iterator[str]:
+            nonlocal refused
+            for triple in triples:
+                bar.advance(1)
+                row: Row = {"id": triple.id, "prompt": [m.to_dict() for m in triple.messages]}
+                try:
+                    for context in ("good", "bad"):
+                        asked = context_messages(triple.messages, triple.principles, context)
+                        row[f"{context}_context"] = list(chat.prompt_ids(asked, reasoned=False))
+                except DataError:
+                    refused += 1
+                    continue
+                yield dump_line(row)
 
-        write_atomic(paths[0], map(line, triples))
+        write_atomic(paths[0], lines())
     write_atomic(paths[1], CODE.format(model=name, end=chat.end_of_turn, clip=clip, given=given))
-    return Exported(paths, len(triples), [])
+    said = f"{refused:,} of {len(triples):,} records: the chat template refuses the conversation."
+    return Exported(paths, len(triples) - refused, [said] if refused else [])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from selfsteer.data.records import Principles, Query, Triple
+from selfsteer.errors import DataError
 from selfsteer.judges.base import ends
 from selfsteer.judges.scoring import Answer, ScoringModel, principles_of
 from selfsteer.judges.store import Advance
@@ -70,7 +71,10 @@ class PrincipleContrast:
             said = {"responses": {"plain": text}, "finish_reasons": {} if end else CUT_OFF}
             row = Triple.from_dict({**query.to_dict(), **said})
             names = self.read if text or end else ()
-            found.append([self.loaded.chat.sequence(row, name) for name in names])
+            try:
+                found.append([self.loaded.chat.sequence(row, name) for name in names])
+            except DataError:  # the chat template refuses the conversation
+                found.append([])
         return found
 
     def score(self, pairs: "Sequence[Sequence[EncodedSequence]]") -> list[float | None]:
@@ -134,7 +138,10 @@ class PrinciplesJudge(ScoringModel):
         tokens = [sum(map(len, pair)) for pair in pairs]
         scores = self._contrast.score(pairs)
         advance(len(keys), sum(tokens))
-        return [{"score": s, "tokens": n} for s, n in zip(scores, tokens, strict=True)]
+        return [
+            {"score": s, "tokens": n, **({} if n or not (text or end) else {"refused": True})}
+            for s, n, (_, text, end) in zip(scores, tokens, answers, strict=True)
+        ]
 
     def _principled(self, query: Query) -> Query:
         """The query with the principles that its answers are judged by."""

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from selfsteer.data.records import Query
-from selfsteer.errors import NumericsError, named
+from selfsteer.errors import DataError, NumericsError, named
 from selfsteer.judges.scoring import Answer, ScoringModel
 from selfsteer.judges.store import Advance
 from selfsteer.models.load import LoadedModel, check_reward, load_reward
@@ -34,10 +34,10 @@ class RewardJudge(ScoringModel):
     ) -> list[dict[str, Any]]:
         loaded = self._loaded = self._loaded or load_reward(self.source, self.settings.loading)
         # always ended, as the template does it: the score is read there and means nothing elsewhere
-        ids = [loaded.chat.exchange_ids(query.messages, text) for query, text, _ in answers]
+        ids = [_ids(loaded, query, text) for query, text, _ in answers]
         limit = loaded.context_length
         order = sorted(
-            (i for i, s in enumerate(ids) if limit is None or len(s) <= limit),
+            (i for i, s in enumerate(ids) if s and (limit is None or len(s) <= limit)),
             key=lambda i: len(ids[i]),
             reverse=True,
         )
@@ -50,7 +50,18 @@ class RewardJudge(ScoringModel):
             records = [answers[i][0].id for i in rows]
             scores |= zip(rows, _forward(loaded, [ids[i] for i in rows], records), strict=True)
             advance(len(rows), sum(len(ids[i]) for i in rows))
-        return [{"score": scores.get(i), "tokens": len(s)} for i, s in enumerate(ids)]
+        return [
+            {"score": scores.get(i), "tokens": len(s), **({} if s else {"refused": True})}
+            for i, s in enumerate(ids)
+        ]
+
+
+def _ids(loaded: LoadedModel, query: Query, text: str) -> tuple[int, ...]:
+    """What is scored; nothing where the chat template refuses the conversation."""
+    try:
+        return loaded.chat.exchange_ids(query.messages, text)
+    except DataError:
+        return ()
 
 
 def _forward(

@@ -70,10 +70,15 @@ class ScoringModel(ABC):
     def _ask(
         self, keys: Sequence[str], answers: Sequence[Answer], advance: Advance
     ) -> list[dict[str, Any]]:
-        """``score``, None where there is none, and ``tokens`` of each; 0 where it has no token."""
+        """``score``, None where there is none, and ``tokens`` of each; 0 where it has no token.
+
+        ``refused`` where the chat template refuses the conversation.
+        """
 
 
 def _unscored(answer: Mapping[str, Any]) -> str:
+    if answer.get("refused"):
+        return "template_refuses"
     return "too_long" if answer["tokens"] else "empty"
 
 

@@ -121,7 +121,7 @@ def check_base(
 
     Args:
         adapter: their folder.
-        base: what they are to be added to; of a hub id nothing is known.
+        base: what they are to be added to; of a hub id that is not here nothing is known.
         found: the checkpoint that it is, or that was made of it.
         given: whether it was named with ``--base``, not by the adapters.
         other_weights: warn instead.
@@ -131,9 +131,12 @@ def check_base(
         ConfigError: they do, and the base was given.
     """
     noted = _noted(adapter)
-    if noted is None or noted in (weights_digest(base), weights_digest(found)):
+    if noted is None:
         return
-    if is_hub_id(base):
+    held = {weights_digest(base), weights_digest(found)} - {None}
+    if noted in held:
+        return
+    if not held and is_hub_id(base):
         warn(f"it is not known whether the adapters in {adapter} were trained on {base}")
         return
     said = f"he adapters in {adapter} were trained on other weights than "

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from selfsteer.data.digests import ADAPTER_CONFIG, BASE, weights_digest
+from selfsteer.data.digests import (
+    ADAPTER_CONFIG,
+    BASE,
+    adapter_base,
+    hub_commit,
+    is_hub_id,
+    split_revision,
+    weights_digest,
+)
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.errors import ConfigError, NumericsError, short
 from selfsteer.models import tree
@@ -41,13 +49,14 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
+def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM", source: str = "") -> Any:
     """Wraps a model in trainable low-rank adapters that start at zero.
 
     Args:
         model: to wrap.
         lora: rank, scale and modules.
         task: peft's name of it; with SEQ_CLS the head is trained whole.
+        source: what the model was loaded from; of a hub id the adapters name the commit.
 
     Raises:
         ConfigError: the model has no such modules, or one is the output projection of a model in
@@ -55,14 +64,16 @@ def add_lora(model: Any, lora: Lora, task: str = "CAUSAL_LM") -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    revision = None
+    if is_hub_id(source) and is_hub_id(model.name_or_path):  # else it was made of that, in a cache
+        revision = hub_commit(source) or split_revision(source)[1]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=lora.targets,
         task_type=task,
-        # of the hub, where the base is from there
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=revision,
     )
     try:
         with _peft_warnings():
@@ -189,11 +200,14 @@ def _note_base(adapter: Path, base: str) -> None:
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Writes a peft model's adapters; returns the plain model that they make with their base."""
     _refuse_broken(((n, p) for n, p in model.named_parameters() if p.requires_grad), dtype)
-    model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
+    with _peft_warnings():
+        # it would like to know whether a vocabulary of the hub was changed: it never is
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        model.save_pretrained(folder, state_dict={n: v.detach() for n, v in stored(model)})
     as_umask(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, all of it placeholders
     _sort_modules(folder / ADAPTER_CONFIG)
-    _note_base(folder, model.peft_config["default"].base_model_name_or_path or "")
+    _note_base(folder, adapter_base(folder) or "")
     if not getattr(model, "is_quantized", False):
         return model.merge_and_unload()
     # merged into the weights as they were before quantisation, which rounded them

@@ -106,6 +106,11 @@ def _of_json(path: Path) -> Iterator[tuple[Rule, str | None]]:
             yield Rule(f"line {number}", str(value)[:200]), "no_trait"
 
 
+_MARKED = re.compile(
+    r"(?<![\w*`])(?:`(?P<code>[^`]+)`|\*\*(?P<strong>\S|\S.*?\S)\*\*|__(?P<bold>\S|\S.*?\S)__)(?![\w*`])"
+)
+
+
 def _of_text(text: str) -> Iterator[tuple[Rule, str | None]]:
     lines = text.splitlines()
     listed = any(map(_ITEM.match, lines))
@@ -123,9 +128,18 @@ def _of_text(text: str) -> Iterator[tuple[Rule, str | None]]:
         else:
             parts.append((number, line, "outside_a_list" if listed else None))
     for number, part, reason in parts:
-        said = " ".join(re.sub(r"\*\*|__|`", "", part).split())
+        said = " ".join(_unmarked(part).split())
         if said:
             yield Rule(f"line {number}", said), reason
+
+
+def _unmarked(text: str) -> str:
+    """Markdown without the marks around bold words and code; within words they are text.
+
+    >>> _unmarked("**Be** brief, and write `__init__` and snake__names as they are.")
+    'Be brief, and write __init__ and snake__names as they are.'
+    """
+    return _MARKED.sub(lambda m: m["code"] or _unmarked(m["strong"] or m["bold"]), text)
 
 
 # -- the writer ------------------------------------------------------------------------------------

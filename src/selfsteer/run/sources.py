@@ -5,7 +5,8 @@ run somewhere else could find others of the same name, and its figures would be 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ SOURCES = "sources.json"
 Noted = TypedDict("Noted", {"from": str, "digests": dict[str, str]})
 
 
-def sources(section: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting of a recipe that names a model or a file, and a digest of what is there.
+def sources(section: BaseModel, place: str = "") -> Iterator[tuple[str, Callable[[], str]]]:
+    """Each setting of a recipe that names a model or a file, and what digests it.
 
     Args:
         section: the recipe, or a section of it.
@@ -37,7 +38,7 @@ def sources(section: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
     """
     served = getattr(getattr(section, "engine", section), "base_url", None) is not None
     if isinstance(section, Queries):
-        yield f"{place}path", digest(queries_digest(section))
+        yield f"{place}path", lambda: digest(queries_digest(section))
     for name, info in type(section).model_fields.items():
         value, at = getattr(section, name), f"{place}{name}"
         kind = mark(info, "content")
@@ -48,16 +49,20 @@ def sources(section: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
         elif not isinstance(value, str):
             continue
         elif name == "model" and not served:
-            yield at, model_digest(resolve_path(value))
+            yield at, partial(_of_model, value)
         elif kind == "file":
-            yield at, content(value, kind)
+            yield at, partial(content, value, kind)
+
+
+def _of_model(name: str) -> str:
+    return model_digest(resolve_path(name))
 
 
 def note_sources(run: Path, recipe: Any) -> None:
     """Writes what a recipe names, as it is now, into its run folder."""
     if not isinstance(recipe, BaseModel):  # a plan of the caller's own making
         return
-    value = {"from": str(Path.cwd()), "digests": dict(sources(recipe))}
+    value = {"from": str(Path.cwd()), "digests": {name: made() for name, made in sources(recipe)}}
     write_atomic(run / SOURCES, json.dumps(value, indent=1) + "\n")
 
 
@@ -82,7 +87,7 @@ def check_sources(run: Path, recipe: Any, *settings: str, refuse: bool = True) -
     if not wanted:
         return
     now = dict(sources(recipe))
-    changed = [name for name in wanted if name in now and now[name] != before[name]]
+    changed = [name for name in wanted if name in now and now[name]() != before[name]]
     if not changed:
         return
     named = listed([f"{name} ({_value(recipe, name)})" for name in changed])

@@ -153,14 +153,19 @@ def encode_pairs(
         limit: tokens of conversation and answer.
 
     Returns:
-        Those that are left, and the others: ``equal``, ``bad_margin`` or ``too_long``.
+        Those that are left, and the others: ``equal``, ``bad_margin``, ``too_long`` or
+        ``template_refuses``.
     """
     found, dropped = [], []
     with progress_bar(f"reading {name}", len(pairs)) as bar:
         for p in pairs:
             bar.advance(1)
             value = p.extra.get(margin, 0.0) if margin else 0.0
-            chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
+            try:
+                chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
+            except DataError:
+                dropped.append(Dropped(p.id, "template_refuses", p))
+                continue
             faults = {
                 "bad_margin": isinstance(value, bool) or not is_number(value),
                 "equal": p.chosen == p.rejected,

@@ -194,7 +194,9 @@ class RowTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; no DataParallel
         disable_dropout(loaded.model)
         reshard(loaded.model)  # the optimiser takes weights as it finds them
-        model = add_lora(loaded.model, lora, task.adapters) if lora else loaded.model
+        model = loaded.model
+        if lora:
+            model = add_lora(model, lora, task.adapters, loaded.source)
         super().__init__(model=model.train(), args=args, train_dataset=task.examples)  # type: ignore[arg-type]
         if isinstance(loaded.model, FSDPModule):  # accelerate would look for layers to shard
             self.accelerator.state.fsdp_plugin.auto_wrap_policy = None

@@ -172,7 +172,7 @@ def _export_reward(
     chat = (load_chat if trust else read_chat)(model, loading)
     clip = getattr(getattr(recipe, "ranking", None), "clip", ContrastRanking().clip)
     exported = export_reward(records, folder, model=model, chat=chat, loading=loading, clip=clip)
-    return Exported(exported.paths, exported.count, left_out)
+    return Exported(exported.paths, exported.count, [*left_out, *exported.left_out])
 
 
 def _allowed(of: RoundView, records: Stored[Any]) -> tuple[Stored[Any], list[str]]:
