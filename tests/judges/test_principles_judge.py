@@ -85,7 +85,7 @@ def test_a_conversation_that_the_template_refuses_has_no_score(tmp_path: Path, k
                                 "judge"))  # fmt: skip
     assert judge is not None
     refused = query("No.", principles=OWN)
-    said = judge.compare_all([Pair(refused, *TEXTS[:2]), Pair(query(principles=OWN), *TEXTS[:2])])
+    said = judge.compare_all([Pair(q, *TEXTS[::3]) for q in (refused, query(principles=OWN))])
     assert (said[0].verdict, said[0].reason) == (Verdict.UNPARSEABLE, "template_refuses")
     assert said[1].verdict in (Verdict.FIRST, Verdict.SECOND)
 
