@@ -67,7 +67,7 @@ REQUEST_FAILED = "request_failed"
 #: That of a conversation which the chat template refuses.
 REFUSED = f"{REQUEST_FAILED}:template"
 
-#: What templates said, each of which is told once.
+#: Why templates refused conversations; each reason is a warning once per process.
 _SAID: set[str] = set()
 
 

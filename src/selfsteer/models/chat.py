@@ -30,7 +30,7 @@ from selfsteer.recipe.sections import did_you_mean
 _PROBE = "Probe of the template"
 _HI = Message("user", "Hi")
 
-#: What is said in the turns of a conversation that a template must show whole; the number is last.
+#: Text of the turns that a template must show whole; the number of the turn is put after it.
 _WHOLE = "This is said to see whether the template shows it. " * 8
 
 #: Variables of a template that no setting gives.
@@ -92,7 +92,7 @@ class ChatFormat:
 
     Raises:
         ArtifactError: the tokenizer has no chat template, the template fails, does not end or
-            leaves out what is said in a conversation that it takes, or no token ends a turn.
+            leaves out a turn of a conversation that it takes, or no token ends a turn.
         ConfigError: the template reads no such variable.
     """
 

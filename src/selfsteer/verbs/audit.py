@@ -109,7 +109,7 @@ def audit(
 def _compare_sources(run: "RunView", *, queries: bool, judge: bool) -> None:
     """Refuses other prompts than the run was made with, if they are the run's.
 
-    Another catalogue is told, and another judge where it is the run's.
+    A changed catalogue is a warning, and so is a changed judge where it is the run's.
     """
     from selfsteer.run.sources import check_sources
 
