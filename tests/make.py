@@ -152,6 +152,12 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+#: Put before a template, it refuses the question "No."
+REFUSING = (
+    "{% for m in messages %}{% if m.content == 'No.' %}{{ raise_exception('not this') }}"
+    "{% endif %}{% endfor %}"
+)
+
 FAMILIES = {
     "llama": Family(
         LlamaConfig,

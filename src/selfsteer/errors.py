@@ -63,6 +63,10 @@ class DataError(SelfsteerError, ValueError):
     exit_code = 2
 
 
+class RefusedConversation(DataError):
+    """A conversation of which the chat template makes no text."""
+
+
 class ArtifactError(SelfsteerError, RuntimeError):
     """A model, a run folder or the disk is not in the state that the work needs."""
 

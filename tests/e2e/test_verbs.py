@@ -1,6 +1,7 @@
 """The other verbs: train, init, chat, show, export; and the documented examples."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from selfsteer.recipe.read import recipe_names
 from tests.e2e.support import TESTBED, Here, artefacts, environment, fails, finished
-from tests.make import FAMILIES
+from tests.make import FAMILIES, REFUSING, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,34 @@ def test_train_drops_what_a_run_would_drop(tmp_path: Path, here: Here) -> None:
 
 
 @pytest.mark.slow
+def test_a_conversation_that_the_template_refuses_is_dropped(tmp_path: Path, here: Here) -> None:
+    model = make_checkpoint(tmp_path / "m", "qwen2")
+    template = model / "chat_template.jinja"
+    template.write_text(REFUSING + template.read_text())
+    rows = [
+        {"id": i, "prompt": asked, "chosen": "Grass.", "rejected": "Bricks."}
+        for i, asked in enumerate(("What do sheep eat?", "No.", "What do cows eat?"))
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ended = here("train", model, path, "objective=pbaa", f"output={tmp_path / 'o'}", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert (found["n_out"], found["dropped"]) == (2, {"template_refuses": 1})
+
+    scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    shutil.copytree(model, tmp_path / "r")
+    scorer.save_pretrained(tmp_path / "r")
+    for judge in (model, tmp_path / "r"):
+        ended = here("rewardbench", judge, path, "--json")
+        assert ended.code == 0, ended.err
+        found = json.loads(ended.out)
+        assert (found["rows_read"], found["rows"]) == (3, 2)
+        assert found["dropped"] == {"template_refuses": 1}
+    path.write_text(json.dumps(rows[1]))
+    fails(here("rewardbench", model, path), 2, "refuses the conversation of every row")
+
+
 def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path, here: Here) -> None:
     path = tmp_path / "a.json"
     # four a step: in the last one a single query is left, and one rank without work

@@ -21,7 +21,7 @@ from selfsteer.recipe.read import validate
 from selfsteer.recipe.sections import JudgeConfig, Loading
 from selfsteer.report.browser import _from_scores
 from tests.fakes import FakeJudge
-from tests.make import make_checkpoint, query, recipe, triple
+from tests.make import REFUSING, make_checkpoint, query, recipe, triple
 
 OWN = {"good": "Be accurate.", "bad": "Do not reveal anything that helps."}
 OTHER = {"good": "Answer in one word.", "bad": "Repeat yourself."}
@@ -64,13 +64,6 @@ def test_scores_are_the_contrasts_and_are_asked_once(
     )
     with pytest.raises(AssertionError, match="loaded again"):  # another yardstick
         PrinciplesJudge(settings(policy, clip=0.1), tmp_path).score_all([(asked, TEXTS[0])])
-
-
-#: Put before a template, it refuses the question "No."
-REFUSING = (
-    "{% for m in messages %}{% if m.content == 'No.' %}{{ raise_exception('not this') }}"
-    "{% endif %}{% endfor %}"
-)
 
 
 @pytest.mark.parametrize("kind", ["principles", "reward"])

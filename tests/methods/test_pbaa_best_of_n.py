@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ class Ranker:
 
     def __init__(self, *args: Any, **more: Any) -> None:
         assert more["clip"] == 0.2
+        self.loaded = SimpleNamespace(chat=self)
+
+    def prompt_ids(self, messages: Any) -> None: ...
 
     def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(q.extra["principles"]["good"] == f"Be fine {q.id}." for q, _ in answers)

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, RefusedConversation
 from selfsteer.methods import METHODS
 from selfsteer.methods.base import PrincipledPairs
 from selfsteer.methods.online import SSOOnline
@@ -28,7 +29,12 @@ SCORES = {"sure": 0.15, "same": 0.05, "worse": -0.1, "long": None}
 class Ranker:
     """In `PrincipleContrast`'s place; checks that queries come with their own principles."""
 
-    def __init__(self, *args: Any, **more: Any) -> None: ...
+    def __init__(self, *args: Any, **more: Any) -> None:
+        self.loaded = SimpleNamespace(chat=self)
+
+    def prompt_ids(self, messages: Any) -> None:
+        if "refused" in messages[-1].content:
+            raise RefusedConversation("not this")
 
     def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(
@@ -42,6 +48,7 @@ TRIPLES = (
     triple("wrong", "Accuracy", good="worse", bad="sure", plain="same"),
     triple("tie", "Accuracy", good="same", bad="same", plain="worse"),
     triple("cut", "Accuracy", good="sure", bad="long", plain="worse"),
+    triple("refused", "Accuracy", text="refused", good="sure", bad="long", plain="worse"),
     triple("right too", "Accuracy", good="sure", bad="worse"),
 )
 
@@ -63,8 +70,8 @@ def test_what_the_principles_confirm_is_left(
     result = stage.run(run)
     found = [t.id for t in stored_triples(run / stage.outputs[0])]
     assert found == (left or ["right", "wrong", "tie", "right too"])
-    assert result.n_in == 5 == result.n_out + result.dropped.total()
-    assert result.dropped["prompt_too_long"] == 1
+    assert result.n_in == 6 == result.n_out + result.dropped.total()
+    assert (result.dropped["prompt_too_long"], result.dropped["template_refuses"]) == (1, 1)
     assert result.notes == {"lead": pytest.approx((0.25 - 0.25 + 0 + 0.25) / 4), "leads": 0.5}
     dropped = {d.id: d.reason for d in read_dropped(run / f"{stage.name}.dropped.jsonl")}
     assert dropped["cut"] == "prompt_too_long"

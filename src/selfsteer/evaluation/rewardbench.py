@@ -26,9 +26,10 @@ from selfsteer.data.files import Rows, Unusable
 from selfsteer.data.reading import Drops, read
 from selfsteer.data.records import Query
 from selfsteer.data.shapes import asked, unfolded
-from selfsteer.errors import DataError, short
+from selfsteer.errors import DataError, RefusedConversation, short
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.stats import Interval, proportion_interval
+from selfsteer.models.chat import ChatFormat
 
 #: Section → subset → prompts in the published set, which weigh the subsets of a section. Maths has
 #: 447 prompts and counts as 984, so that it weighs as much as the six code subsets together.
@@ -129,6 +130,21 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{name} must be a text, texts or a conversation, found {short(value)}")
     return tuple(texts)
+
+
+def readable(items: Sequence[Item], chat: ChatFormat) -> list[Item]:
+    """Those whose conversations, with every answer, the model's chat template does not refuse."""
+
+    def reads(item: Item) -> bool:
+        try:
+            for answer in item.answers:
+                chat.prompt_ids(item.query.messages)
+                chat.exchange_ids(item.query.messages, answer)
+        except RefusedConversation:
+            return False
+        return True
+
+    return [item for item in items if reads(item)]
 
 
 def outcome(item: Item, scores: Sequence[float]) -> float:

@@ -22,7 +22,13 @@ from types import BuiltinMethodType, MethodType
 from typing import Any, NamedTuple
 
 from selfsteer.data.records import Message, Triple
-from selfsteer.errors import ArtifactError, ConfigError, DataError, short
+from selfsteer.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    RefusedConversation,
+    short,
+)
 from selfsteer.models.reasoning import MARKS, answer_at, bare_thoughts, opened, split
 from selfsteer.principles.contexts import context_messages
 from selfsteer.recipe.sections import did_you_mean
@@ -487,7 +493,7 @@ class ChatFormat:
         try:
             return self._render(folded, mark, add_generation_prompt=opens)
         except Exception as e:  # templates are programs
-            raise DataError(
+            raise RefusedConversation(
                 f"The chat template of {self.source} refuses a conversation with the roles "
                 f"{', '.join(m.role for m in folded)}: {e}"
             ) from e
@@ -575,8 +581,8 @@ class ChatFormat:
             max_length: tokens kept of prompt + response; the response's end is cut.
 
         Raises:
-            DataError: the response is absent or has no tokens within ``max_length``, or the
-                template refuses the conversation.
+            DataError: the response is absent or has no tokens within ``max_length``.
+            RefusedConversation: by the template.
         """
         context, _, response = name.partition("/")
         if response not in triple.responses:
@@ -590,8 +596,8 @@ class ChatFormat:
                 reasoning=triple.reasoning.get(response, ""),
                 finished=triple.finished(response),
             )
-        except DataError as e:
-            raise DataError(f"triple {triple.id}: {name}: {e}") from e
+        except RefusedConversation as e:
+            raise RefusedConversation(f"triple {triple.id}: {name}: {e}") from e
         prompt, answer = whole.prompt_ids, whole.response_ids
         if max_length is not None:
             answer = answer[: max(max_length - len(prompt), 0)]
@@ -630,12 +636,14 @@ def _unused(messages: Sequence[Message]) -> str:
     """A mark that stands in none of the messages.
 
     Raises:
-        DataError: they have all of them.
+        RefusedConversation: they have all of them.
     """
     there = set[str]().union(*(m.content for m in messages))
     found = next((c for c in _MARKS if c not in there), None)
     if found is None:
-        raise DataError("A conversation has all characters that could mark a place in it.")
+        raise RefusedConversation(
+            "A conversation has all characters that could mark a place in it."
+        )
     return found
 
 

@@ -11,8 +11,10 @@ from typing_extensions import override
 
 from selfsteer.data.jsonl import batched, dump_line, write_atomic
 from selfsteer.data.records import Dropped, Query, Triple
+from selfsteer.errors import RefusedConversation
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES
+from selfsteer.models.chat import ChatFormat
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
@@ -36,8 +38,8 @@ class KeepContrasting(Stage):
 
     A response written under the good principle need not be better than the other one. The lead is
     r(good) − r(bad), or r(good) − r(plain) where the plain response is rejected, with r of
-    `PrincipleContrast`. Dropped are ``low_contrast`` and, without a score, ``prompt_too_long`` or
-    ``empty``: cut off before the first token.
+    `PrincipleContrast`. Dropped are ``low_contrast`` and, without a score, ``prompt_too_long``,
+    ``template_refuses``, or ``empty``: cut off before the first token.
 
     Args:
         samples: triples or pairs of them, with their principles.
@@ -74,7 +76,7 @@ class KeepContrasting(Stage):
                     found = leads_of(ranker, part, rejected)
                     for triple, its_lead in zip(part, found, strict=True):
                         if its_lead is None:
-                            drops.add(_without_score(triple))
+                            drops.add(_without_score(triple, ranker.loaded.chat))
                             continue
                         leads.append(its_lead)
                         if its_lead < self.least:
@@ -116,9 +118,14 @@ def sides_of(
     return list(zip(scores, scores, strict=True))
 
 
-def _without_score(triple: Triple) -> Dropped:
-    empty = not all(triple.responses.values())
-    return Dropped(triple.id, "empty" if empty else "prompt_too_long", triple)
+def _without_score(triple: Triple, chat: ChatFormat) -> Dropped:
+    if not all(triple.responses.values()):
+        return Dropped(triple.id, "empty", triple)
+    try:
+        chat.prompt_ids(triple.messages)
+    except RefusedConversation:
+        return Dropped(triple.id, "template_refuses", triple)
+    return Dropped(triple.id, "prompt_too_long", triple)
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,8 @@ class PickFurthest(Stage):
     """Of several answers under each principle, the good and the bad one furthest apart.
 
     Chosen are the good response with the highest r and the bad one with the lowest, with r of
-    `PrincipleContrast`; they may be of different triples. Dropped are ``prompt_too_long`` and
-    ``empty`` (no score on one of the sides).
+    `PrincipleContrast`; they may be of different triples. Dropped are ``prompt_too_long``,
+    ``template_refuses`` and ``empty`` (no score on one of the sides).
 
     Args:
         samples: sets of triples with a good and a bad response and their principles, each in id
@@ -169,8 +176,8 @@ class PickFurthest(Stage):
                     sides = iter(sides_of(ranker, list(chain.from_iterable(part)), lambda _: "bad"))
                     for triples in part:
                         made = furthest(triples, [next(sides) for _ in triples])
-                        if isinstance(made, Dropped):
-                            drops.add(made)
+                        if made is None:
+                            drops.add(_without_score(triples[0], ranker.loaded.chat))
                         else:
                             kept += 1
                             yield dump_line(made)
@@ -181,12 +188,15 @@ class PickFurthest(Stage):
         return StageResult(kept + drops.counts.total(), kept, drops.counts)
 
 
-def furthest(triples: Sequence[Triple], sides: Sequence[Sides]) -> Triple | Dropped:
-    """The best good and the worst bad response among triples of one query, the first of equals."""
+def furthest(triples: Sequence[Triple], sides: Sequence[Sides]) -> Triple | None:
+    """The best good and the worst bad response among triples of one query, the first of equals.
+
+    None where one of the sides has no score at all.
+    """
     good = {i: score for i, (score, _) in enumerate(sides) if score is not None}
     bad = {i: score for i, (_, score) in enumerate(sides) if score is not None}
     if not good or not bad:
-        return _without_score(triples[0])
+        return None
     best, worst = triples[max(good, key=good.__getitem__)], triples[min(bad, key=bad.__getitem__)]
     responses, reasons, thoughts = (
         {**renamed(b, {"good": "good"}), **renamed(w, {"bad": "bad"})}

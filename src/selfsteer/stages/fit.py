@@ -11,7 +11,7 @@ from selfsteer.data.digests import derive_seed, digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Triple
 from selfsteer.engines.base import SamplingParams
-from selfsteer.errors import DataError
+from selfsteer.errors import DataError, RefusedConversation
 from selfsteer.judges.load import load_judge
 from selfsteer.models.load import LoadedModel, load_model
 from selfsteer.models.store import open_scores
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 def fit(stage: "Train", run: RunFolder) -> StageResult:
     """Trains a policy or a generator, on every rank; writes its folder and its candidates' figures.
 
-    Dropped are ``prompt_too_long``, ``held_out``: queries that its candidates answer, and
-    ``no_targets`` or ``no_figures``: what the teacher, or `FigurePairs`, dropped.
+    Dropped are ``prompt_too_long``, ``template_refuses``, ``held_out``: queries that its candidates
+    answer, and ``no_targets`` or ``no_figures``: what the teacher, or `FigurePairs`, dropped.
     """
     start, settings, lora = str(stage.start.path), stage.settings, stage.lora
     triples = stored_pairs(stage.data.path)
@@ -170,7 +170,7 @@ def encode(
     max_length: int,
     folder: Path,
 ) -> tuple[Examples, dict[str, str], int]:
-    """Each triple's sequences; a triple whose prompt leaves no room for a response is dropped.
+    """Each triple's sequences; one whose prompt leaves no room for a response is dropped.
 
     Args:
         loaded: the model, whose chat format encodes.
@@ -189,7 +189,11 @@ def encode(
     examples, dropped = Examples(objective.sequences, folder), dict[str, str]()
     truncated = longest = 0
     for triple in triples:
-        whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
+        try:
+            whole = {name: loaded.chat.sequence(triple, name) for name in objective.sequences}
+        except RefusedConversation:
+            dropped[triple.id] = "template_refuses"
+            continue
         if any(len(s.prompt_ids) >= max_length for s in whole.values()):
             dropped[triple.id] = "prompt_too_long"
             continue

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from selfsteer.verbs.common import AsJson, emit
 
 if TYPE_CHECKING:
     from selfsteer.judges.base import Scorer
+    from selfsteer.recipe.sections import Policy
 
 
 def rewardbench(
@@ -61,14 +62,18 @@ def rewardbench(
     from selfsteer.data.digests import digest_path
     from selfsteer.data.files import read_rows
     from selfsteer.data.jsonl import write_atomic
-    from selfsteer.evaluation.rewardbench import evaluate, markdown, read_items
-    from selfsteer.recipe.sections import resolve_path
+    from selfsteer.evaluation.rewardbench import evaluate, markdown, read_items, readable
+    from selfsteer.models.load import load_chat
+    from selfsteer.recipe.read import validate
+    from selfsteer.recipe.sections import Policy, resolve_path
     from selfsteer.run.folder import versions
 
     if out_file is not None and out_file.suffix != ".json":
         raise ConfigError(f"{out_file} would hold JSON; choose an --out that ends in .json.")
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    scorer = _scorer(model, ref, beta, batch_size, loading, per_token=per_token)
+    given = {"model": resolve_path(model), **loading}
+    policy = validate(Policy, given, "options of rewardbench")
+    scorer = _scorer(model, policy, ref, beta, batch_size, per_token=per_token)
     items, dropped, examples = read_items(read_rows(file), file.stem)
     for example in examples:
         warn(f"dropped: {example}")
@@ -77,7 +82,12 @@ def rewardbench(
             f"{file} has no row with prompt, chosen and rejected answers. Give JSONL, JSON, "
             "Parquet or CSV with these columns, and subset where there are several."
         )
-    found = evaluate(items, scorer, np.random.default_rng(seed))
+    read = readable(items, load_chat(policy.model, policy))
+    if refused := len(items) - len(read):
+        dropped["template_refuses"] = refused
+    if not read:
+        raise DataError(f"The chat template of {model} refuses the conversation of every row.")
+    found = evaluate(read, scorer, np.random.default_rng(seed))
     if too_long := found.pop("too_long"):
         dropped["too_long"] = too_long
     report = {
@@ -103,10 +113,10 @@ def rewardbench(
 
 def _scorer(
     model: str,
+    policy: "Policy",
     reference: str | None,
     beta: float | None,
     batch_size: int | None,
-    loading: dict[str, Any],
     *,
     per_token: bool,
 ) -> "Scorer":
@@ -119,15 +129,15 @@ def _scorer(
     from selfsteer.judges.reward import RewardJudge
     from selfsteer.models.load import is_reward_model
     from selfsteer.recipe.read import validate
-    from selfsteer.recipe.sections import JudgeConfig, Policy, resolve_path
+    from selfsteer.recipe.sections import JudgeConfig
 
-    source = resolve_path(model)
-    policy = validate(Policy, {"model": source, **loading}, "options of rewardbench")
+    source = policy.model
     if is_reward_model(source, policy):
         for name, given in (("--ref", reference), ("--beta", beta), ("--per-token", per_token)):
             if given not in (None, False):
                 raise ConfigError(f"{name} has no effect: {model} is a reward model; leave it out.")
-        judge = {"kind": "reward", "model": source, "batch_size": batch_size or 32, **loading}
+        judge = {"kind": "reward", "model": source, "batch_size": batch_size or 32}
+        judge |= policy.model_dump(include={"dtype", "device", "trust_remote_code"})
         return RewardJudge(validate(JudgeConfig, judge, "options of rewardbench"))
     if batch_size is not None:
         raise ConfigError(
