@@ -53,7 +53,7 @@ def main() -> None:
         "one_again": ask(here, sampled, 1),
         "two": ask(here, sampled, 2),
         "cut": ask(here, SamplingParams(0.0, 1.0, 3)),
-        "long": ask(here, greedy, questions=("Wait, " * 600, QUESTIONS[0])),
+        "long": ask(here, greedy, questions=("Wait, " * 600, "\ud800", QUESTIONS[0])),
     }
     said = {name: [astuple(c)[1:] for c in completions] for name, completions in found.items()}
     processes = psutil.Process().children(recursive=True)

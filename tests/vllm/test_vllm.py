@@ -64,11 +64,12 @@ def test_each_request_has_a_seed_of_its_own(said: dict[str, Any]) -> None:
     assert sum(a != b for a, b in zip(said["one"], said["two"], strict=True)) >= 2
 
 
-def test_a_cut_off_answer_and_a_prompt_without_room_say_so(said: dict[str, Any]) -> None:
+def test_a_cut_off_answer_and_a_prompt_without_room_or_form_say_so(said: dict[str, Any]) -> None:
     assert {(c[1], c[3]) for c in said["cut"]} == {("length", 3)}
-    too_long, fits = said["long"]
+    too_long, refused, fits = said["long"]
     assert (too_long[0], too_long[1], too_long[3]) == ("", "prompt_too_long", 0)
     assert too_long[2] > 512
+    assert (refused[0], refused[1]) == ("", "request_failed:template")
     assert fits == said["greedy"][0]
 
 

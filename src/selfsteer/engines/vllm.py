@@ -97,10 +97,10 @@ class VllmEngine(ProbedEngine):
         engine, limit = self._llm.llm_engine, self.context_length
         waiting: dict[str, tuple[str, int]] = {}
         refused = refusals(self.chat, requests)
-        advance(len(refused), 0)
-        yield from refused.values()
         for r in requests:
             if r.id in refused:
+                advance(1, 0)
+                yield refused[r.id]
                 continue
             prompt = self.chat.prompt_ids(r.messages)
             if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
