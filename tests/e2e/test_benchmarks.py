@@ -171,6 +171,34 @@ def test_a_task_is_asked_again_once_its_data_is_another(
     assert column(json.loads(here(*args).out), "tiny_say")[TESTBED]["questions"] == 4
 
 
+def test_data_count_of_tasks_within_a_group_and_beside_the_results(
+    tasks: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = yaml.safe_load((tasks / "tiny_say.yaml").read_text()) | {"task": "inner_say"}
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    own, folder = tmp_path / "project/test.jsonl", tmp_path / "own"
+    folder.mkdir()
+    args = ("benchmark", TESTBED, "--task", "mine", "--task-folder", folder, *SMALL, "--json")
+    for name, where in (
+        ("file", {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(own)}}}),
+        ("folder", {"dataset_path": str(own.parent), "dataset_kwargs": None}),
+    ):
+        group = {
+            "group": "mine",
+            "task": [task | where],
+            "aggregate_metric_list": [{"metric": "exact_match", "weight_by_size": True}],
+        }
+        (folder / "mine.yaml").write_text(yaml.safe_dump(group))
+        for count in (2, 3):
+            rows(own, *QUIZ[:count])
+            ended = here(*args, "--to", f"out-{name}")
+            assert ended.code == 0, ended.err
+            assert column(json.loads(ended.out), "mine")[TESTBED]["questions"] == count
+        told = "in which this command runs" in " ".join(ended.err.split())
+        assert told == (name == "folder")
+
+
 def test_a_task_whose_scoring_lacks_its_data_is_named(
     tasks: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

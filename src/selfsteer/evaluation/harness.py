@@ -28,7 +28,7 @@ from selfsteer.data.records import Message
 from selfsteer.errors import ArtifactError, ConfigError, short
 from selfsteer.models.reasoning import UNFINISHED_REASONING, opened
 from selfsteer.recipe.sections import Benchmarks, HarnessTask, resolve_path
-from selfsteer.terminal import progress_bar, say
+from selfsteer.terminal import progress_bar, say, warn
 
 if TYPE_CHECKING:
     from selfsteer.models.load import LoadedModel
@@ -52,15 +52,15 @@ def harness_identity(settings: Benchmarks) -> dict[str, Any]:
     """
     own = settings.model_dump(include={"chat_template", "limit"})
     folders = _folders(settings)
-    data = {name: digest_path(Path(name)) for name in sorted(_local_data(folders))}
+    data = {}
+    for path in sorted(_local_data(folders)):
+        inside = sorted(p for p in path.iterdir() if p.is_file()) if _holds_work(path) else [path]
+        data |= {str(p): digest_path(p) for p in inside}
     return {**own, "folders": [digest_path(f) for f in folders], "data": data}
 
 
-def _local_data(folders: Iterable[Path]) -> set[str]:
-    """The files and folders that tasks of these folders name, patterns spelled out.
-
-    A folder that the present one lies in is left out: results are written there as well.
-    """
+def _local_data(folders: Iterable[Path]) -> set[Path]:
+    """The files and folders that tasks of these folders name, patterns spelled out."""
     named, seen = set[str](), set[Path]()
     todo = list(chain.from_iterable(f.rglob("*.y*ml") for f in folders))
     while todo:
@@ -71,30 +71,44 @@ def _local_data(folders: Iterable[Path]) -> set[str]:
         with suppress(yaml.YAMLError, UnicodeDecodeError):
             # nodes alone: what tags such as !function stand for is not made
             root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-            found = root.value if isinstance(root, yaml.MappingNode) else []
-            for key, value in found:
-                if key.value in ("dataset_path", "dataset_kwargs"):
-                    named.update(_texts([value]))
-                elif key.value == "include":  # often a file without an ending
-                    todo += [path.parent / text for text in _texts([value])]
-    spelled = {name for text in named for name in glob(text, recursive=True)}
-    return {name for name in spelled if not Path.cwd().is_relative_to(Path(name).resolve())}
+            for key, value in _entries(root):
+                if key in ("dataset_path", "dataset_kwargs"):
+                    named.update(_texts(value))
+                elif key == "include":  # often a file without an ending
+                    todo += [path.parent / text for text in _texts(value)]
+    return {Path(name) for text in named for name in glob(text, recursive=True)}
 
 
-def _texts(nodes: Iterable[yaml.Node]) -> Iterator[str]:
-    """The texts in these nodes, each read once: aliases share them."""
-    todo, seen = list(nodes), set[int]()
+def _holds_work(path: Path) -> bool:
+    """Whether the present folder lies in it: runs and results are written there as well."""
+    return path.is_dir() and Path.cwd().is_relative_to(path.resolve())
+
+
+def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+    """A node and those in it, each once: aliases share them."""
+    todo, seen = [root] if root else [], set[int]()
     while todo:
         node = todo.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node, yaml.ScalarNode):
-            yield str(node.value)
-        elif isinstance(node, yaml.MappingNode):
+        yield node
+        if isinstance(node, yaml.MappingNode):
             todo += [value for _, value in node.value]
-        else:
+        elif isinstance(node, yaml.SequenceNode):
             todo += node.value
+
+
+def _entries(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
+    """The keys with their values at any depth: a group may define tasks in itself."""
+    for node in _nodes(root):
+        if isinstance(node, yaml.MappingNode):
+            yield from ((str(key.value), value) for key, value in node.value)
+
+
+def _texts(root: yaml.Node) -> Iterator[str]:
+    """The texts in a node."""
+    return (str(node.value) for node in _nodes(root) if isinstance(node, yaml.ScalarNode))
 
 
 def check_tasks(settings: Benchmarks) -> None:
@@ -106,6 +120,12 @@ def check_tasks(settings: Benchmarks) -> None:
     if find_spec("lm_eval") is None:
         raise ConfigError(
             "benchmarks.tasks needs lm-evaluation-harness: pip install 'selfsteer[eval]'."
+        )
+    for path in filter(_holds_work, sorted(_local_data(_folders(settings)))):
+        warn(
+            f"benchmarks.task_folders: tasks name the folder {path}, in which this command runs. "
+            "Scores are kept until a file directly in it is another one; what changes in its own "
+            "folders is not noticed. Put the data into a folder of their own."
         )
     manager = _manager(settings)
     for task in settings.tasks:

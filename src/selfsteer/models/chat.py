@@ -8,7 +8,7 @@ token: training on one would teach stopping in mid-sentence.
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -571,6 +571,16 @@ class ChatFormat:
             len(self.response_ids(text)) - 1 + done if self._cuts(text) else len(ids) + done
             for ids, (text, done) in zip(found, responses, strict=True)
         ]
+
+    def refuses(self, triple: Triple, sequences: Iterable[str]) -> bool:
+        """Whether the template refuses a triple's conversation in the context of one of these."""
+        try:
+            for context in {name.partition("/")[0] for name in sequences}:
+                asked = context_messages(triple.messages, triple.principles, context)
+                self.prompt_ids(asked, reasoned=False)  # which keeps them
+        except RefusedConversation:
+            return True
+        return False
 
     def sequence(self, triple: Triple, name: str, max_length: int | None = None) -> EncodedSequence:
         """The sequence ``context/response`` of a triple.

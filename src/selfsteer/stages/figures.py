@@ -78,7 +78,9 @@ class FigurePairs(Stage):
                 asked = {}
                 for triple in part:
                     own = replace(triple, principles=principles.get(triple.id))
-                    if sequences := self._sequences(loaded, own):
+                    if loaded.chat.refuses(own, ("plain/good", *self.objective.read)):
+                        drops.add(Dropped(triple.id, "template_refuses", triple))
+                    elif sequences := self._sequences(loaded, own):
                         asked[triple.id] = sequences
                     else:
                         drops.add(Dropped(triple.id, "prompt_too_long", triple))

@@ -83,10 +83,11 @@ class MeasureQuality(Stage):
         own = list(at(triples, _places(len(triples), rng)))
         loaded = load_model(str(self.policy.path), self.loading)
         measured = []
-        for name, size, chosen, sequences in (
+        for name, size, picked, sequences in (
             ("preferences", len(preferences), list(pairs.values()), self._sequences),
             ("triples", len(triples), own, (*PLAIN_SEQUENCES, "plain/plain", *GAP_SEQUENCES)),
         ):
+            chosen = [t for t in picked if not loaded.chat.refuses(t, sequences)]
             if not chosen:
                 continue
             flat = [loaded.chat.sequence(t, s) for s in sequences for t in chosen]

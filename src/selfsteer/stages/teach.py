@@ -100,6 +100,8 @@ class Teach(Stage):
         limit = teacher.loaded.context_length
         if not triple.responses["plain"]:
             return Dropped(triple.id, "empty", triple)
+        if teacher.loaded.chat.refuses(triple, self.objective.read):
+            return Dropped(triple.id, "template_refuses", triple)
         found = [teacher.loaded.chat.sequence(triple, name) for name in self.objective.read]
         if limit is not None and max(map(len, found)) > limit:
             return Dropped(triple.id, "prompt_too_long", triple)
