@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,25 @@ def test_win_rates_drops_and_lengths_against_a_baseline() -> None:
     found = judge_set(settings, questions, answers, baseline, lost, 0)["mine"]
     assert found["win_rate"] is None
     assert "length_controlled" not in found
+
+
+def test_a_cut_off_answer_is_rated_as_such() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    class Scoring(OracleJudge):
+        def score_all(
+            self, answers: Sequence[tuple[Query, str]], finished: Sequence[bool] | None = None
+        ) -> list[float | None]:
+            assert finished is not None
+            asked.extend((text, end) for (_, text), end in zip(answers, finished, strict=True))
+            return [1.0] * len(answers)
+
+    question = Question("a", (Message("user", "A?"),), ("More?",))
+    said = {"mine": {"a": Answered("a", ("Whole.", "In ha"), ("stop", "length"))}}
+    settings = JudgedSet(style="mt-bench", questions="q.jsonl")
+    found = judge_set(settings, [question], said, {}, Scoring(), 0)["mine"]
+    assert asked == [("Whole.", True), ("In ha", False)]
+    assert found["unfinished"] == 1
 
 
 def test_ratings_by_turn_and_category_with_unparseable_ones_counted() -> None:

@@ -30,6 +30,7 @@ from selfsteer.models.load import (
     load_chat,
     load_model,
     load_reward_start,
+    serving_notes,
 )
 from selfsteer.models.merge import merge_adapter
 from selfsteer.models.save import add_lora, save_model, save_tokenizer
@@ -420,6 +421,17 @@ def test_ends_of_answers_that_are_no_tokens_are_refused(
         TransformersEngine(load_model(model, CPU))
     with pytest.raises(ArtifactError, match="eos_token_id"):
         configured_stops(model, CPU)
+
+
+def test_what_others_generate_by_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    llama = shutil.copytree(checkpoints["llama"], tmp_path / "llama")
+    assert serving_notes(str(llama), CPU) == []
+    own = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "top_k": 20, "do_sample": True}
+    model = altered(llama, "generation_config.json", lambda held: {**held, **own})
+    (note,) = serving_notes(model, CPU)
+    assert "has repetition_penalty: 1.3 in its generation_config.json" in note
+    (llama / "generation_config.json").unlink()
+    assert serving_notes(str(llama), CPU) == []
 
 
 def test_attention_that_is_no_name_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -175,6 +175,11 @@ def run_task(
     with _quiet():
         try:
             tasks = manager.load([task.name])
+        except TypeError as e:
+            raise ConfigError(
+                f"Task {task.name} cannot be made of its YAML: {e}. Correct the file, or name "
+                "another task."
+            ) from e
         except Exception as e:  # whatever the task's own code and its data set raise
             raise _unavailable(task.name, e) from e
         _set_fewshot(task, tasks["tasks"], seed)

@@ -181,6 +181,7 @@ def _rate(
                 q.query(found[q.id].responses[:turn]),
                 found[q.id].responses[turn],
                 dict(enumerate(q.references)).get(turn),
+                found[q.id].finish_reasons[turn] != "length",
             )
             for q, turn in places
         ],

@@ -83,11 +83,15 @@ REFERENCE = """
 
 @dataclass(frozen=True)
 class Exchange:
-    """One answer to rate: the conversation up to it, and a correct answer where one is known."""
+    """One answer to rate: the conversation up to it, and a correct answer where one is known.
+
+    ``finished`` says whether the answer ended by itself.
+    """
 
     query: Query
     answer: str
     reference: str | None = None
+    finished: bool = True
 
 
 class ChatJudge:
@@ -213,7 +217,8 @@ def rate(judge: Judge, exchanges: Sequence[Exchange]) -> list[tuple[float | None
         return judge.rate_all(exchanges)
     if not isinstance(judge, ScoringJudge):
         raise TypeError(f"{judge.name} cannot rate a single answer")
-    scores = judge.score_all([(e.query, e.answer) for e in exchanges])
+    answers = [(e.query, e.answer) for e in exchanges]
+    scores = judge.score_all(answers, [e.finished for e in exchanges])
     return [(s, "" if s is not None else "unscored") for s in scores]
 
 

@@ -171,6 +171,36 @@ def _stops(held: str, settings: Loading, **more: Any) -> list[int]:
     return stop_tokens(held, found)
 
 
+#: Of a generation config, what changes the likeliest answer, and the values that change nothing.
+_REWEIGHING: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+}
+
+
+def serving_notes(source: str, settings: Loading) -> list[str]:
+    """What its generation config has others do, and a run does not."""
+    held = checkpoint(source, settings)
+    try:
+        config = pretrained(GenerationConfig, "generation config", held, settings)
+    except ArtifactError:
+        return []  # it has none
+    values = {name: getattr(config, name, None) for name in _REWEIGHING}
+    found = [f"{k}: {short(v, 40)}" for k, v in values.items() if v not in _REWEIGHING[k]]
+    return found and [
+        f"{source} has {', '.join(found)} in its generation_config.json, and the trained model "
+        "keeps the file: whoever generates by it gets other answers than this run, which samples "
+        "and evaluates without"
+    ]
+
+
 def stop_tokens(source: str, configured: Any) -> list[int]:
     """The ids of tokens that a configuration's ``eos_token_id`` names.
 

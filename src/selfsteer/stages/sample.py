@@ -398,10 +398,10 @@ def check_budget(source: str, loading: Loading, budgets: Mapping[str, int]) -> I
         ArtifactError: no such model, or a chat template is missing.
         ConfigError: a budget exceeds the model's context.
     """
-    from selfsteer.models.load import load_chat, load_context_length
+    from selfsteer.models.load import load_chat, load_context_length, serving_notes
 
     chat = load_chat(source, loading)
-    yield from chat.notes
+    yield from (*chat.notes, *serving_notes(source, loading))
     limit = load_context_length(source, loading)
     for key, budget in budgets.items():
         if limit is not None and budget >= limit:

@@ -41,7 +41,8 @@ def benchmark(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="judge of those questions: chat:MODEL, reward:MODEL, checks:FILE or oracle"
+            help="judge of those questions: chat:MODEL, reward:MODEL, checks:FILE, oracle or a "
+            "section as in a recipe"
         ),
     ] = None,
     limit: Annotated[
