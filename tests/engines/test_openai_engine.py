@@ -37,7 +37,7 @@ from selfsteer.engines.base import (
 )
 from selfsteer.engines.launch import LaunchedServer
 from selfsteer.engines.load import Engines, check_engine, check_served
-from selfsteer.engines.openai import OpenAIEngine, retry_after, status_fault
+from selfsteer.engines.openai import Fault, OpenAIEngine, read_reply, retry_after, status_fault
 from selfsteer.engines.usage import Usage, as_stored
 from selfsteer.errors import ConfigError, EngineError
 from selfsteer.judges.base import Pair
@@ -1061,3 +1061,20 @@ def test_prompts_go_to_no_server_that_was_not_named(
         assert not other.asked
     assert "key=[key]" in str(e.value)
     assert "0123456789" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("choice", "usage", "said"),
+    [
+        ({"message": {"content": "So."}}, {}, "no finish_reason, so nobody knows"),
+        ({"message": {"content": "So."}, "finish_reason": None}, {}, "finish_reason is None"),
+        ({"message": {"content": ["So."]}, "finish_reason": "stop"}, {}, "content is no text"),
+        ({"message": {"content": "So."}, "finish_reason": "stop"}, {}, "no usage with prompt_"),
+        ({"finish_reason": "stop"}, {}, "no choice with a message"),
+    ],
+)
+def test_what_a_reply_lacks_is_named(
+    choice: dict[str, Any], usage: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(Fault, match=said):
+        read_reply(json.dumps({"choices": [choice], "usage": usage}).encode())

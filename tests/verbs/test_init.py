@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import pty
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from selfsteer.methods import recipe_of
 from selfsteer.recipe.read import recipe_names
 from selfsteer.verbs import advice, init, previewing
 from selfsteer.verbs.advice import GB, Goal, Hardware, Model, Prompts, Wishes
-from tests.e2e.support import Here, fails
+from tests.e2e.support import Here, environment, fails
 from tests.fakes import FakeEngine, answer_with
 from tests.make import write_jsonl
 
@@ -404,3 +407,39 @@ def test_ctrl_c_advises_no_run_of_a_temporary_folder(
     fails(ended, 2, "a model with a longer context as --model")
     monkeypatch.setattr(previewing, "preview", interrupt)
     fails(here("preview", "smoke"), 130, "nothing is kept")
+
+
+def test_ctrl_c_at_a_question_is_an_interrupt(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "selfsteer", "init", tmp_path / "a.yaml"],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env=environment(),
+    ) as running:
+        os.close(end)
+        said = b""
+        while b"model to align" not in said:
+            said += os.read(terminal, 1024)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 130
+        assert b"interrupted" in os.read(terminal, 1024)
+    os.close(terminal)
+
+
+def test_what_is_there_is_left_alone_and_named(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link.yaml").symlink_to("nowhere.yaml")
+    fails(here("init", "link.yaml"), 2, "is there already")
+    Path("rules.md").write_text("- Be brief.\n")
+    Path("rules.catalogue.yaml").write_text("features: {}\n")
+    model = "package:selfsteer.testbed/checkpoint"
+    ended = here("init", "a.yaml", "--goal", "constitution:rules.md", "--model", model)
+    fails(ended, 2, "as it is: --goal constitution:rules.catalogue.yaml")
+    prompts = "package:selfsteer.testbed/queries/align.jsonl"
+    ended = here("init", "b.yaml", "--prompts", prompts, "--held-out", prompts)
+    assert ended.code == 0, ended.err
+    assert "both trained and evaluated on" in " ".join(ended.err.split())

@@ -191,9 +191,21 @@ def read_reply(
             return Reply(answer.strip(), reason, asked, said, reasoning)
         case {"choices": [*choices]} if len(choices) != 1:
             raise Fault(f"{len(choices)}_choices", "one choice was asked for", used=used)
-    begin = hide(text)[:80]
-    what = f"no choice with a message, or no usage: {short(begin)}"
-    raise Fault("malformed_answer", what, used=used)
+    raise Fault("malformed_answer", f"{_lacking(value)}: {short(hide(text)[:80])}", used=used)
+
+
+def _lacking(value: Any) -> str:
+    """What a reply lacks."""
+    match value:
+        case {"choices": [{"message": {**message}, "finish_reason": reason}]}:
+            if not isinstance(message.get("content"), str | None):
+                return "content is no text"
+            if not isinstance(reason, str):
+                return f"finish_reason is {short(reason)}, so nobody knows whether it was cut off"
+            return "no usage with prompt_tokens and completion_tokens"
+        case {"choices": [{"message": {}}]}:
+            return "no finish_reason, so nobody knows whether it was cut off"
+    return "no choice with a message"
 
 
 def _is_count(tokens: int) -> bool:

@@ -52,7 +52,7 @@ def harness_identity(settings: Benchmarks) -> dict[str, Any]:
     """
     own = settings.model_dump(include={"chat_template", "limit"})
     folders = _folders(settings)
-    data = {}
+    data: dict[str, str] = {}
     for path in sorted(_local_data(folders)):
         inside = sorted(p for p in path.iterdir() if p.is_file()) if _holds_work(path) else [path]
         data |= {str(p): digest_path(p) for p in inside}

@@ -69,7 +69,7 @@ def init(
     from selfsteer.verbs import advice
     from selfsteer.verbs.schema import schema_text
 
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} is there already; choose another name or move it away.")
     asking = not yes and on_terminal()
     policy = _answer(
@@ -97,10 +97,17 @@ def init(
             f"{queries} holds no answer beside a prompt, and methods that learn from given answers "
             "need them. Give conversations that end in an answer, or choose another --goal."
         )
+    if queries is not None and queries == held_out:
+        warn(
+            f"{queries} is both trained and evaluated on, and a run drops every prompt that it "
+            "is evaluated on, so none will be left. Give --held-out other prompts."
+        )
     wanted = _opposed(wanted, policy, path)
     either = wanted.kind in ("quality", "constitution") and recipe is None
     if asking and pairs is None and either:
-        pairs = typer.confirm("do you want pairs to keep or to publish?", default=False, err=True)
+        pairs = _ask(
+            typer.confirm, "do you want pairs to keep or to publish?", default=False, err=True
+        )
     # without a model there is nothing to size
     machine = advice.hardware(hardware) if policy or hardware != "auto" else None
     wishes = advice.Wishes(policy, queries, found, machine, wanted, bool(pairs))
@@ -122,6 +129,16 @@ def on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
+def _ask(ask: Callable[..., Any], question: str, **more: Any) -> Any:
+    """What is answered; Ctrl-C is what it is elsewhere."""
+    try:
+        return ask(question, **more)
+    except typer.Abort as e:
+        if isinstance(e.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
 def _answer(asking: bool, given: str | None, question: str, read: Callable[[str], Any]) -> Any:
     """What an option or an answer says; None without one. A wrong answer is asked again."""
     if given is not None:
@@ -129,7 +146,7 @@ def _answer(asking: bool, given: str | None, question: str, read: Callable[[str]
     if not asking:
         return None
 
-    while text := typer.prompt(question, default="", show_default=False, err=True).strip():
+    while text := _ask(typer.prompt, question, default="", show_default=False, err=True).strip():
         try:
             return read(text)
         except SelfsteerError as e:
@@ -171,9 +188,9 @@ def _goal(text: str) -> Any:
         raise ConfigError(f"Choose 1 to {len(kinds)}.")
     kind = kinds[int(text) - 1]
     if kind == "style":
-        return Goal.read(f"style:{typer.prompt('catalogue', default=HOUSE_STYLE, err=True)}")
+        return Goal.read(f"style:{_ask(typer.prompt, 'catalogue', default=HOUSE_STYLE, err=True)}")
     if kind in NEEDS:
-        return Goal.read(f"{kind}:{typer.prompt(QUESTIONS[kind], err=True)}")
+        return Goal.read(f"{kind}:{_ask(typer.prompt, QUESTIONS[kind], err=True)}")
     return Goal(kind)
 
 
@@ -194,7 +211,12 @@ def _opposed(goal: "Goal", policy: "Model | None", path: Path) -> "Goal":
             f"constitution:{made}."
         )
     say(f"  {policy.source} writes the bad counterparts of the rules in {rules}")
-    report = import_rules(Path(rules), policy.source, made)
+    try:
+        report = import_rules(Path(rules), policy.source, made)
+    except ConfigError as e:
+        if made.exists():
+            raise ConfigError(f"{e} To use it as it is: --goal constitution:{made}.") from e
+        raise
     say(f"  {made}: {report['n_out']} of {report['n_in']} lines became features; read them")
     return Goal(goal.kind, str(made))
 
