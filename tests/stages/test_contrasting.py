@@ -1,5 +1,6 @@
 """Only pairs whose order the principles confirm are left, and every other one is counted."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
+from selfsteer.data.records import Preference
 from selfsteer.errors import ConfigError, RefusedConversation
 from selfsteer.methods import METHODS
 from selfsteer.methods.base import PrincipledPairs
@@ -102,6 +104,12 @@ def test_the_lead_is_over_the_answer_that_the_pair_rejects(
         found = {t.id for t in stored_triples(run / stage.outputs[0])}
         assert found == {*ids} - plain
         assert result.notes["leads"] == 1 - len(plain) / 24
+        lost = {d.id: d.record for d in read_dropped(run / f"{planned.name}.dropped.jsonl")}
+        assert lost.keys() == plain
+        for record in lost.values():
+            assert isinstance(record, Mapping)
+            said = Preference.from_dict(record)
+            assert (said.chosen, said.rejected) == ("same", "sure"), "the pair that was compared"
 
 
 def test_an_answer_that_was_cut_off_is_known_as_such(

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing_extensions import override
 
 from selfsteer.data.jsonl import batched, dump_line, write_atomic
-from selfsteer.data.records import Dropped, Query, Triple
+from selfsteer.data.records import Dropped, Preference, Query, Triple
 from selfsteer.errors import RefusedConversation
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES
@@ -18,8 +18,8 @@ from selfsteer.models.chat import ChatFormat
 from selfsteer.run.cost import Cost, Scale, scoring
 from selfsteer.run.folder import RunFolder, StageResult
 from selfsteer.run.stage import Artifact, Stage
-from selfsteer.stages.filter import rejected_by
-from selfsteer.stages.inputs import renamed, stored_triples
+from selfsteer.stages.filter import rejected_by, to_preference
+from selfsteer.stages.inputs import as_pair, renamed, stored_triples
 from selfsteer.terminal import progress_bar
 
 #: c of `PrincipleContrast`, as where it ranks answers.
@@ -80,7 +80,10 @@ class KeepContrasting(Stage):
                             continue
                         leads.append(its_lead)
                         if its_lead < self.least:
-                            drops.add(Dropped(triple.id, "low_contrast", triple))
+                            lost: Triple | Preference = triple
+                            if (other := rejected(triple.id)) != "bad":
+                                lost = to_preference(as_pair(triple, other))
+                            drops.add(Dropped(triple.id, "low_contrast", lost))
                         else:
                             yield dump_line(triple)
                     bar.advance(len(part))

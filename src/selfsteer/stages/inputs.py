@@ -79,18 +79,22 @@ def stored_pairs(
         if "chosen" in row:
             return Preference.from_dict(row).to_triple()
         triple = Triple.from_dict(row)
-        other = rejected(triple.id)
-        if other == "bad":
-            return triple
-        names = {"good": "good", other: "bad"}
-        return replace(
-            triple,
-            responses={new: triple.responses[old] for old, new in names.items()},
-            finish_reasons=renamed(triple.finish_reasons, names),
-            reasoning=renamed(triple.reasoning, names),
-        )
+        return as_pair(triple, rejected(triple.id))
 
     return Stored(path, pair)
+
+
+def as_pair(triple: Triple, rejected: str) -> Triple:
+    """A triple whose response of that name stands in for the bad one."""
+    if rejected == "bad":
+        return triple
+    names = {"good": "good", rejected: "bad"}
+    return replace(
+        triple,
+        responses={new: triple.responses[old] for old, new in names.items()},
+        finish_reasons=renamed(triple.finish_reasons, names),
+        reasoning=renamed(triple.reasoning, names),
+    )
 
 
 def renamed(values: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
