@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from selfsteer.data.digests import hub_commit, model_digest
+from selfsteer.data.digests import hub_commit, model_digest, weights_digest
 from selfsteer.data.jsonl import write_atomic
 from selfsteer.data.records import Message
 from selfsteer.engines.transformers import TransformersEngine
@@ -756,3 +756,13 @@ def test_a_run_keeps_the_commits_that_it_began_with(
     (made.folder / "models.json").write_text("null")
     with pytest.raises(ArtifactError, match=r"models\.json is damaged"):
         pinned(made)
+
+
+def test_weights_are_those_that_are_loaded(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text(name)
+    before = weights_digest(str(tmp_path))
+    (tmp_path / "consolidated.safetensors").write_text("in another form")
+    assert weights_digest(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_text("others")
+    assert weights_digest(str(tmp_path)) != before

@@ -133,7 +133,9 @@ def weights_digest(model: str) -> str | None:
         return None
     if path.is_file():
         return digest_path(path)
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    # beside the ones that are loaded, repositories of Mistral hold consolidated.safetensors
+    kinds = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin")
+    found = next(filter(None, (sorted(path.glob(kind)) for kind in kinds)), [])
     return digest([[p.name, digest_path(p)] for p in found]) if found else None
 
 

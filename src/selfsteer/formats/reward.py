@@ -15,7 +15,7 @@ from pathlib import Path
 from selfsteer.data.digests import is_hub_id, split_revision
 from selfsteer.data.jsonl import Records, dump_line, write_atomic
 from selfsteer.data.records import Triple
-from selfsteer.errors import DataError
+from selfsteer.errors import RefusedConversation
 from selfsteer.formats.export import Exported, Row
 from selfsteer.models.chat import ChatFormat
 from selfsteer.principles.contexts import context_messages
@@ -96,7 +96,7 @@ def export_reward(
                     for context in ("good", "bad"):
                         asked = context_messages(triple.messages, triple.principles, context)
                         row[f"{context}_context"] = list(chat.prompt_ids(asked, reasoned=False))
-                except DataError:
+                except RefusedConversation:
                     refused += 1
                     continue
                 yield dump_line(row)

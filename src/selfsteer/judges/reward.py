@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from selfsteer.data.records import Query
-from selfsteer.errors import DataError, NumericsError, named
+from selfsteer.errors import NumericsError, RefusedConversation, named
 from selfsteer.judges.scoring import Answer, ScoringModel
 from selfsteer.judges.store import Advance
 from selfsteer.models.load import LoadedModel, check_reward, load_reward
@@ -60,7 +60,7 @@ def _ids(loaded: LoadedModel, query: Query, text: str) -> tuple[int, ...]:
     """What is scored; nothing where the chat template refuses the conversation."""
     try:
         return loaded.chat.exchange_ids(query.messages, text)
-    except DataError:
+    except RefusedConversation:
         return ()
 
 

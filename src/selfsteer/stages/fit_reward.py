@@ -10,7 +10,7 @@ from selfsteer.data.digests import derive_seed
 from selfsteer.data.jsonl import is_number, write_atomic
 from selfsteer.data.reading import import_records
 from selfsteer.data.records import Preference, Triple, content_id
-from selfsteer.errors import DataError, short
+from selfsteer.errors import DataError, RefusedConversation, short
 from selfsteer.evaluation.reward_quality import ScoredPair, reward_quality
 from selfsteer.judges.base import Scorer
 from selfsteer.judges.reward import RewardJudge
@@ -163,7 +163,7 @@ def encode_pairs(
             value = p.extra.get(margin, 0.0) if margin else 0.0
             try:
                 chosen, rejected = (chat.exchange_ids(p.prompt, x) for x in (p.chosen, p.rejected))
-            except DataError:
+            except RefusedConversation:
                 dropped.append(Dropped(p.id, "template_refuses", p))
                 continue
             faults = {
