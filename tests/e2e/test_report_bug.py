@@ -191,6 +191,30 @@ def test_what_an_error_quotes_is_packed_only_as_data(tmp_path: Path, here: Here)
     assert "damaged" in damaged.left_out["progress.json"]
 
 
+def test_what_an_error_says_without_quotes_is_packed_only_as_data(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "queries.jsonl", {"id": "Ann Doe", "prompt": "Maria has scarlatina."})
+    (tmp_path / "asked.csv").write_text("Joaquin takes warfarin\nWhy?\n")
+    (tmp_path / "resolved.json").write_text(
+        json.dumps({"queries": {"path": f"{tmp_path}/asked.csv"}, "notes": ["none.jsonl", 3]})
+    )
+    told = "input rejected by the content filter: maria has SCARLATINA."
+    write_jsonl(tmp_path / "ledger.jsonl", {"notes": {"warnings": [told]}, "n_out": 3})
+    for said, clean in (
+        (f"The server refuses it (400: {told})", "filter: [text]."),
+        ("The loss is not finite on the records Ann Doe", "on the records [text]"),
+        ("q.csv, line 2: its keys are Joaquin takes warfarin", "its keys are [text]"),
+        ("cannot import name gizmo of torchvision", "cannot import name gizmo of torchvision"),
+        ("not Émilie, but this", "not [text], but this"),
+    ):
+        (tmp_path / "progress.json").write_text(json.dumps({"error": said}))
+        bare, whole = (packed(tmp_path, with_data=data) for data in (False, True))
+        assert clean in json.loads(bare.files["progress.json"])["error"]
+        assert json.loads(whole.files["progress.json"])["error"] == said
+        warned = json.loads(bare.files["ledger.jsonl"])
+        assert warned["n_out"] == 3
+        assert warned["notes"]["warnings"] == ["input rejected by the content filter: [text]."]
+
+
 @pytest.mark.parametrize(
     ("error", "clean"),
     [

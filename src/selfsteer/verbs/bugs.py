@@ -8,8 +8,10 @@ import socket
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import distributions
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any
 
 import psutil
 
-from selfsteer.errors import ArtifactError
+from selfsteer.errors import ArtifactError, SelfsteerError
 from selfsteer.recipe import secrets
+from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import LEDGER, versions
 from selfsteer.run.progress import FILE as PROGRESS
 
@@ -62,6 +65,13 @@ _SAID = re.compile(
 
 #: An example in a warning, as JSON writes it: ``(\\"…\\")``, to the end of its string.
 _QUOTED = re.compile(r'\(\\"(?:[^"\\]|\\.)*\\"\)')
+
+
+#: A word that may tell something of somebody.
+_WORD = re.compile(r"[^\W\d_]{3,}|\w*\d\w{4,}")
+
+#: What was replaced, and few words between.
+_BETWEEN = re.compile(r"\[text\](?:[^\w\[]+\w+){0,4}?[^\w\[]+(?=\[text\])")
 
 
 @dataclass
@@ -133,22 +143,23 @@ def packed(run: Path, *, with_data: bool = False) -> Packed:
             f"{run} is not a run folder: it has neither resolved.json nor {LEDGER}. Give the "
             "folder that 'selfsteer run' wrote, for example runs/demo."
         )
-    made = Packed()
+    made, data = Packed(), sorted(_data(run))
+    hidden = [] if with_data else [*data, *_sources(run)]
     made.add("about.json", json.dumps(about(run), indent=1) + "\n")
     for name in WHOLE:
         if (text := _read(made, run, run / name)) is not None:
+            made.add(name, text)  # secrets go first: words are taken out of them
             if name == LEDGER and not with_data:
                 text, made.removed["answers that warnings quote"] = _QUOTED.subn(
-                    r'(\\"[text]\\")', text
+                    r'(\\"[text]\\")', made.files[name]
                 )
+                made.files[name] = _without_data(made, text, hidden)
             if name == PROGRESS and not with_data:
-                text = _without_quotes(made, text)
-            made.add(name, text)
+                made.files[name] = _without_quotes(made, made.files[name], hidden)
     if (log := _read(made, run, run / "metrics.jsonl")) is not None:
         made.add("metrics.last.jsonl", _last(log))
     made.add("dropped.json", json.dumps(dict(_drops(made, run)), indent=1) + "\n")
     made.add("files.txt", "".join(_listing(run)))
-    data = sorted(p for p in run.rglob("*.jsonl") if p.name not in (LEDGER, "metrics.jsonl"))
     if not with_data:
         made.left_out["prompts and answers"] = "add --with-data to pack them"
     for path in data if with_data else ():
@@ -157,14 +168,85 @@ def packed(run: Path, *, with_data: bool = False) -> Packed:
     return made
 
 
-def _without_quotes(made: Packed, progress: str) -> str:
-    """What a run says of itself, with nothing of a prompt or an answer that its error quotes."""
+def _data(run: Path) -> Iterator[Path]:
+    """The files of a run that hold prompts and answers."""
+    return (p for p in run.rglob("*.jsonl") if p.name not in (LEDGER, "metrics.jsonl"))
+
+
+def _sources(run: Path) -> Iterator[Path]:
+    """The files that its recipe names, as far as they are found from here."""
+    try:
+        todo = [json.loads((run / "resolved.json").read_text("utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        todo = []
+    while todo:
+        match todo.pop():
+            case {**section}:
+                todo += section.values()
+            case [*values]:
+                todo += values
+            case str(text) if len(text) < 1000:
+                with suppress(OSError, ValueError, SelfsteerError):
+                    if (path := Path(resolve_path(text))).is_file():
+                        yield path
+
+
+def _without_words(made: Packed, text: str, data: Iterable[Path]) -> str:
+    """A text without the words that stand in the data and not in this program's own texts.
+
+    Errors may hold a prompt without quotes: as a server says it, or as the id of a record.
+    """
+    unknown = {w.lower() for w in _WORD.findall(text)} - _own_words()
+    found = _standing_in(data, unknown)
+    clean = _WORD.sub(lambda m: "[text]" if m[0].lower() in found else m[0], text)
+    made.removed["words of prompts and answers"] += clean.count("[text]") - text.count("[text]")
+    return _BETWEEN.sub("", clean)
+
+
+@cache
+def _own_words() -> frozenset[str]:
+    """The words of the program itself, but for those of its tiny world; in lower case."""
+    package = Path(__file__).parents[1]
+    files = (p for kind in ("*.py", "*.yaml") for p in package.rglob(kind))
+    texts = (p.read_text("utf-8").lower() for p in files if "testbed" not in p.parts)
+    return frozenset(w for text in texts for w in _WORD.findall(text))
+
+
+def _standing_in(files: Iterable[Path], words: set[str]) -> set[str]:
+    """Those of the words that stand in one of the files; of others than ASCII nobody can tell."""
+    found = {w for w in words if not w.isascii()}
+    for path in files:
+        with suppress(OSError), open(path, "rb") as file:
+            while (left := words - found) and (piece := file.read(1 << 24) + file.readline()):
+                held = piece.lower()
+                found.update(w for w in left if w.encode() in held)
+    return found
+
+
+def _without_data(made: Packed, ledger: str, data: Sequence[Path]) -> str:
+    """The ledger with nothing of a prompt or an answer in its warnings."""
+
+    def cleaned(line: str) -> str:
+        try:
+            found = json.loads(line)
+            said = found.get("notes", {}).get("warnings")
+        except (ValueError, AttributeError, RecursionError):
+            return _without_words(made, line, data)  # damaged
+        if not said:
+            return line
+        found["notes"]["warnings"] = [_without_words(made, str(w), data) for w in said]
+        return json.dumps(found)
+
+    return "\n".join(cleaned(line) if line else line for line in ledger.split("\n"))
+
+
+def _without_quotes(made: Packed, progress: str, data: Sequence[Path]) -> str:
+    """What a run says of itself, with nothing of a prompt or an answer that its error holds."""
     try:
         found = json.loads(progress)
         if found["error"] is not None:
-            found["error"], made.removed["quotes in the error"] = _SAID.subn(
-                "'[text]'", str(found["error"])
-            )
+            said, made.removed["quotes in the error"] = _SAID.subn("'[text]'", str(found["error"]))
+            found["error"] = _without_words(made, said, data)
     except (ValueError, TypeError, KeyError, RecursionError):
         made.left_out[PROGRESS] = "it is damaged; add --with-data to pack it as it is"
         return ""
