@@ -121,6 +121,8 @@ def main() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # its retries name the address, which may hold a password; what is raised in the end is shown
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while they wait made a busy machine up to seven times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -3,6 +3,7 @@
 A message is one paragraph: what was found, why it cannot work, what to do.
 """
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -45,10 +46,23 @@ def some(faults: Iterable[str], most: int = 12) -> str:
     return "; ".join(found[:most]) + "; and more" * (len(found) > most)
 
 
+#: User and password of an address, and what its query calls a secret: in errors of libraries, too.
+_IN_ADDRESS = re.compile(
+    r"(?<=://)[^\s/@\"'?#]+(?=@)|(?i:(?<=[?&])([\w-]*(?:key|token|secret|password)=)[^\s&\"'#]+)"
+)
+
+
 class SelfsteerError(Exception):
-    """Base of all errors raised on purpose; the CLI prints it without a traceback."""
+    """Base of all errors raised on purpose; the CLI prints it without a traceback.
+
+    Its text holds no password that stands in an address.
+    """
 
     exit_code = 3
+
+    def __init__(self, *args: object) -> None:
+        said = (_IN_ADDRESS.sub(r"\1[secret]", a) if isinstance(a, str) else a for a in args)
+        super().__init__(*said)
 
 
 class ConfigError(SelfsteerError, ValueError):

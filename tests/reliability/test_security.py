@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -39,6 +40,7 @@ from selfsteer.stages.queries import ReadQueries
 from selfsteer.verbs.exporting import export_model, export_round
 from selfsteer.verbs.judge import judge
 from selfsteer.view import RunView
+from tests.e2e.support import environment
 from tests.make import entry, recipe, tiny_pairs
 from tests.reliability.fuzz import TURN, TURNS, run_files, tokenizer
 
@@ -691,3 +693,26 @@ def test_every_line_of_the_page_names_a_test_that_is_there() -> None:
         name, file = re.search(r"`(test_\w+)` \(`(\w+)`\)", row).groups()  # type: ignore[union-attr]
         files = list((root / "tests").rglob(f"{file}.py"))
         assert any(f"def {name}(" in path.read_text("utf-8") for path in files), row
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no answer from http://me:pass%20w@h:9/x", "no answer from http://[secret]@h:9/x"),
+        ("see https://h/v1?a=1&api_key=abc&b=2", "see https://h/v1?a=1&api_key=[secret]&b=2"),
+        ("write to me@h.org; is it ?token", "write to me@h.org; is it ?token"),
+    ],
+)
+def test_no_error_holds_a_password_of_an_address(said: str, told: str) -> None:
+    assert str(ConfigError(said)) == told
+
+
+def test_a_mirror_that_wants_a_password_is_not_told_of(tmp_path: Path) -> None:
+    given = {**environment(), "HF_ENDPOINT": "http://me:passw0rd@127.0.0.1:9/x"}
+    asked = ("run", "smoke", f"runs_dir={tmp_path}", "policy.model=org/some-model")
+    ended = subprocess.run(
+        [sys.executable, "-m", "selfsteer", *asked], capture_output=True, text=True, env=given
+    )
+    assert ended.returncode == 3
+    kept = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
+    assert "passw0rd" not in ended.stderr + ended.stdout + kept
