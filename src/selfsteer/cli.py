@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import make_dataclass
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 import typer.core
@@ -14,7 +14,7 @@ import typer.core
 from selfsteer import stopping
 from selfsteer.errors import ConfigError, SelfsteerError, clip, short
 from selfsteer.run import ranks
-from selfsteer.terminal import CONTROL
+from selfsteer.terminal import CONTROL, LastingStream
 from selfsteer.verbs import (
     audit,
     bench,
@@ -129,6 +129,8 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # what a locale cannot read or write ends nothing
             stream.reconfigure(errors="replace")
+    if not isinstance(sys.stderr, LastingStream):
+        sys.stderr = cast(TextIO, LastingStream(sys.stderr))
     ranks.enter()
     if not ranks.in_world():  # a rank is stopped by its launcher, which tells it from a failure
         stopping.listen()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,6 +54,43 @@ NARROWEST = 24
 
 #: Rates are over so many advances, a second or more apart.
 RATE_POINTS = 60
+
+
+class LastingStream:
+    """A stream that goes nowhere once it cannot be written: its reader is gone, or its disk full.
+
+    Work goes on without being told of.
+
+    Args:
+        stream: such as stderr.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase.write`."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase.flush`."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._leave()
+
+    def _leave(self) -> None:
+        # what is buffered goes there, too; at the end of the process it would be tried again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 def is_main_process() -> bool:

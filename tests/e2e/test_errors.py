@@ -279,3 +279,21 @@ def test_a_finished_run_survives_a_bad_command(smoke: Path, here: Here) -> None:
 
 def test_showing_something_else_than_a_run(tmp_path: Path, here: Here) -> None:
     fails(here("show", tmp_path), 3, "not a run folder")
+
+
+@pytest.mark.parametrize("lost", ["reader", "disk"])
+def test_work_goes_on_where_nobody_is_told_of_it(tmp_path: Path, lost: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "selfsteer", "run", "smoke", f"runs_dir={tmp_path}",
+             "--until", "iteration-1/samples"],
+            stdout=subprocess.PIPE,
+            stderr=write if lost == "reader" else full,
+            env=environment(),
+        )  # fmt: skip
+    os.close(write)
+    assert ended.returncode == 0
+    assert json.loads((tmp_path / "smoke/progress.json").read_text())["error"] is None
+    assert finished(tmp_path / "smoke")["iteration-1/samples"]["n_out"]
