@@ -39,7 +39,7 @@ def test_the_better_of_two_learning_rates_is_named(tmp_path: Path, here: Here) -
     written = json.loads((folder / "sweep.json").read_text())
     assert [written["cells"][i] for i in (0, 2)] == report["cells"]
     # what comes before the training was done once, and is the same in every cell
-    cells = sorted(p for p in folder.glob("cell-*") if p.name != "cell-learning_rate-1e9")
+    cells = sorted(p for p in folder.glob("cell-*") if p.name != "cell-training.learning_rate-1e9")
     assert len(cells) == 2
     samples = {(p / "iteration-1/preferences/shard-00000.jsonl").read_bytes() for p in cells}
     assert len(samples) == 1
@@ -112,7 +112,7 @@ def test_a_cell_is_a_folder_of_its_sweep(tmp_path: Path) -> None:
     values = {**load_values("smoke"), "runs_dir": str(tmp_path)}
     with pytest.raises(ConfigError, match="no name of a folder"):
         _cell(values, {"queries.path": "../../up.jsonl"}, tmp_path)
-    assert _cell(values, {"training.beta": 1}, tmp_path)[0] == "cell-beta-1"
+    assert _cell(values, {"training.beta": 1}, tmp_path)[0] == "cell-training.beta-1"
 
 
 def test_too_few_queries_are_said_before_anything_is_trained(tmp_path: Path, here: Here) -> None:

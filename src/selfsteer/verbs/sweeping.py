@@ -151,7 +151,7 @@ def sweep(values: dict[str, Any], axes: dict[str, list[Any]], stage: str, budget
 
 def _cell(values: dict[str, Any], cell: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     """The name of a cell's run folder, and its recipe, which is checked."""
-    named = (f"{k.rpartition('.')[2]}-{shown_value(v)}" for k, v in cell.items())
+    named = (f"{k}-{shown_value(v)}" for k, v in cell.items())
     name = f"cell-{'-'.join(named)}"
     own = merge(values, [f"{k}={json.dumps(v)}" for k, v in cell.items()])
     recipe_of(own, f"recipe of {short(name)}")
