@@ -132,8 +132,8 @@ WHOLE: dict[str, tuple[int, int, dict[str, int], int]] = {
     "gsm8k/train_first_1000.jsonl": (1000, 1000, {}, 1000),
     "hh-rlhf/harmless-base/test.jsonl.gz": (
         2312,
-        2306,
-        {"turns_do_not_alternate": 4, "duplicate": 2},
+        2302,
+        {"turns_do_not_alternate": 8, "duplicate": 2},
         2303,
     ),
     "ifbench/IFBench_test.jsonl": (300, 300, {}, 300),

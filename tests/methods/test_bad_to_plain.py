@@ -10,7 +10,7 @@ from selfsteer.methods import load_recipe
 from selfsteer.recipe.sections import Hygiene
 from selfsteer.run.folder import RunFolder
 from selfsteer.run.stage import Artifact
-from selfsteer.stages.filter import WritePairs
+from selfsteer.stages.filter import WritePairs, rejected_by
 from selfsteer.stages.inputs import stored_preferences
 from selfsteer.stages.measure import MeasureQuality
 from selfsteer.stages.sample import Sample
@@ -38,6 +38,25 @@ def test_a_larger_share_of_plain_answers_holds_the_smaller_one(tmp_path: Path) -
     assert all(a < b for a, b in pairwise(shares))
     assert (len(shares[0]), len(shares[-1])) == (0, 40)
     assert 12 <= len(shares[2]) <= 28, "about half"
+
+
+def test_a_plain_answer_that_is_not_rejected_drops_no_pair(tmp_path: Path) -> None:
+    """It may equal the good one, or be empty: that teaches nothing where it is rejected alone."""
+    said = {"good": "Good one.", "bad": "Bad one."}
+    rows = [
+        triple(f"q{i}", text=f"Question {i}?", plain=("Good one.", "")[i % 2], **said)
+        for i in range(40)
+    ]
+    samples = Artifact(write_jsonl(tmp_path / "samples.jsonl", *(t.to_dict() for t in rows)))
+    run = RunFolder(tmp_path / "run")
+    stage = WritePairs(samples, CHECKPOINT, Hygiene(), 512, plain=0.5)
+    result = stage.run(run)
+    plain = {t.id for t in rows if rejected_by(stage.seed, 0.5)(t.id) == "plain"}
+    assert 0 < len(plain) < 40
+    kept = {p.id: p.rejected for p in stored_preferences(run / stage.outputs[0])}
+    assert kept == {t.id: "Bad one." for t in rows if t.id not in plain}
+    equal = sum(t.responses["plain"] != "" for t in rows if t.id in plain)
+    assert result.dropped == {"good_equals_bad": equal, "empty": len(plain) - equal}
 
 
 def test_only_what_a_round_compares_is_sampled() -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from selfsteer.errors import ConfigError
 from selfsteer.methods import load_recipe
+from selfsteer.models.load import load_chat
+from selfsteer.recipe.sections import Loading
 from selfsteer.run.execute import execute
 from selfsteer.stages.inputs import Share, stored_preferences, stored_queries
 from selfsteer.stages.sample import Sample
@@ -15,6 +17,7 @@ from selfsteer.view import RunView
 from tests.make import recipe as made_recipe
 from tests.make import stages_of, tiny_pairs, write_pairs
 
+CHECKPOINT = Path(__file__).parents[2] / "src/selfsteer/testbed/checkpoint"
 SMALL = (
     "policy={model: 'package:selfsteer.testbed/checkpoint', threads: 1}",
     "queries.near_duplicates=null",
@@ -61,6 +64,42 @@ def test_the_oracle_puts_the_better_answer_first(tmp_path: Path) -> None:
     export_round(view.round(1), "distilabel", tmp_path / "set")
     (file,) = (tmp_path / "set").rglob("*.jsonl")
     assert "given in given.jsonl or" in file.read_text()
+
+
+@pytest.mark.parametrize("method", ["spin", "irft", "spin-judged"])
+def test_a_given_answer_that_was_cut_off_gets_no_end_of_turn(method: str, tmp_path: Path) -> None:
+    first, *others = tiny_pairs(4, seed=1)
+    cut_off = replace(first, chosen=first.chosen[:40], finish_reasons={"chosen": "length"})
+    given = write_pairs(tmp_path / "given.jsonl", [cut_off, *others])
+    own = [*SMALL, f"queries.path={given}", "iterations=1", f"runs_dir={tmp_path}", "judge=oracle"]
+    chat = load_chat(str(CHECKPOINT), Loading())
+    for keep in (False, True):
+        more = [f"sampling.keep_unfinished={keep}", f"name=keep-{keep}"]
+        recipe = load_recipe(method, [*own, *more])
+        execute(recipe, {"name": "given"}, until="iteration-1/preferences")
+        stage = RunView.open(recipe.folder).stage("OpposeGiven")
+        assert stage is not None
+        assert stage.dropped == ({} if keep else {"unfinished": 1})
+        pairs = stored_preferences(recipe.folder / "iteration-1/preferences")
+        found = {p.id: p for p in pairs if cut_off.chosen in (p.chosen, p.rejected)}
+        assert found.keys() == ({cut_off.id} if keep else set())
+    made = found[cut_off.id].to_triple()
+    name = next(n for n, text in made.responses.items() if text == cut_off.chosen)
+    ended = replace(made, finish_reasons={})
+    lengths = [len(chat.sequence(t, f"plain/{name}").response_ids) for t in (made, ended)]
+    assert lengths[0] == lengths[1] - 1
+
+
+def test_an_improver_does_not_lean_on_an_answer_that_was_cut_off(tmp_path: Path) -> None:
+    first, *others = tiny_pairs(4, seed=1)
+    cut_off = replace(first, finish_reasons={"chosen": "length"})
+    given = write_pairs(tmp_path / "given.jsonl", [cut_off, *others])
+    own = [*SMALL, f"queries.path={given}", "improver_training={}", f"runs_dir={tmp_path}"]
+    recipe = load_recipe("sgpo", own)
+    execute(recipe, {"name": "given"}, until="improver/opponents")
+    stage = RunView.open(recipe.folder).stage("OpposeGiven")
+    assert stage is not None
+    assert (stage.n_out, stage.dropped) == (3, {"unfinished": 1})
 
 
 @pytest.mark.parametrize(("judge", "said"), [(None, "needs a judge"), ("human:l.jsonl", "human")])

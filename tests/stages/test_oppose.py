@@ -18,6 +18,7 @@ from selfsteer.run.folder import RunFolder, read_dropped
 from selfsteer.run.stage import Artifact
 from selfsteer.stages import oppose
 from selfsteer.stages.oppose import (
+    GivenAnswer,
     Improve,
     OpposeGiven,
     Relabel,
@@ -58,12 +59,16 @@ CHAT = {
 def test_given_answers_of_conversations_and_preferences(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
-    assert given_answers(str(path)) == {BEE.messages: "Nectar."}
+    assert given_answers(str(path)) == {BEE.messages: GivenAnswer("Nectar.")}
     pair = {"prompt": "What does the bee eat?", "chosen": "Nectar.", "rejected": "Bricks."}
     path.write_text(json.dumps(pair) + "\n")
-    assert given_answers(str(path)) == {BEE.messages: "Nectar."}
+    assert given_answers(str(path)) == {BEE.messages: GivenAnswer("Nectar.")}
+    known = {"finish_reasons": {"chosen": "length"}, "reasoning": {"chosen": "Hm.</think>"}}
+    path.write_text(json.dumps(pair | known) + "\n")
+    cut_off = GivenAnswer("Nectar.", "length", "Hm.</think>")
+    assert given_answers(str(path)) == {BEE.messages: cut_off}
     path.write_text('{"ask": "What does the bee eat?", "answer": "Nectar."}\n')
-    assert given_answers(str(path), {"ask": "question"}) == {BEE.messages: "Nectar."}
+    assert given_answers(str(path), {"ask": "question"}) == {BEE.messages: GivenAnswer("Nectar.")}
     path.write_text('{"prompt": "What does the bee eat?"}\n')
     with pytest.raises(DataError, match="queries but no answers"):
         given_answers(str(path))
@@ -85,13 +90,13 @@ def test_spin_opposes_the_given_answer_and_counts_what_has_none(tmp_path: Path) 
     run = RunFolder(tmp_path)
     answers = Artifact(write_jsonl(tmp_path / "a.jsonl", CHAT))
     samples = plain_answers(run, bee=("Bricks.", "length"), owl=("Mice.", "stop"))
-    stage = OpposeGiven(samples, answers)
+    stage = OpposeGiven(samples, answers, Sampling())
     result = run.execute(stage)
     assert (result.n_in, result.n_out, dict(result.dropped)) == (2, 1, {"no_given_answer": 1})
     (line,) = (run / stage.outputs[0]).read_text().splitlines()
     found = Triple.from_dict(json.loads(line))
     assert found.responses == {"good": "Nectar.", "bad": "Bricks."}
-    # a given answer ended by itself, whatever became of the policy's own
+    # a given answer of which nothing else is known ended by itself
     assert found.finished("good")
     assert not found.finished("bad")
     assert dump_lines([found]).strip() == line
@@ -170,10 +175,43 @@ def test_thoughts_stay_with_the_answers_that_they_led_to(
     assert pair.responses == {"good": "Pollen.", "bad": "Nectar."}
     assert pair.reasoning == {"good": "Better?</think>", "bad": "So.</think>"}
     assert engine.asked[0].messages[1].content == "Nectar.", "the improver sees the answer alone"
-    opposed = OpposeGiven(samples, Artifact(write_jsonl(tmp_path / "a.jsonl", CHAT)))
+    pair_row = {
+        "prompt": BEE.text,
+        "chosen": "Honey.",
+        "rejected": "Bricks.",
+        "reasoning": {"chosen": "Well.</think>"},
+    }
+    answers = Artifact(write_jsonl(tmp_path / "a.jsonl", pair_row))
+    opposed = OpposeGiven(samples, answers, Sampling(reasoning="keep"))
     run.execute(opposed)
     (line,) = (run / opposed.outputs[0]).read_text().splitlines()
-    assert Triple.from_dict(json.loads(line)).reasoning == {"bad": "So.</think>"}
+    both = {"good": "Well.</think>", "bad": "So.</think>"}
+    assert Triple.from_dict(json.loads(line)).reasoning == both
+    apart = RunFolder(tmp_path / "apart")
+    OpposeGiven(samples, answers, Sampling()).run(apart)
+    (line,) = (apart / "opponents.jsonl").read_text().splitlines()
+    assert "good" not in Triple.from_dict(json.loads(line)).reasoning, "not where they are dropped"
+
+
+def test_a_given_answer_that_was_cut_off_stays_so(tmp_path: Path) -> None:
+    row = {
+        "prompt": BEE.text,
+        "chosen": "Nectar and",
+        "rejected": "Bricks.",
+        "finish_reasons": {"chosen": "length"},
+    }
+    run, kept = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "kept")
+    answers = Artifact(write_jsonl(tmp_path / "a.jsonl", row))
+    samples = plain_answers(RunFolder(tmp_path), bee=("Honey.", "stop"))
+    result = OpposeGiven(samples, answers, Sampling()).run(run)
+    assert (result.n_in, result.n_out, result.dropped) == (1, 0, {"unfinished": 1})
+    (lost,) = read_dropped(run / "opponents.dropped.jsonl")
+    assert isinstance(lost.record, dict)
+    assert lost.record["responses"] == {"good": "Nectar and", "bad": "Honey."}
+    OpposeGiven(samples, answers, Sampling(keep_unfinished=True)).run(kept)
+    (line,) = (kept / "opponents.jsonl").read_text().splitlines()
+    reasons = Triple.from_dict(json.loads(line)).finish_reasons
+    assert reasons == {"good": "length", "bad": "stop"}
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])

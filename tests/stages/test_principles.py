@@ -227,7 +227,15 @@ def test_too_few_queries_are_used_again_and_told(
     assert [q.id for q in Share(1, 9, None).take(stored)] == ["0", "1", "2", "3", "4"]
     capsys.readouterr()
     assert [[q.id for q in Share(k, None, 6).take(stored)] for k in (1, 2)] == [["0"], ["0"]]
-    assert capsys.readouterr().err.count("6 iterations share 5 queries") == 1
+    told = "takes a query that another one takes too: 6 iterations share 5 queries"
+    assert capsys.readouterr().err.count(told) == 1
+    slices = [[q.id for q in Share(k, None, 8).take(stored)] for k in range(1, 9)]
+    said = capsys.readouterr().err
+    again = [k for k in range(1, 9) if f"iteration {k} takes a query that another" in said]
+    assert [q for k, q in enumerate(slices, 1) if k not in again] == [[str(i)] for i in range(5)]
+    assert len(again) == 3
+    assert all(len(Share(k, None, 5).take(stored)) == 1 for k in range(1, 6))
+    assert not capsys.readouterr().err
 
 
 def test_a_slice_of_a_fixed_size_does_not_depend_on_how_many_iterations_there_are() -> None:

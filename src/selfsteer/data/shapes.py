@@ -33,6 +33,7 @@ only, and nothing a query.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from selfsteer.data.files import Row, Rows, Unusable
@@ -205,6 +206,9 @@ _TOOLS = (
     *("observation", "ipython"),
 )
 
+#: Keys of answers that are no turns of the conversation but follow it.
+_OWN_ANSWERS = frozenset({"chosen", "rejected", "completion"})
+
 #: Keys of other people's rows; with one of them, `prompt` is not our own.
 _ANSWERED = frozenset({"chosen", "rejected", "completions"})
 
@@ -212,6 +216,10 @@ _ANSWERED = frozenset({"chosen", "rejected", "completions"})
 def _is_foreign(row: Row) -> bool:
     """Whether a row with a `prompt` is not our own; UltraChat has `messages` beside it."""
     return bool(_ANSWERED & row.keys()) or {"prompt_id", "messages"} <= row.keys()
+
+
+def _has_own_answers(row: Row) -> bool:
+    return any(isinstance(row.get(key), str | list | Mapping) for key in _OWN_ANSWERS)
 
 
 def _is_conversation(value: Any) -> bool:
@@ -229,10 +237,11 @@ def _own_turns(row: Row) -> Any:
         raise DataError(
             f"a query needs exactly one of 'prompt' and 'messages', found the keys {listed(row)}"
         )
-    # UltraChat: the conversation goes on after the prompt, and its next turn is the answer
+    # UltraChat: the conversation goes on after the prompt, and its next turn is the answer; where
+    # the row has answers of its own, it is one of them again
     goes_on = _is_conversation(messages) and messages[: len(turns)] == turns
-    answer = messages[len(turns) : len(turns) + 1] if goes_on else []
-    return [*turns, *(t for t in answer if t.get("role") == "assistant")]
+    later = messages[len(turns) :] if goes_on and not _has_own_answers(row) else []
+    return [*turns, *takewhile(lambda turn: turn.get("role") == "assistant", later)]
 
 
 def _alpaca_turns(row: Row) -> list[dict[str, Any]]:
@@ -295,7 +304,11 @@ FORMS = (PAIRED, SHAREGPT, OWN, ALPACA)
 
 _EVERYWHERE = frozenset({"id", "prompt_id", "system"})
 _ASKED = _EVERYWHERE.union(
-    _ANSWERED, RULES, ("tools", "functions", "instances"), *(form.reads for form in FORMS)
+    _ANSWERED,
+    _OWN_ANSWERS,
+    RULES,
+    ("tools", "functions", "instances"),
+    *(form.reads for form in FORMS),
 )
 
 
@@ -320,7 +333,8 @@ def asked(row: Row) -> Asked:
     """What a row asks.
 
     The id is ``id``, else ``prompt_id``, of Alpaca's form else ``idx``, else a hash of the
-    messages. Answers after the last user turn are cut off.
+    messages. An answer after the last user turn is cut off. Two of them are refused, and so is one
+    where the row's other answers (`chosen`, `completion` …) follow it.
 
     Raises:
         Unusable: ``unknown_shape``, ``no_user_turn``, ``turns_do_not_alternate``, ``empty_query``,
@@ -347,6 +361,10 @@ def asked(row: Row) -> Asked:
     while end > 1 and turns[end - 1]["role"] == "assistant":
         end -= 1
     _check_conversation(turns[:end])
+    if len(turns) - end > 1:
+        raise Unusable("turns_do_not_alternate", "the conversation ends in several answers")
+    if end < len(turns) and _has_own_answers(given):
+        raise Unusable("turns_do_not_alternate", "the row's answers follow another answer")
     ours = form is OWN and not _is_foreign(given)
     ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
     ignored = form.reads | _OURS | (set() if "id" in given else {"prompt_id"})
@@ -464,8 +482,6 @@ def record(row: Row, *, release: bool = False) -> Read:
     if row.keys() >= _PAIR:
         reads |= _PAIR
         chosen, rejected = _pair(row, form)
-        if form is PAIRED and answer is not None:
-            raise Unusable("turns_do_not_alternate", "the chosen answer follows another answer")
         if row.get("generations") == [chosen, rejected]:
             reads |= {"generations"}
         if form is ALPACA and (release or _RELEASE & row.keys()):

@@ -62,7 +62,7 @@ class SGPO(Plain):
         with plan.at(self.method, None, "improver"):
             samples = plan(Sample(plan.queries, {"plain": policy}, self.sampling))
             answers = Artifact(Path(resolve_path(self.queries.path)))
-            pairs = plan(OpposeGiven(samples, answers, self.queries.columns))
+            pairs = plan(OpposeGiven(samples, answers, self.sampling, self.queries.columns))
             examples = plan(LeanOnGiven(pairs, policy, self.sampling))
             return self.train(plan, examples, policy, IMPROVING, settings)
 

@@ -27,7 +27,7 @@ class Given(Plain):
         """See `Plain.opposed`; of all queries, or of a share of them."""
         own = plan(Sample(plan.queries, {"plain": policy}, self.sampling, share=share))
         answers = Artifact(Path(resolve_path(self.queries.path)))
-        return plan(OpposeGiven(own, answers, self.queries.columns))
+        return plan(OpposeGiven(own, answers, self.sampling, self.queries.columns))
 
 
 class SPIN(Given):

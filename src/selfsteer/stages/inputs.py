@@ -46,10 +46,10 @@ class Share(NamedTuple):
                 f"iteration {self.iteration} needs queries {start + 1:,} to {start + size:,} of "
                 f"{len(queries):,}; earlier ones are used again"
             )
-        elif self.of is not None and self.of > len(queries) and self.iteration == 1:
+        elif self.of is not None and len(queries) * self.iteration // self.of == start:
             warn(
-                f"{self.of:,} iterations share {len(queries):,} queries; some take one that "
-                "another one had"
+                f"iteration {self.iteration} takes a query that another one takes too: {self.of:,} "
+                f"iterations share {len(queries):,} queries; lower iterations, or give more queries"
             )
         places = ((start + i) % len(queries) for i in range(min(size, len(queries))))
         return queries.take(sorted(places))
@@ -65,33 +65,30 @@ def stored_triples(path: Path) -> Stored[Triple]:
     return Stored(path, Triple.from_dict)
 
 
-def stored_pairs(
-    path: Path, rejected: Callable[[str], str] = lambda query: "bad"
-) -> Stored[Triple]:
+def stored_pairs(path: Path, rejected: Callable[[str], str] | None = None) -> Stored[Triple]:
     """Good and bad response of each query: of triples, or of preferences.
 
     Args:
         path: where they are.
-        rejected: from a triple's id to the response that stands in for the bad one.
+        rejected: from a triple's id to the response that is the bad one of a pair, in which no
+            other than the good one stands beside it; None: triples as they are.
     """
 
     def pair(row: Mapping[str, Any]) -> Triple:
         if "chosen" in row:
             return Preference.from_dict(row).to_triple()
         triple = Triple.from_dict(row)
-        return as_pair(triple, rejected(triple.id))
+        return triple if rejected is None else as_pair(triple, rejected(triple.id))
 
     return Stored(path, pair)
 
 
 def as_pair(triple: Triple, rejected: str) -> Triple:
-    """A triple whose response of that name stands in for the bad one."""
-    if rejected == "bad":
-        return triple
+    """The good response of a triple, and the one of that name as the bad one."""
     names = {"good": "good", rejected: "bad"}
     return replace(
         triple,
-        responses={new: triple.responses[old] for old, new in names.items()},
+        responses=renamed(triple.responses, names),
         finish_reasons=renamed(triple.finish_reasons, names),
         reasoning=renamed(triple.reasoning, names),
     )

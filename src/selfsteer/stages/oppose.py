@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from typing_extensions import override
 
@@ -29,9 +30,17 @@ from selfsteer.stages.sample import Asking, Wanted, check_writer, with_answers
 from selfsteer.terminal import progress_bar, say
 
 
+class GivenAnswer(NamedTuple):
+    """An answer that came with a query, and what is known of it."""
+
+    text: str
+    finish_reason: str | None = None
+    reasoning: str | None = None
+
+
 def given_answers(
     path: str, columns: Mapping[str, str] | None = None
-) -> dict[tuple[Message, ...], str]:
+) -> dict[tuple[Message, ...], GivenAnswer]:
     """The answer that follows each query of a file; of preferences the chosen one.
 
     Args:
@@ -48,13 +57,14 @@ def given_answers(
             f"Given answers are read from the file of queries; {path} is not a file. Save the set "
             "as JSON Lines and give its path."
         )
-    answers: dict[tuple[Message, ...], str] = {}
+    answers: dict[tuple[Message, ...], GivenAnswer] = {}
     for _, found in read(unfolded(read_rows(source, rename=columns)), record, Drops()):
         pair = found.record
         if isinstance(pair, Preference):
             pair = pair.to_triple()
         if isinstance(pair, Triple) and "good" in pair.responses:
-            answers.setdefault(pair.messages, pair.responses["good"])
+            known = (of.get("good") for of in (pair.finish_reasons, pair.reasoning))
+            answers.setdefault(pair.messages, GivenAnswer(pair.responses["good"], *known))
     if not answers:
         raise DataError(
             f"{path} has queries but no answers, and this recipe needs given ones. Give "
@@ -67,16 +77,19 @@ def given_answers(
 class OpposeGiven(Stage):
     """SPIN's pairs (arXiv 2401.01335): the given answer is ``good``, the policy's own is ``bad``.
 
-    A query without an answer is dropped as ``no_given_answer``.
+    A query without an answer is dropped as ``no_given_answer``, one whose answer was cut off as
+    ``unfinished`` unless the settings keep it.
 
     Args:
         samples: triples with a plain response.
         answers: the file that the queries were read from.
+        sampling: whether answers that were cut off, and thoughts, are kept.
         columns: new names of its columns.
     """
 
     samples: Artifact
     answers: Artifact
+    sampling: Sampling
     columns: Mapping[str, str] = field(default_factory=dict)
 
     title = "opponents"
@@ -90,15 +103,31 @@ class OpposeGiven(Stage):
 
             def pairs() -> Iterator[Triple]:
                 for triple in samples:
-                    if triple.messages in given:
-                        texts = {"good": given[triple.messages], "bad": triple.responses["plain"]}
-                        yield _own_as_bad(triple, texts)
+                    made = _opposed(triple, given.get(triple.messages), self.sampling)
+                    if isinstance(made, Triple):
+                        yield made
                     else:
-                        drops.add(Dropped(triple.id, "no_given_answer", triple))
+                        drops.add(made)
 
             write_atomic(run / self.outputs[0], map(dump_line, pairs()))
         kept = len(samples) - drops.counts.total()
         return StageResult(len(samples), kept, drops.counts)
+
+
+def _opposed(triple: Triple, answer: GivenAnswer | None, sampling: Sampling) -> Triple | Dropped:
+    """The given answer over the policy's own, each with what is known of it."""
+    if answer is None:
+        return Dropped(triple.id, "no_given_answer", triple)
+    pair = _own_as_bad(triple, {"good": answer.text, "bad": triple.responses["plain"]})
+    reasons, thoughts = dict(pair.finish_reasons), dict(pair.reasoning)
+    if answer.finish_reason:
+        reasons["good"] = answer.finish_reason
+    if answer.reasoning and sampling.reasoning == "keep":
+        thoughts["good"] = answer.reasoning
+    pair = replace(pair, finish_reasons=reasons, reasoning=thoughts)
+    if pair.finished("good") or sampling.keep_unfinished:
+        return pair
+    return Dropped(triple.id, "unfinished", pair)
 
 
 def _own_as_bad(triple: Triple, texts: Mapping[str, str]) -> Triple:
