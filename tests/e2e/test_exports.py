@@ -33,7 +33,7 @@ from selfsteer.methods import METHODS, Aligning
 from selfsteer.methods.sso import SSO
 from selfsteer.recipe.sections import Augment, EngineConfig
 from selfsteer.view import RoundView, RunView, StageView
-from tests.e2e.support import TESTBED, Here, command, environment, fails, full_for
+from tests.e2e.support import TESTBED, Here, accepted, command, environment, fails, full_for
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "src/selfsteer/testbed/checkpoint"
@@ -271,6 +271,50 @@ def test_the_policy_is_exported_with_its_card_and_the_run_stays_as_it_is(
         3,
         "iteration-3 is not",
     )
+
+
+def test_a_policy_that_is_likely_broken_says_so_wherever_it_goes(
+    smoke: Path, tmp_path: Path, here: Here
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    kept = "step 18 of 69 kept (win rate 0.00; step 18: KL 11.7 times its bound)"
+    broken = "every candidate drifted beyond its bounds; step 18 | is <likely> broken"
+    odd = "plain answers repeat themselves"
+    report = {"chosen": 18, "steps": 69, "wins": "win rate", "candidates": []}
+    (run / "iteration-1/policy.selection.json").write_text(json.dumps(report))
+
+    def noted(line: str) -> str:
+        entry = json.loads(line)
+        if entry["event"] == "finish" and entry["stage"] == "iteration-1/policy":
+            entry["notes"]["selection"] = {"text": kept, "warnings": [broken]}
+        if entry["event"] == "finish" and entry["stage"] == "iteration-1/generator":
+            entry["notes"]["warnings"] = [odd]
+        return json.dumps(entry)
+
+    accepted(run, noted)
+    warnings = [f"iteration-1/generator: {odd}", f"iteration-1/policy: {broken}"]
+    ended = here("export", run, "--model", "--to", tmp_path / "model")
+    assert ended.code == 0, ended.err
+    for text in warnings:
+        assert f"warning: {text}" in " ".join(ended.err.split())
+    _, text = front_matter(tmp_path / "model" / "README.md")
+    assert f"- Selection: {kept}: 0.261 of 1 epochs\n" in text
+    assert "step 18 \\| is &lt;likely&gt; broken\n" in text.partition("## How it was made")[0]
+    assert plan_upload(tmp_path / "model", "me/model", private=False).warnings == warnings
+    for text in warnings:
+        said = here("push", tmp_path / "model", "me/model").err
+        assert f"warning: {text}" in " ".join(said.split())
+    found = here("export", run, "--model", "--to", tmp_path / "again", "--json")
+    assert json.loads(found.out)["warnings"] == warnings
+    # its data was made before
+    ended = here("export", run, "--format", "parquet", "--to", tmp_path / "data")
+    assert odd in " ".join(ended.err.split())
+    assert "drifted" not in ended.err
+    assert plan_upload(tmp_path / "data", "me/data", private=False).warnings[:-1] == warnings[:1]
+    ended = here("export", smoke, "--model", "--to", tmp_path / "sound")
+    assert "warning" not in ended.err
+    assert "## Warnings" not in (tmp_path / "sound" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import yaml
 from selfsteer.data.artifacts import read_json
 from selfsteer.data.records import Message, Preference, Query
 from selfsteer.errors import ArtifactError, DataError
+from selfsteer.methods import Aligning, load_recipe
 from selfsteer.models.chat import today
 from selfsteer.models.load import load_model
 from selfsteer.models.score import score_sequences
@@ -25,11 +26,11 @@ from selfsteer.stages.filter import named_features
 from selfsteer.stages.inputs import stored_triples
 from selfsteer.testbed import oracle
 from selfsteer.verbs import auditing
-from selfsteer.verbs.comparing import Answered, _difference, curves
+from selfsteer.verbs.comparing import Answered, _difference, answering, curves
 from selfsteer.view import Quality, RunView
 from tests.e2e.support import TESTBED, Here, accepted, fails
 from tests.fakes import ScoringFake
-from tests.make import entry
+from tests.make import SMALL, entry
 
 
 def report(ended: Any) -> dict[str, Any]:
@@ -279,6 +280,63 @@ def test_two_runs_of_the_same_answers_differ_in_nothing(
     found = report(here("compare", smoke, other, "--json"))
     assert found["differences"]["other"]["score"] == [0.0, 0.0, 0.0]
     assert found["differences"]["other"]["examples"] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "setting", "then"),
+    [
+        ("evaluation", "temperature", 1.5, "evaluation.temperature", 0.7),
+        ("sampling", "temperature", 0.0, "evaluation.temperature", 0.7),
+        ("sampling", "top_p", 0.31, "sampling.top_p", 0.8),
+        ("sampling", "max_new_tokens", 77, "sampling.max_new_tokens", 96),
+        ("policy", "dtype", "bfloat16", "policy.dtype", "auto"),
+        ("policy", "chat_template_kwargs", {"a": 1}, "policy.chat_template_kwargs", {}),
+    ],
+)
+def test_no_model_is_called_better_for_how_its_answers_were_made(
+    smoke: Path,
+    tmp_path: Path,
+    here: Here,
+    section: str,
+    name: str,
+    value: Any,
+    setting: str,
+    then: Any,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(smoke, other)
+    recipe = json.loads((other / "resolved.json").read_text())
+    changed = {**recipe, section: {**recipe[section], name: value}}
+    (other / "resolved.json").write_text(json.dumps(changed))
+    answers = other / "evaluation/answers-sso-iteration-1.jsonl"
+    worse = [{**v, "response": "No."} for v in lines(answers)]
+    answers.write_text("".join(json.dumps(v) + "\n" for v in worse))
+    accepted(other)
+    ended = here("compare", smoke, other)
+    assert ended.code == 0, ended.err
+    assert f"({setting} is {then!r} and {value!r})" in " ".join(ended.err.split())
+    assert "is better" not in ended.out
+    assert "made with other settings" in " ".join(ended.out.split())
+    found = report(here("compare", smoke, other, "--json"))["differences"]["other"]
+    assert found["made_differently"] == {setting: [then, value]}
+    assert found["score"][2] < 0
+    # the settings of batches bear on no difference
+    recipe["sampling"]["batch_size"] = 3
+    (other / "resolved.json").write_text(json.dumps(recipe))
+    ended = here("compare", smoke, other)
+    assert "done is better" in " ".join(ended.out.split())
+    assert "how answers are made" not in " ".join(ended.err.split())
+
+
+def test_another_engine_makes_answers_differently_and_more_replicas_do_not() -> None:
+    def made(engine: str) -> dict[str, Any]:
+        recipe = load_recipe("pbaa", [*SMALL, f"sampling.engine={engine}"])
+        assert isinstance(recipe, Aligning)
+        return answering(recipe)
+
+    assert made("{kind: ray, replicas: 3}") == made("transformers")
+    served = "{kind: openai, launch: 'serve {model} {port}'}"
+    assert len({json.dumps(made(x)) for x in ("transformers", "vllm", served)}) == 3
 
 
 def test_comparing_a_run_starts_nothing_that_it_names(

@@ -1,9 +1,11 @@
 """What cards say of a run with several iterations, and of its settings."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from selfsteer.formats.cards import model_card
+from selfsteer.formats.cards import model_card, warnings_of
+from selfsteer.formats.hub import plan_upload
 from selfsteer.methods import load_recipe
 from selfsteer.view import RoundView, RunView
 from tests.make import SMALL, entry, write_jsonl
@@ -18,7 +20,9 @@ def last_round(folder: Path, *settings: str) -> RoundView:
         for title, kind in (("preferences", "WritePairs"), ("policy", "Train")):
             stage = f"iteration-{k}/{title}"
             (folder / stage).mkdir(parents=True)
-            lines.append(entry("finish", stage, kind) | of | counts)
+            notes = {"selection": {"text": f"step {k} of 9 kept", "warnings": [f"odd {k}"]}}
+            more = {"notes": notes} if title == "policy" else {}
+            lines.append(entry("finish", stage, kind) | of | counts | more)
     write_jsonl(folder / "ledger.jsonl", *lines)
     (folder / "resolved.json").write_text(recipe.model_dump_json())
     return RunView.open(folder).round()
@@ -63,3 +67,21 @@ def test_the_card_has_the_settings_that_are_not_at_their_default(tmp_path: Path)
     assert "- LoRA: rank 8, alpha 32, targets all-linear, bits None" in card
     noisy = model_card(last_round(tmp_path / "noisy", "training.noise=0.3"))
     assert "noise 0.3" in noisy
+
+
+def test_the_card_says_which_steps_were_kept_and_what_the_run_warned_of(tmp_path: Path) -> None:
+    of = last_round(tmp_path / "three", "iterations=3", "training.epochs=3")
+    (of.folder / "policy.selection.json").write_text(
+        json.dumps({"chosen": 3, "steps": 9, "wins": None, "candidates": []})
+    )
+    card = model_card(of)
+    assert "- Selection, iteration 2: step 2 of 9 kept\n" in card
+    assert "- Selection, iteration 3: step 3 of 9 kept: 1 of 3 epochs\n" in card
+    warned = [f"iteration-{k}/policy: odd {k}" for k in (1, 2, 3)]
+    assert "## Warnings\n\n" + "\n".join(f"- {x}" for x in warned) + "\n\n" in card
+    assert warnings_of(of) == warned
+    assert warnings_of(of, data=True) == warned[:2]
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert plan_upload(tmp_path, "me/model", private=True).warnings == warned

@@ -16,6 +16,7 @@ from selfsteer.principles.catalogue import (
     load_catalogue,
 )
 from selfsteer.principles.lint import lint
+from selfsteer.recipe.read import load_values
 from selfsteer.recipe.sections import CATALOGUES, JudgeConfig, PrinciplesConfig
 
 MINE: dict[str, Any] = {
@@ -61,8 +62,9 @@ def test_the_built_in_catalogue_is_a_file_of_the_same_form() -> None:
     assert {f.weight for f in BUILT_IN.features} == {1.0}
 
 
-def test_the_recipes_concision_is_the_built_in_catalogues() -> None:
-    assert BUILT_IN.appended == {"Concision": PrinciplesConfig().concision} == {"Concision": 0.2}
+def test_concision_of_the_papers_recipe_is_the_built_in_catalogues() -> None:
+    named = load_values("sso")["principles"]["concision"]
+    assert BUILT_IN.appended == {"Concision": named} == {"Concision": 0.2}
 
 
 def test_a_catalogue_of_ones_own_makes_whole_principles(tmp_path: Path) -> None:
@@ -190,6 +192,7 @@ def test_a_recipe_can_append_any_feature(tmp_path: Path) -> None:
     assert more.appended == {"Concision": 0.2, "Safety": 0.1}
     assert "Safety" not in more.choosable
     assert catalogue_of(mine(tmp_path)).appended == {"Brevity": 0.3}
+    assert catalogue_of(mine(tmp_path, concision=None)).appended == {"Brevity": 0.3}
     assert catalogue_of(mine(tmp_path, append={"Brevity": 0.9})).appended == {"Brevity": 0.9}
 
 

@@ -1,14 +1,17 @@
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from selfsteer.errors import ConfigError
 from selfsteer.methods import METHODS, load_recipe, recipe_of
 from selfsteer.methods.sso import SSO
 from selfsteer.objectives import BASES, OBJECTIVES, Objective, steering_loss
+from selfsteer.principles.catalogue import catalogue_of
 from selfsteer.recipe.read import (
     commented_yaml,
     descriptions,
@@ -20,7 +23,14 @@ from selfsteer.recipe.read import (
     recipe_names,
     validate,
 )
-from selfsteer.recipe.sections import Loading, Section, TrainConfig, resolve_path, unused_arguments
+from selfsteer.recipe.sections import (
+    Loading,
+    PrinciplesConfig,
+    Section,
+    TrainConfig,
+    resolve_path,
+    unused_arguments,
+)
 from tests.make import recipe
 
 MINIMAL: dict[str, Any] = {
@@ -47,7 +57,7 @@ def test_defaults_are_the_papers() -> None:
         0.1,
     )
     assert made.principles.features_per_query == 2
-    assert made.principles.concision == 0.2
+    assert catalogue_of(made.principles).appended == {"Concision": 0.2}
 
 
 def test_overrides_nest_keep_types_and_null_means_default() -> None:
@@ -226,6 +236,32 @@ def test_package_paths_resolve() -> None:
 def test_every_setting_is_described(model: type[Section]) -> None:
     texts = descriptions(model)
     assert [k for k in known_keys(model) if not texts.get(k)] == []
+
+
+def every_section() -> Iterator[type[Section]]:
+    found = [Section]
+    while found:
+        yield (section := found.pop())
+        found += section.__subclasses__()
+
+
+def test_every_setting_that_may_be_null_takes_null() -> None:
+    told = [
+        (section, name)
+        for section in every_section()
+        for name, field in section.model_fields.items()
+        if re.search(r"\bnull\b", field.description or "")
+    ]
+    assert len(told) > 40
+    refused = []
+    for section, name in told:
+        try:
+            section.model_validate({name: None})
+        except ValidationError as e:
+            refused += [f"{section.__name__}.{name}" for x in e.errors() if x["loc"] == (name,)]
+    assert refused == []
+    given: Any = recipe_of({**MINIMAL, "principles": read_yaml("concision: null")}, "recipe")
+    assert given.principles == PrinciplesConfig()
 
 
 def test_comments_do_not_change_a_recipe() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -169,6 +170,51 @@ def test_what_was_begun_with_it_is_not_gone_on_with(tmp_path: Path, ran: list[st
     ran.clear()
     assert execute(Plan(run), {}, redo=True) == 1
     assert ran[0] == "third"
+
+
+def reported(run: Path) -> dict[str, str]:
+    """Writes reports into a run folder; their names and texts."""
+    found = {n: f"of {n}" for n in ("report.html", "report.md", "report/a.svg", "audit/audit.json")}
+    for name, text in found.items():
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(text)
+    return found
+
+
+def test_no_report_outlives_its_results(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    execute(Plan(run), {}, until="second")
+    reports = reported(run)
+    execute(Plan(run), {})
+    assert all((run / name).exists() for name in reports), "they say how far the run was"
+    other = Plan(run, {"second": 2})
+    with pytest.raises(ConfigError, match="--redo"):
+        execute(other, {})
+    assert all((run / name).exists() for name in reports)
+    with monkeypatch.context() as killed:
+        killed.setattr(RunFolder, "append", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute(other, {}, redo=True)
+    assert not any((run / name).exists() for name in reports)
+    aside = {name: [p.read_text() for p in run.glob(f"superseded/*/{name}")] for name in reports}
+    assert aside == {name: [text] for name, text in reports.items()}
+    execute(other, {}, redo=True)
+    # what is deleted is made again, and a server may answer otherwise
+    reported(run)
+    (run / "third.txt").unlink()
+    assert execute(other, {}) == 1
+    assert not any((run / name).exists() for name in reports)
+    reported(run)
+    assert execute(other, {}) == 0
+    assert all((run / name).exists() for name in reports)
+    elsewhere = tmp_path / "elsewhere"
+    (run / "audit").rename(elsewhere)
+    (run / "audit").symlink_to(elsewhere)
+    execute(Plan(run), {}, redo=True)
+    assert not (run / "report.md").exists()
+    assert (elsewhere / "audit.json").exists()
 
 
 def test_work_made_from_what_came_out_the_same_stays(tmp_path: Path, ran: list[str]) -> None:

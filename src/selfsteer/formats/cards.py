@@ -5,12 +5,13 @@ Folders of the machine that it was made on are cut down to their last name.
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from selfsteer.data.digests import is_hub_id, split_revision
+from selfsteer.formats.hub import WARNINGS
 from selfsteer.methods import METHODS, Aligning, Paired, Principled
 from selfsteer.recipe.read import method_of
 from selfsteer.recipe.sections import JudgeConfig, Lora, PrinciplesConfig, Section, mark
@@ -81,6 +82,7 @@ def dataset_card(
         f"# {recipe.name}: {count:,} preferences without annotators",
         f"Each record is a prompt with a chosen and a rejected answer. {method.pair}. "
         f"{compared(recipe)}",
+        *_warnings(warnings_of(of, data=True)),
         "## How it was made",
         _how(
             of,
@@ -123,7 +125,7 @@ def model_card(of: RoundView) -> str:
     loss = ("base", "beta") if paired else ()
     names = (*loss, "learning_rate", "batch_size", "epochs", "max_length")
     others = _changed(recipe.training, *names)
-    rounds = [*(r for r in of.run.rounds_of(of.method) if r.k < of.k), of]
+    rounds = _rounds(of)
     trained = [s for r in rounds for s in r.stages if s.title == "policy" and s.done]
     learnt = _trained_on([s.n_out for s in trained], "pairs" if paired else "answers")
     for stage in (s for s in of.before if s.kind == "Train" and s.done):
@@ -133,12 +135,14 @@ def model_card(of: RoundView) -> str:
         front,
         f"# {recipe.name}",
         f"{base}, trained on {method.learnt}. {method.pair}. {compared(recipe)}",
+        *_warnings(warnings_of(of)),
         "## How it was made",
         _how(
             of,
             trained[-1] if trained else None,
             ("Base model", base),
             ("Trained on", learnt),
+            *_selected(of, trained),
             ("Training", ", ".join([_settings(recipe.training, *names), *others])),
             *([("LoRA", _settings(lora, *Lora.model_fields))] if lora else []),
         ),
@@ -159,6 +163,19 @@ def model_card(of: RoundView) -> str:
         f"{steered} safety was not evaluated. Prompts unlike those above were not measured. These "
         "are the figures of one run with one seed: another seed gives others.",
     )
+
+
+def warnings_of(of: RoundView, *, data: bool = False) -> list[str]:
+    """What the run warned of in the stages that made a round's policy, or only its data."""
+    stages = [*of.before, *(s for r in _rounds(of) for s in r.stages)]
+    if data:
+        stages = [s for s in stages if (s.title, s.round) != ("policy", of.k)]
+    return [f"{name}: {text}" for name, text in tables.warned(stages)]
+
+
+def _rounds(of: RoundView) -> list[RoundView]:
+    """Those of its method up to this one."""
+    return [*(r for r in of.run.rounds_of(of.method) if r.k < of.k), of]
 
 
 def _method(of: RoundView) -> type[Aligning]:
@@ -256,6 +273,22 @@ def _trained_on(counts: Sequence[int], unit: str) -> str:
         return f"{counts[0]:,} {unit}" if counts else "unknown"
     *first, last = [f"{n:,}" for n in counts]
     return f"{sum(counts):,} {unit}: {', '.join(first)} and {last} in iterations 1 to {len(counts)}"
+
+
+def _selected(of: RoundView, trained: Sequence[StageView]) -> Iterator[tuple[str, str]]:
+    """The step that each training kept, which need not be its last one."""
+    for stage in trained:
+        if "selection" not in stage.notes:
+            continue
+        said, found, epochs = stage.notes["selection"]["text"], stage.selection, ""
+        if found and found.chosen < found.steps:
+            done = of.recipe.training.epochs * found.chosen / found.steps
+            epochs = f": {done:.3g} of {of.recipe.training.epochs:g} epochs"
+        yield f"Selection{f', iteration {stage.round}' if len(trained) > 1 else ''}", said + epochs
+
+
+def _warnings(found: Sequence[str]) -> list[str]:
+    return [WARNINGS, "\n".join(f"- {inline(text)}" for text in found)] if found else []
 
 
 def _stages(*rounds: RoundView) -> str:

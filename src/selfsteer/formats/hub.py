@@ -1,5 +1,6 @@
 """A folder to the Hugging Face hub: first said, then done, and only if it was asked for."""
 
+import html
 import json
 import os
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from selfsteer.errors import ArtifactError, ConfigError, short
 
 #: Not published: hidden files, among them what an interrupted write leaves.
 _HIDDEN = [".*", "*/.*"]
+
+#: Heads what a run warned of in a card, one line each.
+WARNINGS = "## Warnings"
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,17 @@ def _warnings(folder: Path, model: bool) -> list[str]:
         known = (metadata_load(card) or {}).get("license")
     except yaml.YAMLError:
         known = None
+    _, _, after = card.read_text("utf-8", "replace").partition(f"\n{WARNINGS}\n")
+    lines = after.partition("\n#")[0].splitlines()
+    found = [_plain(x.removeprefix("- ")) for x in lines if x.startswith("- ")]
     if not model and known in (None, "unknown"):
-        return ["the licence of the queries is unknown; find it out before you publish them"]
-    return []
+        found.append("the licence of the queries is unknown; find it out before you publish them")
+    return found
+
+
+def _plain(text: str) -> str:
+    """What `selfsteer.report.tables.inline` was given."""
+    return html.unescape(text.replace("]\\(", "](").replace("\\|", "|"))
 
 
 def push(upload: Upload, api: Any = None) -> str:

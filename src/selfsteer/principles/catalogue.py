@@ -317,7 +317,7 @@ def catalogue_of(settings: PrinciplesConfig) -> Catalogue:
     """
     found = load_catalogue(settings.catalogue)
     more = dict(settings.append)
-    if "concision" in settings.model_fields_set:
+    if settings.concision is not None:
         if CONCISION in more:
             raise ConfigError(
                 "principles.concision and principles.append.Concision say the same; keep one."

@@ -717,8 +717,11 @@ class PrinciplesConfig(Section):
         "who names a query's features; missing ones are drawn at random; none: no adjectives",
     )
     features_per_query: int = _f(2, "features of each query (SSO v2, §4)", ge=1)
-    concision: float = _f(
-        0.2, "probability that Concision is appended (SSO v2); null: the catalogue's", ge=0, le=1
+    concision: float | None = _f(
+        None,
+        "probability that Concision is appended (SSO v2: 0.2); null: the catalogue's",
+        ge=0,
+        le=1,
     )
     append: dict[str, Annotated[float, Field(ge=0, le=1)]] = _f(
         {}, "feature: its probability of being appended; such features are not named or drawn"

@@ -2,13 +2,13 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from selfsteer.evaluation.benchmark_table import notes, tables
 from selfsteer.judges.stats import Interval
 from selfsteer.terminal import duration, interval, out, table
-from selfsteer.view import Answers, Difference, RewardPart, RunView, SetFigures
+from selfsteer.view import Answers, Difference, RewardPart, RunView, SetFigures, StageView
 
 PAIR = ("chosen", "rejected")
 
@@ -310,13 +310,17 @@ def tokens(run: RunView) -> Sheet:
 
 def warnings(run: RunView) -> Sheet:
     """What stages warned of that is not over when they are; empty where nothing was."""
-    rows = [
+    return Sheet("Warnings", ("stage", "what was seen"), warned(run.stages))
+
+
+def warned(stages: Iterable[StageView]) -> list[tuple[str, str]]:
+    """The name of each of these stages beside what it warned of."""
+    return [
         (stage.name, text)
-        for stage in run.stages
+        for stage in stages
         for of in (stage.notes, stage.notes.get("selection", {}))
         for text in of.get("warnings", ())
     ]
-    return Sheet("Warnings", ("stage", "what was seen"), rows)
 
 
 def stages(run: RunView) -> Sheet:

@@ -183,6 +183,8 @@ def execute(
             _write_recipe(run, recipe, given)
             note_sources(run.path, recipe)
             run.supersede(gone)
+            if any((run.last(s.name) or {}).get("event") == "finish" for s in todo):
+                run.put_reports_aside()  # what was deleted may come out differently
             if commits:
                 write_atomic(run / MODELS, json.dumps(commits, indent=1) + "\n")
             stopping.way_on = way_on

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 #: The log of all stages.
 LEDGER = "ledger.jsonl"
 
+#: What `selfsteer report` and `selfsteer audit` write of a run; no stage makes or reads it.
+REPORTS = ("report.html", "report.md", "report", "audit/audit.json")
+
 #: Ends the name of what says of a shard that it is finished.
 MARK = ".done.json"
 
@@ -490,9 +493,12 @@ class RunFolder:
         yield from (n for n in stage.files if n in stage.outputs or (self / n).is_file())
 
     def supersede(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        """Moves what these ledger entries' stages made to ``superseded/``; nothing is deleted.
+
+        Reports of the run go first, so that none is there whose results are not.
+        """
         for entry in entries:
+            self.put_reports_aside()
             for output in (o for o in entry["outputs"] if (self / o).exists()):
                 if not (self / output).resolve().is_relative_to(self.path.resolve()):
                     raise ArtifactError(
@@ -500,14 +506,27 @@ class RunFolder:
                         "folder. It was changed by hand or by another program: move the run folder "
                         "away and run the recipe again."
                     )
-                target, n = self / "superseded" / stamp / output, 1
-                while target.exists():
-                    n += 1
-                    target = self / "superseded" / f"{stamp}-{n}" / output
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(self / output, target)
+                self._put_aside(output)
             known = {name: entry[name] for name in ("stage", "fingerprint")}
             self.append("ledger.jsonl", {"event": "superseded", **known, "time": time.time()})
+
+    def put_reports_aside(self) -> None:
+        """Moves the reports of a run, whose results are about to change, to ``superseded/``."""
+        home = self.path.resolve()
+        for name in REPORTS:
+            path = self / name
+            # a link is moved itself; what lies behind one is not this run's
+            if os.path.lexists(path) and path.parent.resolve().is_relative_to(home):
+                self._put_aside(name)
+
+    def _put_aside(self, name: str) -> None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target, n = self / "superseded" / stamp / name, 1
+        while os.path.lexists(target):
+            n += 1
+            target = self / "superseded" / f"{stamp}-{n}" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(self / name, target)
 
 
 def _result(stage: "Stage", sums: Sums) -> str:

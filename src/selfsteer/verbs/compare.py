@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfsteer.errors import ConfigError
+from selfsteer.errors import ConfigError, short
 from selfsteer.terminal import interval, out, table, warn
 from selfsteer.verbs.common import AsJson, aligning, emit, named_judge
 
@@ -61,11 +61,22 @@ def compare(
             f"{now:.3f}: its rules or its model have changed. Scores and accuracies here are what "
             "it says now."
         )
+    for label, d in report["differences"].items():
+        if made := d["made_differently"]:
+            told = (f"{k} is {short(a)} and {short(b)}" for k, (a, b) in made.items())
+            warn(
+                f"{report['first']} and {label} were evaluated with other settings of how answers "
+                f"are made ({'; '.join(told)}). A difference may come from these alone, so neither "
+                "is called better. Evaluate both alike to compare their models."
+            )
     emit(report, as_json, print_comparison)
 
 
 def sentence(label: str, first: str, difference: Mapping[str, Any]) -> str:
-    """One difference in words; undecided where the interval holds no difference."""
+    """One difference in words; undecided where the interval holds no difference.
+
+    Where the answers were not made alike, it decides nothing.
+    """
     from selfsteer.report.tables import decision
 
     scored = "score" in difference
@@ -73,6 +84,8 @@ def sentence(label: str, first: str, difference: Mapping[str, Any]) -> str:
     if figure is None:
         return f"{label} - {first}: no judge has compared them."
     verdict = decision(label, first, figure, 0.0 if scored else 0.5)
+    if difference["made_differently"]:
+        verdict = "says nothing of the models, whose answers were made with other settings"
     what = "in score" if scored else "win rate"
     return f"{label} - {first}: {interval(figure)} {what}, paired by query: {verdict}."
 

@@ -17,8 +17,10 @@ from selfsteer.errors import ArtifactError, DataError, short
 from selfsteer.judges.base import Judge, Pair, ScoringJudge
 from selfsteer.judges.load import load_judge
 from selfsteer.judges.stats import by_group, known_interval, verdict_counts, worth, worths
+from selfsteer.methods import Aligning
 from selfsteer.recipe.sections import JudgeConfig
 from selfsteer.stages.filter import named_features
+from selfsteer.verbs.common import aligning
 from selfsteer.view import Answer, RoundView, RunView
 
 #: Kinds of judges that a run folder of somebody else may name: they start and ask nothing.
@@ -135,6 +137,7 @@ def compare(
         tokens = np.array([e.answers[i].tokens for i in ids], dtype=np.float64)
         answered.append(Answered(e.label, texts, tokens, scores, finished))
     first, *others = answered
+    made = [answering(aligning(e.run.recipe)) for e in found]
     judged = {e.label: _judged_pairs(e, judge_settings, seed) for e in found}
     return {
         "queries": len(ids),
@@ -147,8 +150,12 @@ def compare(
             e.label: _own(e, a, judged[e.label], seed) for e, a in zip(found, answered, strict=True)
         },
         "differences": {
-            other.label: _difference(queries, first, other, judge, classes, examples, seed)
-            for other in others
+            other.label: {
+                # first's value, and other's
+                "made_differently": {k: [v, own[k]] for k, v in made[0].items() if v != own[k]},
+                **_difference(queries, first, other, judge, classes, examples, seed),
+            }
+            for other, own in zip(others, made[1:], strict=True)
         },
         "features": {
             e.label: {
@@ -159,6 +166,24 @@ def compare(
             }
             for e in found
         },
+    }
+
+
+def answering(recipe: Aligning) -> dict[str, Any]:
+    """The settings by which an evaluation has its queries answered, whatever the model.
+
+    Sizes of batches, the device and the layout are left out: they only round otherwise.
+    """
+    sampling, policy = recipe.sampling, recipe.policy
+    own = recipe.evaluation and recipe.evaluation.temperature
+    return {
+        "evaluation.temperature": sampling.temperature if own is None else own,
+        "sampling.top_p": sampling.top_p,
+        "sampling.max_new_tokens": sampling.max_new_tokens,
+        **{f"sampling.engine.{k}": v for k, v in sampling.engine.identity.items()},
+        "policy.dtype": policy.dtype,
+        "policy.chat_template_kwargs": policy.chat_template_kwargs,
+        "policy.date": policy.date,
     }
 
 

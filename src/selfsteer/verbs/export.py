@@ -71,6 +71,7 @@ def export(
             "--model takes neither --queries-license nor a --format other than gguf: those are for "
             "data."
         )
+    from selfsteer.formats.cards import warnings_of
     from selfsteer.formats.gguf import converter
     from selfsteer.verbs.exporting import check_outside, export_model, export_to
     from selfsteer.view import RunView
@@ -81,18 +82,29 @@ def export(
         again = f"selfsteer export {shlex.quote(str(run))} --model --format gguf --to "
         command = converter(llama_cpp, again + shlex.quote(str(to))) if fmt else None
         folder = str(export_model(of, to, command))
-        emit({"paths": [folder]}, as_json, lambda _: out.print(folder))
+        emit({"paths": [folder], "warnings": warnings_of(of)}, as_json, _print_model)
         return
     if fmt == "reward":
         check_trust(run, of.recipe.policy, trust)
     exported = export_to(to, of, fmt or "trl", queries_license, trust=trust)
     paths = list(map(str, exported.paths))
-    result = {"records": exported.count, "paths": paths, "left_out": exported.left_out}
+    result = {
+        "records": exported.count,
+        "paths": paths,
+        "left_out": exported.left_out,
+        "warnings": warnings_of(of, data=True),
+    }
     emit(result, as_json, _print)
 
 
+def _print_model(result: dict[str, Any]) -> None:
+    for text in result["warnings"]:
+        warn(text)
+    out.print(*result["paths"], markup=False)
+
+
 def _print(result: dict[str, Any]) -> None:
-    for reason in result["left_out"]:
+    for reason in (*result["warnings"], *result["left_out"]):
         warn(reason)
     out.print(f"{result['records']:,} records: {', '.join(result['paths'])}")
 
