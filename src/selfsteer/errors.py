@@ -48,7 +48,7 @@ def some(faults: Iterable[str], most: int = 12) -> str:
 
 #: User and password of an address, and what its query calls a secret: in errors of libraries, too.
 _IN_ADDRESS = re.compile(
-    r"(?<=://)[^\s/@\"'?#]+(?=@)|(?i:(?<=[?&])([\w-]*(?:key|token|secret|password)=)[^\s&\"'#]+)"
+    r"(?<=://)[^\s/@\"'?#]+(?=@)|(?i:(?<=[?&])([\w-]*(?:key|token|secret|password)=)[^\s&\"'#()\[\]]+)"
 )
 
 
