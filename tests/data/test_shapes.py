@@ -127,6 +127,15 @@ def test_an_answer_that_follows_an_answer_is_none_to_the_query(tmp_path: Path, n
         assert (items, dropped) == ([], {reason: 1})
 
 
+def test_an_answer_that_the_row_repeats_follows_none() -> None:
+    made = record({"messages": [ASKED, ANSWER], "chosen": "Hello.", "rejected": "No."}).record
+    assert isinstance(made, Preference)
+    assert ([m.content for m in made.prompt], made.chosen) == (["Hi."], "Hello.")
+    nothing: Any
+    for nothing in ("", [], None):
+        assert record({"messages": [ASKED, ANSWER], "rejected": nothing}).title == "answered query"
+
+
 def test_the_answer_beside_a_prompt_and_its_pair_is_no_turn_before_it() -> None:
     row = {"prompt": "Hi.", "messages": [ASKED, ANSWER], "chosen": "Hello.", "rejected": "No."}
     made = record(row).record

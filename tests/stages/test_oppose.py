@@ -56,7 +56,9 @@ CHAT = {
 }
 
 
-def test_given_answers_of_conversations_and_preferences(tmp_path: Path) -> None:
+def test_given_answers_of_conversations_and_preferences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
     assert given_answers(str(path)) == {BEE.messages: GivenAnswer("Nectar.")}
@@ -67,6 +69,17 @@ def test_given_answers_of_conversations_and_preferences(tmp_path: Path) -> None:
     path.write_text(json.dumps(pair | known) + "\n")
     cut_off = GivenAnswer("Nectar.", "length", "Hm.</think>")
     assert given_answers(str(path)) == {BEE.messages: cut_off}
+    asked, *_ = CHAT["messages"]
+    sides = {k: [asked, {"role": "assistant", "content": pair[k]}] for k in ("chosen", "rejected")}
+    of_good = {key: {"good": said["chosen"]} for key, said in known.items()}
+    labelled = {"prompt": pair["prompt"], "completion": "Nectar.", "label": True}
+    for row in (sides | known, CHAT | of_good, labelled | of_good):
+        path.write_text(json.dumps(row) + "\n")
+        assert given_answers(str(path)) == {BEE.messages: cut_off}
+    assert not capsys.readouterr().err
+    path.write_text(json.dumps(CHAT | {"finish_reason": "length"}) + "\n")
+    assert given_answers(str(path)) == {BEE.messages: GivenAnswer("Nectar.")}
+    assert "1 answers say how they ended in a way that is not read" in capsys.readouterr().err
     path.write_text('{"ask": "What does the bee eat?", "answer": "Nectar."}\n')
     assert given_answers(str(path), {"ask": "question"}) == {BEE.messages: GivenAnswer("Nectar.")}
     path.write_text('{"prompt": "What does the bee eat?"}\n')

@@ -219,7 +219,17 @@ def _is_foreign(row: Row) -> bool:
 
 
 def _has_own_answers(row: Row) -> bool:
-    return any(isinstance(row.get(key), str | list | Mapping) for key in _OWN_ANSWERS)
+    given = (row.get(key) for key in _OWN_ANSWERS)
+    return any(isinstance(value, str | list | Mapping) and value for value in given)
+
+
+def _repeats(row: Row, answer: str) -> bool:
+    """Whether the preferred answer of a row is its conversation's own last one."""
+    found = row.get("chosen", row.get("completion"))
+    try:
+        return _answer(found, "the answer") == answer
+    except (DataError, Unusable):
+        return False
 
 
 def _is_conversation(value: Any) -> bool:
@@ -363,7 +373,7 @@ def asked(row: Row) -> Asked:
     _check_conversation(turns[:end])
     if len(turns) - end > 1:
         raise Unusable("turns_do_not_alternate", "the conversation ends in several answers")
-    if end < len(turns) and _has_own_answers(given):
+    if end < len(turns) and _has_own_answers(given) and not _repeats(given, turns[end]["content"]):
         raise Unusable("turns_do_not_alternate", "the row's answers follow another answer")
     ours = form is OWN and not _is_foreign(given)
     ids = ("id", "prompt_id", *(("idx",) if form is ALPACA else ()))
@@ -492,6 +502,7 @@ def record(row: Row, *, release: bool = False) -> Read:
             kept = {k: v for k, v in row.items() if k in ("finish_reasons", "reasoning")}
             # a column of this name that others write is one text
             own = {k: v for k, v in kept.items() if form is OWN and not isinstance(v, str)}
+            own |= _said_of(row, "chosen", "rejected")
             reads |= own.keys()
             pair = {"chosen": chosen, "rejected": rejected, **own}
             made = Preference.from_dict({"id": query.id, "prompt": query.messages, **pair})
@@ -500,17 +511,33 @@ def record(row: Row, *, release: bool = False) -> Read:
         if not isinstance(label, bool):
             raise DataError(f"label must be true or false, found {short(label)}")
         text = _answer(row["completion"], "completion")
-        half = Triple(query.id, query.messages, None, {"good" if label else "bad": text})
-        return Read(title, storable(half), frozenset(row.keys() - reads - _HALF))
+        side = "good" if label else "bad"
+        known = _said_of(row, side)
+        half = Triple(query.id, query.messages, None, {side: text}, **known)
+        return Read(title, storable(half), frozenset(row.keys() - reads - _HALF - known.keys()))
     elif answer is not None or (form is ALPACA and row.get("output")):
         title, reads = "answered query", reads | {"output"}
         text = _answer(row["output"] if answer is None else answer, "the answer")
-        made = Triple(query.id, query.messages, None, {"good": text})
+        known = _said_of(row, "good")
+        made, reads = (
+            Triple(query.id, query.messages, None, {"good": text}, **known),
+            reads | known.keys(),
+        )
     else:
         title, made = "query", query
     extra = {k: v for k, v in row.items() if k not in reads | _OURS}
     made = replace(made, extra={**extra, **query.extra} if made is query else extra)
     return Read(title, storable(made), frozenset(row.keys() - reads - made.extra.keys()))
+
+
+def _said_of(row: Row, *names: str) -> dict[str, Any]:
+    """``finish_reasons`` and ``reasoning``, where they are of answers of these names alone."""
+
+    def fits(value: Any) -> bool:
+        mapping = isinstance(value, Mapping) and value.keys() <= {*names}
+        return mapping and all(isinstance(v, str) for v in value.values())
+
+    return {k: dict(row[k]) for k in ("finish_reasons", "reasoning") if k in row and fits(row[k])}
 
 
 def _pair(row: Row, form: Form) -> tuple[str, str]:

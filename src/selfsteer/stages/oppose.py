@@ -27,7 +27,7 @@ from selfsteer.run.folder import RunFolder, StageResult, run_shards
 from selfsteer.run.stage import Artifact, Stage
 from selfsteer.stages.inputs import renamed, stored_triples
 from selfsteer.stages.sample import Asking, Wanted, check_writer, with_answers
-from selfsteer.terminal import progress_bar, say
+from selfsteer.terminal import progress_bar, say, warn
 
 
 class GivenAnswer(NamedTuple):
@@ -58,13 +58,22 @@ def given_answers(
             "as JSON Lines and give its path."
         )
     answers: dict[tuple[Message, ...], GivenAnswer] = {}
+    unread = 0
     for _, found in read(unfolded(read_rows(source, rename=columns)), record, Drops()):
         pair = found.record
         if isinstance(pair, Preference):
             pair = pair.to_triple()
         if isinstance(pair, Triple) and "good" in pair.responses:
+            beside = found.lost | pair.extra.keys()
+            unread += not beside.isdisjoint(("finish_reason", "finish_reasons"))
             known = (of.get("good") for of in (pair.finish_reasons, pair.reasoning))
             answers.setdefault(pair.messages, GivenAnswer(pair.responses["good"], *known))
+    if unread:
+        warn(
+            f"{path}: {unread:,} answers say how they ended in a way that is not read, and count "
+            'as ended by themselves. Write finish_reasons: {"good": "length"} beside a '
+            'conversation, {"chosen": "length"} beside a pair.'
+        )
     if not answers:
         raise DataError(
             f"{path} has queries but no answers, and this recipe needs given ones. Give "
