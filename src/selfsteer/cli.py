@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import sys
 from dataclasses import make_dataclass
@@ -12,7 +13,7 @@ import typer
 import typer.core
 
 from selfsteer import stopping
-from selfsteer.errors import ConfigError, SelfsteerError, clip, short
+from selfsteer.errors import ConfigError, SelfsteerError, clip, short, without_passwords
 from selfsteer.run import ranks
 from selfsteer.terminal import CONTROL, LastingStream
 from selfsteer.verbs import (
@@ -121,15 +122,15 @@ def main() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # its retries name the address, which may hold a password; what is raised in the end is shown
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.setLogRecordFactory(_log_record)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while they wait made a busy machine up to seven times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # what a locale cannot read or write ends nothing
             stream.reconfigure(errors="replace")
-    if not isinstance(sys.stderr, LastingStream):
+    # some daemons start programs without one, and then there is none to last
+    if not isinstance(sys.stderr, LastingStream | None):
         sys.stderr = cast(TextIO, LastingStream(sys.stderr))
     ranks.enter()
     if not ranks.in_world():  # a rank is stopped by its launcher, which tells it from a failure
@@ -180,6 +181,14 @@ def main() -> None:
             "text out.",
             3,
         )
+
+
+def _log_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """What a library logs; the hub's retries name its address, which may hold a password."""
+    made = logging.LogRecord(*args, **kwargs)
+    if made.name.startswith("huggingface_hub"):
+        made.msg, made.args = without_passwords(made.getMessage()), ()
+    return made
 
 
 def _check_arguments() -> None:

@@ -48,8 +48,15 @@ def some(faults: Iterable[str], most: int = 12) -> str:
 
 #: User and password of an address, and what its query calls a secret: in errors of libraries, too.
 _IN_ADDRESS = re.compile(
-    r"(?<=://)[^\s/@\"'?#]+(?=@)|(?i:(?<=[?&])([\w-]*(?:key|token|secret|password)=)[^\s&\"'#()\[\]]+)"
+    r"(?<=://)[^\s\"'<>]*(?=@)"
+    r"|(?i:(?<=[?&])([\w-]*(?:key|key_id|key-id|token|secret|passw(?:or)?d|pwd|auth|sig|signature"
+    r"|credential)=)[^\s&\"'#()\[\]]+)"
 )
+
+
+def without_passwords(text: str) -> str:
+    """The text with ``[secret]`` in place of passwords that stand in addresses."""
+    return _IN_ADDRESS.sub(r"\1[secret]", text)
 
 
 class SelfsteerError(Exception):
@@ -61,8 +68,7 @@ class SelfsteerError(Exception):
     exit_code = 3
 
     def __init__(self, *args: object) -> None:
-        said = (_IN_ADDRESS.sub(r"\1[secret]", a) if isinstance(a, str) else a for a in args)
-        super().__init__(*said)
+        super().__init__(*(without_passwords(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(SelfsteerError, ValueError):

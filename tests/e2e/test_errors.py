@@ -297,3 +297,12 @@ def test_work_goes_on_where_nobody_is_told_of_it(tmp_path: Path, lost: str) -> N
     assert ended.returncode == 0
     assert json.loads((tmp_path / "smoke/progress.json").read_text())["error"] is None
     assert finished(tmp_path / "smoke")["iteration-1/samples"]["n_out"]
+
+
+def test_a_command_without_stderr_works() -> None:
+    asked = (sys.executable, "-m", "selfsteer", "principles", "list")
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *asked], capture_output=True, env=environment()
+    )
+    assert ended.returncode == 0
+    assert b"Accuracy" in ended.stdout

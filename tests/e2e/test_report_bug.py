@@ -1,5 +1,6 @@
 """`selfsteer report-bug`: what is in the file, and what never is."""
 
+import gzip
 import json
 import os
 import shutil
@@ -193,9 +194,10 @@ def test_what_an_error_quotes_is_packed_only_as_data(tmp_path: Path, here: Here)
 
 def test_what_an_error_says_without_quotes_is_packed_only_as_data(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "queries.jsonl", {"id": "Ann Doe", "prompt": "Maria has scarlatina."})
-    (tmp_path / "asked.csv").write_text("Joaquin takes warfarin\nWhy?\n")
+    with gzip.open(tmp_path / "asked.csv.gz", "wt") as packed_up:
+        packed_up.write("Joaquin takes warfarin\nWhy?\n")
     (tmp_path / "resolved.json").write_text(
-        json.dumps({"queries": {"path": f"{tmp_path}/asked.csv"}, "notes": ["none.jsonl", 3]})
+        json.dumps({"queries": {"path": f"{tmp_path}/asked.csv.gz"}, "notes": ["none.jsonl", 3]})
     )
     told = "input rejected by the content filter: maria has SCARLATINA."
     write_jsonl(tmp_path / "ledger.jsonl", {"notes": {"warnings": [told]}, "n_out": 3})
@@ -213,6 +215,10 @@ def test_what_an_error_says_without_quotes_is_packed_only_as_data(tmp_path: Path
         warned = json.loads(bare.files["ledger.jsonl"])
         assert warned["n_out"] == 3
         assert warned["notes"]["warnings"] == ["input rejected by the content filter: [text]."]
+    for name in ("queries.jsonl", "resolved.json"):
+        (tmp_path / name).unlink()
+    clean = json.loads(packed(tmp_path).files["ledger.jsonl"])["notes"]["warnings"]
+    assert clean == ["input rejected by the content filter: [text]."], "no data to be found"
 
 
 @pytest.mark.parametrize(

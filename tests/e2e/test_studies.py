@@ -289,7 +289,6 @@ def test_two_runs_of_the_same_answers_differ_in_nothing(
         ("sampling", "temperature", 0.0, "evaluation.temperature", 0.7),
         ("sampling", "top_p", 0.31, "sampling.top_p", 0.8),
         ("sampling", "max_new_tokens", 77, "sampling.max_new_tokens", 96),
-        ("policy", "dtype", "bfloat16", "policy.dtype", "auto"),
         ("policy", "chat_template_kwargs", {"a": 1}, "policy.chat_template_kwargs", {}),
     ],
 )

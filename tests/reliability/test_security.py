@@ -700,6 +700,9 @@ def test_every_line_of_the_page_names_a_test_that_is_there() -> None:
     [
         ("no answer from http://me:pass%20w@h:9/x", "no answer from http://[secret]@h:9/x"),
         ("see https://h/v1?a=1&api_key=abc&b=2", "see https://h/v1?a=1&api_key=[secret]&b=2"),
+        ("http://me:pa@ss/wo#rd@h/v1 is none", "http://[secret]@h/v1 is none"),
+        ("https://h/a?X-Amz-Signature=abc, twice", "https://h/a?X-Amz-Signature=[secret] twice"),
+        ("http://h/v1 of me@h.org", "http://h/v1 of me@h.org"),
         ("write to me@h.org; is it ?token", "write to me@h.org; is it ?token"),
     ],
 )

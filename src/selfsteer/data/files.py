@@ -182,7 +182,7 @@ def _file(path: Path, columns: Columns) -> Rows:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked where it begins like one of gzip or zstd."""
     with readable(path), open(path, "rb") as file:
         begins = file.read(32)
@@ -217,13 +217,13 @@ def _unpacked(file: IO[bytes], begins: bytes) -> IO[bytes]:
 
 @contextmanager
 def _text(path: Path, **how: Any) -> Iterator[IO[str]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         yield io.TextIOWrapper(file, encoding="utf-8-sig", **how)
 
 
 def _lines(path: Path, read: Callable[[str], Any]) -> Rows:
     """What ``read`` makes of each line that is not blank; a line ends at a line feed alone."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
             if len(line) == LONGEST:
                 raise _endless(f"{path}, line {number},")

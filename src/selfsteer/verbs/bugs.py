@@ -8,7 +8,7 @@ import socket
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from selfsteer.errors import ArtifactError, SelfsteerError
+from selfsteer.data.files import opened
+from selfsteer.errors import ArtifactError, DataError, SelfsteerError
 from selfsteer.recipe import secrets
 from selfsteer.recipe.sections import resolve_path
 from selfsteer.run.folder import LEDGER, versions
@@ -32,6 +33,9 @@ MOST_BYTES, MOST_LINE = 5_000_000, 200_000
 
 #: Files of the run that are packed whole.
 WHOLE = ("recipe.yaml", "resolved.json", LEDGER, PROGRESS)
+
+#: Files of a folder that a recipe names, and what is none of prompts.
+MOST_FILES, WEIGHTS = 1000, (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 #: How secrets look, whoever wrote them, and what takes their place.
 _SHAPES = {
@@ -144,7 +148,7 @@ def packed(run: Path, *, with_data: bool = False) -> Packed:
             "folder that 'selfsteer run' wrote, for example runs/demo."
         )
     made, data = Packed(), sorted(_data(run))
-    hidden = [] if with_data else [*data, *_sources(run)]
+    hidden = set[str]() if with_data else _of_data(run, data)
     made.add("about.json", json.dumps(about(run), indent=1) + "\n")
     for name in WHOLE:
         if (text := _read(made, run, run / name)) is not None:
@@ -187,20 +191,42 @@ def _sources(run: Path) -> Iterator[Path]:
                 todo += values
             case str(text) if len(text) < 1000:
                 with suppress(OSError, ValueError, SelfsteerError):
-                    if (path := Path(resolve_path(text))).is_file():
-                        yield path
+                    path = Path(resolve_path(text))
+                    inside = sorted(path.rglob("*"))[:MOST_FILES] if path.is_dir() else [path]
+                    yield from (p for p in inside if p.suffix not in WEIGHTS and p.is_file())
 
 
-def _without_words(made: Packed, text: str, data: Iterable[Path]) -> str:
-    """A text without the words that stand in the data and not in this program's own texts.
+def _without_words(made: Packed, text: str, found: Set[str]) -> str:
+    """A text without these words, which stand in the data and not in this program's own texts.
 
     Errors may hold a prompt without quotes: as a server says it, or as the id of a record.
     """
-    unknown = {w.lower() for w in _WORD.findall(text)} - _own_words()
-    found = _standing_in(data, unknown)
     clean = _WORD.sub(lambda m: "[text]" if m[0].lower() in found else m[0], text)
     made.removed["words of prompts and answers"] += clean.count("[text]") - text.count("[text]")
     return _BETWEEN.sub("", clean)
+
+
+def _of_data(run: Path, data: Sequence[Path]) -> set[str]:
+    """The words of the run's errors and warnings that stand in its data.
+
+    Where no data are found, that is each word which is not this program's own.
+    """
+    ledger, progress = (_read(Packed(), run, run / name) or "" for name in (LEDGER, PROGRESS))
+    told = [text for line in ledger.split("\n") for text in _warnings(line)]
+    with suppress(ValueError, TypeError, KeyError, RecursionError):  # a damaged one is not packed
+        told.append(str(json.loads(progress)["error"]))
+    words = {w.lower() for w in _WORD.findall("\n".join(told))} - _own_words()
+    files = [*data, *_sources(run)]
+    return _standing_in(files, words) if files else words
+
+
+def _warnings(line: str) -> list[str]:
+    """Those of a line of the ledger; a damaged one is one."""
+    try:
+        found = json.loads(line).get("notes", {}).get("warnings", [])
+        return [str(text) for text in found]
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return [line]
 
 
 @cache
@@ -216,37 +242,34 @@ def _standing_in(files: Iterable[Path], words: set[str]) -> set[str]:
     """Those of the words that stand in one of the files; of others than ASCII nobody can tell."""
     found = {w for w in words if not w.isascii()}
     for path in files:
-        with suppress(OSError), open(path, "rb") as file:
+        with suppress(OSError, DataError), opened(path) as file:
             while (left := words - found) and (piece := file.read(1 << 24) + file.readline()):
                 held = piece.lower()
                 found.update(w for w in left if w.encode() in held)
     return found
 
 
-def _without_data(made: Packed, ledger: str, data: Sequence[Path]) -> str:
+def _without_data(made: Packed, ledger: str, hidden: Set[str]) -> str:
     """The ledger with nothing of a prompt or an answer in its warnings."""
 
     def cleaned(line: str) -> str:
-        try:
-            found = json.loads(line)
-            said = found.get("notes", {}).get("warnings")
-        except (ValueError, AttributeError, RecursionError):
-            return _without_words(made, line, data)  # damaged
-        if not said:
-            return line
-        found["notes"]["warnings"] = [_without_words(made, str(w), data) for w in said]
+        said = _warnings(line)
+        if said in ([], [line]):
+            return _without_words(made, line, hidden) if said else line
+        found = json.loads(line)
+        found["notes"]["warnings"] = [_without_words(made, text, hidden) for text in said]
         return json.dumps(found)
 
     return "\n".join(cleaned(line) if line else line for line in ledger.split("\n"))
 
 
-def _without_quotes(made: Packed, progress: str, data: Sequence[Path]) -> str:
+def _without_quotes(made: Packed, progress: str, hidden: Set[str]) -> str:
     """What a run says of itself, with nothing of a prompt or an answer that its error holds."""
     try:
         found = json.loads(progress)
         if found["error"] is not None:
             said, made.removed["quotes in the error"] = _SAID.subn("'[text]'", str(found["error"]))
-            found["error"] = _without_words(made, said, data)
+            found["error"] = _without_words(made, said, hidden)
     except (ValueError, TypeError, KeyError, RecursionError):
         made.left_out[PROGRESS] = "it is damaged; add --with-data to pack it as it is"
         return ""

@@ -4,6 +4,7 @@ Everything is read from the run folders; only a judge that has not seen an answe
 Scores are compared on the evaluation queries that all runs answered, paired by query.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,8 @@ def compare(
 def answering(recipe: Aligning) -> dict[str, Any]:
     """The settings by which an evaluation has its queries answered, whatever the model.
 
-    Sizes of batches, the device and the layout are left out: they only round otherwise.
+    Sizes of batches, device, dtype and layout are left out: they only round otherwise. So is the
+    port of a server.
     """
     sampling, policy = recipe.sampling, recipe.policy
     own = recipe.evaluation and recipe.evaluation.temperature
@@ -181,7 +183,7 @@ def answering(recipe: Aligning) -> dict[str, Any]:
         "sampling.top_p": sampling.top_p,
         "sampling.max_new_tokens": sampling.max_new_tokens,
         **{f"sampling.engine.{k}": v for k, v in sampling.engine.identity.items()},
-        "policy.dtype": policy.dtype,
+        "sampling.engine.base_url": re.sub(r":\d+(?=/|$)", "", sampling.engine.base_url or ""),
         "policy.chat_template_kwargs": policy.chat_template_kwargs,
         "policy.date": policy.date,
     }
