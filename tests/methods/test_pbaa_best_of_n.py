@@ -32,7 +32,8 @@ class Ranker:
         assert more["clip"] == 0.2
         self.loaded = SimpleNamespace(chat=self)
 
-    def prompt_ids(self, messages: Any) -> None: ...
+    def refuses(self, triple: Triple, sequences: Any) -> bool:
+        return False
 
     def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(q.extra["principles"]["good"] == f"Be fine {q.id}." for q, _ in answers)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from selfsteer.data.jsonl import dump_lines
-from selfsteer.data.records import Preference
-from selfsteer.errors import ConfigError, RefusedConversation
+from selfsteer.data.records import Preference, Triple
+from selfsteer.errors import ConfigError
 from selfsteer.methods import METHODS
 from selfsteer.methods.base import PrincipledPairs
 from selfsteer.methods.online import SSOOnline
@@ -34,9 +34,8 @@ class Ranker:
     def __init__(self, *args: Any, **more: Any) -> None:
         self.loaded = SimpleNamespace(chat=self)
 
-    def prompt_ids(self, messages: Any) -> None:
-        if "refused" in messages[-1].content:
-            raise RefusedConversation("not this")
+    def refuses(self, triple: Triple, sequences: Any) -> bool:
+        return "refused" in triple.messages[-1].content
 
     def score_all(self, answers: Any, finished: Any) -> list[float | None]:
         assert all(

@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from selfsteer.data.jsonl import batched, dump_line, write_atomic
 from selfsteer.data.records import Dropped, Preference, Query, Triple
-from selfsteer.errors import RefusedConversation
 from selfsteer.judges.principles import PrincipleContrast
 from selfsteer.judges.quality import GAP_SEQUENCES
 from selfsteer.models.chat import ChatFormat
@@ -124,11 +123,8 @@ def sides_of(
 def _without_score(triple: Triple, chat: ChatFormat) -> Dropped:
     if not all(triple.responses.values()):
         return Dropped(triple.id, "empty", triple)
-    try:
-        chat.prompt_ids(triple.messages)
-    except RefusedConversation:
-        return Dropped(triple.id, "template_refuses", triple)
-    return Dropped(triple.id, "prompt_too_long", triple)
+    refused = chat.refuses(triple, GAP_SEQUENCES)
+    return Dropped(triple.id, "template_refuses" if refused else "prompt_too_long", triple)
 
 
 @dataclass(frozen=True)
