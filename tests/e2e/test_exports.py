@@ -706,3 +706,12 @@ def test_push_sends_each_file_but_the_hidden_ones(tmp_path: Path) -> None:
         "README.md": "---\nlicense: mit\n---\n",
         "data/x.parquet": "in data/x.parquet",
     }
+
+
+def test_a_card_of_an_earlier_round_says_nothing_of_the_last_ones(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = RunView.open(smoke).round(1)
+    assert "Differences are paired by query" in model_card(of)
+    monkeypatch.setattr(type(of.recipe), "last_round", 2)
+    assert "Differences are paired by query" not in model_card(of)

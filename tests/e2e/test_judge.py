@@ -104,6 +104,9 @@ def test_people_can_label_a_sheet_and_be_compared(smoke: Path, tmp_path: Path, h
     sheet = tmp_path / "labels.jsonl"
     ended = here("judge", smoke, "--label-sheet", sheet, "--limit", 9)
     assert ended.code == 0, ended.err
+    assert "--iteration" not in ended.out
+    other = here("judge", smoke, "--label-sheet", tmp_path / "o", "--iteration", 1, "--baseline")
+    assert "--iteration 1 --baseline" in " ".join(other.out.split())
     lines = [json.loads(line) for line in sheet.read_text().splitlines()]
     assert len(lines) == 9
     assert {line["verdict"] for line in lines} == {None}

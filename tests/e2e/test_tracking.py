@@ -48,6 +48,18 @@ def test_tensorboard_gets_curves_and_stages_of_one_run(
     assert rate.value == pytest.approx(evaluation["models"]["pbaa/iteration-1"]["win_rate"][0])
 
 
+def test_the_settings_that_trackers_show_are_the_recipes(tmp_path: Path) -> None:
+    recipe = {"seed": 3, "training": {"learning_rate": 2e-4, "lora": None}, "tracking": ["x"]}
+    (tmp_path / "resolved.json").write_text(json.dumps(recipe))
+    with closing(Tracker(("tensorboard",), tmp_path)) as tracker:
+        assert tracker._args.to_dict() == {
+            "seed": 3,
+            "training.learning_rate": 2e-4,
+            "training.lora": None,
+            "tracking": '["x"]',
+        }
+
+
 def test_a_tracker_that_is_not_there_is_named_before_anything_runs(
     tmp_path: Path, here: Here
 ) -> None:

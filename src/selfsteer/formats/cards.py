@@ -378,7 +378,8 @@ def _evaluation(of: RoundView) -> list[str]:
         if rules.rows:
             kept = ([inline(show_cell(cell)) for cell in row] for row in rules.rows)
             parts += [f"{rules.title}:", _table(rules.columns, kept)]
-        parts += [beside] if (beside := sentence(of.run)) else []
+        if of.k == run.last_round and (beside := sentence(of.run)):
+            parts.append(beside)
     if of.k == run.last_round and (measured := tables.benchmarks(of.run)):  # of last policies
         # without the notes, which may name folders
         parts.append("Benchmarks, ± standard error, [ ] 95 % interval over questions:")

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from selfsteer.engines.launch import out_of_world
 from selfsteer.errors import ConfigError
 from selfsteer.terminal import is_main_process, warn
@@ -58,9 +60,17 @@ class Tracker:
                 if key not in os.environ:
                     os.environ[key] = value.format(run=run)
                     self._named.append(key)
+
+        class Told(TrainingArguments):
+            """What trackers show as the run's settings: its recipe, not transformers' defaults."""
+
+            @override
+            def to_dict(self) -> dict[str, Any]:
+                return settings_of(run)
+
         arguments: dict[str, Any] = {"project": "selfsteer"} if "trackio" in names else {}
         with out_of_world():  # they would make a process group and wait for the other ranks
-            self._args = TrainingArguments(
+            self._args = Told(
                 output_dir=str(run),
                 run_name=run.name,
                 report_to=list(names),
@@ -108,6 +118,21 @@ class Tracker:
                 self._callbacks.remove(callback)
                 name = type(callback).__name__.removesuffix("Callback")
                 warn(f"{name} gets no more figures; metrics.jsonl and the ledger have them: {e}")
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """The settings of a run's recipe by their dotted names."""
+
+    def flattened(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from flattened(inner, f"{name}.{key}" if name else key)
+        else:
+            plain = value is None or isinstance(value, str | int | float)
+            yield name, value if plain else json.dumps(value)
+
+    recipe = run / "resolved.json"
+    return dict(flattened(json.loads(recipe.read_text("utf-8")), "")) if recipe.exists() else {}
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -91,6 +91,8 @@ def judge(
     if label_sheet is not None:
         write_label_sheet(chosen, label_sheet, seed)
         again = ["selfsteer", "judge", str(preferences), "--judge", f"human:{label_sheet}"]
+        again += ["--iteration", str(iteration)] if iteration is not None else []
+        again += ["--baseline"] if baseline else []
         out.print(
             f"{label_sheet}: {len(chosen):,} pairs. Set each verdict to first, second or tie, "
             f"then: {shlex.join(again)}"
