@@ -7,7 +7,7 @@ import pytest
 
 from selfsteer.verbs.previewing import lessened
 from tests.e2e.support import Here, fails
-from tests.make import SMALL, recipe, write_jsonl
+from tests.make import SMALL, recipe, tiny_pairs, write_jsonl, write_pairs
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,14 @@ def test_given_answers_stand_beside_the_policys_and_only_those_of_the_first_roun
         "chosen": "given", "rejected": "plain",
     }  # fmt: skip
     assert row["principles"] is None
+    # what is dropped is no answer under a principle either
+    write_pairs(tmp_path / "pairs.jsonl", tiny_pairs(4, seed=1))
+    lost = ["judge=oracle", "hygiene.min_chars=500", "queries.path=pairs.jsonl"]
+    ended = here("preview", "irft", *given, *lost, "-n", 1, "--to", "lost", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["queries"][0]["dropped"]
+    assert "under the good one" not in " ".join(found["notes"])
 
 
 def test_what_a_reward_model_is_trained_on_first_is_shown(

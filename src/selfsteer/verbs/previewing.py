@@ -134,8 +134,8 @@ def preview(recipe: Aligning, given: Mapping[str, Any], count: int, folder: Path
     if isinstance(recipe, Distilled):
         _good_answers(recipe, rows, folder)
     _judge(recipe, made)
-    notes += _means(rows)
     if isinstance(recipe, Principled):
+        notes += _means(rows)
         _contrast(recipe, made.rows)
     return made
 
