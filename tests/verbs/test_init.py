@@ -417,13 +417,18 @@ def test_ctrl_c_at_a_question_is_an_interrupt(tmp_path: Path) -> None:
         stdout=end,
         stderr=end,
         env=environment(),
+        # a shell that starts something in the background has it ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         os.close(end)
         said = b""
         while b"model to align" not in said:
             said += os.read(terminal, 1024)
         running.send_signal(signal.SIGINT)
-        assert running.wait(30) == 130
+        try:
+            assert running.wait(30) == 130
+        finally:
+            running.kill()
         assert b"interrupted" in os.read(terminal, 1024)
     os.close(terminal)
 
