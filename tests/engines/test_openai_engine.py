@@ -1066,7 +1066,7 @@ def test_prompts_go_to_no_server_that_was_not_named(
 @pytest.mark.parametrize(
     ("choice", "usage", "said"),
     [
-        ({"message": {"content": "So."}}, {}, "no finish_reason, so nobody knows"),
+        ({"message": {"content": "So."}}, {}, "no finish_reason, so it is unknown"),
         ({"message": {"content": "So."}, "finish_reason": None}, {}, "finish_reason is None"),
         ({"message": {"content": ["So."]}, "finish_reason": "stop"}, {}, "content is no text"),
         ({"message": {"content": "So."}, "finish_reason": "stop"}, {}, "no usage with prompt_"),

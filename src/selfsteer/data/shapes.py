@@ -519,10 +519,8 @@ def record(row: Row, *, release: bool = False) -> Read:
         title, reads = "answered query", reads | {"output"}
         text = _answer(row["output"] if answer is None else answer, "the answer")
         known = _said_of(row, "good")
-        made, reads = (
-            Triple(query.id, query.messages, None, {"good": text}, **known),
-            reads | known.keys(),
-        )
+        made = Triple(query.id, query.messages, None, {"good": text}, **known)
+        reads |= known.keys()
     else:
         title, made = "query", query
     extra = {k: v for k, v in row.items() if k not in reads | _OURS}

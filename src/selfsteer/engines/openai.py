@@ -201,10 +201,10 @@ def _lacking(value: Any) -> str:
             if not isinstance(message.get("content"), str | None):
                 return "content is no text"
             if not isinstance(reason, str):
-                return f"finish_reason is {short(reason)}, so nobody knows whether it was cut off"
+                return f"finish_reason is {short(reason)}, so it is unknown whether it was cut off"
             return "no usage with prompt_tokens and completion_tokens"
         case {"choices": [{"message": {}}]}:
-            return "no finish_reason, so nobody knows whether it was cut off"
+            return "no finish_reason, so it is unknown whether it was cut off"
     return "no choice with a message"
 
 

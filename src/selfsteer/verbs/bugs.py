@@ -239,7 +239,7 @@ def _own_words() -> frozenset[str]:
 
 
 def _standing_in(files: Iterable[Path], words: set[str]) -> set[str]:
-    """Those of the words that stand in one of the files; of others than ASCII nobody can tell."""
+    """The words that occur in a file, and all that are not ASCII, which files may escape."""
     found = {w for w in words if not w.isascii()}
     for path in files:
         with suppress(OSError, DataError), opened(path) as file:
